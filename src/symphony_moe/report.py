@@ -1,0 +1,477 @@
+"""`metrics.json`, the plan and the recipe to one self-contained HTML page.
+
+A pure function of what the other stages measured: nothing is measured or fetched here, and the page
+loads nothing. Python makes the numbers and their words, `report.html.j2` the markup.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+MISSING = "\N{EN DASH}"
+"""Shown where nothing was measured."""
+
+_MODELS = ("built", "trained")
+
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table, as it is shown."""
+
+    text: str
+    title: str = ""
+    best: bool = False
+    """The lowest of its column."""
+    own: bool = False
+    """A source on the domain that it knows."""
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """Held-out losses in nats per token."""
+
+    in_domain: list[str]
+    out_of_domain: list[str]
+    rows: list[tuple[str, str, list[Cell]]]
+    """(label, kind: source, reference or model; cells of in_domain, out_of_domain and the means)"""
+    distances: list[str]
+    """How far the models are from the mean of the specialists, in words."""
+    diverged: bool
+    """Whether a loss is not finite."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line chart. Positions are per cent of the plot, from the left and from the top; lines are
+    SVG points in thousandths of it."""
+
+    lines: list[str]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    last: tuple[float, float, str]
+    summary: str
+    not_finite: int
+    """Points that cannot be drawn."""
+
+
+@dataclass(frozen=True)
+class RoutingGrid:
+    """Shares of the routed tokens of one domain, in per cent."""
+
+    domain: str
+    tokens: int
+    rows: list[tuple[str, list[tuple[str, str, int]]]]
+    """(layer or "mean", cells: as of `shade`)"""
+
+
+def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """The report as HTML. Any top-level key of `metrics` may be absent: its section then makes way
+    for a sentence that names the command that measures it.
+
+    `plan` is `Plan.to_json()`, `recipe` is `Recipe.model_dump(mode="json")`. Losses are nats per
+    token; NaN, infinite and null ones (a model that diverged) are shown as such.
+    """
+    import jinja2
+    import yaml
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = resources.files("symphony_moe").joinpath("report.html.j2").read_text("utf-8")
+    training = metrics.get("training") or {}
+    routing = metrics.get("routing") or {}
+    top_k = recipe["router"]["top_k"]
+    return environment.from_string(template).render(
+        recipe=recipe,
+        plan=plan,
+        title=title(recipe["sources"]),
+        ceiling=ceiling_share(len(recipe["sources"]), top_k),
+        facts=header_facts(plan, recipe),
+        parameters=in_words,
+        missing=missing_sections(metrics, recipe),
+        losses=loss_table(metrics, recipe),
+        training=training_facts(training),
+        chart=line_chart(training.get("curve") or []),
+        routing=[
+            (model, routing[model]["experts"], routing_grids(routing[model], top_k))
+            for model in _MODELS
+            if routing.get(model)
+        ],
+        alignment=alignment_tables(metrics.get("alignment") or {}),
+        differences=plan["differences"],
+        notes=other_notes(plan),
+        timing=timing_rows(metrics.get("timing") or {}, plan),
+        recipe_yaml=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
+    )
+
+
+def title(sources: Iterable[str]) -> str:
+    names = list(sources)
+    if len(names) > 6:
+        return f"One model out of {len(names)} sources"
+    return f"One model out of {', '.join(names[:-1])} and {names[-1]}"
+
+
+def header_facts(plan: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was built, as (what, value)."""
+    return [
+        ("Architecture", plan["architecture"]),
+        ("Experts", f"{len(recipe['sources'])}, {recipe['router']['top_k']} per token"),
+        ("Parameters", in_words(plan["total_parameters"])),
+        ("Active per token", in_words(plan["active_parameters"])),
+        ("Dtype", plan["dtype"]),
+        ("Weights", size(plan["disk_bytes"])),
+        ("Method", recipe["method"]),
+        ("Anchor", recipe["anchor"]),
+    ]
+
+
+def missing_sections(
+    metrics: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> list[tuple[str, str | None]]:
+    """(what the report lacks, the command that makes up for it, if any)."""
+    missing: list[tuple[str, str | None]] = []
+    evaluate = "symphony evaluate DIR"
+    if not metrics.get("training"):
+        missing.append(("No training", "symphony train DIR"))
+    expected = ["sources", "built", *(["trained"] if metrics.get("training") else [])]
+    lacking = [name for name in expected if not metrics.get(name)]
+    if lacking:
+        missing.append((f"No losses of: {', '.join(lacking)}", evaluate))
+    if not metrics.get("routing"):
+        missing.append(("No routing", evaluate))
+    if not (metrics.get("alignment") or {}).get("neurons"):
+        if recipe["align"]["neurons"] == "none" or recipe["experts"]["init"] == "copy":
+            missing.append(("No alignment: this recipe matches no neurons", None))
+        else:
+            missing.append(("No alignment", "symphony build RECIPE --out DIR"))
+    if not metrics.get("timing"):
+        missing.append(("No time and memory", "symphony build RECIPE --out DIR"))
+    return missing
+
+
+# Losses
+
+
+def loss_table(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> LossTable | None:
+    """Every source and model on every domain, with the means. None where there are no losses."""
+    sources = metrics.get("sources") or {}
+    models = {name: metrics[name] for name in _MODELS if metrics.get(name)}
+    if not sources and not models:
+        return None
+    domains = _domains(metrics, recipe)
+    in_domain = [domain for domain in domains if domain in recipe["sources"]]
+    out_of_domain = [domain for domain in domains if domain not in recipe["sources"]]
+
+    order = [name for name in recipe["sources"] if name in sources]
+    named = [(name, "source", _row(sources[name], in_domain, out_of_domain)) for name in order]
+    own = {name: sources[name][name] for name in order if name in sources[name]}
+    specialists = _row(own, in_domain, out_of_domain)
+    reference = [("own specialist", "reference", specialists)] if sources else []
+    built = [(name, "model", _row(models[name], in_domain, out_of_domain)) for name in models]
+
+    # The own specialists are several models, so they are a reference and never the best.
+    lowest = [_lowest(column) for column in zip(*(row for _, _, row in named + built), strict=True)]
+    column_domains = [*domains, None, None] if out_of_domain else [*domains, None]
+    rows = [
+        (
+            label,
+            kind,
+            [
+                Cell(
+                    text=loss_text(loss),
+                    title=perplexity_text(loss),
+                    best=kind != "reference" and best is not None and loss_text(loss) == best,
+                    own=kind == "source" and label == domain,
+                )
+                for loss, best, domain in zip(row, lowest, column_domains, strict=True)
+            ],
+        )
+        for label, kind, row in named + reference + built
+    ]
+    mean = len(domains)
+    distances = []
+    if sources and specialists[mean] is not None:
+        distances = [distance_text(name, row[mean], specialists[mean]) for name, _, row in built]
+    values = [value for _, _, row in named + built for value in row if value is not None]
+    diverged = not all(math.isfinite(value) for value in values)
+    return LossTable(in_domain, out_of_domain, rows, distances, diverged)
+
+
+def mean_loss(losses: Sequence[float | None]) -> float | None:
+    """Mean in nats per token. None where a loss is missing: a mean over fewer domains would not be
+    comparable with the others of its column."""
+    present = [loss for loss in losses if loss is not None]
+    if not present or len(present) < len(losses):
+        return None
+    return sum(present) / len(present)
+
+
+def loss_text(loss: float | None) -> str:
+    """Nats per token with three decimals."""
+    return MISSING if loss is None else f"{loss:.3f}".replace("nan", "NaN")
+
+
+def perplexity_text(loss: float | None) -> str:
+    if loss is None:
+        return "not measured"
+    # Beyond 700 nats the exponential leaves float64.
+    return f"perplexity {math.exp(loss):,.2f}" if loss < 700 else "perplexity is not finite"
+
+
+def distance_text(model: str, loss: float | None, reference: float | None) -> str:
+    """How far a model's mean loss is from the specialists', nats per token."""
+    if loss is None or reference is None:
+        return f"{model}: not measured on every domain"
+    if not math.isfinite(loss - reference):
+        return f"{model} {loss_text(loss)}, specialists {loss_text(reference)}: no distance"
+    side = "above" if loss >= reference else "below"
+    return (
+        f"{model} {loss_text(loss)}, which is {abs(loss - reference):.3f} {side} "
+        f"the specialists' {loss_text(reference)}"
+    )
+
+
+def _domains(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """Domains with a loss: the sources' in the recipe's order, then the others."""
+    losses = [
+        *(metrics.get("sources") or {}).values(),
+        *(metrics[name] for name in _MODELS if metrics.get(name)),
+    ]
+    measured = {domain: None for row in losses for domain in row}
+    known = [*recipe["sources"], *recipe["evaluation"]["extra"]]
+    return [name for name in known if name in measured] + [
+        name for name in measured if name not in known
+    ]
+
+
+def _row(
+    losses: Mapping[str, Any], in_domain: Sequence[str], out_of_domain: Sequence[str]
+) -> list[float | None]:
+    """Losses on every domain, then the mean in domain and (where there is one) out of domain."""
+    inside, outside = (
+        [_number(losses[domain]) if domain in losses else None for domain in domains]
+        for domains in (in_domain, out_of_domain)
+    )
+    means = [mean_loss(inside)] + ([mean_loss(outside)] if out_of_domain else [])
+    return [*inside, *outside, *means]
+
+
+def _number(value: Any) -> float:
+    # Strict JSON has no NaN; its writers put null there.
+    return math.nan if value is None else float(value)
+
+
+def _lowest(losses: Sequence[float | None]) -> str | None:
+    """The lowest finite loss as shown: what looks equal is marked alike."""
+    finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+    return loss_text(min(finite)) if finite else None
+
+
+# Training
+
+
+def training_facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the training was, as (what, value)."""
+    words: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "scope": ("Scope", str),
+        "tokens": ("Tokens", count),
+        "steps": ("Steps", count),
+        "seconds": ("Time", duration),
+        "learning_rate": ("Learning rate at its peak", lambda rate: f"{rate:g}"),
+    }
+    return [
+        (label, write(training[key]))
+        for key, (label, write) in words.items()
+        if training.get(key) is not None
+    ]
+
+
+def line_chart(curve: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Loss (nats per token) against tokens. A point that is not finite breaks the line. None where
+    no point can be drawn."""
+    points = [(float(point["tokens"]), _number(point["loss"])) for point in curve]
+    finite = [(tokens, loss) for tokens, loss in points if math.isfinite(loss)]
+    if not finite:
+        return None
+    x_ticks = ticks(0, max(tokens for tokens, _ in finite))
+    y_ticks = ticks(min(loss for _, loss in finite), max(loss for _, loss in finite))
+    right = max(tokens for tokens, _ in finite) or 1.0
+    bottom, top = y_ticks[0], y_ticks[-1]
+
+    def across(tokens: float) -> float:
+        return 100 * tokens / right
+
+    def down(loss: float) -> float:
+        return 100 * (top - loss) / (top - bottom)
+
+    lines: list[list[str]] = [[]]
+    for tokens, loss in points:
+        if math.isfinite(loss):
+            lines[-1].append(f"{10 * across(tokens):.1f},{10 * down(loss):.1f}")
+        else:
+            lines.append([])
+    decimals = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
+    first, last = finite[0], finite[-1]
+    return Chart(
+        lines=[" ".join(line) for line in lines if line],
+        x_ticks=[(across(tokens), compact(tokens)) for tokens in x_ticks if tokens <= 1.01 * right],
+        y_ticks=[(down(loss), f"{loss:.{decimals}f}") for loss in y_ticks],
+        last=(across(last[0]), down(last[1]), loss_text(last[1])),
+        summary=f"Loss {loss_text(first[1])} at {count(first[0])} tokens, "
+        f"{loss_text(last[1])} at {count(last[0])} tokens",
+        not_finite=len(points) - len(finite),
+    )
+
+
+def ticks(low: Number, high: Number) -> list[float]:
+    """About five round values that span `low` to `high`, at least two."""
+    span = high - low or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / 5 * 0.999)
+    first = math.floor(low / step)
+    last = max(math.ceil(high / step), first + 1)
+    return [index * step for index in range(first, last + 1)]
+
+
+# Routing and alignment
+
+
+def routing_grids(routing: Mapping[str, Any], top_k: int) -> list[RoutingGrid]:
+    """One grid per domain: layers by experts, and the mean over layers."""
+    num_experts = len(routing["experts"])
+    uniform, ceiling = 1 / num_experts, ceiling_share(num_experts, top_k)
+    grids = []
+    for domain, layers in routing["share"].items():
+        rows = [[_number(share) for share in layer] for layer in layers]
+        named = [(str(layer), row) for layer, row in enumerate(rows)]
+        if rows:
+            named.append(("mean", [sum(column) / len(rows) for column in zip(*rows, strict=True)]))
+        grids.append(
+            RoutingGrid(
+                domain,
+                routing["tokens"].get(domain, 0),
+                [
+                    (label, [shade(share, uniform, ceiling) for share in row])
+                    for label, row in named
+                ],
+            )
+        )
+    return grids
+
+
+def ceiling_share(num_experts: int, top_k: int) -> float:
+    """The share at which the colour is full: twice the uniform one, or the largest that there can
+    be (an expert that is among the `top_k` of every token)."""
+    return min(2 / num_experts, 1 / top_k)
+
+
+def shade(share: float, uniform: float, ceiling: float) -> tuple[str, str, int]:
+    """(per cent as text, side of the uniform share, strength of the colour from 0 to 100). It is
+    full at no tokens and at the ceiling."""
+    if not math.isfinite(share):
+        return "NaN", "", 0
+    if share < uniform:
+        side, strength = "less", (uniform - share) / uniform
+    else:
+        side, strength = "more", (share - uniform) / max(ceiling - uniform, 1e-9)
+    return f"{100 * share:.1f}", side, round(100 * min(strength, 1.0))
+
+
+def alignment_tables(
+    alignment: Mapping[str, Any],
+) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """(source, rows: layer or "mean", correlation before and after), for every matched source."""
+    tables = []
+    for source, correlations in (alignment.get("neurons") or {}).items():
+        before, after = (
+            [_number(value) for value in correlations[key]] for key in ("before", "after")
+        )
+        pairs = [(str(layer), *pair) for layer, pair in enumerate(zip(before, after, strict=True))]
+        if pairs:
+            pairs.append(("mean", sum(before) / len(before), sum(after) / len(after)))
+        tables.append(
+            (source, [(label, loss_text(first), loss_text(last)) for label, first, last in pairs])
+        )
+    return tables
+
+
+# Plan, time and memory
+
+
+def other_notes(plan: Mapping[str, Any]) -> list[str]:
+    """Notes of the plan that are not a difference in words: those have a table of their own."""
+    return [
+        note
+        for note in plan["notes"]
+        if not any(
+            note.startswith(f"{difference['what']} (") and note.endswith(difference["consequence"])
+            for difference in plan["differences"]
+        )
+    ]
+
+
+def timing_rows(timing: Mapping[str, Any], plan: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, measured, as planned). A key's last word is its unit."""
+    planned = {
+        "build_seconds": duration(plan["seconds"]),
+        "build_peak_rss_bytes": size(plan["peak_memory_bytes"]),
+    }
+    labels = {"build_peak_rss_bytes": "Peak memory of the build", "build_seconds": "Build"}
+    writers = {"seconds": duration, "bytes": size, "tokens": count}
+    rows = []
+    for key, value in timing.items():
+        words, _, unit = key.rpartition("_")
+        known = unit in writers and isinstance(value, int | float) and math.isfinite(value)
+        label = labels.get(key, (words if known else key).replace("_", " ").capitalize())
+        text = writers[unit](value) if known else str(value)
+        if known and unit == "tokens":
+            text += " tokens"
+        rows.append((label, text, planned.get(key, MISSING)))
+    return rows
+
+
+# Numbers in words
+
+
+def count(value: Number) -> str:
+    """A number of things, such as `262,144`."""
+    return f"{value:,.0f}"
+
+
+def compact(value: Number) -> str:
+    """A number of tokens on an axis, such as `2.5M`."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
+
+
+def in_words(value: Number) -> str:
+    """A number of parameters, such as `1.54 billion`."""
+    for unit, word in ((1e9, "billion"), (1e6, "million")):
+        if value >= unit:
+            return f"{value / unit:,.2f} {word}"
+    return count(value)
+
+
+def size(num_bytes: Number) -> str:
+    """Bytes, such as `3.1 GB` (10**9 bytes)."""
+    for unit, word in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:,.1f} {word}"
+    return f"{num_bytes:,.0f} bytes"
+
+
+def duration(seconds: Number) -> str:
+    """Seconds, such as `4.2 s`, `3 min 05 s` or `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,203 @@
+"""The run folder: the one place that knows its names, and the rules that keep it trustworthy.
+
+A run folder never mixes two builds, and nothing in it looks finished before it is: `checkpoint/`
+and `trained/` each appear by one rename, and until then everything is under `work/`.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from symphony_moe.errors import RecipeError, RunFolderError
+from symphony_moe.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names inside one run folder."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, with the sources' hashes."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Stage 1's model. Whole where it exists."""
+        return self.root / "checkpoint"
+
+    @property
+    def trained(self) -> Path:
+        """Stage 2's model. Whole where it exists."""
+        return self.root / "trained"
+
+    @property
+    def alignment(self) -> Path:
+        """Neuron orders: `{source}.layers.{layer}.neurons`."""
+        return self.root / "alignment.safetensors"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "run.log"
+
+    @property
+    def work(self) -> Path:
+        """Progress of a command that is under way."""
+        return self.root / "work"
+
+    @property
+    def staged_checkpoint(self) -> Path:
+        """`checkpoint/` while it is written."""
+        return self.work / "checkpoint"
+
+    @property
+    def staged_trained(self) -> Path:
+        """`trained/` while it is written."""
+        return self.work / "trained"
+
+    @property
+    def training(self) -> Path:
+        """The Trainer's own checkpoints."""
+        return self.work / "training"
+
+    def layer_done(self, layer: int) -> Path:
+        """Alignment of a finished layer; where it exists, the layer's tensors are on disk."""
+        return self.work / f"layer-{layer:04d}.safetensors"
+
+    def read_recipe(self, overrides: Sequence[str] = (), sections: Sequence[str] = ()) -> Recipe:
+        """The run's resolved recipe, with `a.b=c` overrides in the `sections` that may still
+        change.
+
+        Raises RunFolderError where this is no run folder, RecipeError for other overrides.
+        """
+        if not self.recipe.is_file():
+            raise RunFolderError(
+                f"{self.root}: no recipe.yaml; is it a run folder of `symphony build`?"
+            )
+        for override in overrides:
+            if override.split(".")[0] not in sections:
+                raise RecipeError(
+                    f"--set {override}: the model is built; what can change now is: "
+                    f"{', '.join(sections) or 'nothing'}"
+                )
+        return load_recipe(self.recipe, overrides)
+
+    def require_checkpoint(self) -> None:
+        """RunFolderError unless stage 1 is finished."""
+        if not self.checkpoint.is_dir():
+            raise RunFolderError(
+                f"{self.root}: no finished checkpoint/; run `symphony build RECIPE --out "
+                f"{self.root}` (with --resume where a build was cut short)"
+            )
+
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """Content of one of the folder's JSON files. Raises RunFolderError where it is not
+        there."""
+        if not path.is_file():
+            raise RunFolderError(f"{path}: not there")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def update_json(self, path: Path, values: Mapping[str, Any]) -> None:
+        """Set some top-level keys of a JSON file, by one rename."""
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        write_text(path, json.dumps(content | dict(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
+    """Make the folder of a new build, or take up one that was cut short.
+
+    Raises RunFolderError for an existing folder, unless `resume` (and it holds the same recipe) or
+    `overwrite` (and it is a run folder: nothing else is ever deleted).
+    """
+    run = RunFolder(root)
+    text = recipe.to_yaml()
+    if root.exists() and not root.is_dir():
+        raise RunFolderError(f"{root}: exists and is not a folder")
+    if root.is_dir() and any(root.iterdir()):
+        if overwrite:
+            if not run.recipe.is_file():
+                raise RunFolderError(f"{root}: not a run folder, so --overwrite leaves it alone")
+            # The checkpoint goes first: what is left behind by a kill must not look finished.
+            for part in (run.checkpoint, run.trained, root):
+                shutil.rmtree(part, ignore_errors=part != root)
+        elif not resume:
+            raise RunFolderError(
+                f"{root}: exists; choose another --out, or --resume a build that was cut short, or "
+                "--overwrite it"
+            )
+        elif not run.recipe.is_file():
+            raise RunFolderError(f"{root}: nothing to resume there (no recipe.yaml)")
+        elif run.recipe.read_text(encoding="utf-8") != text:
+            raise RunFolderError(
+                f"{root}: holds a build of another recipe or of sources that have changed since; "
+                "--overwrite it or choose another --out"
+            )
+    try:
+        run.work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{root}: cannot be made: {error}") from None
+    write_text(run.recipe, text)
+    return run
+
+
+@contextmanager
+def log_to(run: RunFolder) -> Iterator[None]:
+    """Append the package's log to `run.log` inside the block."""
+    handler = logging.FileHandler(run.log, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package = logging.getLogger("symphony_moe")
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file by one rename: a reader, or a kill, never sees half of it."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Make a finished folder appear by one rename, durably."""
+    staged.rename(final)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

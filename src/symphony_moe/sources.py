@@ -1,0 +1,463 @@
+"""Sources: dense checkpoints opened lazily, described from headers alone, proved to match.
+
+`open_source` reads config, tokenizer files and safetensors headers; `Source.read` reads one tensor.
+`compare_sources` names every difference between the sources and says what it means for the build.
+"""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from symphony_moe.bundled import source_folder
+from symphony_moe.errors import SourceError, SourceMismatch
+from symphony_moe.families import EMBEDDING, FAMILIES, FINAL_NORM, HEAD, Family, head_dim
+from symphony_moe.forward import decoder_layer, one_layer_model
+from symphony_moe.recipe import BUNDLED, Recipe, SourceSpec
+from symphony_moe.shards import sha256_of
+
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+_FLOAT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+_IGNORED = ("rotary_emb.inv_freq",)
+"""Buffers that old checkpoints carry and that the architecture computes itself."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors header says of one tensor."""
+
+    file: str
+    """Name of the file in the source's folder."""
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors spells it: `BF16`, `F32`, ..."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dense checkpoint. Nothing of its weights is in memory."""
+
+    name: str
+    model: str
+    """As the recipe spells it: folder, hub id, or bundled name."""
+    folder: Path
+    config: PreTrainedConfig
+    headers: Mapping[str, Header]
+    """Tensor name -> header."""
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.config.model_type]
+
+    @property
+    def head_name(self) -> str:
+        """The tensor that holds the output head: the embeddings, where the head is tied to them."""
+        return EMBEDDING if self.config.tie_word_embeddings else HEAD
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(header.shape) for header in self.headers.values())
+
+    @property
+    def public_name(self) -> str:
+        """The model without the machine's paths: a hub id, or a folder's own name."""
+        return self.folder.name if Path(self.model).is_absolute() else self.model
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises SourceError where the folder's tokenizer files cannot be read."""
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:
+            # The loaders behind AutoTokenizer raise whatever their parser raised.
+            raise SourceError(
+                f"{self.name}: no usable tokenizer in {self.folder}: {_first_line(error)}"
+            ) from None
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor (or some of its first axis) as float32.
+
+        The file is mapped only while this runs, so that what was read does not stay in memory.
+        Raises SourceError for a file that cannot be read and for values that are not finite.
+        """
+        path = self.folder / self.headers[name].file
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+                tensor = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)
+        except (SafetensorError, OSError) as error:
+            raise SourceError(f"{self.name}: {name} in {path} is not readable: {error}") from None
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise SourceError(
+                f"{self.name}: {name} in {path} has {bad} values that are NaN or infinite; "
+                "expected finite weights. Fetch the checkpoint again or leave this source out"
+            )
+        return tensor
+
+    def read_layer(self, layer: int) -> dict[str, Tensor]:
+        """Every tensor of a decoder layer, by its name within the layer."""
+        prefix = f"model.layers.{layer}."
+        family = self.family
+        names = [*family.shared, *family.expert]
+        return {name: self.read(prefix + name) for name in names}
+
+    def hash_weights(self) -> dict[str, str]:
+        """File name -> SHA-256, for every file that holds weights."""
+        files = sorted({header.file for header in self.headers.values()})
+        return {file: sha256_of(self.folder / file) for file in files}
+
+
+def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
+    """Open every source of a recipe, in its order. See `open_source`."""
+    return [open_source(name, spec, download=download) for name, spec in recipe.sources.items()]
+
+
+def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source:
+    """Open a checkpoint from its headers and prove that it is complete.
+
+    `download=False` fetches configuration, tokenizer and headers from the hub, but no weights.
+    Raises SourceError for a folder or hub id that is not there, an architecture without a family
+    table, a variant that the target cannot hold, and missing, surplus or misshapen tensors.
+    """
+    if spec.model.startswith(BUNDLED):
+        folder = source_folder(spec.model.removeprefix(BUNDLED))
+    elif Path(spec.model).is_absolute():
+        folder = Path(spec.model)
+    else:
+        folder = _fetch(name, spec, download)
+    if not folder.is_dir():
+        raise SourceError(f"{name}: no such model folder: {folder}")
+    config = _read_config(name, folder)
+    remote = not download and not any(folder.glob("*.safetensors"))
+    headers = _hub_headers(name, spec) if remote else _read_headers(name, folder)
+    headers = {k: v for k, v in headers.items() if not k.endswith(_IGNORED)}
+    if config.tie_word_embeddings:
+        # Some tied checkpoints carry their head a second time.
+        headers.pop(HEAD, None)
+    source = Source(name, spec.model, folder, config, headers)
+    _check_tensors(source)
+    if spec.sha256 is not None and not remote:
+        _check_hashes(source, spec.sha256)
+    return source
+
+
+def _fetch(name: str, spec: SourceSpec, download: bool) -> Path:
+    """The local snapshot of a hub id (taken from the cache where it is there)."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*_SMALL_FILES, "*.safetensors"] if download else _SMALL_FILES
+    try:
+        return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise SourceError(f"{name}: {spec.model!r} is neither a folder nor a hub id") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise SourceError(
+            f"{name}: {spec.model!r} is no folder here, and as a hub id it cannot be fetched: "
+            f"{_first_line(error)}"
+        ) from None
+
+
+def _hub_headers(name: str, spec: SourceSpec) -> dict[str, Header]:
+    """Headers of a hub checkpoint by range requests, without its weights."""
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        metadata = get_safetensors_metadata(spec.model, revision=spec.revision)
+    except Exception as error:
+        # Connection, permission and format errors of the client alike: none is a bug of ours.
+        raise SourceError(
+            f"{name}: no safetensors headers for hub id {spec.model!r}: {_first_line(error)}"
+        ) from None
+    return {
+        tensor: Header(file, tuple(info.shape), info.dtype)
+        for file, content in metadata.files_metadata.items()
+        for tensor, info in content.tensors.items()
+    }
+
+
+def _read_config(name: str, folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{name}: {folder} has no config.json; is it a model folder?")
+    try:
+        declared = json.loads(path.read_text(encoding="utf-8"))
+        model_type = declared.get("model_type") if isinstance(declared, dict) else None
+        if model_type not in FAMILIES:
+            raise SourceError(
+                f"{name}: {folder} is a {model_type!r} model; "
+                f"families with an exact MoE target: {', '.join(FAMILIES)}"
+            )
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SourceError(f"{name}: {path} is not JSON: {error}") from None
+    except (KeyError, TypeError, OSError) as error:
+        raise SourceError(f"{name}: {path} is not usable: {_first_line(error)}") from None
+    if declared.get("quantization_config"):
+        raise SourceError(
+            f"{name}: {folder} is quantized; expected plain floating-point weights. "
+            "Use the checkpoint that it was quantized from"
+        )
+    for reason, refuses in FAMILIES[model_type].refusals:
+        if refuses(config):
+            raise SourceError(f"{name}: {folder} cannot become an expert: {reason}")
+    return config
+
+
+def _read_headers(name: str, folder: Path) -> dict[str, Header]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"{name}: {index} is not a usable index: {error!r}") from None
+        files = sorted(set(listed.values()))
+    else:
+        listed = None
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        raise SourceError(
+            f"{name}: {folder} has no .safetensors weights (found: "
+            f"{', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}). "
+            "Other formats: load the model with transformers and save_pretrained it"
+        )
+    headers: dict[str, Header] = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise SourceError(f"{name}: {file} is in the index of {folder}, but is not there")
+        try:
+            with safe_open(folder / file, framework="pt") as opened:
+                for tensor in opened.keys():  # noqa: SIM118 (a handle, not a dict)
+                    view = opened.get_slice(tensor)
+                    headers[tensor] = Header(file, tuple(view.get_shape()), view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise SourceError(
+                f"{name}: {folder / file} is not a whole safetensors file ({error}); fetch it again"
+            ) from None
+    if listed is not None:
+        absent = sorted(set(listed) - set(headers))
+        if absent:
+            raise SourceError(
+                f"{name}: the index of {folder} lists {absent[0]} (and {len(absent) - 1} more), "
+                "but no file holds it"
+            )
+    return headers
+
+
+def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of a dense model, from the family's own module (no memory is taken)."""
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    shapes = {EMBEDDING: (vocabulary, hidden), FINAL_NORM: (hidden,)}
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (vocabulary, hidden)
+    layer = decoder_layer(one_layer_model(config, 0))
+    for number in range(config.num_hidden_layers):
+        for name, tensor in layer.state_dict().items():
+            shapes[f"model.layers.{number}.{name}"] = tuple(tensor.shape)
+    return shapes
+
+
+def _check_tensors(source: Source) -> None:
+    expected = expected_shapes(source.config)
+    missing = [name for name in expected if name not in source.headers]
+    if missing:
+        raise SourceError(
+            f"{source.name}: {len(missing)} tensors are missing from {source.folder}, "
+            f"first {missing[0]}; expected all that config.json describes"
+        )
+    surplus = sorted(set(source.headers) - set(expected))
+    if surplus:
+        raise SourceError(
+            f"{source.name}: {source.folder} has {len(surplus)} tensors that a "
+            f"{source.config.model_type} model does not have, first {surplus[0]}"
+        )
+    for name, shape in expected.items():
+        header = source.headers[name]
+        if header.shape != shape:
+            raise SourceError(
+                f"{source.name}: {name} is {list(header.shape)} in {header.file}, "
+                f"its config.json says {list(shape)}"
+            )
+        if header.dtype not in _FLOAT_BYTES:
+            raise SourceError(
+                f"{source.name}: {name} is stored as {header.dtype}; expected a float type "
+                f"({', '.join(_FLOAT_BYTES)})"
+            )
+
+
+def _check_hashes(source: Source, expected: Mapping[str, str]) -> None:
+    for file, digest in source.hash_weights().items():
+        if expected.get(file) != digest:
+            raise SourceError(
+                f"{source.name}: {source.folder / file} has SHA-256 {digest[:16]}..., "
+                f"the recipe says {str(expected.get(file))[:16]}...: the weights have changed"
+            )
+
+
+Verdict = Literal["error", "warning", "fine"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One way in which sources differ, who has what, and what it means for the build."""
+
+    what: str
+    values: Mapping[str, str]
+    """Source name -> its value, in words."""
+    verdict: Verdict
+    consequence: str
+
+    def __str__(self) -> str:
+        by_value: dict[str, list[str]] = defaultdict(list)
+        for name, value in self.values.items():
+            by_value[value].append(name)
+        who = "; ".join(f"{', '.join(names)}: {value}" for value, names in by_value.items())
+        return f"{self.what} ({who}): {self.consequence}"
+
+
+_EXPERTS_ALIKE = "experts of one model must have the same shapes; use checkpoints of one size"
+_ANCHOR_WINS = "the anchor's is used for the whole model"
+
+_CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
+    ("model_type", "error", "sources must be of one family"),
+    ("hidden_size", "error", _EXPERTS_ALIKE),
+    ("num_hidden_layers", "error", _EXPERTS_ALIKE),
+    ("intermediate_size", "error", _EXPERTS_ALIKE),
+    ("num_attention_heads", "error", _EXPERTS_ALIKE),
+    ("num_key_value_heads", "error", _EXPERTS_ALIKE),
+    ("head_dim", "error", _EXPERTS_ALIKE),
+    ("hidden_act", "error", "the MoE has one activation function for all experts"),
+    (
+        "vocab_size",
+        "error",
+        "merging vocabularies is not supported; use sources with one tokenizer",
+    ),
+    ("rms_norm_eps", "warning", _ANCHOR_WINS),
+    (
+        "rope_parameters",
+        "warning",
+        _ANCHOR_WINS + "; the others' attention was trained under other positions and will suffer",
+    ),
+    ("sliding_window", "warning", _ANCHOR_WINS),
+    ("max_position_embeddings", "warning", _ANCHOR_WINS),
+)
+"""(config field, verdict where sources differ, consequence)."""
+
+
+def compare_sources(sources: Sequence[Source], anchor: str) -> list[Difference]:
+    """Every difference between the sources, from configs, headers and tokenizers."""
+    found = []
+
+    def differ(what: str, values: Mapping[str, Any], verdict: Verdict, consequence: str) -> None:
+        spelled = {name: _spell(value) for name, value in values.items()}
+        if len(set(spelled.values())) > 1:
+            found.append(Difference(what, spelled, verdict, consequence))
+
+    for field, verdict, consequence in _CONFIG_RULES:
+        values = {
+            s.name: head_dim(s.config) if field == "head_dim" else getattr(s.config, field, None)
+            for s in sources
+        }
+        differ(field, values, verdict, consequence)
+    differ(
+        "tie_word_embeddings",
+        {s.name: s.config.tie_word_embeddings for s in sources},
+        "warning",
+        "the output's head is untied; a tied source lends its embeddings as its head",
+    )
+    differ(
+        "dtype",
+        {s.name: sorted({h.dtype for h in s.headers.values()}) for s in sources},
+        "fine",
+        "everything is computed in float32",
+    )
+    if any(d.what == "model_type" for d in found):
+        return found  # tokenizers of different families differ in every way; one message is enough
+    found += _compare_tokenizers(sources, anchor)
+    return found
+
+
+def _compare_tokenizers(sources: Sequence[Source], anchor: str) -> list[Difference]:
+    tokenizers = {s.name: s.tokenizer for s in sources}
+    found = []
+    vocabularies = {name: tokenizer.get_vocab() for name, tokenizer in tokenizers.items()}
+    for name, vocabulary in vocabularies.items():
+        if vocabulary != vocabularies[anchor]:
+            differing = sorted(vocabulary.items() ^ vocabularies[anchor].items())
+            shown = ", ".join(f"{token!r} = {number}" for token, number in differing[:4])
+            sizes = {
+                anchor: f"{len(vocabularies[anchor])} tokens",
+                name: f"{len(vocabulary)} tokens",
+            }
+            found.append(
+                Difference(
+                    "tokenizer vocabulary",
+                    sizes,
+                    "error",
+                    f"{len(differing)} entries differ, such as {shown}; merging vocabularies is "
+                    "not supported, use sources with one tokenizer",
+                )
+            )
+    rules: dict[str, dict[str, str]] = {
+        "tokenizer merges and normalization": {},
+        "special tokens": {},
+        "chat template": {},
+    }
+    for name, tokenizer in tokenizers.items():
+        rules["tokenizer merges and normalization"][name] = _segmentation_digest(tokenizer)
+        rules["special tokens"][name] = _spell(
+            {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())}
+        )
+        template = getattr(tokenizer, "chat_template", None)
+        rules["chat template"][name] = (
+            "none" if not template else "sha256 " + _digest(str(template))
+        )
+    found += [
+        Difference(what, values, "warning", _ANCHOR_WINS)
+        for what, values in rules.items()
+        if len(set(values.values())) > 1
+    ]
+    return found
+
+
+def _segmentation_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what turns text into tokens, apart from the vocabulary itself."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return type(tokenizer).__name__
+    content = json.loads(backend.to_str())
+    model = {k: v for k, v in content.get("model", {}).items() if k != "vocab"}
+    parts = [model, content.get("normalizer"), content.get("pre_tokenizer")]
+    return "sha256 " + _digest(json.dumps(parts, sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {value[key]}" for key in sorted(value))
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def refuse_mismatch(differences: Sequence[Difference]) -> None:
+    """Raise SourceMismatch that names every difference with the verdict `error`."""
+    errors = [str(difference) for difference in differences if difference.verdict == "error"]
+    if errors:
+        raise SourceMismatch("the sources do not match: " + " | ".join(errors))

@@ -1,0 +1,31 @@
+"""Models as everyone else loads them: stock `AutoModelForCausalLM`, with nothing missing or
+surplus."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from symphony_moe.errors import VerificationError
+from symphony_moe.families import HEAD_BIAS
+from symphony_moe.forward import device
+
+
+def load_stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a checkpoint folder from disk, in evaluation mode, onto the GPU where there is
+    one.
+
+    `transformers` only warns of tensors that are missing, left over or of another shape; here each
+    is a VerificationError. A head bias that the recipe left out may be missing where it is zero.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    model, info = loaded
+    if HEAD_BIAS in info["missing_keys"] and not bool(model.get_parameter(HEAD_BIAS).any()):
+        info["missing_keys"].discard(HEAD_BIAS)  # left out by output.head_bias; filled with zeros
+    wrong = {what: sorted(map(str, names)) for what, names in info.items() if names}
+    if wrong:
+        raise VerificationError(f"{folder} does not load cleanly in transformers: {wrong}")
+    return model.eval().to(device())

@@ -1,0 +1,237 @@
+"""Text: which documents are held out, and how documents become windows of tokens.
+
+One rule each, shared by calibration, training, evaluation and the training of the bundled models:
+
+- a document is *held out* when the hash of its text falls below the `holdout` share, so that the
+  split depends neither on the order of the documents nor on what else there is;
+- every document is preceded by the tokenizer's BOS (where it has one), documents are packed end to
+  end, and the stream is cut into windows of `sequence_length`. The last, incomplete window is
+  dropped.
+"""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from symphony_moe.errors import TextError
+from symphony_moe.recipe import BUNDLED, Data, HubData
+
+log = logging.getLogger(__name__)
+
+_POOL = 4
+"""Windows are drawn from this many times the tokens asked for (or from all there is)."""
+
+
+def is_held_out(document: str, share: float) -> bool:
+    """Whether a document belongs to the held-out text, which is for evaluation only.
+
+    `share` is a fraction of 1. The first 64 bits of the SHA-256 of the text, read as a fraction of
+    2**64, decide, so the same document falls on the same side everywhere.
+    """
+    digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def pack_windows(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
+) -> Int[Tensor, "windows sequence"]:
+    """Tokenize documents in the order given and cut the packed stream into windows (int64)."""
+    stream: list[int] = []
+    for document in documents:
+        stream += _tokenize(document, tokenizer)
+    whole = len(stream) // sequence_length * sequence_length
+    return torch.tensor(stream[:whole], dtype=torch.int64).view(-1, sequence_length)
+
+
+def _tokenize(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of one document, beginning with BOS where the tokenizer has one."""
+    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    start = tokenizer.bos_token_id
+    # A chat template may have written BOS into the text already.
+    return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+
+def draw_windows(
+    who: str,
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    sequence_length: int,
+    seed: int,
+) -> Int[Tensor, "windows sequence"]:
+    """Windows drawn at random over the whole text, `tokens` in total (rounded down to whole
+    windows, at least one).
+
+    Documents are packed in an order drawn from `seed`, up to four times the tokens asked for, and
+    the windows are drawn from those without repetition. Less text than asked for is said in a
+    warning and used as it is; text that does not fill one window raises TextError. `who` names the
+    text in both.
+    """
+    wanted = max(1, tokens // sequence_length)
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    pool = _POOL * wanted * sequence_length
+
+    def enough() -> Iterator[str]:
+        seen = 0
+        for index in order:
+            if seen >= pool:
+                return
+            yield documents[index]
+            # Tokens are not known here; a token is rarely shorter than a character.
+            seen += max(1, len(documents[index]) // 4)
+
+    windows = pack_windows(enough(), tokenizer, sequence_length)
+    if len(windows) == 0:
+        raise TextError(
+            f"{who}: {len(documents)} documents do not fill one window of {sequence_length} "
+            "tokens; give more text or set a smaller sequence_length"
+        )
+    if len(windows) < wanted:
+        log.warning(
+            "%s: %s tokens asked for, the text has %s; using those",
+            who, f"{wanted * sequence_length:,}", f"{windows.numel():,}",
+        )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(len(windows), generator=generator)[:wanted]]
+
+
+def read_documents(
+    who: str, data: Data, column: str, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """All documents of a `data` setting. `who` names it in errors.
+
+    Raises TextError for a file that is missing, unreadable, of an unknown kind or without text.
+    """
+    if isinstance(data, HubData):
+        rows = _hub_rows(who, data)
+        documents = [_text_of(who, row, data.column, tokenizer) for row in rows]
+    elif isinstance(data, list):
+        documents = [d for item in data for d in read_documents(who, item, column, tokenizer)]
+    elif data.startswith(BUNDLED):
+        from symphony_moe.bundled import corpus
+
+        documents = corpus.documents(data.removeprefix(BUNDLED))
+    else:
+        documents = list(_file_documents(who, Path(data), column, tokenizer))
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise TextError(f"{who}: no text in {_spelled(data)}")
+    return documents
+
+
+def check_data_exists(who: str, data: Data) -> None:
+    """Raise TextError for files that are missing or of an unknown kind, without reading any."""
+    if isinstance(data, list):
+        if not data:
+            raise TextError(f"{who}: data is an empty list; expected at least one file")
+        for item in data:
+            check_data_exists(who, item)
+    elif isinstance(data, str) and not data.startswith(BUNDLED):
+        path = Path(data)
+        if not path.is_file():
+            raise TextError(f"{who}: no such data file: {path}")
+        if path.suffix not in _READERS:
+            raise TextError(f"{who}: {path}: expected one of {', '.join(_READERS)}")
+        if path.stat().st_size == 0:
+            raise TextError(f"{who}: {path} is empty")
+
+
+def _spelled(data: Data) -> str:
+    return f"dataset {data.hub}" if isinstance(data, HubData) else str(data)
+
+
+def _file_documents(
+    who: str, path: Path, column: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    check_data_exists(who, str(path))
+    try:
+        for row in _READERS[path.suffix](path):
+            yield (
+                row if isinstance(row, str) else _text_of(f"{who}: {path}", row, column, tokenizer)
+            )
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, TextError):
+            raise
+        raise TextError(f"{who}: {path} is not readable as {path.suffix}: {error}") from None
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    """Documents separated by blank lines."""
+    lines: list[str] = []
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                lines.append(line)
+            elif lines:
+                yield "".join(lines)
+                lines = []
+    if lines:
+        yield "".join(lines)
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}: {error}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from None
+
+
+_READERS = {".jsonl": _read_jsonl, ".txt": _read_txt, ".parquet": _read_parquet}
+
+
+def _text_of(who: str, row: Any, column: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a row: a named column, or a chat in `messages` through the chat template."""
+    if isinstance(row, dict) and column not in row and "messages" in row:
+        column = "messages"
+    if not isinstance(row, dict) or column not in row:
+        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise TextError(f"{who}: expected a column {column!r} in every row; a row has: {has}")
+    value = row[column]
+    if isinstance(value, list):
+        if not getattr(tokenizer, "chat_template", None):
+            raise TextError(
+                f"{who}: {column!r} holds chats, but the tokenizer has no chat template"
+            )
+        try:
+            return str(tokenizer.apply_chat_template(value, tokenize=False))
+        except Exception as error:
+            # Templates are programs of the model's authors and refuse chats in their own ways.
+            raise TextError(f"{who}: the chat template refuses a chat: {error}") from None
+    if not isinstance(value, str):
+        raise TextError(f"{who}: {column!r} holds {type(value).__name__}; expected text")
+    return value
+
+
+def _hub_rows(who: str, data: HubData) -> Iterable[Any]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(data.hub, data.name, split=data.split, revision=data.revision)
+    except Exception as error:
+        # Not there, no such split, no connection: the library raises many kinds.
+        raise TextError(f"{who}: dataset {data.hub!r} cannot be loaded: {error}") from None

@@ -1,0 +1,295 @@
+"""Stage 2: train the router, router and experts, or everything, with the stock model's balance
+loss.
+
+Sec. 3.3: language-model loss plus 0.01 times the Switch load-balancing loss, AdamW, cosine decay,
+gradient norm 1.0. The loop is `transformers.Trainer`; the text is the sources' own, in equal
+shares, held-out documents left out.
+"""
+
+import json
+import logging
+import math
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from symphony_moe.errors import RunFolderError
+from symphony_moe.families import HEAD_BIAS
+from symphony_moe.recipe import Recipe, Train
+from symphony_moe.run_folder import RunFolder, publish, write_text
+from symphony_moe.shards import CheckpointWriter, hash_folder
+from symphony_moe.sources import Source
+from symphony_moe.stock import load_stock
+from symphony_moe.text import draw_windows, is_held_out, read_documents
+
+log = logging.getLogger(__name__)
+
+_ROUTER = re.compile(r"\.(gate|router)\.weight$")
+_EXPERT = re.compile(r"\.experts\.")
+
+
+def train_run(
+    run: RunFolder, recipe: Recipe, sources: Sequence[Source], *, resume: bool, overwrite: bool
+) -> None:
+    """Train `checkpoint/` into `trained/`, which appears when it is whole.
+
+    Raises RunFolderError where there is no checkpoint, where `trained/` exists (unless
+    `overwrite`), and where the loss stops being a number.
+    """
+    run.require_checkpoint()
+    if run.trained.is_dir() and not overwrite:
+        raise RunFolderError(f"{run.trained}: exists; --overwrite trains the checkpoint again")
+    settings = recipe.train
+    windows = training_windows(recipe, sources)
+    if not resume:
+        shutil.rmtree(run.work, ignore_errors=True)
+    run.training.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+
+    model = load_stock(run.checkpoint)
+    num_trained = choose_parameters(model, settings.scope)
+    log.info("training %s: %s parameters", settings.scope, f"{num_trained:,}")
+    model.config.output_router_logits = settings.balance_weight > 0
+    # The coefficient is read from the config when a model is made, so the model has its own copy.
+    model.config.router_aux_loss_coef = settings.balance_weight
+    setattr(model, "router_aux_loss_coef", settings.balance_weight)  # noqa: B010 (not in its type)
+    trainer = _make_trainer(model, windows, settings, recipe.seed, run.training)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run.training)) if resume else None)
+
+    if run.trained.is_dir():
+        shutil.rmtree(run.trained)
+    model.config.output_router_logits = False
+    hashes = _write_trained(run, recipe, model)
+    publish(run.staged_trained, run.trained)
+    manifest = run.read_json(run.manifest)
+    run.update_json(
+        run.manifest,
+        {
+            "files": {k: v for k, v in manifest["files"].items() if not k.startswith("trained/")}
+            | hash_folder(run.trained),
+            "tensors": manifest["tensors"] | {"trained": hashes},
+        },
+    )
+    curve = _curve(trainer, settings)
+    run.update_json(
+        run.metrics,
+        {
+            "training": {
+                "scope": settings.scope,
+                "tokens": windows.numel(),
+                "steps": trainer.state.global_step,
+                "seconds": round(time.monotonic() - started, 2),
+                "learning_rate": settings.learning_rate,
+                "trained_parameters": num_trained,
+                "curve": curve,
+            }
+        },
+    )
+    shutil.rmtree(run.work)
+
+
+def training_windows(recipe: Recipe, sources: Sequence[Source]) -> Int[Tensor, "windows sequence"]:
+    """Windows in the order of training: equal shares of every source's text, shuffled together.
+    Text that is shorter than its share is repeated, each time in a new order."""
+    settings = recipe.train
+    share = max(1, settings.tokens // settings.sequence_length // len(sources))
+    generator = torch.Generator().manual_seed(recipe.seed)
+    parts = []
+    for source in sources:
+        spec = recipe.sources[source.name]
+        who = f"training text of {source.name}"
+        documents = read_documents(who, spec.data, spec.column, source.tokenizer)
+        windows = draw_windows(
+            who,
+            [d for d in documents if not is_held_out(d, recipe.evaluation.holdout)],
+            source.tokenizer,
+            tokens=share * settings.sequence_length,
+            sequence_length=settings.sequence_length,
+            seed=recipe.seed,
+        )
+        repeats = math.ceil(share / len(windows))
+        if repeats > 1:
+            log.warning("%s: repeated %.1f times", who, share / len(windows))
+        orders = [torch.randperm(len(windows), generator=generator) for _ in range(repeats)]
+        parts.append(windows[torch.cat(orders)[:share]])
+    together = torch.cat(parts)
+    return together[torch.randperm(len(together), generator=generator)]
+
+
+def choose_parameters(model: PreTrainedModel, scope: str) -> int:
+    """Freeze what the scope leaves out; the number of parameters that learn.
+
+    `router`: the routers' matrices. `experts`: those and the experts. `all`: everything that the
+    checkpoint stores: the target's extra biases (Ernie's score correction and head bias) stay zero.
+    """
+    for name, parameter in model.named_parameters():
+        extra = name.endswith(("e_score_correction_bias", HEAD_BIAS))
+        learns = {
+            "router": bool(_ROUTER.search(name)),
+            "experts": bool(_ROUTER.search(name) or _EXPERT.search(name)),
+            "all": True,
+        }[scope]
+        parameter.requires_grad_(learns and not extra)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+class _Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Packed windows as the Trainer wants them; labels are the tokens (the model shifts them)."""
+
+    def __init__(self, windows: Int[Tensor, "windows sequence"]) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+class _Progress(TrainerCallback):
+    """Says where the training is and when it will end; stops it where the loss is no number."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.begun: tuple[int, float] | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.begun is None:
+            self.begun = state.global_step, time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs or "loss" not in logs or self.begun is None:
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise RunFolderError(
+                f"training diverged at step {state.global_step}: the loss is {loss}. Lower "
+                "train.learning_rate; the checkpoint is untouched"
+            )
+        first_step, began = self.begun
+        speed = (state.global_step - first_step) / (time.monotonic() - began)
+        log.info(
+            "step %d of %d, loss %.3f, %s tokens/s, %.0f s to go",
+            state.global_step,
+            state.max_steps,
+            loss,
+            f"{speed * self.tokens_per_step:,.0f}",
+            (state.max_steps - state.global_step) / speed,
+        )
+
+
+def _make_trainer(
+    model: PreTrainedModel, windows: Tensor, settings: Train, seed: int, folder: Path
+) -> Trainer:
+    cuda = torch.cuda.is_available()
+    world = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
+    per_step = settings.batch_size * settings.gradient_accumulation * world
+    steps = max(1, len(windows) // per_step)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch",
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        use_cpu=not cuda,
+        # The windows are in the order of training already.
+        train_sampling_strategy="sequential",
+        logging_steps=max(1, steps // 50),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=max(1, math.ceil(steps / settings.checkpoints)),
+        save_total_limit=2,
+        seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Windows(windows),
+        data_collator=default_data_collator,
+        callbacks=[_Progress(per_step * settings.sequence_length)],
+    )
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _curve(trainer: Trainer, settings: Train) -> list[dict[str, float]]:
+    per_step = (
+        trainer.args.train_batch_size
+        * trainer.args.gradient_accumulation_steps
+        * settings.sequence_length
+    )
+    return [
+        {
+            "step": entry["step"],
+            "tokens": entry["step"] * per_step,
+            "loss": entry["loss"],
+            "learning_rate": entry["learning_rate"],
+        }
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def _write_trained(run: RunFolder, recipe: Recipe, model: PreTrainedModel) -> dict[str, str]:
+    """The trained weights under the names, shapes and dtype of `checkpoint/`; tensor hashes.
+
+    `save_pretrained` restores the per-expert names, but adds tensors of its own (Ernie's zero head
+    bias, which other readers refuse), so its output is streamed through our writer.
+    """
+    raw = run.work / "saved"
+    model.save_pretrained(raw)
+    stored = {k: tuple(v) for k, v in run.read_json(run.plan)["tensors"].items()}
+    writer = CheckpointWriter(
+        run.staged_trained, stored, recipe.output.dtype, recipe.output.max_shard_bytes
+    )
+    for path in sorted(raw.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a handle, not a dict)
+                if name in stored:
+                    writer.write(name, file.get_tensor(name))
+    hashes = writer.finish()
+    for path in run.checkpoint.iterdir():
+        if ".safetensors" not in path.name:
+            shutil.copyfile(path, run.staged_trained / path.name)
+    card = (run.staged_trained / "README.md").read_text(encoding="utf-8")
+    settings = json.dumps(recipe.train.model_dump(), indent=2)
+    card += f"\n## Training\n\nTrained after building, with\n\n```json\n{settings}\n```\n"
+    write_text(run.staged_trained / "README.md", card)
+    return hashes

@@ -1,0 +1,236 @@
+"""A finished run against its manifest, its sources and stock `transformers`.
+
+Everything that the recipe and the recorded neuron orders determine is computed again from the
+sources and compared tensor by tensor; then stock `AutoModelForCausalLM` must load the checkpoint
+with nothing missing or surplus, and give the logits that the pipeline's own layers give.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from symphony_moe.assemble import assemble_layer, fused_final_norm, fused_tables
+from symphony_moe.errors import VerificationError
+from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, layer_outputs
+from symphony_moe.forward import load_moe_layer, logits_from_stream, run_layer
+from symphony_moe.plan import Plan
+from symphony_moe.recipe import Recipe
+from symphony_moe.run_folder import RunFolder
+from symphony_moe.shards import hash_folder, sha256_of
+from symphony_moe.sources import Source
+from symphony_moe.stock import load_stock
+
+log = logging.getLogger(__name__)
+
+LOGITS_TOLERANCE = 1e-4
+"""max |stock - pipeline| over max |pipeline|, both in float32 from the same rounded weights."""
+
+_PROBE = (2, 48)
+"""Windows and tokens per window of the random probe for logits."""
+
+
+def verify_run(
+    run: RunFolder, recipe: Recipe, sources: Sequence[Source], plan: Plan
+) -> dict[str, str]:
+    """Every check and what it found. Raises VerificationError with all that failed.
+
+    Opening the sources has already compared their hashes with the recipe's.
+    """
+    run.require_checkpoint()
+    manifest = run.read_json(run.manifest)
+    checks: dict[str, str] = {"sources": "hashes equal the recipe's"}
+    failed: list[str] = []
+
+    def check(name: str, problem: str | None, passed: str) -> None:
+        checks[name] = problem or passed
+        if problem:
+            failed.append(f"{name}: {problem}")
+        log.info("%s: %s", name, checks[name])
+
+    folders = [folder for folder in (run.checkpoint, run.trained) if folder.is_dir()]
+    for folder in folders:
+        problem = _compare_files(folder, manifest["files"])
+        check(f"{folder.name} files", problem, "hashes equal the manifest's")
+        problem = _compare_names(folder, plan)
+        check(
+            f"{folder.name} tensors", problem, f"all {len(plan.tensors)} names, shapes and dtypes"
+        )
+    changed = sha256_of(run.alignment) != manifest["files"][run.alignment.name]
+    check("alignment", "hash differs from the manifest's" if changed else None, "hash equal")
+    if failed:
+        # What follows would read files that are known to be wrong.
+        raise VerificationError(f"{run.root}: " + " | ".join(failed))
+
+    probe = torch.randint(
+        plan.tensors[EMBEDDING][0], _PROBE, generator=torch.Generator().manual_seed(recipe.seed)
+    )
+    comparison, expected = _recompute(run, recipe, sources, plan, probe)
+    check("experts and backbone", comparison.problem(), comparison.summary())
+    for folder in folders:
+        problem, passed = _check_stock(
+            folder, plan, expected if folder == run.checkpoint else None, probe
+        )
+        check(f"{folder.name} in stock transformers", problem, passed)
+    if failed:
+        raise VerificationError(f"{run.root}: " + " | ".join(failed))
+    return checks
+
+
+def compare_builds(run: RunFolder, rebuilt: RunFolder) -> str:
+    """Tensor hashes of two builds of one recipe. Raises VerificationError where they differ."""
+    first, second = (r.read_json(r.manifest)["tensors"]["checkpoint"] for r in (run, rebuilt))
+    different = sorted(name for name in first if first[name] != second.get(name))
+    if different:
+        raise VerificationError(
+            f"{run.root}: a second build differs in {len(different)} tensors, first {different[0]}"
+        )
+    return f"a second build has the same {len(first)} tensors"
+
+
+class _Comparison:
+    """Tensors on disk against tensors computed again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.equal = self.rounding = 0
+        self.different: list[str] = []
+        self._where: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._where |= dict.fromkeys(file.keys(), path)
+
+    def add(self, name: str, expected: Tensor, first_row: int = 0) -> None:
+        with safe_open(self._where[name], framework="pt") as file:
+            stored = file.get_slice(name)[first_row : first_row + len(expected)]
+            if torch.equal(stored, expected):
+                self.equal += 1
+            elif torch.allclose(
+                stored.float(), expected.float(), rtol=torch.finfo(stored.dtype).eps, atol=0
+            ):
+                # Another machine may add in another order and round the last bit the other way.
+                self.rounding += 1
+            else:
+                self.different.append(name)
+
+    def problem(self) -> str | None:
+        if not self.different:
+            return None
+        return (
+            f"{len(self.different)} tensors are not what the sources and the recorded neuron "
+            f"orders give, first {self.different[0]}"
+        )
+
+    def summary(self) -> str:
+        rounding = f", {self.rounding} up to the last bit" if self.rounding else ""
+        return f"computed again from the sources: {self.equal} equal{rounding}"
+
+
+@torch.inference_mode()
+def _recompute(
+    run: RunFolder, recipe: Recipe, sources: Sequence[Source], plan: Plan, probe: Tensor
+) -> tuple[_Comparison, Tensor]:
+    """Compare the checkpoint with what its sources give, and run the probe through the recomputed
+    layers: (comparison, the pipeline's logits)."""
+    anchor = next(source for source in sources if source.name == recipe.anchor)
+    dtype = getattr(torch, plan.dtype)
+    comparison = _Comparison(run.checkpoint)
+    record = load_file(run.alignment)
+    stream = torch.empty(*probe.shape, anchor.config.hidden_size)
+    for name, first, rows in fused_tables(recipe, sources, [EMBEDDING]):
+        rows = rows.to(dtype)
+        comparison.add(name, rows, first)
+        inside = (probe >= first) & (probe < first + len(rows))
+        stream[inside] = rows[probe[inside] - first].float()
+    for layer in range(anchor.config.num_hidden_layers):
+        weights = {source.name: source.read_layer(layer) for source in sources}
+        keys = {source.name: f"{source.name}.layers.{layer}.neurons" for source in sources}
+        orders = {name: record[key] for name, key in keys.items() if key in record}
+        moe = assemble_layer(recipe, sources, layer, weights, orders).to(dtype)
+        for name, tensor in layer_outputs(anchor.family, anchor.config, layer, moe):
+            comparison.add(name, tensor)
+        model = load_moe_layer(anchor.config, layer, moe, recipe.router.top_k)
+        stream = run_layer(model, stream)
+    norm = fused_final_norm(recipe, sources).to(dtype)
+    comparison.add(FINAL_NORM, norm)
+    if HEAD_BIAS in plan.tensors:
+        comparison.add(HEAD_BIAS, torch.zeros(plan.tensors[HEAD_BIAS], dtype=dtype))
+    logits = []
+    head = HEAD if HEAD in plan.tensors else EMBEDDING
+    for name, first, rows in fused_tables(recipe, sources, [head]):
+        rows = rows.to(dtype)
+        if name == HEAD:
+            comparison.add(name, rows, first)
+        eps = anchor.config.rms_norm_eps
+        logits.append(logits_from_stream(stream.cpu(), norm.float(), rows.float(), eps))
+    return comparison, torch.cat(logits, dim=-1)
+
+
+def _compare_files(folder: Path, expected: Mapping[str, str]) -> str | None:
+    found = hash_folder(folder)
+    listed = {
+        name: digest for name, digest in expected.items() if name.startswith(folder.name + "/")
+    }
+    if found == listed:
+        return None
+    wrong = sorted(
+        name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name)
+    )
+
+    def state(name: str) -> str:
+        if name not in found:
+            return "missing"
+        return "changed" if name in listed else "not in the manifest"
+
+    return "not what the manifest says: " + ", ".join(f"{n} ({state(n)})" for n in wrong)
+
+
+def _compare_names(folder: Path, plan: Plan) -> str | None:
+    found: dict[str, Any] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a handle, not a dict)
+                    found[name] = tuple(file.get_slice(name).get_shape())
+    except (SafetensorError, OSError) as error:
+        return f"a weights file is not readable: {error}"
+    wrong = sorted(
+        name
+        for name in found.keys() | plan.tensors.keys()
+        if found.get(name) != plan.tensors.get(name)
+    )
+    return f"{len(wrong)} tensors are not as planned, first {wrong[0]}" if wrong else None
+
+
+def _check_stock(
+    folder: Path, plan: Plan, expected: Tensor | None, probe: Tensor
+) -> tuple[str | None, str]:
+    """(problem, what passed) of loading a checkpoint and, where logits are expected, comparing."""
+    needed = plan.total_parameters * 4 * 1.2
+    available = psutil.virtual_memory().available
+    if needed > available:
+        return None, (
+            f"not checked: loading takes {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are free"
+        )
+    try:
+        model = load_stock(folder)
+    except VerificationError as error:
+        return str(error), ""
+    with torch.inference_mode():
+        logits = model(input_ids=probe, use_cache=False).logits.float()
+    if not bool(torch.isfinite(logits).all()):
+        return "logits are not finite", ""
+    if expected is None:
+        return None, "loads with nothing missing or surplus"
+    difference = float((logits - expected).abs().max() / expected.abs().max())
+    if difference > LOGITS_TOLERANCE:
+        return (
+            f"logits differ from the pipeline's by {difference:.1e} (at most {LOGITS_TOLERANCE})",
+            "",
+        )
+    return None, f"loads with nothing missing or surplus, logits differ by {difference:.1e}"

@@ -1,0 +1,95 @@
+"""Everything of a checkpoint but its weights: config, tokenizer, generation config, model card.
+
+Nothing in these files tells the time or a path of the machine: the same recipe gives the same
+bytes.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+
+from symphony_moe.plan import Plan
+from symphony_moe.recipe import Recipe
+from symphony_moe.run_folder import sync_folder, write_text
+from symphony_moe.sources import Source
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> None:
+    """Write config, tokenizer and chat template (the anchor's), generation config and model
+    card."""
+    config = plan.config | {"transformers_version": transformers.__version__}
+    write_json(folder / "config.json", config)
+    anchor = next(source for source in sources if source.name == recipe.anchor)
+    for name in _TOKENIZER_FILES:
+        if (anchor.folder / name).is_file():
+            shutil.copyfile(anchor.folder / name, folder / name)
+    generation = anchor.folder / "generation_config.json"
+    settings = (
+        json.loads(generation.read_text(encoding="utf-8"))
+        if generation.is_file()
+        else {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    )
+    settings.pop("_from_model_config", None)
+    write_json(
+        folder / "generation_config.json",
+        settings | {"transformers_version": transformers.__version__},
+    )
+    write_text(folder / "README.md", model_card(plan, recipe, sources))
+    sync_folder(folder)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def model_card(plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> str:
+    """README.md of the output, with the hub's metadata."""
+    metadata = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": [source.public_name for source in sources],
+        "base_model_relation": "merge",
+        "tags": ["moe", "merge", "symphony-moe"],
+    }
+    rows = "\n".join(
+        f"| {number} | {source.name}{' (anchor)' if source.name == recipe.anchor else ''} | "
+        f"{source.public_name} |"
+        for number, source in enumerate(sources)
+    )
+    shown = recipe.model_dump(mode="json", exclude={"train", "evaluation"})
+    for source in sources:
+        shown["sources"][source.name] = {"model": source.public_name} | (
+            {"revision": recipe.sources[source.name].revision}
+            if recipe.sources[source.name].revision
+            else {}
+        )
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False)}---
+
+# Mixture of {len(sources)} experts
+
+A `{plan.architecture}` model with {plan.total_parameters:,} parameters,
+{plan.active_parameters:,} of them active per token (top {recipe.router.top_k}), built from
+{len(sources)} `{plan.family}` models
+with symphony-moe, method `{recipe.method}`, after the paper
+[Symphony-MoE](https://arxiv.org/abs/2509.18542).
+
+| expert | source | model |
+|---|---|---|
+{rows}
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)}```
+"""

@@ -1,0 +1,155 @@
+"""Pico checkpoints of every family, saved as real model folders."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": None,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "rms_norm_eps": 1e-5},
+    "llama-tied-rope3": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 16, "head_dim": 16},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-untied": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+}
+"""Every family, with the variations that its target must hold."""
+
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+]
+
+
+def make_tokenizer(folder: Path, bos: bool = True) -> None:
+    """A byte-level tokenizer of 300 tokens: the 256 bytes, `<s>`, `</s>`, and words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(alphabet)}
+    vocabulary |= {"<s>": 256, "</s>": 257}
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocabulary and len(vocabulary) < 300:
+                vocabulary[word[:end]] = len(vocabulary)
+                merges.append((word[: end - 1], word[end - 1]))
+    while len(vocabulary) < 300:
+        vocabulary[f"<unused{len(vocabulary)}>"] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>" if bos else None, eos_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def make_model(folder: Path, variant: str, seed: int, **changes: Any) -> Path:
+    """A random model folder, with weights large enough that layers matter and biases that are not
+    zero."""
+    settings = SIZES | {"tie_word_embeddings": False} | VARIANTS[variant] | changes
+    config = AutoConfig.for_model(**settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif parameter.ndim == 1:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+    model.save_pretrained(folder)
+    make_tokenizer(folder, bos=not variant.startswith("qwen"))
+    return folder
+
+
+def make_text(path: Path, seed: int, documents: int = 200) -> Path:
+    """A .jsonl file of random word sequences; each seed prefers other words."""
+    generator = torch.Generator().manual_seed(seed)
+    preference = torch.rand(len(WORDS), generator=generator) ** 3 + 0.01
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(documents):
+            drawn = torch.multinomial(preference, 40, replacement=True, generator=generator)
+            text = f"{number} " + " ".join(WORDS[index] for index in drawn)
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def make_recipe(root: Path, variant: str = "llama", count: int = 3, **sections: Any) -> Path:
+    """A folder with `count` sources `a`, `b`, ..., their text, and a recipe for them."""
+    root.mkdir(parents=True, exist_ok=True)
+    sources = {}
+    for number in range(count):
+        name = "abcdefgh"[number]
+        make_model(root / "models" / name, variant, seed=number)
+        make_text(root / f"{name}.jsonl", seed=number)
+        sources[name] = {"model": f"models/{name}", "data": f"{name}.jsonl"}
+    make_text(root / "other.jsonl", seed=99, documents=40)
+    recipe = {
+        "sources": sources,
+        "calibration": {"tokens": 1536, "sequence_length": 64},
+        "output": {"dtype": "float32"},
+        "train": {"tokens": 2048, "sequence_length": 64, "batch_size": 4, "learning_rate": 1e-3},
+        "evaluation": {
+            "tokens": 256, "holdout": 0.1, "sequence_length": 64, "extra": {"other": "other.jsonl"},
+        },
+    }  # fmt: skip
+    for section, values in sections.items():
+        old = recipe.get(section)
+        recipe[section] = (
+            {**old, **values} if isinstance(old, dict) and section != "sources" else values
+        )
+    path = root / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+@pytest.fixture(scope="session")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """variant -> recipe of three random sources, made once. Nobody changes what is in there."""
+    made: dict[str, Path] = {}
+
+    def get(variant: str) -> Path:
+        if variant not in made:
+            made[variant] = make_recipe(tmp_path_factory.mktemp(variant), variant)
+        return made[variant]
+
+    return get
