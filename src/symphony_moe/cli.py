@@ -6,6 +6,7 @@ once.
 """
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,11 @@ from symphony_moe.errors import RecipeError, SymphonyError
 if TYPE_CHECKING:
     from symphony_moe.plan import Plan
 
+_MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+}  # fmt: skip
+"""Errors of the system that tell of the machine's state."""
+
 DEMO_OUT = "symphony-demo"
 
 
@@ -35,19 +41,24 @@ def main(arguments: list[str] | None = None) -> int:
     except SymphonyError as error:
         return _fail(options, str(error), 2)
     except KeyboardInterrupt:
-        return _fail(options, "interrupted; --resume goes on from here", 130)
+        return _fail(options, "interrupted", 130)
     except BrokenPipeError:
         # The reader of our output (such as `head`) has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno is None:
-            raise
-        # A full disk, a folder without permission: the machine's state, not a bug.
-        return _fail(options, f"{error.filename or 'the disk'}: {error.strerror}", 2)
     except Exception as error:
+        if _is_machines_state(error):
+            return _fail(options, str(error), 2)
         traceback.print_exc()
         return _fail(options, f"a bug in symphony-moe: {type(error).__name__}: {error}", 1)
+
+
+def _is_machines_state(error: Exception) -> bool:
+    """A full disk or a folder without permission: nobody's bug. The libraries' own writers raise
+    errors of their own kinds for it, which carry the system's words."""
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        return True
+    return os.strerror(errno.ENOSPC) in str(error)
 
 
 def _fail(options: argparse.Namespace, message: str, code: int) -> int:

@@ -131,12 +131,13 @@ def _spell(losses: Mapping[str, float]) -> str:
 def continuations(
     run: RunFolder, recipe: Recipe, sources: Sequence[Source], *, count: int = 3, tokens: int = 48
 ) -> list[tuple[str, str, str]]:
-    """(domain, prompt, greedy continuation) for the beginnings of held-out windows, by the trained
+    """(domain, prompt, sampled continuation) for the beginnings of held-out windows, by the trained
     model (or, where there is none, the built one). `tokens`: length of the prompt, and of the
     text."""
     folder = run.trained if run.trained.is_dir() else run.checkpoint
     model = load_stock(folder)
     tokenizer = sources[0].tokenizer
+    torch.manual_seed(recipe.seed)
     found = []
     for domain, windows in list(held_out_windows(recipe, sources).items())[:count]:
         prompt = windows[:1, :tokens].to(model.device)
@@ -145,7 +146,9 @@ def continuations(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=tokens,
-            do_sample=False,
+            do_sample=True,
+            temperature=0.7,
+            top_p=0.9,
             pad_token_id=tokenizer.eos_token_id,
         )
         before, after = (

@@ -9,6 +9,7 @@ import logging
 import platform
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,19 +20,26 @@ import lap
 import safetensors
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from symphony_moe import __version__
 from symphony_moe.align import match_neurons, matched_correlation
 from symphony_moe.assemble import assemble_layer, fused_final_norm, fused_tables
 from symphony_moe.calibrate import Streams, advance, calibration_windows
-from symphony_moe.evaluate import continuations, evaluate_run
+from symphony_moe.evaluate import continuations, evaluate_run, held_out_windows
 from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, layer_outputs
 from symphony_moe.plan import Plan, make_plan, streams_in_memory
 from symphony_moe.recipe import Recipe
 from symphony_moe.report import render
-from symphony_moe.run_folder import RunFolder, log_to, publish, start_run, write_text
+from symphony_moe.run_folder import (
+    RunFolder,
+    log_to,
+    publish,
+    refuse_existing,
+    start_run,
+    write_text,
+)
 from symphony_moe.shards import CheckpointWriter, hash_folder, sha256_of
 from symphony_moe.sources import Source, open_sources
 from symphony_moe.text import check_data_exists
@@ -50,6 +58,8 @@ def plan(recipe: Recipe) -> Plan:
 
 def run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
     """The whole way: build, verify, train, evaluate, report."""
+    # Text that a later stage would refuse is refused before the first begins.
+    held_out_windows(recipe, open_sources(recipe, download=False))
     folder = build(recipe, out, resume=resume, overwrite=overwrite)
     verify(folder)
     if not folder.trained.is_dir():
@@ -65,7 +75,8 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     Refuses (SymphonyError) what cannot be built before the run folder is made.
     """
     started = time.monotonic()
-    _check_text(recipe)
+    refuse_existing(out, resume=resume, overwrite=overwrite)
+    plan(recipe)  # before weights are fetched
     sources = open_sources(recipe)
     planned = make_plan(recipe, sources)
     windows = calibration_windows(recipe, sources) if recipe.aligns_neurons else None
@@ -74,6 +85,8 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     folder = start_run(out, recipe, resume=resume, overwrite=overwrite)
     if folder.checkpoint.is_dir():
         log.info("%s is finished already", folder.checkpoint)
+        if folder.trained.is_dir() or not folder.training.is_dir():
+            shutil.rmtree(folder.work)  # nothing that a training could go on from
         return folder
     with log_to(folder):
         folder.update_json(folder.plan, planned.to_json())
@@ -172,7 +185,8 @@ def report(folder: RunFolder) -> Path:
 
 def peak_rss_bytes() -> int:
     """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _check_text(recipe: Recipe) -> None:
@@ -232,7 +246,7 @@ def _build_layer(
         writer.write(name, tensor)
     writer.sync()
     partial = done.with_suffix(".tmp")
-    save_file(record, partial)
+    partial.write_bytes(save(record))
     partial.replace(done)
 
 
@@ -242,7 +256,7 @@ def _gather_alignment(folder: RunFolder, num_layers: int) -> dict[str, Any]:
     record: dict[str, Tensor] = {}
     for layer in range(num_layers):
         record |= load_file(folder.layer_done(layer))
-    save_file(record, folder.alignment)
+    folder.alignment.write_bytes(save(record))
     correlations: dict[str, dict[str, list[float]]] = {}
     for name, values in record.items():
         source, _, rest = name.rpartition(".layers.")

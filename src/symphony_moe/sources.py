@@ -26,6 +26,7 @@ from symphony_moe.forward import decoder_layer, one_layer_model
 from symphony_moe.recipe import BUNDLED, Recipe, SourceSpec
 from symphony_moe.shards import sha256_of
 
+_INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -75,14 +76,23 @@ class Source:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises SourceError where the folder's tokenizer files cannot be read."""
+        """Raises SourceError where the folder's tokenizer files cannot be read, and where it knows
+        tokens that the model does not."""
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            num_tokens = max(tokenizer.get_vocab().values()) + 1
         except Exception as error:
             # The loaders behind AutoTokenizer raise whatever their parser raised.
             raise SourceError(
                 f"{self.name}: no usable tokenizer in {self.folder}: {_first_line(error)}"
             ) from None
+        if num_tokens > self.config.vocab_size:
+            raise SourceError(
+                f"{self.name}: the tokenizer in {self.folder} has {num_tokens} tokens, the model "
+                f"embeddings for {self.config.vocab_size}; is it another model's tokenizer? "
+                "Otherwise remove the tokens that have no embedding"
+            )
+        return tokenizer
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor (or some of its first axis) as float32.
@@ -126,7 +136,8 @@ def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
 def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source:
     """Open a checkpoint from its headers and prove that it is complete.
 
-    `download=False` fetches configuration, tokenizer and headers from the hub, but no weights.
+    `download=False` fetches configuration, tokenizer and headers from the hub, but no weights, and
+    does not read weights to compare their hashes.
     Raises SourceError for a folder or hub id that is not there, an architecture without a family
     table, a variant that the target cannot hold, and missing, surplus or misshapen tensors.
     """
@@ -139,7 +150,8 @@ def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source
     if not folder.is_dir():
         raise SourceError(f"{name}: no such model folder: {folder}")
     config = _read_config(name, folder)
-    remote = not download and not any(folder.glob("*.safetensors"))
+    from_hub = not spec.model.startswith(BUNDLED) and not Path(spec.model).is_absolute()
+    remote = from_hub and not download and not _has_weights(folder)
     headers = _hub_headers(name, spec) if remote else _read_headers(name, folder)
     headers = {k: v for k, v in headers.items() if not k.endswith(_IGNORED)}
     if config.tie_word_embeddings:
@@ -147,7 +159,7 @@ def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source
         headers.pop(HEAD, None)
     source = Source(name, spec.model, folder, config, headers)
     _check_tensors(source)
-    if spec.sha256 is not None and not remote:
+    if spec.sha256 is not None and download:
         _check_hashes(source, spec.sha256)
     return source
 
@@ -167,6 +179,18 @@ def _fetch(name: str, spec: SourceSpec, download: bool) -> Path:
             f"{name}: {spec.model!r} is no folder here, and as a hub id it cannot be fetched: "
             f"{_first_line(error)}"
         ) from None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether every weights file is there (a hub snapshot may hold some, or none)."""
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return True  # reading the headers will say what is wrong with the index
+        return all((folder / file).is_file() for file in listed)
+    return any(folder.glob("*.safetensors"))
 
 
 def _hub_headers(name: str, spec: SourceSpec) -> dict[str, Header]:
@@ -200,10 +224,16 @@ def _read_config(name: str, folder: Path) -> PreTrainedConfig:
                 f"families with an exact MoE target: {', '.join(FAMILIES)}"
             )
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # The family's own module refuses sizes and settings that make no model.
+        expected_shapes(config)
+    except SourceError:
+        raise
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SourceError(f"{name}: {path} is not JSON: {error}") from None
-    except (KeyError, TypeError, OSError) as error:
-        raise SourceError(f"{name}: {path} is not usable: {_first_line(error)}") from None
+    except Exception as error:
+        # Every config class and module checks, or stumbles, in its own way.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise SourceError(f"{name}: {path} is not usable: {reason}") from None
     if declared.get("quantization_config"):
         raise SourceError(
             f"{name}: {folder} is quantized; expected plain floating-point weights. "
@@ -216,13 +246,13 @@ def _read_config(name: str, folder: Path) -> PreTrainedConfig:
 
 
 def _read_headers(name: str, folder: Path) -> dict[str, Header]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     if index.is_file():
         try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            files = sorted({str(Path(file)) for file in listed.values()})
         except (ValueError, KeyError, TypeError) as error:
             raise SourceError(f"{name}: {index} is not a usable index: {error!r}") from None
-        files = sorted(set(listed.values()))
     else:
         listed = None
         files = sorted(path.name for path in folder.glob("*.safetensors"))

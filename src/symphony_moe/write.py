@@ -14,7 +14,7 @@ import transformers
 import yaml
 
 from symphony_moe.plan import Plan
-from symphony_moe.recipe import Recipe
+from symphony_moe.recipe import BUNDLED, Recipe
 from symphony_moe.run_folder import sync_folder, write_text
 from symphony_moe.sources import Source
 
@@ -57,7 +57,8 @@ def model_card(plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> str:
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": [source.public_name for source in sources],
+        # The hub takes names only, `name` or `owner/name`.
+        "base_model": [source.public_name.removeprefix(BUNDLED) for source in sources],
         "base_model_relation": "merge",
         "tags": ["moe", "merge", "symphony-moe"],
     }
@@ -73,16 +74,19 @@ def model_card(plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> str:
             if recipe.sources[source.name].revision
             else {}
         )
+    total, active = plan.total_parameters, plan.active_parameters
+    made = (
+        f"A `{plan.architecture}` model with {total:,} parameters, {active:,} of them active per "
+        f"token (top {recipe.router.top_k}), built from {len(sources)} `{plan.family}` models with "
+        f"symphony-moe, method `{recipe.method}`, after the paper "
+        "[Symphony-MoE](https://arxiv.org/abs/2509.18542)."
+    )
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
 # Mixture of {len(sources)} experts
 
-A `{plan.architecture}` model with {plan.total_parameters:,} parameters,
-{plan.active_parameters:,} of them active per token (top {recipe.router.top_k}), built from
-{len(sources)} `{plan.family}` models
-with symphony-moe, method `{recipe.method}`, after the paper
-[Symphony-MoE](https://arxiv.org/abs/2509.18542).
+{made}
 
 | expert | source | model |
 |---|---|---|

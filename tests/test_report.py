@@ -1,0 +1,421 @@
+"""The report is a pure function of what was measured: complete, escaped, self-contained."""
+
+import copy
+import itertools
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from symphony_moe.recipe import Recipe
+from symphony_moe.report import (
+    MISSING,
+    ceiling_share,
+    compact,
+    duration,
+    in_words,
+    line_chart,
+    loss_table,
+    loss_text,
+    mean_loss,
+    other_notes,
+    render,
+    shade,
+    size,
+    ticks,
+)
+
+SOURCES = ["general", "maths", "code"]
+DOMAINS = [*SOURCES, "medicine"]
+KEYS = ["sources", "built", "trained", "alignment", "routing", "training", "timing"]
+
+
+def sample_recipe() -> dict[str, Any]:
+    return Recipe.model_validate(
+        {
+            "sources": {
+                name: {"model": f"org/{name}", "data": f"{name}.jsonl"} for name in SOURCES
+            },
+            "anchor": "general",
+            "evaluation": {"extra": {"medicine": "medicine.jsonl"}},
+        }
+    ).model_dump(mode="json")
+
+
+def sample_plan() -> dict[str, Any]:
+    difference = {
+        "what": "rope_theta",
+        "values": {"general": "10000", "maths": "10000", "code": "1000000"},
+        "verdict": "warning",
+        "consequence": "the anchor's is used for the whole model",
+    }
+    note = f"rope_theta (general, maths: 10000; code: 1000000): {difference['consequence']}"
+    return {
+        "architecture": "qwen3_moe",
+        "family": "qwen3",
+        "sources": [
+            {
+                "name": name,
+                "model": f"org/{name}",
+                "architecture": "qwen3",
+                "parameters": 596_049_920,
+                "dtype": "bfloat16",
+                "files": 1,
+                "anchor": name == "general",
+            }
+            for name in SOURCES
+        ],
+        "differences": [difference],
+        "tensors": {"model.norm.weight": [1024]},
+        "config": {"model_type": "qwen3_moe"},
+        "dtype": "bfloat16",
+        "total_parameters": 1_124_618_240,
+        "active_parameters": 860_377_088,
+        "disk_bytes": 2_249_236_480,
+        "shards": 1,
+        "peak_memory_bytes": 3_512_000_000,
+        "seconds": 312.0,
+        "notes": [note, "backbone.weights has no effect on attention: it is the anchor's"],
+    }
+
+
+def sample_metrics() -> dict[str, Any]:
+    shares = {
+        domain: [[0.5 - 0.01 * layer, 0.3 + 0.02 * layer, 0.2 - 0.01 * layer] for layer in range(4)]
+        for domain in DOMAINS
+    }
+    routing = {
+        "experts": SOURCES,
+        "tokens": dict.fromkeys(DOMAINS, 65_536),
+        "share": shares,
+    }
+    losses = itertools.count(2101, 37)
+    rows = {name: {d: next(losses) / 1000 for d in DOMAINS} for name in [*SOURCES, "b", "t"]}
+    curve = [
+        {"step": s, "tokens": s * 4096, "loss": 4 * math.exp(-s / 40) + 2.3, "learning_rate": 5e-5}
+        for s in range(1, 245)
+    ]
+    return {
+        "sources": {name: rows[name] for name in SOURCES},
+        "built": rows["b"],
+        "trained": rows["t"],
+        "alignment": {
+            "neurons": {
+                name: {"before": [0.0112, 0.0147, 0.02, 0.018], "after": [0.41, 0.37, 0.33, 0.302]}
+                for name in SOURCES[1:]
+            }
+        },
+        "routing": {"built": routing, "trained": copy.deepcopy(routing)},
+        "training": {
+            "scope": "all",
+            "tokens": 1_000_000,
+            "steps": 244,
+            "seconds": 185.2,
+            "learning_rate": 5e-5,
+            "curve": curve,
+        },
+        "timing": {
+            "build_seconds": 290.4,
+            "build_peak_rss_bytes": 3_100_000_000,
+            "calibration_tokens": 262_144,
+            "evaluate_seconds": 81.7,
+        },
+    }
+
+
+class Page(HTMLParser):
+    """Reads a page, refusing tags that do not balance; keeps its tags, text and table rows."""
+
+    VOID = ("meta", "br", "link", "img", "hr", "input", "col")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(set(names)) == len(names), (tag, names)
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text.append(data)
+        if "td" in self.open or ("th" in self.open and self.rows):
+            self.rows[-1][-1] += data
+
+    def row(self, label: str) -> list[str]:
+        """Cells of the first row that begins with a label."""
+        return next(row[1:] for row in self.rows if row and row[0] == label)
+
+
+def rendered(metrics: dict[str, Any]) -> str:
+    return render(metrics, sample_plan(), sample_recipe())
+
+
+def without(*keys: str) -> dict[str, Any]:
+    return {key: value for key, value in sample_metrics().items() if key not in keys}
+
+
+def test_the_full_page_has_every_section_and_says_what_was_built() -> None:
+    page = Page(rendered(sample_metrics()))
+    text = " ".join(page.text)
+    for heading in ("Losses", "Training", "Routing", "Alignment", "Time and memory", "Recipe"):
+        assert heading in page.text
+    for fact in ("qwen3_moe", "1.12 billion", "860.38 million", "bfloat16", "symphony", "org/code"):
+        assert fact in text
+    assert "Not in this report" not in text
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("table") == tags.count("caption")
+
+
+@pytest.mark.parametrize(
+    ("removed", "heading", "command"),
+    [
+        ("sources", None, "symphony evaluate DIR"),
+        ("built", None, "symphony evaluate DIR"),
+        ("trained", None, "symphony evaluate DIR"),
+        ("training", "Training", "symphony train DIR"),
+        ("routing", "Routing", "symphony evaluate DIR"),
+        ("alignment", "Alignment", "symphony build RECIPE --out DIR"),
+        ("timing", "Time and memory", "symphony build RECIPE --out DIR"),
+    ],
+)
+def test_a_missing_part_makes_way_for_the_command_that_makes_it(
+    removed: str, heading: str | None, command: str
+) -> None:
+    page = Page(rendered(without(removed)))
+    assert heading not in page.text
+    assert command in page.text
+
+
+@pytest.mark.parametrize(
+    "kept", [(), *itertools.combinations(KEYS, 1), *itertools.combinations(KEYS, 2)]
+)
+def test_any_part_alone_renders(kept: tuple[str, ...]) -> None:
+    Page(rendered(without(*(key for key in KEYS if key not in kept))))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_an_empty_part_is_a_missing_part(key: str) -> None:
+    assert rendered(sample_metrics() | {key: {}}) == rendered(without(key))
+
+
+def test_no_alignment_is_no_omission_where_the_recipe_asks_for_none() -> None:
+    recipe = sample_recipe()
+    recipe["align"]["neurons"] = "none"
+    metrics = sample_metrics() | {"alignment": {"neurons": {}}}
+    assert "this recipe matches no neurons" in render(metrics, sample_plan(), recipe)
+
+
+def test_names_are_escaped() -> None:
+    evil = "<script>alert('x')</script>&"
+    metrics, plan, recipe = sample_metrics(), sample_plan(), sample_recipe()
+    for losses in [*metrics["sources"].values(), metrics["built"], metrics["trained"]]:
+        losses[evil] = 1.0
+    metrics["timing"][evil] = evil
+    plan["notes"].append(evil)
+    plan["sources"][0]["model"] = evil
+    recipe["sources"][evil] = recipe["sources"]["code"]
+    metrics["routing"]["built"]["share"][evil] = [[1.0, 0.0, 0.0]]
+    page = Page(render(metrics, plan, recipe))
+    assert "script" not in [tag for tag, _ in page.tags]
+    assert any(evil in row for row in page.rows)
+
+
+def test_every_loss_is_on_the_page_with_three_decimals_and_its_perplexity() -> None:
+    metrics = sample_metrics()
+    page = Page(rendered(metrics))
+    models = {name: metrics[name] for name in ("built", "trained")}
+    for label, losses in (metrics["sources"] | models).items():
+        inside = sum(losses[name] for name in SOURCES) / 3
+        cells = next(row[1:] for row in page.rows if row[0] == label and len(row) == 7)
+        expected = [*(losses[domain] for domain in DOMAINS), inside, losses["medicine"]]
+        assert cells == [f"{loss:.3f}" for loss in expected]
+    titles = [attributes.get("title") for _, attributes in page.tags]
+    assert f"perplexity {math.exp(metrics['built']['maths']):,.2f}" in titles
+
+
+def test_bold_marks_the_lowest_model_of_every_column_but_not_the_reference() -> None:
+    metrics = sample_metrics()
+    metrics["trained"]["maths"] = 1.0
+    metrics["sources"]["general"]["code"] = 0.5
+    table = loss_table(metrics, sample_recipe())
+    assert table is not None
+    best = [
+        [label for label, _, cells in table.rows if cells[column].best]
+        for column in range(len(DOMAINS) + 2)
+    ]
+    assert best == [["general"], ["trained"], ["general"], ["general"], ["general"], ["general"]]
+    assert "<b>1.000</b>" in rendered(metrics)
+    assert not any(cell.best for _, kind, row in table.rows if kind == "reference" for cell in row)
+
+
+def test_losses_that_look_equal_are_marked_alike() -> None:
+    metrics = sample_metrics()
+    metrics["built"]["code"], metrics["trained"]["code"] = 1.00004, 1.00001
+    table = loss_table(metrics, sample_recipe())
+    assert table is not None
+    assert [label for label, _, cells in table.rows if cells[2].best] == ["built", "trained"]
+
+
+def test_own_specialist_is_each_domain_by_its_own_source() -> None:
+    metrics = sample_metrics()
+    own = [metrics["sources"][name][name] for name in SOURCES]
+    page = Page(rendered(metrics))
+    assert page.row("own specialist") == [
+        *map(loss_text, own),
+        MISSING,
+        loss_text(sum(own) / 3),
+        MISSING,
+    ]
+    table = loss_table(metrics, sample_recipe())
+    assert table is not None
+    marked = [(row[0], i) for row in table.rows for i, cell in enumerate(row[2]) if cell.own]
+    assert marked == [(name, index) for index, name in enumerate(SOURCES)]
+
+
+def test_the_page_says_how_far_the_models_are_from_the_specialists() -> None:
+    metrics = sample_metrics()
+    metrics["sources"] = {name: {name: 2.0} for name in SOURCES}
+    metrics["built"] = dict.fromkeys(SOURCES, 3.25)
+    metrics["trained"] = dict.fromkeys(SOURCES, 1.9)
+    text = " ".join(Page(rendered(metrics)).text)
+    assert "built 3.250, which is 1.250 above the specialists' 2.000" in text
+    assert "trained 1.900, which is 0.100 below the specialists' 2.000" in text
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(math.nan, "NaN"), (math.inf, "inf"), (None, "NaN")])
+def test_a_diverged_model_renders_and_is_never_the_best(loss: float | None, shown: str) -> None:
+    metrics = sample_metrics()
+    metrics["trained"]["maths"] = loss
+    metrics["training"]["curve"][100]["loss"] = loss
+    metrics["routing"]["trained"]["share"]["code"][0][0] = loss
+    page = Page(rendered(metrics))
+    # The maths column and the mean in domain; the other domains are as they were.
+    assert [i for i, text in enumerate(page.row("trained")) if text == shown] == [1, 4]
+    assert "1 point(s) are not finite" in " ".join(page.text)
+    table = loss_table(metrics, sample_recipe())
+    assert table is not None
+    assert table.diverged
+    assert not table.rows[-1][2][1].best
+
+
+def test_a_loss_whose_perplexity_is_too_large_for_a_float_renders() -> None:
+    metrics = sample_metrics()
+    metrics["trained"]["maths"] = 1e6
+    page = Page(rendered(metrics))
+    assert page.row("trained")[1] == "1000000.000"
+
+
+def test_a_curve_without_a_finite_loss_renders() -> None:
+    metrics = sample_metrics()
+    metrics["training"]["curve"] = [{"step": 1, "tokens": 10, "loss": None, "learning_rate": 1.0}]
+    assert "no step logged a finite loss" in rendered(metrics)
+    metrics["training"]["curve"] = []
+    Page(rendered(metrics))
+
+
+def test_a_mean_over_fewer_domains_is_no_mean() -> None:
+    assert mean_loss([1.0, 2.0]) == 1.5
+    assert mean_loss([1.0, None]) is None
+    assert mean_loss([]) is None
+
+
+def test_the_page_loads_nothing() -> None:
+    html = rendered(sample_metrics())
+    page = Page(html)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "img", "iframe", "object", "embed")
+        assert not {"src", "href", "srcset", "xlink:href"} & attributes.keys()
+    assert "url(" not in html and "@import" not in html
+    assert not re.search(r"https?://", html)
+
+
+def test_rendering_is_pure() -> None:
+    metrics, plan, recipe = sample_metrics(), sample_plan(), sample_recipe()
+    before = copy.deepcopy((metrics, plan, recipe))
+    assert render(metrics, plan, recipe) == render(metrics, plan, recipe)
+    assert (metrics, plan, recipe) == before
+
+
+def test_importing_the_module_is_cheap() -> None:
+    program = (
+        "import sys; import symphony_moe.report;"
+        "sys.exit(str(sorted({'jinja2', 'torch', 'yaml'} & sys.modules.keys())))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_the_chart_places_points_within_the_plot_and_breaks_at_gaps() -> None:
+    losses = [5.0, math.nan, 3.0, 2.5]
+    chart = line_chart([{"tokens": 100 * i, "loss": loss} for i, loss in enumerate(losses)])
+    assert chart is not None
+    assert [len(line.split()) for line in chart.lines] == [1, 2]
+    numbers = [float(n) for line in chart.lines for n in re.findall(r"[-\d.]+", line)]
+    assert all(0 <= number <= 1000 for number in numbers)
+    assert chart.not_finite == 1
+    assert chart.last[0] == 100 and chart.last[2] == "2.500"
+    assert line_chart([{"tokens": 7, "loss": 2.0}]) is not None
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (2.31, 2.32), (3, 3), (0, 0), (1.9, 11), (0, 3e9)]
+)
+def test_ticks_are_few_and_span_the_values(low: float, high: float) -> None:
+    values = ticks(low, high)
+    assert values[0] <= low and high <= values[-1]
+    assert 2 <= len(values) <= 8
+    assert values == sorted(set(values))
+
+
+def test_colour_is_neutral_at_the_uniform_share_and_full_at_the_ends() -> None:
+    assert ceiling_share(num_experts=8, top_k=2) == 0.25
+    assert shade(0.125, 0.125, 0.25) == ("12.5", "more", 0)
+    assert shade(0.0, 0.125, 0.25) == ("0.0", "less", 100)
+    assert shade(0.4, 0.125, 0.25) == ("40.0", "more", 100)
+    # With two of three experts per token, none can have more than half.
+    assert ceiling_share(num_experts=3, top_k=2) == 0.5
+    assert shade(0.5, 0.5, ceiling_share(num_experts=2, top_k=2)) == ("50.0", "more", 0)
+
+
+def test_routing_marks_own_experts_and_ends_with_the_mean_over_layers() -> None:
+    page = Page(rendered(sample_metrics()))
+    assert page.row("mean") == ["48.5", "33.0", "18.5"]
+    own = [attributes for tag, attributes in page.tags if attributes.get("class") == "own-expert"]
+    assert len(own) == 2 * len(SOURCES)
+
+
+def test_notes_do_not_repeat_the_table_of_differences() -> None:
+    assert other_notes(sample_plan()) == sample_plan()["notes"][1:]
+
+
+def test_numbers_in_words() -> None:
+    assert [compact(0), compact(500_000), compact(2_500_000)] == ["0", "500k", "2.5M"]
+    assert in_words(812_000) == "812,000"
+    assert [size(512), size(3.1e9)] == ["512 bytes", "3.1 GB"]
+    assert [duration(4.21), duration(185.2)] == ["4.2 s", "3 min 05 s"]
+    assert duration(7800) == "2 h 10 min"
