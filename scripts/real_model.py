@@ -77,7 +77,7 @@ def tune(base: Path, folder: Path, domain: str, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 5 == 0:
-            print(f"tuning on {domain}: step {step} of {steps}, loss {float(loss):.3f}", flush=True)
+            print(f"tuning on {domain}: step {step} of {steps}, loss {loss.item():.3f}", flush=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -120,12 +120,15 @@ def symphony(*arguments: str) -> tuple[dict[str, Any], float, float]:
 
 def generate(folder: Path, prompt: str) -> str:
     """What stock transformers makes of the result, loaded as a user would."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
     assert not any(info.values()), info
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    inputs: Any = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     return str(

@@ -3,12 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    # Not while running: the shape checker must see the package before anything imports it.
+    from symphony_moe.run_folder import RunFolder
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -60,10 +64,11 @@ WORDS = [
 
 
 def make_tokenizer(folder: Path, bos: bool = True) -> None:
-    """A byte-level tokenizer of 300 tokens: the 256 bytes, `<s>`, `</s>`, and words."""
+    """A byte-level tokenizer of 300 tokens: the 256 bytes, `<s>`, `</s>`, `<|endoftext|>` (which
+    Qwen's tokenizer would otherwise add), and words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(alphabet)}
-    vocabulary |= {"<s>": 256, "</s>": 257}
+    vocabulary |= {"<s>": 256, "</s>": 257, "<|endoftext|>": 258}
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         for end in range(2, len(word) + 1):
@@ -150,6 +155,26 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def get(variant: str) -> Path:
         if variant not in made:
             made[variant] = make_recipe(tmp_path_factory.mktemp(variant), variant)
+        return made[variant]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def built(
+    recipes: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> "Callable[[str], RunFolder]":
+    """variant -> finished build of its recipe, made once. Nobody changes what is in there: copy
+    it."""
+    from symphony_moe import pipeline
+    from symphony_moe.recipe import load_recipe
+
+    made: dict[str, RunFolder] = {}
+
+    def get(variant: str) -> "RunFolder":
+        if variant not in made:
+            out = tmp_path_factory.mktemp(f"built-{variant}") / "run"
+            made[variant] = pipeline.build(load_recipe(recipes(variant)), out)
         return made[variant]
 
     return get

@@ -21,6 +21,7 @@ from symphony_moe.align import NeuronCorrelation
 from symphony_moe.families import EMBEDDING
 from symphony_moe.forward import WINDOWS_TOKENS, decoder_layer, device, load_dense_layer, run_layer
 from symphony_moe.recipe import Recipe
+from symphony_moe.shards import reserve
 from symphony_moe.sources import Source
 from symphony_moe.text import draw_windows, is_held_out, read_documents
 
@@ -62,8 +63,10 @@ class Streams:
         windows: Int[Tensor, "windows sequence"],
         folder: Path | None = None,
     ) -> None:
-        """Begin at the token embeddings. `folder`: keep the streams in memory-mapped files
-        there."""
+        """Begin at the token embeddings. `folder`: keep the streams in memory-mapped files there.
+
+        Raises RunFolderError where the disk has no room for them.
+        """
         self.batches = windows.split(max(1, WINDOWS_TOKENS // windows.shape[1]))
         self._streams: dict[str, Tensor] = {}
         for source in sources:
@@ -71,8 +74,11 @@ class Streams:
             if folder is None:
                 stream = torch.empty(shape)
             else:
-                path = str(folder / f"stream-{source.name}.bin")
-                stream = torch.from_file(path, shared=True, size=math.prod(shape)).view(shape)
+                path = folder / f"stream-{source.name}.bin"
+                with path.open("wb") as file:
+                    # Writing to a map without space behind it would end the process (SIGBUS).
+                    reserve(file, math.prod(shape) * 4)
+                stream = torch.from_file(str(path), shared=True, size=math.prod(shape)).view(shape)
             _embed(source, windows, stream)
             self._streams[source.name] = stream
 

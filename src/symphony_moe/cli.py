@@ -21,11 +21,13 @@ from symphony_moe.errors import RecipeError, SymphonyError
 
 if TYPE_CHECKING:
     from symphony_moe.plan import Plan
+    from symphony_moe.run_folder import RunFolder
 
 _MACHINE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
 }  # fmt: skip
-"""Errors of the system that tell of the machine's state."""
+"""Errors of the system that tell of the machine's state, or of a path that cannot be."""
 
 DEMO_OUT = "symphony-demo"
 
@@ -149,18 +151,21 @@ Result = tuple[Any, str]
 
 
 def _plan(options: argparse.Namespace) -> Result:
-    from symphony_moe import pipeline
     from symphony_moe.recipe import load_recipe
 
-    plan = pipeline.plan(load_recipe(options.recipe, options.overrides))
+    recipe = load_recipe(options.recipe, options.overrides)
+    from symphony_moe import pipeline  # seconds of imports, when the recipe is known to be good
+
+    plan = pipeline.plan(recipe)
     return plan.to_json(), describe_plan(plan)
 
 
 def _build(options: argparse.Namespace) -> Result:
-    from symphony_moe import pipeline
     from symphony_moe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
+    from symphony_moe import pipeline
+
     folder = pipeline.build(recipe, options.out, resume=options.resume, overwrite=options.overwrite)
     metrics = folder.read_json(folder.metrics)
     text = f"built {folder.checkpoint}"
@@ -169,7 +174,7 @@ def _build(options: argparse.Namespace) -> Result:
         text += (
             f"\n{source}: mean matched neuron correlation {before:.3f} before, {after:.3f} after"
         )
-    return {"checkpoint": str(folder.checkpoint)} | metrics, text
+    return metrics | {"paths": {"checkpoint": str(folder.checkpoint)}}, text
 
 
 def _train(options: argparse.Namespace) -> Result:
@@ -180,7 +185,7 @@ def _train(options: argparse.Namespace) -> Result:
     pipeline.train(folder, options.overrides, resume=options.resume, overwrite=options.overwrite)
     training = folder.read_json(folder.metrics)["training"]
     text = f"trained {folder.trained}: {training['steps']} steps, {training['seconds']:.0f} s"
-    return {"trained": str(folder.trained), "training": training}, text
+    return {"training": training, "paths": {"trained": str(folder.trained)}}, text
 
 
 def _evaluate(options: argparse.Namespace) -> Result:
@@ -197,7 +202,7 @@ def _report(options: argparse.Namespace) -> Result:
 
     _refuse_overrides(options)
     path = pipeline.report(RunFolder(options.dir))
-    return {"report": str(path)}, f"wrote {path}"
+    return {"paths": {"report": str(path)}}, f"wrote {path}"
 
 
 def _verify(options: argparse.Namespace) -> Result:
@@ -211,17 +216,17 @@ def _verify(options: argparse.Namespace) -> Result:
 
 
 def _run(options: argparse.Namespace) -> Result:
-    from symphony_moe import pipeline
     from symphony_moe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
+    from symphony_moe import pipeline
+
     folder = pipeline.run(recipe, options.out, resume=options.resume, overwrite=options.overwrite)
     metrics = folder.read_json(folder.metrics)
     return (
-        {"checkpoint": str(folder.checkpoint), "trained": str(folder.trained),
-         "report": str(folder.report)} | metrics,
+        metrics | {"paths": _paths(folder)},
         f"{loss_table(metrics)}\n\nmodel:  {folder.trained}\nreport: {folder.report}",
-    )  # fmt: skip
+    )
 
 
 def _demo(options: argparse.Namespace) -> Result:
@@ -235,11 +240,15 @@ def _demo(options: argparse.Namespace) -> Result:
     texts = pipeline.generate(folder)
     shown = "\n".join(f"\n[{domain}] {prompt!r}\n    -> {text!r}" for domain, prompt, text in texts)
     return (
-        {"checkpoint": str(folder.checkpoint), "trained": str(folder.trained),
-         "report": str(folder.report), "continuations": texts} | metrics,
+        metrics | {"paths": _paths(folder), "continuations": texts},
         f"{loss_table(metrics)}\n\nHeld-out prompts, continued by the trained model:\n{shown}\n\n"
         f"model:  {folder.trained}\nreport: {folder.report}",
-    )  # fmt: skip
+    )
+
+
+def _paths(folder: "RunFolder") -> dict[str, str]:
+    parts = ("checkpoint", "trained", "report")
+    return {part: str(getattr(folder, part)) for part in parts}
 
 
 def _refuse_overrides(options: argparse.Namespace) -> None:

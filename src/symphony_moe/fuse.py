@@ -13,6 +13,8 @@ from torch import Tensor
 _MAX_ITERATIONS = 100
 _TOLERANCE = 1e-14
 """The Karcher iteration stops when its step is shorter than this angle (radians)."""
+_SETTLED = 1e-9
+"""A step that is still longer than this at the end (radians) has found no mean."""
 
 
 def normalized(weights: Sequence[float]) -> Float[Tensor, " sources"]:
@@ -41,7 +43,7 @@ def slerp(
     merges four without saying how; the Karcher mean equals that formula for two tensors of equal
     norm (`t` = the second's share), does not depend on the order of sources, and for parallel
     tensors is their linear mean. Directions that have no unique mean (a zero tensor, opposite
-    tensors that cancel) fall back to the linear mean.
+    tensors) fall back to the linear mean.
 
     The mean lies in the span of the directions, so the iteration runs on their N coefficients and
     Gram matrix, and the tensors themselves are read once.
@@ -72,6 +74,9 @@ def _karcher_coefficients(
     mean = shares / torch.sqrt(shares @ gram @ shares).clamp_min(1e-300)
     if not bool(torch.isfinite(mean).all()) or float(shares @ gram @ shares) < 1e-12:
         return None
+    if float(gram.min()) < -1 + 1e-12:
+        return None  # every arc between opposite directions is as short as every other
+    length = torch.tensor(torch.inf)
     for _ in range(_MAX_ITERATIONS):
         cosines = (gram @ mean).clamp(-1, 1)
         angles = torch.arccos(cosines)
@@ -82,7 +87,7 @@ def _karcher_coefficients(
             break
         mean = torch.cos(length) * mean + torch.sin(length) / length * step
         mean = mean / torch.sqrt(mean @ gram @ mean)
-    return mean
+    return mean if float(length) < _SETTLED else None
 
 
 def selective_linear(

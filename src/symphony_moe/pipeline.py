@@ -135,6 +135,7 @@ def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, Any]:
     """Check a finished run against its manifest, its sources and stock `transformers`; `deep`
     builds it a second time and compares every tensor. Raises VerificationError."""
     recipe = folder.read_recipe()
+    folder.require_checkpoint()
     sources = open_sources(recipe)
     checks = verify_run(folder, recipe, sources, make_plan(recipe, sources))
     if deep:
@@ -153,6 +154,7 @@ def train(
 ) -> None:
     """Stage 2: `checkpoint/` to `trained/`. `overrides` may change the recipe's `train`."""
     recipe = folder.read_recipe(overrides, sections=("train",))
+    folder.require_checkpoint()
     with log_to(folder):
         train_run(folder, recipe, open_sources(recipe), resume=resume, overwrite=overwrite)
 
@@ -161,6 +163,7 @@ def evaluate(folder: RunFolder, overrides: Sequence[str] = ()) -> dict[str, Any]
     """Held-out losses and routing of the sources, the built and the trained model, into
     `metrics.json`. `overrides` may change the recipe's `evaluation`."""
     recipe = folder.read_recipe(overrides, sections=("evaluation",))
+    folder.require_checkpoint()
     with log_to(folder):
         return evaluate_run(folder, recipe, open_sources(recipe))
 

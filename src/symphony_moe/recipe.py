@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from symphony_moe.errors import RecipeError
 
-Share = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What every generator that is seeded with it takes."""
 
 BUNDLED = "bundled:"
 """Prefix of models and texts that come with the package: `bundled:strangers/python`."""
@@ -37,7 +39,9 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class HubData(Section):
@@ -74,7 +78,7 @@ class Calibration(Section):
     """Calibration text in tokens, in total; the same number from every source's data."""
     sequence_length: int = Field(2048, ge=2)
     """Tokens in a window."""
-    seed: int = 114514
+    seed: Seed = 114514
 
 
 class Backbone(Section):
@@ -177,7 +181,7 @@ class Recipe(Section):
     output: Output = Output()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
-    seed: int = 114514
+    seed: Seed = 114514
     """Seed of the router's and the training's random draws."""
 
     @model_validator(mode="after")
@@ -229,7 +233,8 @@ class Recipe(Section):
 
 def parse_size(text: str) -> int:
     """Bytes in a size such as `5GB` (1 GB = 10**9 bytes). Raises ValueError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(KB|MB|GB)\s*", text, re.IGNORECASE)
+    pattern = r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(KB|MB|GB)\s*"
+    found = re.fullmatch(pattern, text, re.IGNORECASE)
     if not found or float(found[1]) == 0:
         raise ValueError(
             f"output.max_shard_size: expected a size such as 5GB or 500MB, got {text!r}"
@@ -246,8 +251,8 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = _read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise RecipeError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(
@@ -258,41 +263,79 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     return resolve_recipe(content, path.resolve().parent, str(path))
 
 
-def resolve_recipe(content: Mapping[str, Any], folder: Path, who: str) -> Recipe:
+class _Loader(yaml.SafeLoader):
+    """YAML, but a key given twice is an error (the first of the two would be lost silently), and so
+    are bytes (they would pass for text further on)."""
+
+    yaml_constructors: typing.ClassVar = {
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag != "tag:yaml.org,2002:binary"
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.YAMLError(f"{key.value!r} is given twice{key.start_mark}")
+                seen.add(key.value)
+        return node
+
+
+def _read_yaml(text: str) -> Any:
+    """Raises ValueError for whatever keeps the text from being read."""
+    try:
+        return yaml.load(text, _Loader)  # a safe loader
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe:
     """Check settings and fill in presets and absolute paths. `who` names the recipe in errors."""
     _refuse_unknown_keys(content, Recipe, who, "")
-    settings = dict(content)
+    # A setting without a value (null) is left at its default.
+    settings = {key: value for key, value in content.items() if value is not None}
     method = settings.get("method", "symphony")
-    if method not in PRESETS:
+    if not isinstance(method, str) or method not in PRESETS:
         raise RecipeError(
             f"{who}: method: {method!r} is not available; available: {', '.join(PRESETS)}"
         )
     for section, preset in PRESETS[method].items():
-        settings[section] = preset | (settings.get(section) or {})
+        own = settings.get(section, {})
+        settings[section] = preset | own if isinstance(own, dict) else own
     sources = settings.get("sources")
-    if isinstance(sources, dict) and sources:
-        settings.setdefault("anchor", next(iter(sources)))
-        settings["sources"] = {
-            str(name): _absolute_source(spec, folder) if isinstance(spec, dict) else spec
-            for name, spec in sources.items()
-        }
-    extra = (settings.get("evaluation") or {}).get("extra")
-    if isinstance(extra, dict):
-        settings["evaluation"] = settings["evaluation"] | {
-            "extra": {str(name): _absolute_data(data, folder) for name, data in extra.items()}
-        }
+    evaluation = settings.get("evaluation")
     try:
-        return Recipe.model_validate({k: v for k, v in settings.items() if v is not None})
+        if isinstance(sources, dict) and sources:
+            # YAML reads names such as 1 as numbers.
+            settings["anchor"] = settings.get("anchor", str(next(iter(sources))))
+            settings["sources"] = {
+                str(name): _absolute_source(spec, folder, f"{who}: sources.{name}")
+                for name, spec in sources.items()
+            }
+        if isinstance(evaluation, dict) and isinstance(extra := evaluation.get("extra"), dict):
+            absolute = {
+                str(name): _absolute_data(data, folder, f"{who}: evaluation.extra.{name}")
+                for name, data in extra.items()
+            }
+            settings["evaluation"] = evaluation | {"extra": absolute}
+        return Recipe.model_validate(settings)
     except ValidationError as error:
         raise RecipeError(f"{who}: " + "; ".join(_describe(e) for e in error.errors())) from None
+    except RecursionError:
+        raise RecipeError(f"{who}: a YAML alias stands inside itself") from None
 
 
 def _override(content: dict[str, Any], override: str) -> None:
     """Apply one `a.b=c`; the value is read as YAML."""
     path, sign, value = override.partition("=")
-    if not sign or not path:
-        raise RecipeError(f"--set {override}: expected KEY=VALUE, such as train.tokens=1000000")
     *parents, last = path.strip().split(".")
+    if not sign or not all([*parents, last]):
+        raise RecipeError(f"--set {override}: expected KEY=VALUE, such as train.tokens=1000000")
     section = content
     for parent in parents:
         if section.get(parent) is None:
@@ -301,8 +344,8 @@ def _override(content: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise RecipeError(f"--set {override}: {parent} is a value, not a section")
     try:
-        section[last] = _number(yaml.safe_load(value))
-    except yaml.YAMLError as error:
+        section[last] = _number(_read_yaml(value))
+    except ValueError as error:
         raise RecipeError(f"--set {override}: the value is not YAML: {error}") from None
 
 
@@ -313,29 +356,41 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _absolute_source(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _absolute_source(spec: Any, folder: Path, where: str) -> Any:
+    if not isinstance(spec, dict):
+        return spec
     spec = dict(spec)
     model = spec.get("model")
     if isinstance(model, str) and not model.startswith(BUNDLED):
-        local = folder / Path(model).expanduser()
+        local = _absolute(model, folder, f"{where}.model")
         looks_local = model.startswith((".", "/", "~")) or local.exists()
-        spec["model"] = str(local.resolve()) if looks_local else model
+        spec["model"] = str(local) if looks_local else model
     if "data" in spec:
-        spec["data"] = _absolute_data(spec["data"], folder)
+        spec["data"] = _absolute_data(spec["data"], folder, f"{where}.data")
     return spec
 
 
-def _absolute_data(data: Any, folder: Path) -> Any:
+def _absolute_data(data: Any, folder: Path, where: str) -> Any:
     if isinstance(data, list):
-        return [_absolute_data(item, folder) for item in data]
+        return [_absolute_data(item, folder, where) for item in data]
     if isinstance(data, dict):
         hub = data.get("hub")
-        if isinstance(hub, str) and (folder / Path(hub).expanduser()).exists():
-            return data | {"hub": str((folder / Path(hub).expanduser()).resolve())}
+        if isinstance(hub, str) and (local := _absolute(hub, folder, where)).exists():
+            return data | {"hub": str(local)}
         return data
     if isinstance(data, str) and not data.startswith(BUNDLED):
-        return str((folder / Path(data).expanduser()).resolve())
+        return str(_absolute(data, folder, where))
     return data
+
+
+def _absolute(path: str, folder: Path, where: str) -> Path:
+    """Raises RecipeError for text that cannot be a path: too long, of an unknown user, ..."""
+    try:
+        absolute = (folder / Path(path).expanduser()).resolve()
+        absolute.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{where}: {path[:80]!r} is not a path: {error}") from None
+    return absolute
 
 
 def _refuse_unknown_keys(content: Any, model: type[BaseModel], who: str, path: str) -> None:

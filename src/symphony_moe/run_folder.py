@@ -84,6 +84,20 @@ class RunFolder:
         """The Trainer's own checkpoints."""
         return self.work / "training"
 
+    def owns(self, path: Path) -> bool:
+        """Whether this package makes an entry of that name in the folder."""
+        files = {
+            self.recipe, self.plan, self.alignment, self.manifest, self.metrics, self.report,
+            self.log,
+        }  # fmt: skip
+        if path.is_symlink():
+            return False
+        if path.is_dir():
+            return path in {self.checkpoint, self.trained, self.work} or path.name.startswith(
+                "verify-"
+            )
+        return path in files or path.with_name(path.name.removesuffix(".tmp")) in files
+
     def layer_done(self, layer: int) -> Path:
         """Alignment of a finished layer; where it exists, the layer's tensors are on disk."""
         return self.work / f"layer-{layer:04d}.safetensors"
@@ -115,16 +129,50 @@ class RunFolder:
             )
 
     def read_json(self, path: Path) -> dict[str, Any]:
-        """Content of one of the folder's JSON files. Raises RunFolderError where it is not
-        there."""
+        """Content of one of the folder's JSON files. Raises RunFolderError where it is not there or
+        not JSON."""
         if not path.is_file():
             raise RunFolderError(f"{path}: not there")
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunFolderError(f"{path}: not JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise RunFolderError(f"{path}: expected a table, got {type(content).__name__}")
+        return content
 
     def update_json(self, path: Path, values: Mapping[str, Any]) -> None:
         """Set some top-level keys of a JSON file, by one rename."""
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = self.read_json(path) if path.is_file() else {}
         write_text(path, json.dumps(content | dict(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def refuse_existing(root: Path, *, resume: bool, overwrite: bool) -> None:
+    """RunFolderError for a folder that is there already, unless `resume` or `overwrite` may use
+    it."""
+    run = RunFolder(root)
+    if root.exists() and not root.is_dir():
+        raise RunFolderError(f"{root}: exists and is not a folder")
+    if not root.is_dir() or not any(root.iterdir()):
+        return
+    if overwrite:
+        # A user's own folder may well hold a recipe.yaml, beside models and data.
+        begun = run.recipe.is_file() and (run.work.is_dir() or run.plan.is_file())
+        foreign = sorted(path.name for path in root.iterdir() if not run.owns(path))
+        if not begun:
+            raise RunFolderError(f"{root}: not a run folder, so --overwrite leaves it alone")
+        if foreign:
+            raise RunFolderError(
+                f"{root}: holds {', '.join(foreign[:3])}, which no run has made, so --overwrite "
+                "leaves the folder alone; move that elsewhere"
+            )
+    elif not resume:
+        raise RunFolderError(
+            f"{root}: exists; choose another --out, or --resume a build that was cut short, or "
+            "--overwrite it"
+        )
+    elif not run.recipe.is_file():
+        raise RunFolderError(f"{root}: nothing to resume there (no recipe.yaml)")
 
 
 def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
@@ -133,35 +181,43 @@ def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> R
     Raises RunFolderError for an existing folder, unless `resume` (and it holds the same recipe) or
     `overwrite` (and it is a run folder: nothing else is ever deleted).
     """
+    refuse_existing(root, resume=resume, overwrite=overwrite)
     run = RunFolder(root)
     text = recipe.to_yaml()
-    if root.exists() and not root.is_dir():
-        raise RunFolderError(f"{root}: exists and is not a folder")
-    if root.is_dir() and any(root.iterdir()):
-        if overwrite:
-            if not run.recipe.is_file():
-                raise RunFolderError(f"{root}: not a run folder, so --overwrite leaves it alone")
-            # The checkpoint goes first: what is left behind by a kill must not look finished.
-            for part in (run.checkpoint, run.trained, root):
-                shutil.rmtree(part, ignore_errors=part != root)
-        elif not resume:
-            raise RunFolderError(
-                f"{root}: exists; choose another --out, or --resume a build that was cut short, or "
-                "--overwrite it"
-            )
-        elif not run.recipe.is_file():
-            raise RunFolderError(f"{root}: nothing to resume there (no recipe.yaml)")
-        elif run.recipe.read_text(encoding="utf-8") != text:
-            raise RunFolderError(
-                f"{root}: holds a build of another recipe or of sources that have changed since; "
-                "--overwrite it or choose another --out"
-            )
+    if overwrite and run.recipe.is_file():
+        _clear(run)
+    elif run.recipe.is_file() and run.recipe.read_text(encoding="utf-8") != text:
+        raise RunFolderError(
+            f"{root}: holds a build of another recipe or of sources that have changed since; "
+            "--overwrite it or choose another --out"
+        )
     try:
         run.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"{root}: cannot be made: {error}") from None
     write_text(run.recipe, text)
     return run
+
+
+def _clear(run: RunFolder) -> None:
+    """Remove an old run, so that a kill in between leaves nothing that looks finished, and leaves
+    a folder that can be overwritten again."""
+    run.work.mkdir(exist_ok=True)
+    for finished in (run.checkpoint, run.trained):
+        if finished.is_dir():
+            retire(run, finished)
+    for path in run.root.iterdir():
+        if path not in (run.work, run.recipe):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(run.work)
+
+
+def retire(run: RunFolder, finished: Path) -> None:
+    """Take a finished folder away by one rename (into `work/`): half of it is never to be seen."""
+    retired = run.work / f"old-{finished.name}"
+    shutil.rmtree(retired, ignore_errors=True)
+    finished.rename(retired)
+    shutil.rmtree(retired)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from symphony_moe.run_folder import write_text
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Output dtype -> bytes of a number."""
-_SPELLED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+SPELLED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Output dtype -> its name in safetensors files."""
 _CHUNK = 16 * 1024**2
 
 
@@ -89,7 +90,7 @@ class CheckpointWriter:
         for name, shape in shard.items():
             size = math.prod(shape) * BYTES[self.dtype]
             header[name] = {
-                "dtype": _SPELLED[self.dtype],
+                "dtype": SPELLED[self.dtype],
                 "shape": list(shape),
                 "data_offsets": [position, position + size],
             }
@@ -107,12 +108,7 @@ class CheckpointWriter:
         with path.open("wb") as opened:
             opened.write(start)
             opened.flush()
-            try:
-                os.posix_fallocate(opened.fileno(), 0, len(start) + position)
-            except (AttributeError, OSError) as error:
-                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise RunFolderError(f"{path}: no room on the disk: {error}") from None
-                opened.truncate(len(start) + position)  # a file system that cannot reserve
+            reserve(opened, len(start) + position)
 
     def write(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
         """Write a tensor, or some of its rows, rounded to the output's dtype.
@@ -163,6 +159,16 @@ class CheckpointWriter:
         return tensor_hashes(self.folder, self.files)
 
 
+def reserve(file: BinaryIO, size: int) -> None:
+    """Take the disk space of a file. Raises RunFolderError where there is not so much."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise RunFolderError(f"{file.name}: no room on the disk: {error}") from None
+        file.truncate(size)  # a file system that cannot reserve
+
+
 def tensor_hashes(
     folder: Path, files: Mapping[str, Mapping[str, tuple[int, int]]]
 ) -> dict[str, str]:
@@ -185,7 +191,8 @@ def tensor_hashes(
 
 def hash_folder(folder: Path) -> dict[str, str]:
     """`<folder's name>/<file>` -> SHA-256, for every file in a folder."""
-    return {f"{folder.name}/{path.name}": sha256_of(path) for path in sorted(folder.iterdir())}
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    return {path.relative_to(folder.parent).as_posix(): sha256_of(path) for path in files}
 
 
 def sha256_of(path: Path) -> str:

@@ -54,6 +54,8 @@ def pack_windows(
 
 def _tokenize(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of one document, beginning with BOS where the tokenizer has one."""
+    # JSON may hold half of a surrogate pair, which is no character; tokenizers refuse it.
+    document = document.encode("utf-8", "replace").decode()
     ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     start = tokenizer.bos_token_id
     # A chat template may have written BOS into the text already.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -29,12 +29,11 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from symphony_moe.errors import RunFolderError
 from symphony_moe.families import HEAD_BIAS
 from symphony_moe.recipe import Recipe, Train
-from symphony_moe.run_folder import RunFolder, publish, write_text
+from symphony_moe.run_folder import RunFolder, publish, retire, write_text
 from symphony_moe.shards import CheckpointWriter, hash_folder
 from symphony_moe.sources import Source
 from symphony_moe.stock import load_stock
@@ -64,27 +63,30 @@ def train_run(
     run.training.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
 
-    model = load_stock(run.checkpoint)
+    saved = _last_saved(run.training) if resume else None
+    model = load_stock(saved or run.checkpoint)
     num_trained = choose_parameters(model, settings.scope)
     log.info("training %s: %s parameters", settings.scope, f"{num_trained:,}")
     model.config.output_router_logits = settings.balance_weight > 0
-    # The coefficient is read from the config when a model is made, so the model has its own copy.
-    model.config.router_aux_loss_coef = settings.balance_weight
-    setattr(model, "router_aux_loss_coef", settings.balance_weight)  # noqa: B010 (not in its type)
     trainer = _make_trainer(model, windows, settings, recipe.seed, run.training)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run.training)) if resume else None)
+    # The Trainer divides the language-model loss by the tokens of all of a step's batches and adds
+    # the batches up; the balance loss comes with each batch, and is divided here.
+    batches = settings.gradient_accumulation * trainer.args.world_size * max(1, trainer.args.n_gpu)
+    # The coefficient is read from the config when a model is made, so the model has its own copy.
+    setattr(model, "router_aux_loss_coef", settings.balance_weight / batches)  # noqa: B010
+    trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
 
     if run.trained.is_dir():
-        shutil.rmtree(run.trained)
+        retire(run, run.trained)
     model.config.output_router_logits = False
     hashes = _write_trained(run, recipe, model)
-    publish(run.staged_trained, run.trained)
+    # Everything is said of it before it appears: a kill must not leave it without its hashes.
     manifest = run.read_json(run.manifest)
     run.update_json(
         run.manifest,
         {
             "files": {k: v for k, v in manifest["files"].items() if not k.startswith("trained/")}
-            | hash_folder(run.trained),
+            | hash_folder(run.staged_trained),
             "tensors": manifest["tensors"] | {"trained": hashes},
         },
     )
@@ -103,6 +105,7 @@ def train_run(
             }
         },
     )
+    publish(run.staged_trained, run.trained)
     shutil.rmtree(run.work)
 
 
@@ -149,6 +152,23 @@ def choose_parameters(model: PreTrainedModel, scope: str) -> int:
         }[scope]
         parameter.requires_grad_(learns and not extra)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _last_saved(folder: Path) -> Path | None:
+    """The newest whole state of an interrupted training. The Trainer writes trainer_state.json
+    last: a kill while it saves leaves a folder without."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+class _Trainer(Trainer):
+    """The stock Trainer, given a model that holds the weights to go on from."""
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Nothing: `load_stock` has loaded them. The stock method looks for fused experts in a file
+        of single ones, and only warns that it has found none."""
 
 
 class _Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -236,7 +256,7 @@ def _make_trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=_Windows(windows),
@@ -249,7 +269,7 @@ def _make_trainer(
     return trainer
 
 
-def _curve(trainer: Trainer, settings: Train) -> list[dict[str, float]]:
+def _curve(trainer: Trainer, settings: Train) -> list[dict[str, int | float]]:
     per_step = (
         trainer.args.train_batch_size
         * trainer.args.gradient_accumulation_steps

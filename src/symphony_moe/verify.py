@@ -23,7 +23,7 @@ from symphony_moe.forward import load_moe_layer, logits_from_stream, run_layer
 from symphony_moe.plan import Plan
 from symphony_moe.recipe import Recipe
 from symphony_moe.run_folder import RunFolder
-from symphony_moe.shards import hash_folder, sha256_of
+from symphony_moe.shards import SPELLED, hash_folder, sha256_of
 from symphony_moe.sources import Source
 from symphony_moe.stock import load_stock
 
@@ -44,7 +44,9 @@ def verify_run(
     Opening the sources has already compared their hashes with the recipe's.
     """
     run.require_checkpoint()
-    manifest = run.read_json(run.manifest)
+    listed = run.read_json(run.manifest).get("files")
+    if not isinstance(listed, dict):
+        raise VerificationError(f"{run.manifest}: lists no files")
     checks: dict[str, str] = {"sources": "hashes equal the recipe's"}
     failed: list[str] = []
 
@@ -56,14 +58,18 @@ def verify_run(
 
     folders = [folder for folder in (run.checkpoint, run.trained) if folder.is_dir()]
     for folder in folders:
-        problem = _compare_files(folder, manifest["files"])
+        problem = _compare_files(folder, listed)
         check(f"{folder.name} files", problem, "hashes equal the manifest's")
         problem = _compare_names(folder, plan)
         check(
             f"{folder.name} tensors", problem, f"all {len(plan.tensors)} names, shapes and dtypes"
         )
-    changed = sha256_of(run.alignment) != manifest["files"][run.alignment.name]
-    check("alignment", "hash differs from the manifest's" if changed else None, "hash equal")
+    problem = None
+    if not run.alignment.is_file():
+        problem = f"{run.alignment.name} is missing"
+    elif sha256_of(run.alignment) != listed.get(run.alignment.name):
+        problem = "hash differs from the manifest's"
+    check("alignment", problem, "hash equal")
     if failed:
         # What follows would read files that are known to be wrong.
         raise VerificationError(f"{run.root}: " + " | ".join(failed))
@@ -196,13 +202,13 @@ def _compare_names(folder: Path, plan: Plan) -> str | None:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a handle, not a dict)
-                    found[name] = tuple(file.get_slice(name).get_shape())
+                    view = file.get_slice(name)
+                    found[name] = tuple(view.get_shape()), view.get_dtype()
     except (SafetensorError, OSError) as error:
         return f"a weights file is not readable: {error}"
+    expected = {name: (shape, SPELLED[plan.dtype]) for name, shape in plan.tensors.items()}
     wrong = sorted(
-        name
-        for name in found.keys() | plan.tensors.keys()
-        if found.get(name) != plan.tensors.get(name)
+        name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
     )
     return f"{len(wrong)} tensors are not as planned, first {wrong[0]}" if wrong else None
 
@@ -221,6 +227,9 @@ def _check_stock(
         model = load_stock(folder)
     except VerificationError as error:
         return str(error), ""
+    except Exception as error:
+        # A config that does not fit its weights fails anywhere in transformers.
+        return f"does not load in transformers: {type(error).__name__}: {error}", ""
     with torch.inference_mode():
         logits = model(input_ids=probe, use_cache=False).logits.float()
     if not bool(torch.isfinite(logits).all()):

@@ -1,0 +1,602 @@
+"""Every mistake of a user's is a message and exit code 2, found before it costs anything; `--json`
+is all that stdout holds; `--help` answers at once."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import symphony_moe
+from conftest import make_model
+from symphony_moe import pipeline
+from symphony_moe.cli import main
+from symphony_moe.run_folder import RunFolder
+
+Recipes = Callable[[str], Path]
+Built = Callable[[str], RunFolder]
+
+WEIGHTS = "model.safetensors"
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """The command sets up the package's logging for a process of its own."""
+    package = logging.getLogger("symphony_moe")
+    before = package.handlers, package.propagate, package.level
+    yield
+    package.handlers, package.propagate, package.level = before
+
+
+@pytest.fixture
+def project(recipes: Recipes, tmp_path: Path) -> Path:
+    """A good project to break: recipe.yaml, models/, text."""
+    shutil.copytree(recipes("llama").parent, tmp_path / "project")
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def run(built: Built, tmp_path: Path) -> RunFolder:
+    """A built run to work with."""
+    shutil.copytree(built("llama").root, tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+class Symphony:
+    """Runs commands in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr)"""
+        self.capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return code, *self.capsys.readouterr()
+
+    def refused(self, *arguments: object) -> str:
+        """The message of a mistake; nothing but it is said, on stderr, and again with --json."""
+        code, out, err = self(*arguments)
+        message = err[err.index("symphony: error: ") :]
+        assert (code, out) == (2, "")
+        assert "Traceback" not in err and "bug" not in err
+        code, out, _ = self(*arguments, "--json")
+        assert code == 2
+        assert message == f"symphony: error: {json.loads(out)['error']}\n"
+        return err
+
+
+@pytest.fixture
+def symphony(capsys: pytest.CaptureFixture[str]) -> Symphony:
+    return Symphony(capsys)
+
+
+def edit_recipe(project: Path, **changes: Any) -> None:
+    path = project / "recipe.yaml"
+    path.write_text(json.dumps(yaml.safe_load(path.read_text()) | changes))
+
+
+def edit_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(model / WEIGHTS)
+    change(tensors)
+    save_file(tensors, model / WEIGHTS, {"format": "pt"})
+
+
+# Mistakes that are found before any work: plan, build and run refuse, and no run folder is made
+
+
+def _misspelled(project: Path) -> None:
+    edit_recipe(project, align={"neurns": "none"})
+
+
+def _no_recipe(project: Path) -> None:
+    (project / "recipe.yaml").unlink()
+
+
+def _binary_recipe(project: Path) -> None:
+    (project / "recipe.yaml").write_bytes(bytes(range(256)))
+
+
+def _no_model(project: Path) -> None:
+    shutil.rmtree(project / "models" / "b")
+
+
+def _empty_model(project: Path) -> None:
+    shutil.rmtree(project / "models" / "b")
+    (project / "models" / "b").mkdir()
+
+
+def _no_data(project: Path) -> None:
+    (project / "b.jsonl").unlink()
+
+
+def _empty_data(project: Path) -> None:
+    (project / "b.jsonl").write_text("")
+
+
+def _no_extra_data(project: Path) -> None:
+    (project / "other.jsonl").unlink()
+
+
+def _other_family(project: Path) -> None:
+    shutil.rmtree(project / "models" / "b")
+    make_model(project / "models" / "b", "qwen2", 0)
+
+
+def _other_shapes(project: Path) -> None:
+    shutil.rmtree(project / "models" / "b")
+    make_model(project / "models" / "b", "llama", 0, intermediate_size=40)
+
+
+def _no_tensor(project: Path) -> None:
+    edit_weights(project / "models" / "b", lambda tensors: tensors.pop(Q))
+
+
+def _truncated(project: Path) -> None:
+    path = project / "models" / "b" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _one_source(project: Path) -> None:
+    edit_recipe(project, sources={"a": {"model": "models/a", "data": "a.jsonl"}})
+
+
+def _too_many_experts(project: Path) -> None:
+    edit_recipe(project, router={"top_k": 4})
+
+
+def _no_tokenizer(project: Path) -> None:
+    for path in (project / "models" / "b").glob("tokenizer*"):
+        path.unlink()
+
+
+EARLY = [
+    (_misspelled, "did you mean align.neurons?"),
+    (_no_recipe, "no such recipe file"),
+    (_binary_recipe, "not readable as YAML"),
+    (_no_model, "b: "),
+    (_empty_model, "config.json"),
+    (_no_data, "b.jsonl"),
+    (_empty_data, "b.jsonl is empty"),
+    (_no_extra_data, "other.jsonl"),
+    (_other_family, "model_type (a, c: llama; b: qwen2)"),
+    (_other_shapes, "intermediate_size (a, c: 48; b: 40)"),
+    (_no_tensor, Q),
+    (_truncated, "fetch it again"),
+    (_one_source, "sources: "),
+    (_too_many_experts, "router.top_k: 4"),
+    (_no_tokenizer, "b: no usable tokenizer"),
+]
+
+
+# `build` begins with all that `plan` does.
+@pytest.mark.parametrize(
+    ("command", "spoil", "named"),
+    [(command, *case) for command in ("build", "run") for case in EARLY]
+    + [("plan", *case) for case in EARLY[::4]],
+)
+def test_a_mistake_is_named_before_anything_is_made(
+    command: str,
+    spoil: Callable[[Path], None],
+    named: str,
+    project: Path,
+    tmp_path: Path,
+    symphony: Symphony,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A model's path that is not there might be a hub id.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    spoil(project)
+    out = tmp_path / "out"
+    more = [] if command == "plan" else ["--out", out]
+    assert named in symphony.refused(command, project / "recipe.yaml", *more)
+    assert not out.exists()
+
+
+def _bad_json(project: Path, name: str) -> None:
+    with (project / name).open("a") as file:
+        file.write("{not json\n")
+
+
+def _binary_text(project: Path, name: str) -> None:
+    (project / name).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8)
+
+
+def _no_column(project: Path, name: str) -> None:
+    (project / name).write_text('{"txet": "alpha beta"}\n' * 50)
+
+
+def _blank(project: Path, name: str) -> None:
+    (project / name).write_text('{"text": "  "}\n' * 50)
+
+
+def _too_short(project: Path, name: str) -> None:
+    (project / name).write_text('{"text": "alpha"}\n')
+
+
+def _numbers(project: Path, name: str) -> None:
+    (project / name).write_text('{"text": 3}\n')
+
+
+@pytest.mark.parametrize("spoil", [_bad_json, _binary_text, _no_column, _blank, _too_short,
+                                   _numbers])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "name", "changes"),
+    [
+        ("build", "b.jsonl", {}),
+        ("run", "b.jsonl", {}),
+        # Read by no stage before the last one: it must not take the whole run to find out.
+        ("run", "b.jsonl", {"align": {"neurons": "none"}}),
+        ("run", "other.jsonl", {}),
+    ],
+)
+def test_unreadable_text_is_named_before_anything_is_made(
+    command: str,
+    name: str,
+    changes: dict[str, Any],
+    spoil: Callable[[Path, str], None],
+    project: Path,
+    tmp_path: Path,
+    symphony: Symphony,
+) -> None:
+    spoil(project, name)
+    edit_recipe(project, **changes)
+    out = tmp_path / "out"
+    message = symphony.refused(command, project / "recipe.yaml", "--out", out)
+    assert name in message or name.split(".")[0] in message
+    assert not out.exists()
+
+
+def test_a_source_without_held_out_text_is_named_before_anything_is_made(
+    project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    """One long document cannot be held out and trained on."""
+    (project / "b.txt").write_text("alpha beta gamma delta\n" * 2000)
+    edit_recipe(project, sources={
+        "a": {"model": "models/a", "data": "a.jsonl"}, "b": {"model": "models/b", "data": "b.txt"},
+    })  # fmt: skip
+    message = symphony.refused("run", project / "recipe.yaml", "--out", tmp_path / "out")
+    assert "text of b" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_with_halves_of_characters_is_used(
+    project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    r"""JSON may hold `\ud83d` alone, cut off from its other half; no tokenizer takes it."""
+    with (project / "b.jsonl").open("a") as file:
+        file.write('{"text": "alpha \\ud83d beta"}\n' * 100)
+    code, _, err = symphony("run", project / "recipe.yaml", "--out", tmp_path / "out")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["nonsense", "=1", "trian.tokens=1", "train.tokens=many", "seed.x=1", "train.tokens=[", "a=b"],
+)
+@pytest.mark.parametrize("command", ["plan", "build"])
+def test_set_nonsense_is_named(
+    command: str, override: str, project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    more = [] if command == "plan" else ["--out", tmp_path / "out"]
+    symphony.refused(command, project / "recipe.yaml", *more, "--set", override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_set_reaches_the_plan(project: Path, symphony: Symphony) -> None:
+    code, out, _ = symphony(
+        "plan", project / "recipe.yaml", "--json",
+        "--set", "router.top_k=1", "--set", "output.dtype=float16",
+    )  # fmt: skip
+    planned = json.loads(out)
+    assert code == 0
+    assert planned["config"]["num_experts_per_tok"] == 1
+    assert planned["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000])
+def test_names_that_are_too_long_are_named(name: str, project: Path, symphony: Symphony) -> None:
+    symphony.refused("plan", name)
+    symphony.refused("build", project / "recipe.yaml", "--out", project / name)
+    symphony.refused("verify", name)
+
+
+def test_an_existing_out_is_refused_and_left_alone(
+    run: RunFolder, project: Path, symphony: Symphony
+) -> None:
+    before = {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
+    for command in ("build", "run"):
+        message = symphony.refused(command, project / "recipe.yaml", "--out", run.root)
+        assert "exists" in message and "--overwrite" in message
+    assert before == {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
+
+
+# Mistakes that only work finds
+
+
+@pytest.mark.parametrize("command", ["build", "run"])
+@pytest.mark.parametrize("tensor", [Q, "model.embed_tokens.weight", "lm_head.weight"])
+def test_weights_that_are_no_numbers_leave_no_checkpoint(
+    command: str, tensor: str, project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    edit_weights(
+        project / "models" / "c", lambda tensors: tensors[tensor].view(-1)[5].fill_(float("nan"))
+    )
+    out = tmp_path / "out"
+    code, stdout, err = symphony(command, project / "recipe.yaml", "--out", out)
+    assert (code, stdout) == (2, "")
+    assert f"c: {tensor} in " in err and "NaN" in err and "Traceback" not in err
+    assert not (out / "checkpoint").exists()
+    for later in ("train", "evaluate", "report", "verify"):
+        # Whatever each of them looks at first: the weights or the missing checkpoint.
+        assert symphony.refused(later, out)
+    # Mended, and built again in the same place.
+    edit_weights(project / "models" / "c", lambda tensors: tensors[tensor].nan_to_num_())
+    assert symphony("build", project / "recipe.yaml", "--out", out, "--overwrite")[0] == 0
+
+
+def test_values_that_do_not_fit_the_dtype_leave_no_checkpoint(
+    project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    edit_weights(project / "models" / "b", lambda tensors: tensors["lm_head.weight"].mul_(1e7))
+    out = tmp_path / "out"
+    code, _, err = symphony(
+        "build", project / "recipe.yaml", "--out", out, "--set", "output.dtype=float16"
+    )
+    assert code == 2 and "output.dtype: lm_head.weight" in err and "Traceback" not in err
+    assert not (out / "checkpoint").exists()
+
+
+def test_too_little_calibration_text_is_used_with_a_warning(
+    project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    code, out, err = symphony(
+        "build", project / "recipe.yaml", "--out", tmp_path / "out", "--json",
+        "--set", "calibration.tokens=1_000_000",
+    )  # fmt: skip
+    assert code == 0
+    warnings = [line for line in err.splitlines() if line.startswith("W ")]
+    assert len(warnings) == 3
+    for name, line in zip("abc", warnings, strict=True):
+        assert f"calibration text of {name}: 333,312 tokens asked for" in line
+    used = json.loads(out)["timing"]["calibration_tokens"]
+    assert 0 < used < 1_000_000
+
+
+# Commands in the wrong place or order
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "report", "verify"])
+def test_only_a_run_folder_is_worked_on(
+    command: str, project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for name in ("empty", "file", "none"):
+        assert str(tmp_path / name) in symphony.refused(command, tmp_path / name)
+    # The folder of the recipe is not the run's.
+    assert "checkpoint" in symphony.refused(command, project)
+    assert not (project / "run.log").exists(), "it wrote into a folder that is not its own"
+
+
+def test_train_goes_on_only_from_what_is_built(run: RunFolder, symphony: Symphony) -> None:
+    shutil.rmtree(run.checkpoint)
+    assert "symphony build" in symphony.refused("train", run.root)
+    assert not run.trained.exists() and not run.work.exists()
+
+
+def test_a_broken_run_does_not_verify(run: RunFolder, symphony: Symphony) -> None:
+    path = run.checkpoint / WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "checkpoint/model.safetensors (changed)" in symphony.refused("verify", run.root)
+
+
+@pytest.mark.parametrize("command", ["report", "verify"])
+def test_set_without_effect_is_refused(command: str, run: RunFolder, symphony: Symphony) -> None:
+    assert "no effect" in symphony.refused(command, run.root, "--set", "seed=1")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_what_is_built_cannot_be_set(command: str, run: RunFolder, symphony: Symphony) -> None:
+    assert "what can change now is" in symphony.refused(command, run.root, "--set", "seed=1")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [], ["nonsense"], ["plan"], ["build", "recipe.yaml"], ["plan", "recipe.yaml", "--ot", "x"],
+        ["build", "r.yaml", "--out", "x", "--resume", "--overwrite"], ["train"], ["plan", "a", "b"],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_mistyped_command_line_shows_the_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: symphony" in capsys.readouterr().err
+
+
+# Bugs
+
+
+class _Bug(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "bug", [AssertionError("planned 3, got 4"), KeyError("x"), _Bug(), OSError("no number"),
+            FileNotFoundError(2, "not there", "x")]
+)  # fmt: skip
+def test_a_bug_of_ours_shows_its_traceback(
+    bug: Exception, project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise bug
+
+    monkeypatch.setattr(pipeline, "plan", fail)
+    code, out, err = symphony("plan", project / "recipe.yaml")
+    assert (code, out) == (1, "")
+    assert "Traceback" in err and "a bug in symphony-moe" in err and type(bug).__name__ in err
+    code, out, _ = symphony("plan", project / "recipe.yaml", "--json")
+    assert code == 1 and type(bug).__name__ in json.loads(out)["error"]
+
+
+def test_an_interruption_is_no_bug(
+    project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "plan", interrupted)
+    code, out, err = symphony("plan", project / "recipe.yaml")
+    assert (code, out) == (130, "") and "Traceback" not in err
+
+
+# Output
+
+
+def parsed(symphony: Symphony, *arguments: object) -> Any:
+    code, out, err = symphony(*arguments, "--json")
+    assert code == 0, err
+    assert out.count("\n") == 1, "one line of JSON and nothing else"
+    return json.loads(out)
+
+
+def test_every_command_speaks_json(project: Path, tmp_path: Path, symphony: Symphony) -> None:
+    recipe, out = project / "recipe.yaml", tmp_path / "out"
+    planned = parsed(symphony, "plan", recipe)
+    assert planned["architecture"] == "mixtral"
+    assert [source["name"] for source in planned["sources"]] == ["a", "b", "c"]
+    built = parsed(symphony, "build", recipe, "--out", out)
+    assert built["paths"] == {"checkpoint": str(out / "checkpoint")}
+    assert set(built["alignment"]["neurons"]) == {"b", "c"}
+    trained = parsed(symphony, "train", out)
+    assert trained["paths"] == {"trained": str(out / "trained")}
+    assert trained["training"]["steps"] > 0
+    evaluated = parsed(symphony, "evaluate", out)
+    assert set(evaluated["sources"]) == {"a", "b", "c"}
+    assert set(evaluated["trained"]) == {"a", "b", "c", "other"}
+    reported = parsed(symphony, "report", out)
+    assert Path(reported["paths"]["report"]).is_file()
+    verified = parsed(symphony, "verify", out, "--deep")
+    assert verified["verified"] is True and "rebuilt" in verified["checks"]
+
+
+def test_run_speaks_json_and_does_everything(
+    project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    out = tmp_path / "out"
+    done = parsed(symphony, "run", project / "recipe.yaml", "--out", out)
+    for part in ("checkpoint", "trained", "report"):
+        assert Path(done["paths"][part]).exists()
+    assert set(done["built"]) == set(done["trained"]) == {"a", "b", "c", "other"}
+    assert sorted(path.name for path in out.iterdir()) == [
+        "alignment.safetensors", "checkpoint", "manifest.json", "metrics.json", "plan.json",
+        "recipe.yaml", "report.html", "run.log", "trained",
+    ]  # fmt: skip
+    # Once more from where it is: nothing is left to do, and nothing is done twice.
+    before = (out / "trained" / WEIGHTS).stat().st_mtime_ns
+    parsed(symphony, "run", project / "recipe.yaml", "--out", out, "--resume")
+    assert (out / "trained" / WEIGHTS).stat().st_mtime_ns == before
+    assert not (out / "work").exists()
+
+
+def test_people_read_the_plan_and_the_losses(run: RunFolder, symphony: Symphony) -> None:
+    code, out, _ = symphony("plan", run.recipe)
+    assert code == 0
+    assert "3 x llama -> mixtral" in out and "no differences between the sources" in out
+    code, out, _ = symphony("evaluate", run.root)
+    table = out.splitlines()
+    assert table[0].split() == ["nats", "per", "token", "a", "b", "c", "other", "mean", "mean",
+                                "out"]  # fmt: skip
+    assert [line.split()[0] for line in table[1:5]] == ["a", "b", "c", "built"]
+
+
+def test_logs_go_to_stderr_and_to_the_run(
+    project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    _, out, err = symphony("build", project / "recipe.yaml", "--out", tmp_path / "out")
+    assert "layer 2 of 2" in err and "layer 2 of 2" not in out
+    assert "layer 2 of 2" in (tmp_path / "out" / "run.log").read_text()
+
+
+def test_the_same_recipe_text_from_anywhere(
+    project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert symphony("plan", "../project/recipe.yaml")[0] == 0
+
+
+# The process
+
+
+def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    program = "import sys; from symphony_moe.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, **options
+    )
+
+
+def test_help_answers_at_once() -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = command("--help")
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0 and "build" in done.stdout and done.stderr == ""
+    assert min(times) < 0.5
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\n"
+        "from symphony_moe.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    for arguments in (["--help"], ["build", "--help"], ["--version"], ["nonsense"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True
+        )
+        loaded = done.stdout.splitlines()[-1]
+        for heavy in ("torch", "transformers", "datasets", "numpy", "pydantic", "huggingface_hub"):
+            assert f"'{heavy}'" not in loaded
+
+
+def test_version_and_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "symphony_moe", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, symphony_moe.__version__)
+
+
+def test_a_process_ends_with_the_code_and_without_a_traceback(tmp_path: Path) -> None:
+    """Nothing between us and the shell, threads and exit handlers included, adds to the message."""
+    done = command("plan", "nowhere.yaml", cwd=tmp_path, env=os.environ | {"PYTHONWARNINGS": ""})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "symphony: error: nowhere.yaml: no such recipe file\n"
+
+
+def test_a_reader_that_goes_away_is_no_error(project: Path) -> None:
+    program = f"{sys.executable} -m symphony_moe plan {project}/recipe.yaml --json | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {program}"], capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0 and done.stderr == ""

@@ -1,0 +1,171 @@
+"""The shape of the house: stages know nothing of each other, every recipe that is shipped loads,
+and the README tells of what is there."""
+
+import ast
+import importlib
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import symphony_moe
+from symphony_moe import cli, pipeline
+from symphony_moe.bundled import demo_recipe
+from symphony_moe.recipe import BUNDLED, load_recipe, resolve_recipe
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "symphony_moe"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+STAGES = {"calibrate", "align", "fuse", "route", "write", "train", "evaluate", "report", "verify"}
+ALLOWED = {
+    # Statistics are gathered batch by batch while the text runs: the accumulator is align's, the
+    # run is calibrate's.
+    ("calibrate", "align"),
+}
+
+
+def imports(module: str, *, top_level: bool = False) -> set[str]:
+    """Modules of this package that a module imports, anywhere or at its top level."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+    def nodes(parent: ast.AST) -> Iterator[ast.AST]:
+        for node in ast.iter_child_nodes(parent):
+            function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            types_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            if top_level and (function or types_only):
+                continue
+            yield node
+            yield from nodes(node)
+
+    found: set[str] = set()
+    for node in nodes(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            # `from symphony_moe import pipeline` imports a module too.
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            assert not isinstance(node, ast.ImportFrom), f"{module}: a relative import"
+            continue
+        inside = {name.removeprefix("symphony_moe.") for name in names if "symphony_moe." in name}
+        found |= inside & MODULES.keys()
+    return found - {module}
+
+
+def test_the_modules_are_found() -> None:
+    assert MODULES.keys() >= STAGES | {"cli", "pipeline", "bundled", "bundled.corpus"}
+    assert {"sources", "plan", "calibrate"} <= imports("pipeline")
+    assert "pipeline" in imports("cli")
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_stages_do_not_import_one_another(stage: str) -> None:
+    others = {other for other in imports(stage) & STAGES if (stage, other) not in ALLOWED}
+    assert not others
+    assert not imports(stage) & {"pipeline", "cli"}
+
+
+def test_no_exception_is_left_over() -> None:
+    assert all(other in imports(stage) for stage, other in ALLOWED)
+
+
+def test_only_the_command_knows_the_main_path() -> None:
+    assert {module for module in MODULES if "pipeline" in imports(module)} == {"cli"}
+    assert {module for module in MODULES if "cli" in imports(module)} == {"__main__"}
+
+
+def test_imports_have_a_direction() -> None:
+    graph = {module: imports(module, top_level=True) for module in MODULES}
+    while graph:
+        free = {module for module, others in graph.items() if not others & graph.keys()}
+        assert free, f"these import each other in a circle: {sorted(graph)}"
+        for module in free:
+            del graph[module]
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_module_can_be_imported_and_says_what_it_is(module: str) -> None:
+    if module == "__main__":  # importing it runs the command
+        tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree)
+        return
+    assert importlib.import_module(f"symphony_moe.{module}").__doc__
+
+
+RECIPES = [*sorted((ROOT / "recipes").glob("*.yaml")), demo_recipe()]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_that_is_shipped_loads(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert len(recipe.sources) >= 2
+    # What the package brings along can be planned without anything else.
+    if all(spec.model.startswith(BUNDLED) for spec in recipe.sources.values()):
+        assert pipeline.plan(recipe).architecture
+
+
+# README
+
+
+def test_the_readmes_recipes_load(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        resolve_recipe(yaml.safe_load(block), tmp_path, "README.md")
+
+
+def test_the_readmes_tree_is_what_is_there() -> None:
+    tree = re.search(r"^src/symphony_moe/.*\n((?:[├└│].*\n)+)", README, re.MULTILINE)
+    assert tree, "README.md has no file tree of src/symphony_moe/"
+    named = {line.split()[1] for line in tree[1].splitlines()}
+    there = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    there |= {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert named == there
+
+
+def _commands() -> set[str]:
+    actions = cli._parser()._actions
+    return {
+        name for action in actions if isinstance(action.choices, dict) for name in action.choices
+    }
+
+
+def test_the_readmes_commands_are_those_there_are() -> None:
+    code = re.findall(r"^(?: {4}|\t).*$", README, re.MULTILINE)
+    code += re.findall(r"^```\w*\n.*?^```", README, re.MULTILINE | re.DOTALL)
+    code += re.findall(r"`[^`\n]+`", README)
+    named = set(re.findall(r"(?<![\w/-])symphony +([a-z]+)", "\n".join(code)))
+    assert named - _commands() == set(), "named in README.md, but not there"
+    assert _commands() - named == set(), "there, but not in README.md"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/*.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    for page in ROOT.glob(name):
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:", target):
+                continue
+            file, _, anchor = target.partition("#")
+            linked = page.parent / file if file else page
+            assert linked.exists(), f"{page.name}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ +(.*)$", linked.read_text("utf-8"), re.MULTILINE)
+                # As GitHub makes anchors of titles.
+                anchors = {re.sub(r"[^\w\- ]", "", t).lower().replace(" ", "-") for t in titles}
+                assert anchor in anchors, f"{page.name}: {target}"
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == symphony_moe.__version__
+    assert project["scripts"] == {"symphony": "symphony_moe.cli:main"}

@@ -1,0 +1,577 @@
+"""A recipe is checked whole before anything else happens: every mistake is a RecipeError that names
+the setting, never another exception, and what passes means the same when it is read again."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from symphony_moe.errors import RecipeError
+from symphony_moe.recipe import (
+    PRESETS,
+    HubData,
+    Recipe,
+    SourceSpec,
+    load_recipe,
+    parse_size,
+    resolve_recipe,
+)
+
+BASE: dict[str, Any] = {
+    "sources": {
+        "a": {"model": "models/a", "data": "a.jsonl"},
+        "b": {"model": "some/hub-id", "data": ["b.jsonl", "c.txt"]},
+        "c": {"model": "bundled:strangers/english", "data": {"hub": "some/dataset"}},
+    },
+    "evaluation": {"extra": {"other": {"hub": "other/dataset", "column": "content"}}},
+}
+
+
+def resolve(folder: Path, **changes: Any) -> Recipe:
+    """BASE with some top-level settings replaced."""
+    return resolve_recipe(copy.deepcopy(BASE) | changes, folder, "recipe.yaml")
+
+
+def refusal(folder: Path, **changes: Any) -> str:
+    with pytest.raises(RecipeError) as caught:
+        resolve(folder, **changes)
+    return str(caught.value)
+
+
+# Unknown keys
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    yield "", Recipe
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield f"{name}.", field.annotation
+    yield "sources.a.", SourceSpec
+    yield "sources.c.data.", HubData
+    yield "evaluation.extra.other.", HubData
+
+
+@pytest.mark.parametrize(
+    ("section", "field"), [(path, name) for path, kind in _sections() for name in kind.model_fields]
+)
+def test_a_misspelled_key_is_refused_with_the_nearest_known_one(
+    section: str, field: str, tmp_path: Path
+) -> None:
+    content = copy.deepcopy(BASE)
+    target = content
+    for part in section.split(".")[:-1]:
+        target = target.setdefault(part, {})
+    target[field[:-1]] = 1
+    with pytest.raises(RecipeError) as caught:
+        resolve_recipe(content, tmp_path, "recipe.yaml")
+    assert str(caught.value).startswith("recipe.yaml: unknown setting ")
+    assert f"unknown setting {section}{field[:-1]};" in str(caught.value)
+    assert f"did you mean {section}{field}?" in str(caught.value)
+
+
+def test_transposed_letters_are_recognised(tmp_path: Path) -> None:
+    assert "did you mean align.neurons?" in refusal(tmp_path, align={"neurns": "none"})
+    sources = BASE["sources"] | {"a": {"modle": "x", "data": "a.txt"}}
+    message = refusal(tmp_path, sources=sources)
+    assert "unknown setting sources.a.modle; did you mean sources.a.model?" in message
+
+
+def test_a_key_like_no_other_is_refused_with_all_that_are_known(tmp_path: Path) -> None:
+    message = refusal(tmp_path, zzzzqqqq=1)
+    assert "unknown setting zzzzqqqq; known: sources, anchor, method" in message
+
+
+# Values
+
+
+def test_an_unknown_method_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    message = refusal(tmp_path, method="simphony")
+    assert "'simphony'" in message
+    assert all(method in message for method in PRESETS)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 4, "two", 1.5, None, [2], True])
+def test_top_k_is_a_number_of_experts_that_there_are(top_k: Any, tmp_path: Path) -> None:
+    if top_k is None:  # null says nothing
+        with pytest.raises(RecipeError, match=r"router\.top_k"):
+            resolve(tmp_path, router={"top_k": top_k})
+    elif top_k is True:  # pydantic reads true as 1
+        assert resolve(tmp_path, router={"top_k": top_k}).router.top_k == 1
+    else:
+        assert "router.top_k" in refusal(tmp_path, router={"top_k": top_k})
+
+
+def test_top_k_may_be_every_expert(tmp_path: Path) -> None:
+    assert resolve(tmp_path, router={"top_k": 3}).router.top_k == 3
+    message = refusal(tmp_path, router={"top_k": 4})
+    assert "there are only 3 sources" in message and "choose 1 to 3" in message
+
+
+@pytest.mark.parametrize("names", [[], ["a"]])
+def test_one_source_is_not_enough(names: list[str], tmp_path: Path) -> None:
+    sources = {name: BASE["sources"][name] for name in names}
+    assert "sources" in refusal(tmp_path, sources=sources)
+
+
+def test_sixty_four_sources_are_the_most(tmp_path: Path) -> None:
+    many = {f"s{number}": BASE["sources"]["a"] for number in range(65)}
+    assert "64" in refusal(tmp_path, sources=many)
+    del many["s64"]
+    assert len(resolve(tmp_path, sources=many).sources) == 64
+
+
+@pytest.mark.parametrize("sources", [None, [], ["a", "b"], "a", 3, {"a": None, "b": None}])
+def test_sources_of_another_shape_are_refused(sources: Any, tmp_path: Path) -> None:
+    assert "sources" in refusal(tmp_path, sources=sources)
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b", "", "-a", ".a", "ä", "a\n"])
+def test_names_that_cannot_be_file_names_are_refused(name: str, tmp_path: Path) -> None:
+    sources = BASE["sources"] | {name: BASE["sources"]["a"]}
+    assert repr(name) in refusal(tmp_path, sources=sources)
+
+
+def test_names_that_yaml_reads_as_numbers_are_names(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("sources:\n  1: {model: m/a, data: a.txt}\n  2: {model: m/b, data: b.txt}\n")
+    recipe = load_recipe(path)
+    assert list(recipe.sources) == ["1", "2"] and recipe.anchor == "1"
+
+
+def test_the_anchor_is_the_first_source_unless_named(tmp_path: Path) -> None:
+    assert resolve(tmp_path).anchor == "a"
+    assert resolve(tmp_path, anchor=None).anchor == "a"
+    assert resolve(tmp_path, anchor="b").anchor == "b"
+    message = refusal(tmp_path, anchor="d")
+    assert "anchor" in message and "'d'" in message and "'a', 'b', 'c'" in message
+
+
+@pytest.mark.parametrize(
+    ("weights", "named"),
+    [
+        ({"a": 1, "b": 1}, "'c'"),
+        ({"a": 1, "b": 1, "c": 1, "d": 1}, "'d'"),
+        ({"a": 1, "b": 1, "c": -1}, "backbone.weights.c"),
+        ({"a": 0, "b": 0, "c": 0}, "add up to nothing"),
+        ({"a": 1, "b": 1, "c": float("inf")}, "backbone.weights.c"),
+        ({"a": 1, "b": 1, "c": float("nan")}, "backbone.weights.c"),
+        ({"a": 1, "b": 1, "c": "half"}, "backbone.weights.c"),
+        ([1, 1, 1], "backbone.weights"),
+        (0.5, "backbone.weights"),
+    ],
+)
+def test_bad_weights_are_refused(weights: Any, named: str, tmp_path: Path) -> None:
+    message = refusal(tmp_path, backbone={"weights": weights})
+    assert "backbone.weights" in message and named in message
+
+
+def test_shares_sum_to_one_in_the_order_of_the_sources(tmp_path: Path) -> None:
+    assert resolve(tmp_path).shares == pytest.approx([1 / 3] * 3)
+    recipe = resolve(tmp_path, backbone={"weights": {"c": 3, "b": 0, "a": 1}})
+    assert recipe.shares == [0.25, 0.0, 0.75]
+
+
+def test_extra_domains_and_sources_have_different_names(tmp_path: Path) -> None:
+    message = refusal(tmp_path, evaluation={"extra": {"a": "x.txt"}})
+    assert "evaluation.extra" in message and "'a'" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("calibration", {"tokens": 0}),
+        ("calibration", {"sequence_length": 1}),
+        ("train", {"learning_rate": 0}),
+        ("train", {"learning_rate": float("inf")}),
+        ("train", {"warmup": 1}),
+        ("train", {"scope": "head"}),
+        ("evaluation", {"holdout": 0}),
+        ("evaluation", {"holdout": 1}),
+        ("output", {"dtype": "int8"}),
+        ("output", {"max_shard_size": "5 apples"}),
+        ("backbone", {"attention": "mean"}),
+        ("align", {"neurons": "weights"}),
+        ("experts", {"init": "drop-in"}),
+        # The generators that these seed take no more than 32 bits; found only after the build.
+        ("calibration", {"seed": -1}),
+        ("calibration", {"seed": 2**32}),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(
+    section: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    assert f"{section}.{next(iter(values))}" in refusal(tmp_path, **{section: values})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**80, "x"])
+def test_seeds_out_of_range_are_refused(seed: Any, tmp_path: Path) -> None:
+    assert "seed" in refusal(tmp_path, seed=seed)
+
+
+@pytest.mark.parametrize("section", [name for name in Recipe.model_fields if name != "sources"])
+@pytest.mark.parametrize("value", ["text", 3, 2.5, [], [1], ["a"], {"": 1}, [["tokens", 1]]])
+def test_a_section_of_another_kind_is_refused(section: str, value: Any, tmp_path: Path) -> None:
+    if section == "seed" and value == 3:
+        return
+    assert section in refusal(tmp_path, **{section: value})
+
+
+# Presets
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_preset_sets_its_sections(method: str, tmp_path: Path) -> None:
+    recipe = resolve(tmp_path, method=method)
+    for section, preset in PRESETS[method].items():
+        for setting, value in preset.items():
+            assert getattr(getattr(recipe, section), setting) == value
+
+
+def test_the_papers_method_is_the_default(tmp_path: Path) -> None:
+    recipe = resolve(tmp_path)
+    assert recipe == resolve(tmp_path, method="symphony")
+    assert (recipe.backbone.attention, recipe.backbone.embeddings) == ("slerp", "selective-linear")
+    assert (recipe.align.neurons, recipe.experts.init) == ("activations", "source")
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_recipes_own_values_win_over_the_preset(method: str, tmp_path: Path) -> None:
+    own = {"attention": "anchor"}
+    recipe = resolve(tmp_path, method=method, backbone=own, align={"neurons": "none"})
+    assert recipe.backbone.attention == "anchor"
+    assert recipe.align.neurons == "none"
+    # The rest of the section is still the preset's.
+    assert recipe.backbone.norms == PRESETS[method]["backbone"]["norms"]
+
+
+# Paths
+
+
+def test_paths_are_relative_to_the_recipe_not_to_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    (home / "models" / "a").mkdir(parents=True)
+    (elsewhere / "models" / "a").mkdir(parents=True)
+    path = home / "recipe.yaml"
+    sources = {
+        "a": {"model": "models/a", "data": "a.jsonl"},
+        "b": {"model": "./nowhere", "data": ["x/b.jsonl", "../c.txt"]},
+        "c": {"model": "some/hub-id", "data": {"hub": "some/dataset"}},
+        "d": {"model": "bundled:strangers/english", "data": "bundled:english"},
+    }
+    path.write_text(json.dumps({"sources": sources, "evaluation": {"extra": {"o": "o.txt"}}}))
+    monkeypatch.chdir(elsewhere)
+    for name in (path, Path("../home/recipe.yaml")):
+        recipe = load_recipe(name)
+        assert recipe.sources["a"].model == str(home / "models" / "a")
+        assert recipe.sources["a"].data == str(home / "a.jsonl")
+        assert recipe.sources["b"].model == str(home / "nowhere")
+        assert recipe.sources["b"].data == [str(home / "x" / "b.jsonl"), str(tmp_path / "c.txt")]
+        assert recipe.sources["c"].model == "some/hub-id"
+        assert recipe.sources["d"].model == "bundled:strangers/english"
+        assert recipe.sources["d"].data == "bundled:english"
+        assert recipe.evaluation.extra["o"] == str(home / "o.txt")
+
+
+@pytest.mark.parametrize("bad", ["a\0b", "~nobody-of-that-name/x", "x" * 5000])
+def test_paths_that_no_file_can_have_are_refused_or_left_for_the_lookup(
+    bad: str, tmp_path: Path
+) -> None:
+    for spec in ({"model": bad, "data": "a.txt"}, {"model": "m/a", "data": bad}):
+        try:
+            resolve(tmp_path, sources=BASE["sources"] | {"a": spec})
+        except RecipeError as error:
+            assert "sources.a" in str(error)
+
+
+# --set
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(
+        content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
+    )
+    return path
+
+
+def test_overrides_reach_every_level(tmp_path: Path) -> None:
+    overrides = [
+        "train.learning_rate=1e-3",
+        "train.tokens=1_000",
+        "backbone.attention=linear",
+        "backbone.weights={a: 1, b: 2, c: 1}",
+        "sources.a.data=[x.txt, y.txt]",
+        "sources.b.revision=v1.0",
+        "output.head_bias=false",
+        "seed=7",
+        "anchor=b",
+        "evaluation.extra.more=m.txt",
+    ]
+    recipe = load_recipe(write(tmp_path, BASE), overrides)
+    assert recipe.train.learning_rate == 1e-3
+    assert recipe.train.tokens == 1000
+    assert recipe.backbone.attention == "linear"
+    assert recipe.shares == [0.25, 0.5, 0.25]
+    assert recipe.sources["a"].data == [str(tmp_path / "x.txt"), str(tmp_path / "y.txt")]
+    assert recipe.sources["b"].revision == "v1.0"
+    assert recipe.output.head_bias is False
+    assert (recipe.seed, recipe.anchor) == (7, "b")
+    assert list(recipe.evaluation.extra) == ["other", "more"]
+
+
+@pytest.mark.parametrize("spelled", ["1e-3", "1E-3", "1.e-3", "1.0e-3", "+1e-3", "0.001", " 1e-3"])
+def test_numbers_are_numbers_however_they_are_spelled(spelled: str, tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, BASE), [f"train.learning_rate={spelled}"])
+    assert recipe.train.learning_rate == 1e-3
+    text = yaml.safe_dump(BASE) + f"train: {{learning_rate: {spelled}}}\n"
+    assert load_recipe(write(tmp_path, text)).train.learning_rate == 1e-3
+
+
+def test_the_last_override_wins(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, BASE), ["seed=1", "seed=2"])
+    assert recipe.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("nonsense", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        (" =3", "--set"),
+        ("", "expected KEY=VALUE"),
+        (".=3", "--set"),
+        ("train..tokens=3", "train."),
+        ("train.=3", "train."),
+        ("trian.tokens=3", "did you mean train?"),
+        ("train.token=3", "did you mean train.tokens?"),
+        ("sources.a.modle=x", "did you mean sources.a.model?"),
+        ("seed.value=3", "seed"),
+        ("sources.a.model.x=3", "model is a value, not a section"),
+        ("train.tokens=", "train.tokens"),
+        ("train.tokens=many", "train.tokens"),
+        ("train.tokens=[", "not YAML"),
+        ("train.tokens=2020-13-45", "train.tokens"),
+        ("train=3", "train"),
+        ("sources=[]", "sources"),
+    ],
+)
+def test_bad_overrides_are_refused(override: str, named: str, tmp_path: Path) -> None:
+    path = write(tmp_path, BASE | {"seed": 1})
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, [override])
+    assert named in str(caught.value)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500MB", 500 * 10**6),
+        ("20KB", 20_000),
+        ("1.5 gb", 1_500_000_000),
+        (" 2 Mb ", 2_000_000),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5", "GB", "0GB", "-1GB", "5GiB", "5 TB", "1e3MB", "5GB5", "9" * 400 + "GB", "٣GB"]
+)
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="max_shard_size"):
+        parse_size(text)
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"# nothing but a comment\n",
+        b"- a\n- b\n",
+        b"just text",
+        b"42",
+        b"sources: [unclosed",
+        b"sources:\n\t- tab",
+        b"a: b: c",
+        b"\xff\xfe\x00\x01",
+        b"\x00\x01\x02",
+        b"seed: 2020-13-45",
+        b"seed: !!int x",
+        b"seed: !!python/object/apply:os.system [echo]",
+        b"? [a, b]\n: c",
+        b"a: &a [*a]\n",
+        b"sources: {a: {model: m/a, data: &d [*d]}, b: {model: m/b, data: b.txt}}\n",
+        b"[" * 3000,
+        b"? {a: 1}\n: 2",
+        b"null: 3",
+        b"a: 1\n---\nb: 2\n",
+        b"*unknown",
+        b"sources: {a: {model: !!binary eA==, data: x}, b: {model: x, data: x}}",
+    ],
+)
+def test_files_that_are_no_recipe_are_refused(text: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        load_recipe(path)
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    # YAML keeps the last one silently; one of the two is a mistake.
+    text = yaml.safe_dump(BASE) + "train: {tokens: 5, tokens: 6}\n"
+    with pytest.raises(RecipeError, match="tokens"):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path)
+
+
+# The whole
+
+
+EXAMPLE = """
+sources:                       # 2..64, one expert each, in this order
+  general: {model: path/or-hub-id, revision: null, data: data/general.jsonl}
+  math:    {model: other/hub-id, data: [a.jsonl, b.txt]}
+  code:    {model: third/hub-id, data: {hub: some/dataset, split: train, column: content}}
+anchor: general                # default: the first
+method: symphony               # a preset for the sections below; any value set there wins
+calibration: {tokens: 262144, sequence_length: 2048, seed: 114514}
+backbone: {attention: slerp, embeddings: selective-linear, norms: linear, weights: null}
+align: {neurons: activations, residual: none, heads: none}
+experts: {init: source}
+refit: {method: none}
+router: {init: random, top_k: 2}
+output: {architecture: auto, dtype: bfloat16, max_shard_size: 5GB}
+train: {scope: all, tokens: 10_000_000, learning_rate: 5.0e-5, balance_weight: 0.01,
+        sequence_length: 2048, batch_size: 2}
+evaluation: {tokens: 65536, holdout: 0.05, sequence_length: 2048,
+             extra: {medicine: data/medqa.jsonl}}
+seed: 114514
+"""
+
+
+def test_the_documented_example_spells_out_the_defaults(tmp_path: Path) -> None:
+    content = yaml.safe_load(EXAMPLE)
+    spelled = load_recipe(write(tmp_path, EXAMPLE))
+    short = {key: content[key] for key in ("sources",)} | {
+        "evaluation": {"extra": content["evaluation"]["extra"]}
+    }
+    assert spelled == load_recipe(write(tmp_path, short))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"backbone": {"weights": {"a": 0.1, "b": 1e-7, "c": 3}}},
+        {"train": {"learning_rate": 1e-5, "warmup": 0}, "output": {"head_bias": False}},
+        {"sources": {"x": {"model": "/models/ä ö", "data": "/data/日本.txt"},
+                     "yes": {"model": "m/a", "data": "no", "sha256": {"f": "0" * 64}}}},
+        {"seed": 0, "anchor": "c", "align": {"neurons": "none"}, "experts": {"init": "copy"}},
+    ],
+)  # fmt: skip
+def test_a_resolved_recipe_reads_as_itself(changes: dict[str, Any], tmp_path: Path) -> None:
+    recipe = resolve(tmp_path, **changes)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = elsewhere / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    again = load_recipe(path)
+    assert again == recipe and list(again.sources) == list(recipe.sources)
+    assert again.to_yaml() == recipe.to_yaml()
+
+
+# Junk
+
+_scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.dates()
+    | st.sampled_from(["a", "symphony", "bundled:x", "x.txt", "~", "~x", "/", "1e-3", "."])
+)
+_keys = st.sampled_from(
+    [*Recipe.model_fields, *SourceSpec.model_fields, *HubData.model_fields, "a", "extra", "weights"]
+) | st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=5))
+junk = st.recursive(
+    _scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_keys, inner, max_size=4),
+    max_leaves=12,
+)
+_FULL = yaml.safe_load(EXAMPLE)
+
+
+def _places(content: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield here
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _places(value, (*here, key))
+
+
+def gives_a_recipe_or_an_error(content: Any) -> None:
+    try:
+        recipe = resolve_recipe(content, Path("/nowhere"), "junk")
+    except RecipeError as error:
+        assert str(error).startswith("junk: ")
+    else:
+        assert resolve_recipe(yaml.safe_load(recipe.to_yaml()), Path("/else"), "x") == recipe
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(_keys, junk, max_size=6))
+def test_junk_is_refused_as_a_mistake(content: Any) -> None:
+    gives_a_recipe_or_an_error(content)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(place=st.sampled_from(list(_places(_FULL))[1:]), value=junk)
+def test_junk_in_one_place_is_refused_as_a_mistake(place: tuple[Any, ...], value: Any) -> None:
+    content = copy.deepcopy(_FULL)
+    *parents, last = place
+    target = content
+    for key in parents:
+        target = target[key]
+    target[last] = value
+    gives_a_recipe_or_an_error(content)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(text=st.text(max_size=60), override=st.text(max_size=20))
+def test_text_junk_is_refused_as_a_mistake(text: str, override: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(RecipeError):
+        load_recipe(path)
+    path.write_text(EXAMPLE)
+    try:
+        load_recipe(path, [override])
+    except RecipeError as error:
+        assert "Traceback" not in str(error)

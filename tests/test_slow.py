@@ -1,0 +1,92 @@
+"""What takes minutes: memory against depth, and an older transformers in an environment of its
+own."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import make_model, make_recipe
+from symphony_moe import pipeline
+from symphony_moe.recipe import load_recipe
+from symphony_moe.stock import load_stock
+
+pytestmark = pytest.mark.slow
+
+FAT = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64}
+"""A layer of 12 MB in float32, so that keeping layers would show: four sources of 12 layers are
+more than half a gigabyte."""
+
+
+def _peak_of_build(recipe: Path, out: Path) -> int:
+    """Peak memory of `symphony build` in a process of its own, in bytes."""
+    command = [sys.executable, "-m", "symphony_moe", "build", str(recipe), "--out", str(out)]
+    # glibc keeps freed blocks of up to 32 MB for itself, more or fewer from run to run. These
+    # models have no larger ones; with the threshold fixed, what the program holds is what is
+    # measured.
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    process = subprocess.Popen(command, env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss * 1024
+
+
+def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    """The same recipe at 12 and at 24 layers peaks within 10 %."""
+    peaks = {}
+    for layers in (12, 24):
+        root = tmp_path / str(layers)
+        recipe = make_recipe(root, "llama", count=4, output={"dtype": "bfloat16"})
+        for name in "abcd":
+            make_model(
+                root / "models" / name, "llama", seed=ord(name), num_hidden_layers=layers, **FAT
+            )
+        peaks[layers] = _peak_of_build(recipe, root / "run")
+    print(f"\npeak memory at 12 and 24 layers: {peaks[12] / 1e6:.0f} MB, {peaks[24] / 1e6:.0f} MB")
+    assert abs(peaks[24] / peaks[12] - 1) < 0.10
+
+
+OLD_READER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+folder, ids, out = sys.argv[1:]
+model, info = AutoModelForCausalLM.from_pretrained(
+    folder, torch_dtype=torch.float32, output_loading_info=True
+)
+assert not any(info.values()), info
+with torch.no_grad():
+    logits = model(torch.tensor(json.loads(ids))).logits
+torch.save(logits, out)
+"""
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied-rope3"])
+def test_loads_in_transformers_4_57_with_equal_logits(
+    tmp_path_factory: pytest.TempPathFactory, variant: str
+) -> None:
+    """Fused expert tensors load there as random weights without an error; ours must not."""
+    home = tmp_path_factory.getbasetemp() / "transformers-4.57"
+    python = home / "bin" / "python"
+    if not python.exists():
+        venv.create(home, with_pip=True)
+        subprocess.run(
+            [str(python), "-m", "pip", "install", "--quiet", "transformers==4.57.*",
+             f"torch=={torch.__version__.split('+')[0]}"],
+            check=True,
+        )  # fmt: skip
+    root = tmp_path_factory.mktemp(f"old-{variant}")
+    run = pipeline.build(load_recipe(make_recipe(root, variant)), root / "run")
+    ids = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = load_stock(run.checkpoint)(ids).logits
+    arguments = [str(run.checkpoint), json.dumps(ids.tolist()), str(root / "logits.pt")]
+    # Nothing of this environment may be seen from that one.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    subprocess.run([str(python), "-c", OLD_READER, *arguments], check=True, env=environment)
+    theirs = torch.load(root / "logits.pt", weights_only=True)
+    assert float((ours - theirs).abs().max() / ours.abs().max()) < 1e-5

@@ -1,0 +1,651 @@
+"""Sources are opened from headers, proved whole, and compared: every way in which a checkpoint can
+be broken or two can differ is named, with who has what, before a weight is read."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import make_model, make_tokenizer
+from symphony_moe import pipeline
+from symphony_moe.errors import SourceError, SourceMismatch
+from symphony_moe.plan import make_plan
+from symphony_moe.recipe import Recipe, SourceSpec, load_recipe
+from symphony_moe.sources import (
+    Difference,
+    Source,
+    compare_sources,
+    open_source,
+    open_sources,
+    refuse_mismatch,
+)
+
+Recipes = Callable[[str], Path]
+WEIGHTS = "model.safetensors"
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def model(recipes: Recipes, tmp_path: Path) -> Path:
+    """A good Llama folder to break."""
+    folder = tmp_path / "model"
+    shutil.copytree(recipes("llama").parent / "models" / "a", folder)
+    return folder
+
+
+def opened(folder: Path, name: str = "a", **spec: Any) -> Source:
+    return open_source(name, SourceSpec(model=str(folder), data="unused.txt", **spec))
+
+
+def refusal(folder: Path, **spec: Any) -> str:
+    with pytest.raises(SourceError) as caught:
+        opened(folder, **spec)
+    message = str(caught.value)
+    assert message.startswith("a: "), "the source is not named"
+    return message
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+# Differences
+
+
+def differences(*folders: Path) -> list[Difference]:
+    return compare_sources([opened(f, "abc"[i]) for i, f in enumerate(folders)], "a")
+
+
+def one_difference(good: Path, other: Path) -> Difference:
+    """The only difference of the third of three sources, named with who has what."""
+    found = differences(good, good, other)
+    assert len(found) == 1, [str(difference) for difference in found]
+    return found[0]
+
+
+def test_sources_that_match_have_no_differences(recipes: Recipes) -> None:
+    models = recipes("llama").parent / "models"
+    assert differences(models / "a", models / "b", models / "c") == []
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SCALED = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "verdict", "values"),
+    [
+        # head_dim is spelled out where the number of heads would change it too.
+        ({"hidden_size": 64, "head_dim": 8}, "hidden_size", "error", ("32", "64")),
+        ({"num_hidden_layers": 3}, "num_hidden_layers", "error", ("2", "3")),
+        ({"intermediate_size": 40}, "intermediate_size", "error", ("48", "40")),
+        ({"num_attention_heads": 2, "head_dim": 8}, "num_attention_heads", "error", ("4", "2")),
+        ({"num_key_value_heads": 1}, "num_key_value_heads", "error", ("2", "1")),
+        ({"head_dim": 16}, "head_dim", "error", ("8", "16")),
+        ({"hidden_act": "gelu"}, "hidden_act", "error", ("silu", "gelu")),
+        ({"vocab_size": 304}, "vocab_size", "error", ("300", "304")),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps", "warning", ("1e-05", "1e-06")),
+        (
+            {"rope_parameters": ROPE | {"rope_theta": 5e5}},
+            "rope_parameters", "warning", ("rope_theta 10000.0", "rope_theta 500000.0"),
+        ),
+        (
+            {"rope_parameters": SCALED},
+            "rope_parameters", "warning", ("rope_type default", "rope_type linear"),
+        ),
+        ({"max_position_embeddings": 512}, "max_position_embeddings", "warning", ("256", "512")),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings", "warning", ("False", "True")),
+    ],
+)  # fmt: skip
+def test_a_different_config_is_named(
+    changes: dict[str, Any],
+    what: str,
+    verdict: str,
+    values: tuple[str, str],
+    recipes: Recipes,
+    tmp_path: Path,
+) -> None:
+    good = recipes("llama").parent / "models" / "a"
+    found = one_difference(good, make_model(tmp_path / "other", "llama", 9, **changes))
+    assert (found.what, found.verdict) == (what, verdict)
+    before, _, after = str(found).partition("; c: ")
+    assert before.startswith(f"{what} (a, b: ") and values[0] in before
+    assert values[1] in after
+    assert found.consequence
+
+
+def test_a_different_sliding_window_is_named(recipes: Recipes, tmp_path: Path) -> None:
+    good = recipes("mistral").parent / "models" / "a"
+    found = one_difference(good, make_model(tmp_path / "other", "mistral", 9, sliding_window=None))
+    assert (found.what, found.verdict) == ("sliding_window", "warning")
+    assert "(a, b: 16; c: None)" in str(found)
+
+
+def test_different_dtypes_are_fine(recipes: Recipes, model: Path) -> None:
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
+
+    edit_weights(model, halve)
+    found = one_difference(recipes("llama").parent / "models" / "a", model)
+    assert (found.what, found.verdict) == ("dtype", "fine")
+    assert "(a, b: F32; c: BF16, F16)" in str(found)
+    refuse_mismatch([found])
+
+
+def test_different_families_are_one_message(recipes: Recipes) -> None:
+    llama, qwen = (recipes(name).parent / "models" / "a" for name in ("llama", "qwen2-untied"))
+    found = differences(llama, qwen)
+    assert (found[0].what, found[0].verdict) == ("model_type", "error")
+    assert "(a: llama; b: qwen2)" in str(found[0])
+    assert not [d for d in found if "token" in d.what]
+
+
+def edit_tokenizer(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _swap_tokens(content: dict[str, Any]) -> None:
+    vocabulary = content["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+
+
+def test_a_tokenizer_of_the_same_size_with_other_tokens_is_refused(
+    recipes: Recipes, model: Path
+) -> None:
+    edit_tokenizer(model, _swap_tokens)
+    found = one_difference(recipes("llama").parent / "models" / "a", model)
+    assert (found.what, found.verdict) == ("tokenizer vocabulary", "error")
+    assert "4 entries differ, such as 'A' = " in found.consequence
+    assert "c" in found.values and "a" in found.values
+
+
+def test_another_anchor_sees_the_same_tokenizers_differ(recipes: Recipes, model: Path) -> None:
+    edit_tokenizer(model, _swap_tokens)
+    sources = [opened(recipes("llama").parent / "models" / "a"), opened(model, "b")]
+    for anchor in ("a", "b"):
+        found = compare_sources(sources, anchor)
+        assert [(d.what, d.verdict) for d in found] == [("tokenizer vocabulary", "error")]
+
+
+def _drop_merge(content: dict[str, Any]) -> None:
+    content["model"]["merges"].pop()
+
+
+def _lowercase(content: dict[str, Any]) -> None:
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+def _prefix_space(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["add_prefix_space"] = True
+
+
+@pytest.mark.parametrize("change", [_drop_merge, _lowercase, _prefix_space])
+def test_tokenizers_that_cut_text_differently_are_named(
+    change: Callable[[dict[str, Any]], None], recipes: Recipes, model: Path
+) -> None:
+    edit_tokenizer(model, change)
+    found = one_difference(recipes("llama").parent / "models" / "a", model)
+    assert (found.what, found.verdict) == ("tokenizer merges and normalization", "warning")
+
+
+def test_different_special_tokens_are_named(recipes: Recipes, model: Path) -> None:
+    edit_json(model / "tokenizer_config.json", eos_token="<s>")
+    found = one_difference(recipes("llama").parent / "models" / "a", model)
+    assert (found.what, found.verdict) == ("special tokens", "warning")
+    assert "eos_token </s>" in str(found) and "eos_token <s>" in str(found)
+
+
+def test_different_chat_templates_are_named(recipes: Recipes, model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    found = one_difference(recipes("llama").parent / "models" / "a", model)
+    assert (found.what, found.verdict) == ("chat template", "warning")
+    assert "(a, b: none; c: sha256 " in str(found)
+
+
+def test_every_difference_is_named_at_once(recipes: Recipes, tmp_path: Path) -> None:
+    good = recipes("llama").parent / "models" / "a"
+    other = make_model(
+        tmp_path / "other", "llama", 9, intermediate_size=40, num_hidden_layers=3, rms_norm_eps=1e-6
+    )
+    found = differences(good, other)
+    assert [d.what for d in found] == ["num_hidden_layers", "intermediate_size", "rms_norm_eps"]
+    with pytest.raises(SourceMismatch) as caught:
+        refuse_mismatch(found)
+    message = str(caught.value)
+    assert "num_hidden_layers (a: 2; b: 3)" in message
+    assert "intermediate_size (a: 48; b: 40)" in message
+    assert "rms_norm_eps" not in message, "a warning does not stop a build"
+
+
+# Broken checkpoints
+
+
+def test_a_missing_tensor_is_named(model: Path) -> None:
+    edit_weights(model, lambda tensors: tensors.pop(Q))
+    message = refusal(model)
+    assert Q in message and str(model) in message and "1 tensor" in message
+
+
+def test_a_surplus_tensor_is_named(model: Path) -> None:
+    edit_weights(model, lambda tensors: tensors.update({"model.layers.2.x": torch.ones(2)}))
+    message = refusal(model)
+    assert "model.layers.2.x" in message and "1 tensor" in message
+
+
+def test_a_head_that_is_missing_is_named(model: Path) -> None:
+    edit_weights(model, lambda tensors: tensors.pop("lm_head.weight"))
+    assert "lm_head.weight" in refusal(model)
+
+
+def test_the_buffers_of_old_checkpoints_are_no_surplus(model: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_weights(model, lambda tensors: tensors.update({name: torch.ones(4)}))
+    assert name not in opened(model).headers
+
+
+@pytest.mark.parametrize("shape", [(32, 31), (31, 32), (1024,), (32, 32, 1)])
+def test_a_tensor_of_another_shape_than_the_config_says_is_named(
+    shape: tuple[int, ...], model: Path
+) -> None:
+    edit_weights(model, lambda tensors: tensors.update({Q: torch.zeros(shape)}))
+    message = refusal(model)
+    assert Q in message and str(list(shape)) in message and "[32, 32]" in message
+
+
+def test_a_config_that_does_not_describe_the_weights_is_refused(model: Path) -> None:
+    edit_json(model / "config.json", num_hidden_layers=3)
+    assert "model.layers.2." in refusal(model)
+    edit_json(model / "config.json", num_hidden_layers=1)
+    assert "model.layers.1." in refusal(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
+def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, model: Path) -> None:
+    edit_weights(model, lambda tensors: tensors.update({Q: torch.zeros(32, 32, dtype=dtype)}))
+    message = refusal(model)
+    assert Q in message and "float" in message
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 200, 50_000, -1])
+def test_a_truncated_file_is_named(kept: int, model: Path) -> None:
+    path = model / WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    message = refusal(model)
+    assert str(path) in message and "fetch it again" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        b"<html>404</html>" * 100,
+        bytes(4000),
+        (100).to_bytes(8, "little") + b"{" * 100,
+    ],
+)
+def test_a_file_that_is_something_else_is_named(content: bytes, model: Path) -> None:
+    (model / WEIGHTS).write_bytes(content)
+    assert str(model / WEIGHTS) in refusal(model)
+
+
+def shard(model: Path) -> dict[str, str]:
+    """Cut a model into two files with an index; tensor -> file."""
+    tensors = load_file(model / WEIGHTS)
+    (model / WEIGHTS).unlink()
+    where: dict[str, str] = {}
+    names = sorted(tensors)
+    for number, part in enumerate((names[:10], names[10:]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, model / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": where}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    return where
+
+
+def test_a_checkpoint_of_several_files_is_opened_and_read(model: Path) -> None:
+    whole = load_file(model / WEIGHTS)
+    where = shard(model)
+    # A file beside the index is not the model's, such as Mistral's own consolidated.safetensors.
+    save_file({"layers.0.x": torch.ones(1)}, model / "consolidated.safetensors")
+    source = opened(model)
+    assert {name: header.file for name, header in source.headers.items()} == where
+    assert torch.equal(source.read(Q), whole[Q])
+    assert sorted(source.hash_weights()) == sorted({*where.values()})
+
+
+def test_a_file_in_the_index_that_is_not_there_is_named(model: Path) -> None:
+    where = shard(model)
+    (model / where[Q]).unlink()
+    message = refusal(model)
+    assert where[Q] in message and "not there" in message
+
+
+def test_a_tensor_in_the_index_that_no_file_holds_is_named(model: Path) -> None:
+    where = shard(model)
+    path = model / where[Q]
+    tensors = load_file(path)
+    del tensors[Q]
+    save_file(tensors, path)
+    message = refusal(model)
+    assert Q in message and "index" in message
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "", "not json", "[]", "3", "{}", '{"weight_map": []}', '{"weight_map": null}',
+        '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": null, "b": "x"}}',
+        '{"weight_map": {"a": "../model.safetensors\\u0000"}}',
+    ],
+)  # fmt: skip
+def test_an_index_that_is_none_is_refused(index: str, model: Path) -> None:
+    shard(model)
+    (model / "model.safetensors.index.json").write_text(index)
+    refusal(model)
+
+
+def test_weights_in_another_format_are_refused_with_what_is_there(model: Path) -> None:
+    (model / WEIGHTS).rename(model / "pytorch_model.bin")
+    message = refusal(model)
+    assert "pytorch_model.bin" in message and "save_pretrained" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"not json", b"[]", b"3", b"null", b"\xff\xfe\x00"])
+def test_a_config_that_is_not_json_is_refused(content: bytes, model: Path) -> None:
+    (model / "config.json").write_bytes(content)
+    assert str(model) in refusal(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "32"},
+        {"hidden_size": -32},
+        {"hidden_size": 33},
+        {"hidden_size": [32]},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": "four"},
+        {"num_key_value_heads": 0},
+        {"num_key_value_heads": 3},
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": 2.5},
+        {"vocab_size": "many"},
+        {"vocab_size": -1},
+        {"head_dim": 7},
+        {"head_dim": "x"},
+        {"hidden_act": "nonsense"},
+        {"hidden_act": 3},
+        {"rms_norm_eps": "small"},
+        {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}},
+        {"rope_parameters": "none"},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+        {"tie_word_embeddings": "maybe"},
+        {"max_position_embeddings": "long"},
+        {"model_type": ["llama"]},
+        {"model_type": None},
+    ],
+    ids=str,
+)
+def test_a_config_of_nonsense_is_refused(changes: dict[str, Any], model: Path) -> None:
+    edit_json(model / "config.json", **changes)
+    if changes.get("model_type", 0) is None:
+        content = json.loads((model / "config.json").read_text())
+        assert "model_type" not in content
+    message = refusal(model)
+    assert str(model) in message or "its config.json says" in message
+
+
+def test_a_family_without_a_table_is_refused_with_those_there_are(model: Path) -> None:
+    edit_json(model / "config.json", model_type="gpt_neox")
+    message = refusal(model)
+    assert "'gpt_neox'" in message
+    assert all(family in message for family in ("llama", "mistral", "qwen2", "qwen3"))
+
+
+@pytest.mark.parametrize(
+    "field", [{"attention_bias": True}, {"mlp_bias": True}, {"quantization_config": {"bits": 4}}]
+)
+def test_a_variant_that_the_target_cannot_hold_is_refused(
+    field: dict[str, Any], model: Path
+) -> None:
+    edit_json(model / "config.json", **field)
+    word = "quantized" if "quantization_config" in field else "biases"
+    assert word in refusal(model)
+
+
+def test_a_missing_folder_or_config_is_named(model: Path, tmp_path: Path) -> None:
+    assert str(tmp_path / "none") in refusal(tmp_path / "none")
+    assert str(model / WEIGHTS) in refusal(model / WEIGHTS)  # a file, not a folder
+    (model / "config.json").unlink()
+    assert "config.json" in refusal(model)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"nonsense", b"\xff\xfe"])
+def test_a_tokenizer_that_cannot_be_read_is_named(content: bytes | None, model: Path) -> None:
+    for path in model.glob("*token*"):
+        path.unlink()
+    if content is not None:
+        (model / "tokenizer.json").write_bytes(content)
+        (model / "tokenizer_config.json").write_bytes(content)
+    source = opened(model)
+    with pytest.raises(SourceError, match=r"^a: .*tokenizer"):
+        compare_sources([source, source], "a")
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(
+    recipes: Recipes, tmp_path: Path
+) -> None:
+    # Such a token has no row: found while text is run, it would be an index out of range or worse.
+    small = make_model(tmp_path / "small", "llama", 0, vocab_size=280)
+    source = opened(small)
+    with pytest.raises(SourceError, match=r"^a: .*tokenizer.*300.*280"):
+        _ = source.tokenizer
+    # More rows than tokens are usual: tables are padded to round numbers.
+    assert len(opened(make_model(tmp_path / "large", "llama", 0, vocab_size=320)).tokenizer) == 300
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of a hub that cannot be reached."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return cache
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_a_hub_id_that_cannot_be_fetched_is_named(download: bool, hub: Path) -> None:
+    spec = SourceSpec(model="no-such-owner/no-such-model", data="x.txt")
+    with pytest.raises(SourceError, match=r"^a: 'no-such-owner/no-such-model' is no folder here"):
+        open_source("a", spec, download=download)
+
+
+@pytest.mark.parametrize("model", ["models/of/mine", "a b", "models/", "x" * 200, "--"])
+def test_a_mistyped_path_is_named_as_neither_folder_nor_hub_id(model: str, hub: Path) -> None:
+    with pytest.raises(SourceError) as caught:
+        open_source("a", SourceSpec(model=model, data="x.txt"))
+    assert str(caught.value).startswith(f"a: {model!r} is ")
+
+
+def cached(hub: Path, model: Path, commit: str, ref: str | None = "main") -> str:
+    """Put a model into the cache as the hub's client lays it out; the hub id."""
+    entry = hub / "models--someone--tiny"
+    snapshot = entry / "snapshots" / commit
+    shutil.copytree(model, snapshot)
+    if ref:
+        (entry / "refs").mkdir(exist_ok=True)
+        (entry / "refs" / ref).write_text(commit)
+    return "someone/tiny"
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_a_hub_id_in_the_cache_needs_no_network(download: bool, hub: Path, model: Path) -> None:
+    commit = "0123456789" * 4
+    spec = SourceSpec(model=cached(hub, model, commit), data="x.txt")
+    source = open_source("a", spec, download=download)
+    assert source.folder == hub / "models--someone--tiny" / "snapshots" / commit
+    assert source.public_name == "someone/tiny"
+    assert torch.equal(source.read(Q), load_file(model / WEIGHTS)[Q])
+
+
+def test_a_revision_is_the_one_asked_for(hub: Path, model: Path) -> None:
+    cached(hub, model, "a" * 40)
+    edit_weights(model, lambda tensors: tensors.update({Q: torch.zeros(32, 32)}))
+    hub_id = cached(hub, model, "b" * 40, ref="v2")
+    for revision, zero in ((None, False), ("v2", True), ("b" * 40, True), ("a" * 40, False)):
+        source = open_source("a", SourceSpec(model=hub_id, revision=revision, data="x.txt"))
+        assert bool((source.read(Q) == 0).all()) == zero
+    with pytest.raises(SourceError, match="someone/tiny"):
+        open_source("a", SourceSpec(model=hub_id, revision="v3", data="x.txt"))
+
+
+# Reading
+
+
+def test_a_tied_checkpoint_may_store_its_head_twice(recipes: Recipes, tmp_path: Path) -> None:
+    folder = tmp_path / "tied"
+    shutil.copytree(recipes("llama-tied-rope3").parent / "models" / "a", folder)
+    before = opened(folder)
+
+    def twice(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    edit_weights(folder, twice)
+    source = opened(folder)
+    assert source.head_name == "model.embed_tokens.weight"
+    assert source.headers.keys() == before.headers.keys()
+    assert source.num_parameters == before.num_parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_named(
+    dtype: torch.dtype, value: float, model: Path
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[Q] = tensors[Q].to(dtype)
+        tensors[Q][3, 4] = tensors[Q][0, 0] = value
+
+    edit_weights(model, spoil)
+    source = opened(model)  # headers do not tell
+    source.read("model.norm.weight")
+    with pytest.raises(SourceError) as caught:
+        source.read(Q)
+    assert str(caught.value).startswith(f"a: {Q} in {model / WEIGHTS} has 2 values")
+    with pytest.raises(SourceError):
+        source.read_layer(1)
+    assert not bool(source.read(Q, slice(1, 3)).isnan().any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_tensors_are_read_as_float32(dtype: torch.dtype, model: Path) -> None:
+    edit_weights(model, lambda tensors: tensors.update({Q: tensors[Q].to(dtype)}))
+    stored = load_file(model / WEIGHTS)[Q]
+    source = opened(model)
+    assert source.read(Q).dtype == torch.float32
+    assert torch.equal(source.read(Q), stored.float())
+    assert torch.equal(source.read(Q, slice(5, 9)), stored[5:9].float())
+
+
+def test_a_file_that_shrinks_after_opening_is_named(model: Path) -> None:
+    source = opened(model)
+    path = model / WEIGHTS
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(SourceError, match=r"^a: .*q_proj.* is not readable"):
+        source.read(Q)
+    path.unlink()
+    with pytest.raises(SourceError, match=r"^a: .*q_proj.* is not readable"):
+        source.read(Q)
+
+
+def test_pinned_weights_are_checked(model: Path) -> None:
+    hashes = opened(model).hash_weights()
+    assert list(hashes) == [WEIGHTS] and len(hashes[WEIGHTS]) == 64
+    opened(model, sha256=hashes)
+    edit_weights(model, lambda tensors: tensors[Q].mul_(1.001))
+    message = refusal(model, sha256=hashes)
+    assert str(model / WEIGHTS) in message and hashes[WEIGHTS][:16] in message
+    assert "have changed" in message
+    assert WEIGHTS in refusal(model, sha256={"other.safetensors": "0" * 64})
+
+
+# What is read when
+
+
+@pytest.fixture
+def recipe(recipes: Recipes, tmp_path: Path) -> Recipe:
+    """A recipe whose sources may be changed."""
+    folder = tmp_path / "recipe"
+    shutil.copytree(recipes("llama").parent, folder)
+    return load_recipe(folder / "recipe.yaml")
+
+
+def test_planning_reads_no_weights(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for spec in recipe.sources.values():
+        edit_weights(Path(spec.model), lambda t: [x.fill_(float("nan")) for x in t.values()])
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "read", refuse)
+        patch.setattr(Source, "hash_weights", refuse)
+        before = sorted(tmp_path.rglob("*"))
+        planned = pipeline.plan(recipe)
+        assert sorted(tmp_path.rglob("*")) == before, "planning wrote something"
+    assert planned.architecture == "mixtral"
+    with pytest.raises(SourceError, match=r"^a: model\.\S+ in .* NaN"):
+        pipeline.build(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_plan_names_differences_with_their_consequences(recipe: Recipe) -> None:
+    edit_json(Path(recipe.sources["b"].model) / "config.json", rms_norm_eps=1e-6)
+    planned = make_plan(recipe, open_sources(recipe))
+    assert [d.what for d in planned.differences] == ["rms_norm_eps"]
+    assert any("rms_norm_eps (a, c: 1e-05; b: 1e-06)" in note for note in planned.notes)
+
+
+def test_verify_notices_weights_that_were_replaced_after_the_build(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    run = pipeline.build(recipe, tmp_path / "out")
+    pipeline.verify(run)
+    folder = Path(recipe.sources["b"].model)
+    edit_weights(folder, lambda tensors: tensors[Q].mul_(1.5))
+    with pytest.raises(SourceError, match=r"^b: .*have changed"):
+        pipeline.verify(run)
+
+
+def test_a_moved_tokenizer_is_noticed_by_the_next_command(recipe: Recipe, tmp_path: Path) -> None:
+    run = pipeline.build(recipe, tmp_path / "out")
+    folder = Path(recipe.sources["b"].model)
+    make_tokenizer(folder, bos=False)
+    edit_tokenizer(folder, _swap_tokens)
+    with pytest.raises(SourceMismatch, match="tokenizer"):
+        pipeline.verify(run)
