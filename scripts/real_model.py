@@ -64,7 +64,7 @@ def convert(gguf: Path, folder: Path) -> None:
 def tune(base: Path, folder: Path, domain: str, steps: int) -> None:
     """A short fine-tune of every weight on one domain."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
     documents = [d for d in corpus.documents(domain) if not is_held_out(d, 0.05)][:400]
     windows = pack_windows(documents, tokenizer, 128)

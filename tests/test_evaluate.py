@@ -1,0 +1,250 @@
+"""Losses and routing are what one would work out by hand, on text that nobody trained on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from conftest import VARIANTS, make_recipe
+from symphony_moe import pipeline
+from symphony_moe.calibrate import calibration_windows
+from symphony_moe.errors import RunFolderError, TextError
+from symphony_moe.evaluate import held_out_windows, losses_and_routing
+from symphony_moe.recipe import Recipe, load_recipe
+from symphony_moe.run_folder import RunFolder
+from symphony_moe.sources import Source, open_sources
+from symphony_moe.text import is_held_out
+from symphony_moe.train import training_windows
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def random_windows(seed: int, windows: int, sequence: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(300, (windows, sequence), generator=generator)
+
+
+@torch.inference_mode()
+def loss_by_hand(model: Any, windows: Tensor) -> float:
+    """Window by window, token by token, in float64."""
+    losses = []
+    for window in windows:
+        logits = model(input_ids=window[None]).logits[0].double()
+        for place in range(len(window) - 1):
+            losses.append(float(cross_entropy(logits[place], window[place + 1])))
+    return sum(losses) / len(losses)
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows of 24 tokens at once, so that 5 windows are three uneven batches."""
+    monkeypatch.setattr("symphony_moe.evaluate.WINDOWS_TOKENS", 48)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
+def test_losses_are_the_mean_over_predicted_tokens(
+    variant: str, built: Callable[[str], RunFolder], small_batches: None
+) -> None:
+    """Every token of every window but its first, whatever the batches and whatever the domain's
+    size; to 1e-5."""
+    model = load(built(variant).checkpoint)
+    windows = {"x": random_windows(0, 5, 24), "y": random_windows(1, 2, 17)}
+    losses, _ = losses_and_routing(model, windows)
+    assert set(losses) == {"x", "y"}
+    for domain, text in windows.items():
+        assert losses[domain] == pytest.approx(loss_by_hand(model, text), rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_routing_shares_are_the_hand_count(
+    variant: str, built: Callable[[str], RunFolder], small_batches: None
+) -> None:
+    """Every layer's shares sum to one and are the count of the top_k of the router's own input
+    times its matrix."""
+    model = load(built(variant).checkpoint)
+    windows = random_windows(2, 5, 24)
+    inputs: list[Tensor] = []
+    hooks = [
+        layer.mlp.gate.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(input_ids=windows)
+    for hook in hooks:
+        hook.remove()
+    _, shares = losses_and_routing(model, {"x": windows})
+    assert len(shares["x"]) == len(inputs) == 2
+    for layer, hidden in enumerate(inputs):
+        counts = [0, 0, 0]
+        scores = hidden @ model.model.layers[layer].mlp.gate.weight.T
+        for token in scores.reshape(-1, 3).tolist():
+            for expert in sorted(range(3), key=lambda e: token[e])[-2:]:
+                counts[expert] += 1
+        found = shares["x"][layer]
+        assert sum(counts) == 2 * 5 * 24
+        assert sum(found) == pytest.approx(1, abs=5e-6)
+        assert found == pytest.approx([count / sum(counts) for count in counts], abs=1e-6)
+    assert shares["x"][0] != shares["x"][1]
+
+
+def test_a_dense_model_has_losses_and_no_routing(recipes: Callable[[str], Path]) -> None:
+    """The sources are evaluated by the same function."""
+    model = load(recipes("qwen3").parent / "models" / "b")
+    windows = random_windows(3, 2, 20)
+    losses, shares = losses_and_routing(model, {"x": windows})
+    assert shares == {}
+    assert losses["x"] == pytest.approx(loss_by_hand(model, windows), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------- held-out text
+
+
+@pytest.fixture(scope="module")
+def telling(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, list[Source], set[int]]:
+    """A recipe whose every document has a byte of its own, so that tokens tell where they are from;
+    its sources; the tokens of the documents that are held out."""
+    path = make_recipe(
+        tmp_path_factory.mktemp("telling"), "llama", 2,
+        calibration={"tokens": 4000, "sequence_length": 16},
+        train={"tokens": 4000, "sequence_length": 16},
+        evaluation={"tokens": 600, "sequence_length": 16, "holdout": 0.3, "extra": {}},
+    )  # fmt: skip
+    texts = [chr(number) * 50 for number in range(33, 127)]
+    for source, part in (("a", texts[::2]), ("b", texts[1::2])):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (path.parent / f"{source}.jsonl").write_text(rows)
+    recipe = load_recipe(path)
+    sources = open_sources(recipe)
+    held_out = {
+        sources[0].tokenizer(text, add_special_tokens=False)["input_ids"][0]
+        for text in texts
+        if is_held_out(text, 0.3)
+    }
+    assert 10 < len(held_out) < 50
+    return recipe, sources, held_out
+
+
+def without_bos(windows: Tensor) -> set[int]:
+    return set(windows.flatten().tolist()) - {256}
+
+
+def test_held_out_text_is_for_evaluation_only(
+    telling: tuple[Recipe, list[Source], set[int]],
+) -> None:
+    """No token of a held-out document is calibrated or trained on, and evaluation sees no other."""
+    recipe, sources, held_out = telling
+    evaluated = {name: without_bos(w) for name, w in held_out_windows(recipe, sources).items()}
+    assert set().union(*evaluated.values()) <= held_out
+    assert not evaluated["a"] & evaluated["b"]
+    assert all(len(tokens) > 5 for tokens in evaluated.values())
+    for windows in (calibration_windows(recipe, sources), training_windows(recipe, sources)):
+        seen = without_bos(windows)
+        assert not seen & held_out
+        assert len(seen) > 40
+
+
+def test_every_extra_document_is_evaluated(
+    telling: tuple[Recipe, list[Source], set[int]], tmp_path: Path
+) -> None:
+    """Extra domains are never trained on, so none of their text is set aside."""
+    recipe, sources, _ = telling
+    path = tmp_path / "extra.txt"
+    path.write_text("\n\n".join(chr(number) * 50 for number in range(33, 83)))
+    settings = recipe.evaluation.model_copy(update={"extra": {"x": str(path)}, "tokens": 10_000})
+    windows = held_out_windows(recipe.model_copy(update={"evaluation": settings}), sources)
+    assert list(windows) == ["a", "b", "x"]
+    letters = [chr(token) for token in without_bos(windows["x"]) if token < 100]
+    assert len(without_bos(windows["x"])) >= 50 and letters
+
+
+def test_a_domain_without_held_out_text_is_refused(
+    telling: tuple[Recipe, list[Source], set[int]],
+) -> None:
+    """By the name of the domain."""
+    recipe, sources, _ = telling
+    settings = recipe.evaluation.model_copy(update={"holdout": 1e-9})
+    with pytest.raises(TextError, match="held-out text of a"):
+        held_out_windows(recipe.model_copy(update={"evaluation": settings}), sources)
+
+
+# ------------------------------------------------------------------------------------- the run
+
+
+def test_metrics_hold_every_model_on_every_domain(
+    recipes: Callable[[str], Path], built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    """`metrics.json` as docs/design.md lays it out; each number is that model's on that text; what
+    was there before stays."""
+    shutil.copytree(built("llama").root, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    recipe = load_recipe(recipes("llama"))
+    windows = held_out_windows(recipe, open_sources(recipe))
+    pipeline.evaluate(run)
+    metrics = run.read_json(run.metrics)
+    assert set(metrics["sources"]) == {"a", "b", "c"}
+    assert "trained" not in metrics
+    assert "alignment" in metrics and "build_seconds" in metrics["timing"]
+    models = {name: recipes("llama").parent / "models" / name for name in "abc"}
+    found = [(metrics["sources"][name], folder) for name, folder in models.items()]
+    for losses, folder in [*found, (metrics["built"], run.checkpoint)]:
+        model = load(folder)
+        assert list(losses) == ["a", "b", "c", "other"]
+        for domain, loss in losses.items():
+            assert loss == pytest.approx(loss_by_hand(model, windows[domain]), rel=1e-5)
+    routing = metrics["routing"]["built"]
+    assert routing["experts"] == ["a", "b", "c"]
+    assert routing["tokens"] == {domain: text.numel() for domain, text in windows.items()}
+    _, shares = losses_and_routing(load(run.checkpoint), windows)
+    assert routing["share"] == shares
+
+
+def test_evaluation_may_change_after_the_build(
+    built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    """Another amount of text, or another length; nothing else."""
+    shutil.copytree(built("llama").root, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    pipeline.evaluate(run, ["evaluation.tokens=128", "evaluation.sequence_length=32"])
+    assert run.read_json(run.metrics)["routing"]["built"]["tokens"]["a"] == 128
+
+
+def test_there_must_be_a_checkpoint_to_evaluate(
+    built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    """A build that was cut short is no model."""
+    shutil.copytree(built("llama").root, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    run.checkpoint.rename(run.root / "elsewhere")
+    with pytest.raises(RunFolderError, match="no finished checkpoint"):
+        pipeline.evaluate(run)
+
+
+def test_continuations_begin_where_held_out_text_does(
+    recipes: Callable[[str], Path], built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    """One per domain: the beginning of a held-out window, and what the model makes of it; the same
+    every time, and the trained model's where there is one."""
+    recipe = load_recipe(recipes("llama"))
+    sources = open_sources(recipe)
+    windows = held_out_windows(recipe, sources)
+    found = pipeline.generate(built("llama"))
+    assert [domain for domain, _, _ in found] == ["a", "b", "c"]
+    for domain, before, after in found:
+        expected = sources[0].tokenizer.decode(windows[domain][0, :48], skip_special_tokens=True)
+        assert before == expected and after
+    assert pipeline.generate(built("llama")) == found
+    shutil.copytree(built("llama").root, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(recipes("llama").parent / "models" / "b", run.trained)
+    trained = pipeline.generate(run)
+    assert [before for _, before, _ in trained] == [before for _, before, _ in found]
+    assert trained != found

@@ -1,0 +1,376 @@
+"""One rule says what is held out, one rule says how documents become windows."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from conftest import make_text, make_tokenizer
+from symphony_moe.errors import TextError
+from symphony_moe.recipe import HubData
+from symphony_moe.text import (
+    check_data_exists,
+    draw_windows,
+    is_held_out,
+    pack_windows,
+    read_documents,
+)
+
+CHAT = [{"role": "user", "content": "alpha?"}, {"role": "assistant", "content": "beta."}]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+BOS = 256
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer with a BOS, and no chat template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """The same, without a BOS."""
+    folder = tmp_path_factory.mktemp("plain")
+    make_tokenizer(folder, bos=False)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def chatty(tmp_path: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer with a chat template."""
+    make_tokenizer(tmp_path / "chatty")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chatty")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ------------------------------------------------------------------------------------- held out
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    texts=st.lists(st.text(), min_size=1, max_size=20, unique=True),
+    low=st.floats(0.0, 1.0),
+    high=st.floats(0.0, 1.0),
+)
+def test_hold_out_is_a_property_of_the_text_alone(
+    texts: list[str], low: float, high: float
+) -> None:
+    """Neither order nor company nor anything asked before matters; a larger share holds out all
+    that a smaller one does."""
+    low, high = sorted((low, high))
+    once = {text: is_held_out(text, low) for text in texts}
+    assert {text: is_held_out(text, low) for text in reversed(texts)} == once
+    for text in texts:
+        assert is_held_out(text, low) == once[text]
+        assert is_held_out(text, high) or not once[text]
+        assert not is_held_out(text, 0.0) and is_held_out(text, 1.0)
+
+
+def test_hold_out_is_the_same_everywhere() -> None:
+    """Fixed by SHA-256: hashes computed by another program."""
+    # sha256("alpha") = 8ed3f6ad..., sha256("") = e3b0c442..., as fractions of 1: 0.5579, 0.8894
+    assert is_held_out("alpha", 0.56) and not is_held_out("alpha", 0.55)
+    assert is_held_out("", 0.89) and not is_held_out("", 0.88)
+    assert isinstance(is_held_out("a lone surrogate \ud800", 0.5), bool)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+def test_the_held_out_share_is_about_right(share: float) -> None:
+    """On 2,000 documents, within four standard deviations."""
+    held_out = sum(is_held_out(f"document {number}", share) for number in range(2000))
+    assert abs(held_out - 2000 * share) < 4 * (2000 * share * (1 - share)) ** 0.5
+
+
+# -------------------------------------------------------------------------------------- packing
+
+
+def test_documents_are_packed_end_to_end_each_behind_a_bos(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """The windows, read in a row, are the documents' tokens; the incomplete one is dropped."""
+    documents = ["alpha beta", "x", "gamma " * 30, "some bytes: é"]
+    stream: list[int] = []
+    for document in documents:
+        stream += [BOS, *tokenizer(document, add_special_tokens=False)["input_ids"]]
+    windows = pack_windows(documents, tokenizer, 16)
+    assert windows.shape == (len(stream) // 16, 16) and windows.dtype == torch.int64
+    assert len(stream) % 16
+    assert windows.flatten().tolist() == stream[: len(stream) // 16 * 16]
+    assert stream.count(BOS) == 4
+
+
+def test_a_tokenizer_without_bos_adds_none(plain: PreTrainedTokenizerBase) -> None:
+    """As Qwen's."""
+    windows = pack_windows(["ab", "cd"], plain, 4)
+    assert windows.tolist() == [plain("abcd")["input_ids"]]
+
+
+def test_bos_is_not_doubled(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Chat templates write it into the text themselves."""
+    windows = pack_windows(["<s>ab", "cd<s>"], tokenizer, 7)
+    a, b, c, d = tokenizer("abcd", add_special_tokens=False)["input_ids"]
+    assert windows.tolist() == [[BOS, a, b, BOS, c, d, BOS]]
+
+
+def test_too_little_text_packs_into_no_window(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Zero windows, of the right width."""
+    assert pack_windows(["ab"], tokenizer, 8).shape == (0, 8)
+    assert pack_windows([], tokenizer, 8).shape == (0, 8)
+
+
+# -------------------------------------------------------------------------------------- drawing
+
+
+def one_token_documents(count: int) -> list[str]:
+    """Documents of 8 tokens behind BOS, in 9-token windows of their own: no two alike."""
+    return [f"{number:08d}" for number in range(count)]
+
+
+def test_windows_are_drawn_without_repetition(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As many whole windows as the tokens asked for, each from another place of the text."""
+    windows = draw_windows(
+        "w", one_token_documents(300), tokenizer, tokens=9 * 40 + 8, sequence_length=9, seed=1
+    )
+    assert windows.shape == (40, 9)
+    assert len({tuple(window) for window in windows.tolist()}) == 40
+    assert (windows[:, 0] == BOS).all()
+
+
+def test_windows_are_drawn_over_the_whole_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Not the first documents only, however many more there are than needed."""
+    windows = draw_windows(
+        "w", one_token_documents(5000), tokenizer, tokens=900, sequence_length=9, seed=0
+    )
+    numbers = [int(str(tokenizer.decode(window[1:]))) for window in windows.tolist()]
+    for tenth in range(10):
+        assert any(500 * tenth <= number < 500 * (tenth + 1) for number in numbers)
+
+
+def test_drawing_is_fixed_by_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Same seed, same windows; another seed, others."""
+    documents = one_token_documents(100)
+
+    def draw(seed: int) -> torch.Tensor:
+        return draw_windows(
+            "w", documents, tokenizer, tokens=180, sequence_length=9, seed=seed
+        )  # fmt: skip
+
+    assert torch.equal(draw(5), draw(5))
+    assert not torch.equal(draw(5), draw(6))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), tokens=st.integers(1, 200), length=st.integers(2, 20))
+def test_every_window_is_one_of_the_texts(
+    tokenizer: PreTrainedTokenizerBase, seed: int, tokens: int, length: int
+) -> None:
+    """At least one, no more than asked for; and every token of it comes from the documents."""
+    document = "alpha beta " * 20
+    windows = draw_windows(
+        "w", [document] * 3, tokenizer, tokens=tokens, sequence_length=length, seed=seed
+    )
+    assert 1 <= len(windows) <= max(1, tokens // length)
+    known = {BOS, *tokenizer(document, add_special_tokens=False)["input_ids"]}
+    assert set(windows.flatten().tolist()) <= known
+
+
+def test_short_text_is_used_as_it_is_with_a_warning(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of it, once, and a sentence that says how much there was."""
+    with caplog.at_level(logging.WARNING, "symphony_moe"):
+        windows = draw_windows(
+            "text of b", one_token_documents(7), tokenizer, tokens=900, sequence_length=9, seed=0
+        )
+    assert len({tuple(window) for window in windows.tolist()}) == 7 == len(windows)
+    assert "text of b: 900 tokens asked for, the text has 63; using those" in caplog.text
+
+
+def test_enough_text_warns_of_nothing(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where a text is only just as long as asked for."""
+    with caplog.at_level(logging.WARNING, "symphony_moe"):
+        draw_windows(
+            "w", one_token_documents(10), tokenizer, tokens=90, sequence_length=9, seed=0
+        )  # fmt: skip
+    assert not caplog.records
+
+
+def test_text_shorter_than_a_window_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Who, how much there is, and what to do."""
+    with pytest.raises(TextError, match=r"text of b: 2 documents do not fill one window of 64"):
+        draw_windows(
+            "text of b", ["ab", "cd"], tokenizer, tokens=640, sequence_length=64, seed=0
+        )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+def test_jsonl_is_read_by_lines(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """`text`, or a named column; empty documents and empty lines are passed over."""
+    path = lines(tmp_path / "a.jsonl", [{"text": "one", "body": "1"}, {"text": " ", "body": "2"}])
+    path.write_text(path.read_text() + "\n" + json.dumps({"text": "drei\n\nß", "body": "3"}))
+    assert read_documents("w", str(path), "text", tokenizer) == ["one", "drei\n\nß"]
+    assert read_documents("w", str(path), "body", tokenizer) == ["1", "2", "3"]
+
+
+def test_txt_is_cut_at_blank_lines(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """However many; a document keeps its own line breaks."""
+    path = tmp_path / "a.txt"
+    path.write_text("\n\none\ntwo\n\n \n\nthree\n\nfour")
+    assert read_documents("w", str(path), "text", tokenizer) == ["one\ntwo\n", "three\n", "four"]
+
+
+def test_parquet_is_read_by_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """`text`, a named column, or chats."""
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["one", "two"], "body": ["1", "2"], "chat": [CHAT, CHAT]})
+    pyarrow.parquet.write_table(table, path)
+    assert read_documents("w", str(path), "text", tokenizer) == ["one", "two"]
+    assert read_documents("w", str(path), "body", tokenizer) == ["1", "2"]
+
+
+def test_a_list_of_files_is_read_in_its_order(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Kinds may be mixed."""
+    first, second = tmp_path / "a.txt", lines(tmp_path / "b.jsonl", [{"text": "two"}])
+    first.write_text("one")
+    both = [str(first), str(second)]
+    assert read_documents("w", both, "text", tokenizer) == ["one", "two"]
+    assert read_documents("w", both[::-1], "text", tokenizer) == ["two", "one"]
+
+
+def test_chats_go_through_the_chat_template(
+    tmp_path: Path, chatty: PreTrainedTokenizerBase
+) -> None:
+    """Found in `messages` by themselves, or in a named column; from .jsonl and .parquet alike."""
+    spelled = "<user>alpha?<assistant>beta."
+    path = lines(tmp_path / "a.jsonl", [{"messages": CHAT, "id": 1}, {"messages": CHAT[:1]}])
+    assert read_documents("w", str(path), "text", chatty) == [spelled, "<user>alpha?"]
+    other = lines(tmp_path / "b.jsonl", [{"talk": CHAT}])
+    assert read_documents("w", str(other), "talk", chatty) == [spelled]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [CHAT]}), tmp_path / "c.parquet")
+    assert read_documents("w", str(tmp_path / "c.parquet"), "text", chatty) == [spelled]
+
+
+def test_chats_that_cannot_be_spelled_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, chatty: PreTrainedTokenizerBase
+) -> None:
+    """No template, and a template that refuses."""
+    path = str(lines(tmp_path / "a.jsonl", [{"messages": CHAT}]))
+    with pytest.raises(TextError, match=r"w: .*'messages' holds chats.*no chat template"):
+        read_documents("w", path, "text", tokenizer)
+    chatty.chat_template = "{{ raise_exception('no system prompt') }}"
+    with pytest.raises(TextError, match=r"refuses a chat: no system prompt"):
+        read_documents("w", path, "text", chatty)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a"}, {"body": "b"}], r"expected a column 'text' in every row; a row has: body"),
+        (["only a string", ["a", "list"]], r"expected a column 'text'.*a row has: list"),
+        ([{"text": 5}], r"'text' holds int; expected text"),
+        ([{"text": ""}, {"text": "  \n"}], r"w: no text in .*a\.jsonl"),
+    ],
+)
+def test_rows_without_text_are_refused(
+    rows: list[Any], message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """With the columns that there are."""
+    path = lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(TextError, match=message):
+        read_documents("w", str(path), "text", tokenizer)
+
+
+def test_a_broken_line_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The file, and the line as an editor counts it."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": "two"\n{"text": "three"}\n')
+    with pytest.raises(TextError, match=r"text of b: .*a\.jsonl.* line 3: "):
+        read_documents("text of b", str(path), "text", tokenizer)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".parquet"])
+def test_files_of_another_kind_are_refused(
+    suffix: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Bytes that are no text, no rows and no table: a message, not a crash."""
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(bytes(range(128, 256)) * 10)
+    with pytest.raises(TextError, match=rf"w: .*a\{suffix} is not readable as \{suffix}"):
+        read_documents("w", str(path), "text", tokenizer)
+
+
+def test_missing_empty_and_unknown_files_are_refused_before_reading(tmp_path: Path) -> None:
+    """As `symphony plan` does, for every file of a list."""
+    good = make_text(tmp_path / "good.jsonl", 0, 3)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "a.csv").write_text("text\none\n")
+    check_data_exists("w", [str(good), "bundled:english"])
+    for bad, message in (
+        ("gone.jsonl", "no such data file"),
+        ("empty.txt", "is empty"),
+        ("a.csv", r"expected one of \.jsonl, \.txt, \.parquet"),
+        ("", "no such data file"),
+    ):
+        with pytest.raises(TextError, match=f"^w: .*{message}"):
+            check_data_exists("w", [str(good), str(tmp_path / bad)])
+    with pytest.raises(TextError, match="empty list"):
+        check_data_exists("w", [])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_local_folder_in_hub_layout_is_a_dataset(
+    kind: str,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`data: {hub: folder, split: ..., column: ...}`, through `datasets`, without a network."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for split in ("train", "test"):
+        texts = [f"{split} {number}" for number in range(5)]
+        path = tmp_path / "set" / "data" / f"{split}-00000-of-00001.{kind}"
+        if kind == "jsonl":
+            lines(path, [{"content": text} for text in texts])
+        else:
+            pyarrow.parquet.write_table(pyarrow.table({"content": texts}), path)
+    for split in ("train", "test"):
+        data = HubData(hub=str(tmp_path / "set"), split=split, column="content")
+        found = read_documents("w", data, "unused", tokenizer)
+        assert found == [f"{split} {number}" for number in range(5)]
+    absent = HubData(hub=str(tmp_path / "set"), split="validation", column="content")
+    with pytest.raises(TextError, match=r"w: dataset .*set' cannot be loaded: .*validation"):
+        read_documents("w", absent, "text", tokenizer)
+    with pytest.raises(TextError, match=r"expected a column 'text'.*has: content"):
+        read_documents("w", HubData(hub=str(tmp_path / "set")), "text", tokenizer)
+
+
+def test_a_dataset_that_is_not_there_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A message, whatever the library raises."""
+    with pytest.raises(TextError, match=r"w: dataset .*gone' cannot be loaded"):
+        read_documents("w", HubData(hub=str(tmp_path / "gone")), "text", tokenizer)

@@ -1,0 +1,325 @@
+"""Stage 2 changes what its scope says, lowers the loss, and can be killed."""
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from conftest import VARIANTS
+from symphony_moe import pipeline, train
+from symphony_moe.errors import RecipeError, RunFolderError
+from symphony_moe.evaluate import losses_and_routing
+from symphony_moe.recipe import load_recipe
+from symphony_moe.run_folder import RunFolder
+from symphony_moe.shards import hash_folder
+from symphony_moe.sources import open_sources
+
+ROUTER = re.compile(r"\.gate\.weight$")
+EXPERT = re.compile(r"\.experts\.\d+\.")
+ALWAYS_ZERO = ("e_score_correction_bias", "lm_head.bias")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def load_clean(folder: Path) -> Any:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    model, info = loaded
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.fixture
+def copied(built: Callable[[str], RunFolder], tmp_path: Path) -> Callable[[str], RunFolder]:
+    """variant -> a fresh copy of its finished build."""
+
+    def get(variant: str) -> RunFolder:
+        root = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(built(variant).root, root)
+        return RunFolder(root)
+
+    return get
+
+
+def first_loss(run: RunFolder, overrides: Sequence[str]) -> float:
+    """The loss of the first step, before any weight has changed."""
+    pipeline.train(run, overrides, overwrite=True)
+    return run.read_json(run.metrics)["training"]["curve"][0]["loss"]
+
+
+def training_text(run: RunFolder, overrides: Sequence[str] = ()) -> Tensor:
+    recipe = load_recipe(run.recipe, overrides)
+    return train.training_windows(recipe, open_sources(recipe))
+
+
+@pytest.mark.parametrize(
+    ("variant", "scope"),
+    [(variant, "all") for variant in VARIANTS]
+    + [(v, scope) for v in ("llama", "qwen2", "qwen3") for scope in ("router", "experts")],
+)
+def test_a_scope_changes_its_tensors_and_no_others(
+    variant: str, scope: str, copied: Callable[[str], RunFolder]
+) -> None:
+    """Bit for bit; and names, shapes and dtypes are those of `checkpoint/`, so that stock loads
+    it, and `verify` accepts it."""
+    run = copied(variant)
+    before_files = hash_folder(run.checkpoint)
+    pipeline.train(run, [f"train.scope={scope}", "train.tokens=512"])
+    assert hash_folder(run.checkpoint) == before_files
+    before, after = read_tensors(run.checkpoint), read_tensors(run.trained)
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
+        n: (t.shape, t.dtype) for n, t in after.items()
+    }
+    learns = {
+        "router": lambda name: ROUTER.search(name),
+        "experts": lambda name: ROUTER.search(name) or EXPERT.search(name),
+        "all": lambda name: not name.endswith(ALWAYS_ZERO),
+    }[scope]
+    expected = {name for name in before if learns(name)}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == expected
+    assert len(expected) >= 2
+    for name, tensor in after.items():
+        assert not (name.endswith(ALWAYS_ZERO) and tensor.any())
+    load_clean(run.trained)
+    pipeline.verify(run)
+    count = run.read_json(run.metrics)["training"]["trained_parameters"]
+    assert count == sum(before[name].numel() for name in expected)
+    assert not run.work.exists()
+
+
+def test_training_lowers_the_loss(copied: Callable[[str], RunFolder]) -> None:
+    """On the text it saw and on text it did not see."""
+    run = copied("llama")
+    pipeline.train(run, ["train.tokens=16384"])
+    curve = run.read_json(run.metrics)["training"]["curve"]
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
+    metrics = pipeline.evaluate(run)
+    for domain in "abc":
+        assert metrics["trained"][domain] < metrics["built"][domain] - 0.3
+
+
+def test_the_trained_dtype_is_the_outputs(recipes: Callable[[str], Path], tmp_path: Path) -> None:
+    """Weights learn in float32 and are rounded once, at the end; shards and index as in
+    `checkpoint/`."""
+    overrides = ["output.dtype=bfloat16", "output.max_shard_size=20KB"]
+    run = pipeline.build(load_recipe(recipes("qwen2"), overrides), tmp_path / "run")
+    pipeline.train(run, ["train.tokens=512"])
+    assert {t.dtype for t in read_tensors(run.trained).values()} == {torch.bfloat16}
+    files = {p.name for p in run.checkpoint.iterdir()}
+    assert {p.name for p in run.trained.iterdir()} == files
+    assert "model.safetensors.index.json" in files
+    for name in files - {"README.md"}:
+        if ".safetensors" not in name or name.endswith(".json"):
+            assert (run.trained / name).read_bytes() == (run.checkpoint / name).read_bytes()
+    load_clean(run.trained)
+    pipeline.verify(run)
+
+
+def test_training_can_be_repeated_to_the_bit(copied: Callable[[str], RunFolder]) -> None:
+    """Same recipe, same machine: same bytes, and no path or time in them; another seed, another
+    order of the text."""
+    first, second = copied("qwen3"), copied("qwen3")
+    for run in (first, second):
+        pipeline.train(run, ["train.tokens=512"])
+    assert hash_folder(first.trained) == hash_folder(second.trained)
+    card = (first.trained / "README.md").read_text()
+    assert '"tokens": 512' in card and str(first.root) not in card
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
+def test_the_balance_loss_reaches_the_model(
+    variant: str, copied: Callable[[str], RunFolder]
+) -> None:
+    """The first step's loss is the language-model loss plus the weight times the stock balance
+    loss of the same windows."""
+    run = copied(variant)
+    windows = training_text(run, ["train.tokens=512"])[:4]
+    model = load_clean(run.checkpoint)
+    with torch.inference_mode():
+        output = model(input_ids=windows, labels=windows, output_router_logits=True)
+    plain, _ = losses_and_routing(model, {"x": windows})
+    assert float(output.aux_loss) > 1
+    for weight in (0.0, 1.0, 3.0):
+        loss = first_loss(run, ["train.tokens=512", f"train.balance_weight={weight}"])
+        assert loss == pytest.approx(plain["x"] + weight * float(output.aux_loss), abs=1e-3)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_accumulated_batches_count_once(weight: float, copied: Callable[[str], RunFolder]) -> None:
+    """Four windows in two batches of two have the loss of the two batches' mean: both the
+    language-model loss and the balance loss."""
+    run = copied("llama")
+    overrides = [
+        "train.tokens=512", "train.batch_size=2", "train.gradient_accumulation=2",
+        f"train.balance_weight={weight}",
+    ]  # fmt: skip
+    windows = training_text(run, overrides)[:4]
+    model = load_clean(run.checkpoint)
+    expected = 0.0
+    for batch in windows.split(2):
+        with torch.inference_mode():
+            output = model(input_ids=batch, output_router_logits=True)
+        losses, _ = losses_and_routing(model, {"x": batch})
+        expected += (losses["x"] + weight * float(output.aux_loss)) / 2
+    assert first_loss(run, overrides) == pytest.approx(expected, abs=1e-3)
+
+
+class Killed(BaseException):
+    """Stands in for a signal: nothing catches it."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Training ends where the given step would begin."""
+    begin = train._Progress.on_step_begin
+
+    def killed(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == step:
+            raise Killed
+        begin(self, args, state, control, **rest)
+
+    monkeypatch.setattr(train._Progress, "on_step_begin", killed)
+
+
+@pytest.mark.parametrize("step", [1, 5, 6])
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_resumed_training_equals_training_in_one_go(
+    variant: str,
+    step: int,
+    copied: Callable[[str], RunFolder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed before the first saved state (saved every 2 of 7 steps), between two, and right after
+    one: the same weights to the bit, the same curve."""
+    whole, run = copied(variant), copied(variant)
+    pipeline.train(whole)
+    with monkeypatch.context() as patch:
+        kill_at(patch, step)
+        with pytest.raises(Killed):
+            pipeline.train(run)
+    assert not run.trained.exists()
+    saved = {path.name for path in run.training.glob("checkpoint-*")}
+    assert bool(saved) == (step > 2)
+    pipeline.train(run, resume=True)
+    assert hash_folder(run.trained) == hash_folder(whole.trained)
+    curves = [r.read_json(r.metrics)["training"]["curve"] for r in (run, whole)]
+    assert curves[0] == curves[1] and len(curves[0]) == 7
+    pipeline.verify(run)
+
+
+def test_a_kill_in_the_middle_of_saving_loses_no_more_than_that(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half-written training state is passed over for the one before it."""
+    whole, run = copied("llama"), copied("llama")
+    pipeline.train(whole)
+    save = train.Trainer._save_optimizer_and_scheduler
+
+    def killed(self: Any, folder: str) -> None:
+        if folder.endswith("checkpoint-4"):
+            raise Killed
+        save(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "_save_optimizer_and_scheduler", killed)
+        with pytest.raises(Killed):
+            pipeline.train(run)
+    pipeline.train(run, resume=True)
+    assert hash_folder(run.trained) == hash_folder(whole.trained)
+
+
+def test_a_kill_at_the_very_end_leaves_a_run_that_verifies(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever `trained/` is, the manifest knows it; where it is not, training is resumed."""
+    run = copied("llama")
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    for place in ("publish", "_curve"):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, place, killed)
+            with pytest.raises(Killed):
+                pipeline.train(run, ["train.tokens=512"], overwrite=True)
+        if run.trained.exists():
+            pipeline.verify(run)
+        else:
+            pipeline.train(run, ["train.tokens=512"], resume=True)
+            pipeline.verify(run)
+
+
+def test_trained_models_are_not_replaced_unasked(copied: Callable[[str], RunFolder]) -> None:
+    """`--overwrite` is the word; the manifest then holds the new files."""
+    run = copied("llama")
+    pipeline.train(run, ["train.tokens=512", "train.scope=router"])
+    first = hash_folder(run.trained)
+    with pytest.raises(RunFolderError, match="--overwrite"):
+        pipeline.train(run, ["train.tokens=512"])
+    assert hash_folder(run.trained) == first
+    pipeline.train(run, ["train.tokens=512"], overwrite=True)
+    assert hash_folder(run.trained) != first
+    pipeline.verify(run)
+
+
+def test_only_the_training_may_change_after_the_build(copied: Callable[[str], RunFolder]) -> None:
+    """`--set` on what is built already would be a lie."""
+    with pytest.raises(RecipeError, match=r"router\.top_k.*what can change now is: train"):
+        pipeline.train(copied("llama"), ["router.top_k=1"])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_loss_that_is_no_number_stops_the_training(copied: Callable[[str], RunFolder]) -> None:
+    """With the step and what to do; nothing half-trained appears, the checkpoint stays."""
+    run = copied("llama")
+    before = hash_folder(run.checkpoint)
+    with pytest.raises(RunFolderError, match=r"diverged at step [23]: the loss is (nan|inf)"):
+        pipeline.train(run, ["train.learning_rate=1e30", "train.warmup=0"])
+    assert not run.trained.exists()
+    assert hash_folder(run.checkpoint) == before
+
+
+def test_training_text_is_equal_shares_of_every_source(
+    copied: Callable[[str], RunFolder], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same number of windows from each, shuffled together; a text that is too short is
+    repeated, and that is said."""
+    run = copied("llama")
+    recipe = load_recipe(run.recipe, ["train.tokens=3840"])
+    sources = open_sources(recipe)
+    windows = train.training_windows(recipe, sources)
+    assert windows.shape == (60, 64)
+    alone = [
+        {
+            tuple(window)
+            for window in train.training_windows(
+                recipe.model_copy(
+                    update={"train": recipe.train.model_copy(update={"tokens": 1280})}
+                ),
+                [source],
+            ).tolist()
+        }
+        for source in sources
+    ]
+    owners = [
+        next(n for n, own in enumerate(alone) if tuple(window) in own)
+        for window in windows.tolist()
+    ]
+    assert [owners.count(n) for n in range(3)] == [20, 20, 20]
+    assert owners != sorted(owners)
+    assert "repeated" not in caplog.text
+    many = training_text(run, ["train.tokens=600000"])
+    assert many.shape[0] == 600_000 // 64 // 3 * 3
+    assert "repeated" in caplog.text
