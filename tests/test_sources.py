@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file, save_file
 
 from conftest import make_model, make_tokenizer
@@ -649,3 +650,36 @@ def test_a_moved_tokenizer_is_noticed_by_the_next_command(recipe: Recipe, tmp_pa
     edit_tokenizer(folder, _swap_tokens)
     with pytest.raises(SourceMismatch, match="tokenizer"):
         pipeline.verify(run)
+
+
+def test_planning_a_hub_model_fetches_its_headers_and_no_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`plan` takes config and tokenizer as files, and the headers by the client's range
+    requests."""
+    whole = opened(model)
+    snapshot = tmp_path / "snapshot"
+    asked: list[Any] = []
+
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        ignored = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(model, snapshot, ignore=ignored, dirs_exist_ok=True)
+        return str(snapshot)
+
+    def metadata(repo: str, *, revision: str | None) -> SafetensorsRepoMetadata:
+        tensors = {
+            name: TensorInfo(dtype="F32", shape=list(header.shape), data_offsets=(0, 0))
+            for name, header in whole.headers.items()
+        }
+        file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
+        return SafetensorsRepoMetadata(
+            metadata=None, sharded=False, weight_map={}, files_metadata={WEIGHTS: file}
+        )
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", metadata)
+    source = open_source("a", SourceSpec(model="someone/model", data="x.txt"), download=False)
+    assert source.headers == whole.headers
+    assert source.public_name == "someone/model"
+    assert "*.safetensors" not in asked[0]

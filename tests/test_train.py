@@ -274,6 +274,25 @@ def test_trained_models_are_not_replaced_unasked(copied: Callable[[str], RunFold
     pipeline.verify(run)
 
 
+def test_resuming_with_other_settings_is_refused(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schedule that changes half way is neither the one nor the other."""
+    folder = copied("llama")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "_make_trainer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.train(folder)
+    with pytest.raises(RunFolderError, match=r"begun with learning_rate = 0\.001, not 0\.5"):
+        pipeline.train(folder, ["train.learning_rate=0.5"], resume=True)
+    pipeline.train(folder, resume=True)
+    assert folder.trained.is_dir()
+
+
 def test_only_the_training_may_change_after_the_build(copied: Callable[[str], RunFolder]) -> None:
     """`--set` on what is built already would be a lie."""
     with pytest.raises(RecipeError, match=r"router\.top_k.*what can change now is: train"):

@@ -48,6 +48,10 @@ def pack_windows(
     stream: list[int] = []
     for document in documents:
         stream += _tokenize(document, tokenizer)
+    return _cut(stream, sequence_length)
+
+
+def _cut(stream: list[int], sequence_length: int) -> Int[Tensor, "windows sequence"]:
     whole = len(stream) // sequence_length * sequence_length
     return torch.tensor(stream[:whole], dtype=torch.int64).view(-1, sequence_length)
 
@@ -82,18 +86,12 @@ def draw_windows(
     wanted = max(1, tokens // sequence_length)
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
-    pool = _POOL * wanted * sequence_length
-
-    def enough() -> Iterator[str]:
-        seen = 0
-        for index in order:
-            if seen >= pool:
-                return
-            yield documents[index]
-            # Tokens are not known here; a token is rarely shorter than a character.
-            seen += max(1, len(documents[index]) // 4)
-
-    windows = pack_windows(enough(), tokenizer, sequence_length)
+    stream: list[int] = []
+    for index in order:
+        if len(stream) >= _POOL * wanted * sequence_length:
+            break
+        stream += _tokenize(documents[index], tokenizer)
+    windows = _cut(stream, sequence_length)
     if len(windows) == 0:
         raise TextError(
             f"{who}: {len(documents)} documents do not fill one window of {sequence_length} "

@@ -61,6 +61,7 @@ def train_run(
     if not resume:
         shutil.rmtree(run.work, ignore_errors=True)
     run.training.mkdir(parents=True, exist_ok=True)
+    _note_settings(run.training / "settings.json", recipe)
     started = time.monotonic()
 
     saved = _last_saved(run.training) if resume else None
@@ -76,6 +77,12 @@ def train_run(
     setattr(model, "router_aux_loss_coef", settings.balance_weight / batches)  # noqa: B010
     trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
 
+    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken:
+        raise RunFolderError(
+            f"training diverged: {broken[0]} holds values that are no numbers. Lower "
+            "train.learning_rate; the checkpoint is untouched"
+        )
     if run.trained.is_dir():
         retire(run, run.trained)
     model.config.output_router_logits = False
@@ -107,6 +114,22 @@ def train_run(
     )
     publish(run.staged_trained, run.trained)
     shutil.rmtree(run.work)
+
+
+def _note_settings(path: Path, recipe: Recipe) -> None:
+    """Write down what is trained with; RunFolderError where a training that is resumed was begun
+    with other settings."""
+    settings = recipe.train.model_dump() | {"seed": recipe.seed}
+    if not path.is_file():
+        write_text(path, json.dumps(settings, indent=2))
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in settings if settings[name] != begun.get(name)]
+    if changed:
+        raise RunFolderError(
+            f"--resume: this training was begun with {changed[0]} = {begun.get(changed[0])}, not "
+            f"{settings[changed[0]]}; give the same settings, or begin again without --resume"
+        )
 
 
 def training_windows(recipe: Recipe, sources: Sequence[Source]) -> Int[Tensor, "windows sequence"]:
