@@ -104,37 +104,41 @@ class _Comparison:
     """Tensors on disk against tensors computed again."""
 
     def __init__(self, folder: Path) -> None:
-        self.equal = self.rounding = 0
-        self.different: list[str] = []
+        self.equal: set[str] = set()
+        self.rounded: set[str] = set()
+        self.different: set[str] = set()
         self._where: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 self._where |= dict.fromkeys(file.keys(), path)
 
     def add(self, name: str, expected: Tensor, first_row: int = 0) -> None:
+        """Compare a tensor, or some of its rows."""
         with safe_open(self._where[name], framework="pt") as file:
             stored = file.get_slice(name)[first_row : first_row + len(expected)]
+            last_bit = torch.finfo(stored.dtype).eps
             if torch.equal(stored, expected):
-                self.equal += 1
-            elif torch.allclose(
-                stored.float(), expected.float(), rtol=torch.finfo(stored.dtype).eps, atol=0
-            ):
+                self.equal.add(name)
+            elif torch.allclose(stored.float(), expected.float(), rtol=last_bit, atol=0):
                 # Another machine may add in another order and round the last bit the other way.
-                self.rounding += 1
+                self.rounded.add(name)
             else:
-                self.different.append(name)
+                self.different.add(name)
 
     def problem(self) -> str | None:
+        """What is wrong, where anything is."""
         if not self.different:
             return None
         return (
             f"{len(self.different)} tensors are not what the sources and the recorded neuron "
-            f"orders give, first {self.different[0]}"
+            f"orders give, first {min(self.different)}"
         )
 
     def summary(self) -> str:
-        rounding = f", {self.rounding} up to the last bit" if self.rounding else ""
-        return f"computed again from the sources: {self.equal} equal{rounding}"
+        """What was found, where nothing is wrong."""
+        rounded = f", {len(self.rounded)} up to the last bit" if self.rounded else ""
+        equal = len(self.equal - self.rounded)
+        return f"computed again from the sources: {equal} tensors equal{rounded}"
 
 
 @torch.inference_mode()
