@@ -615,7 +615,7 @@ def complaint(run: RunFolder) -> str:
 def test_a_good_run_verifies(run: RunFolder) -> None:
     before = snapshot(run.root)
     checks = pipeline.verify(run, deep=True)
-    assert "35 equal" in checks["experts and backbone"]
+    assert "35 tensors equal" in checks["experts and backbone"]
     assert "same 35 tensors" in checks["rebuilt"]
     assert snapshot(run.root) == before, "verifying changed the run"
 
