@@ -242,8 +242,17 @@ def _demo(options: argparse.Namespace) -> Result:
     return (
         metrics | {"paths": _paths(folder), "continuations": texts},
         f"{loss_table(metrics)}\n\nHeld-out prompts, continued by the trained model:\n{shown}\n\n"
-        f"model:  {folder.trained}\nreport: {folder.report}",
+        f"model:  {folder.trained}\nreport: {folder.report}\ntry:    {_one_liner(folder)}",
     )
+
+
+def _one_liner(folder: "RunFolder") -> str:
+    """A command that prompts the model through transformers alone."""
+    code = (
+        "from transformers import pipeline; "
+        f"print(pipeline('text-generation', '{folder.trained}')('def main(')[0]['generated_text'])"
+    )
+    return f'{sys.executable} -c "{code}"'
 
 
 def _paths(folder: "RunFolder") -> dict[str, str]:

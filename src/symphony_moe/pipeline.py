@@ -5,6 +5,8 @@
 Stages do not import one another; only this module knows their order.
 """
 
+import contextlib
+import ctypes
 import logging
 import platform
 import resource
@@ -107,6 +109,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
         num_layers = sources[0].config.num_hidden_layers
         for layer in range(num_layers):
             _build_layer(recipe, sources, layer, streams, writer, folder)
+            release_freed_memory()
             seconds = time.monotonic() - started
             log.info("layer %d of %d, %.0f s", layer + 1, num_layers, seconds)
 
@@ -190,6 +193,13 @@ def peak_rss_bytes() -> int:
     """The most memory that this process has held so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def release_freed_memory() -> None:
+    """Give freed memory back to the system. glibc keeps blocks of up to 32 MB for itself, and what
+    is left of one layer's tensors would pile up, in fragments, from layer to layer."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _check_text(recipe: Recipe) -> None:
