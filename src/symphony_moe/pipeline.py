@@ -191,6 +191,11 @@ def report(folder: RunFolder) -> Path:
 
 def peak_rss_bytes() -> int:
     """The most memory that this process has held so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss: that begins at the size of whatever process started this one.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
