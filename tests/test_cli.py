@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import symphony_moe
 from conftest import make_model
-from symphony_moe import pipeline
+from symphony_moe import cli, pipeline
 from symphony_moe.cli import main
 from symphony_moe.run_folder import RunFolder
 
@@ -600,3 +600,15 @@ def test_a_reader_that_goes_away_is_no_error(project: Path) -> None:
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {program}"], capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_losses_that_are_no_numbers_are_json_and_a_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A diverged model is null for programs and nan for people."""
+    metrics = {"sources": {"a": {"a": 1.0, "x": float("nan")}}, "built": {"a": None, "x": 2.0}}
+    print(cli._json(metrics))
+    assert json.loads(capsys.readouterr().out)["sources"]["a"] == {"a": 1.0, "x": None}
+    rows = cli.loss_table(metrics).splitlines()
+    assert rows[1].split() == ["a", "1.000", "nan", "1.000", "nan"]
+    assert rows[2].split() == ["built", "nan", "2.000", "nan", "2.000"]

@@ -20,13 +20,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import VARIANTS, make_recipe
+from conftest import VARIANTS, make_recipe, make_text
 from symphony_moe import pipeline
 from symphony_moe.calibrate import calibration_windows
-from symphony_moe.errors import VerificationError
+from symphony_moe.errors import RecipeError, RunFolderError, SourceError, VerificationError
 from symphony_moe.recipe import Recipe, load_recipe
 from symphony_moe.run_folder import RunFolder
-from symphony_moe.shards import hash_folder
+from symphony_moe.shards import hash_folder, sha256_of
 from symphony_moe.sources import open_sources
 
 EXACT = 1e-5
@@ -698,18 +698,26 @@ class Killed(BaseException):
     """Stands in for a signal: nothing catches it."""
 
 
-@pytest.mark.parametrize("neurons", ["activations", "none"])
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(
+    ("variant", "neurons", "layer"),
+    [
+        *((variant, "activations", 1) for variant in VARIANTS),
+        ("qwen2", "activations", 0),
+        ("qwen2", "none", 0),
+        ("qwen2", "none", 1),
+    ],
+)
 def test_a_resumed_build_gives_the_same_bytes(
-    layer: int,
+    variant: str,
     neurons: str,
+    layer: int,
     recipes: Callable[[str], Path],
     on_disk: list[Path | None],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     """Law 5, second half: cut short between a layer's tensors and its record, and resumed."""
-    recipe = load_recipe(recipes("qwen2"), [f"align.neurons={neurons}"])
+    recipe = load_recipe(recipes(variant), [f"align.neurons={neurons}"])
     whole = pipeline.build(recipe, tmp_path / "whole")
     sync = pipeline.CheckpointWriter.sync
     written: list[int] = []
@@ -731,7 +739,103 @@ def test_a_resumed_build_gives_the_same_bytes(
     pipeline.verify(run)
 
 
+def cut_short(recipe: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A build that was killed after its first layer."""
+    build_layer = pipeline._build_layer
+
+    def killed(recipe: Recipe, sources: Any, layer: int, *rest: Any) -> None:
+        if layer == 1:
+            raise Killed
+        build_layer(recipe, sources, layer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_build_layer", killed)
+        with pytest.raises(Killed):
+            pipeline.build(recipe, root)
+    return RunFolder(root)
+
+
+@pytest.mark.parametrize(
+    "damage", ["record emptied", "record cut", "shard deleted", "bytes changed"]
+)
+def test_resuming_believes_a_record_only_where_the_tensors_are_there(
+    damage: str,
+    recipes: Callable[[str], Path],
+    built: Callable[[str], RunFolder],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """What a power loss can leave of a finished layer is built again."""
+    recipe = load_recipe(recipes("llama"))
+    run = cut_short(recipe, tmp_path / "run", monkeypatch)
+    record, shard = run.layer_done(0), run.staged_checkpoint / "model.safetensors"
+    if damage == "record emptied":
+        record.write_bytes(b"")
+    elif damage == "record cut":
+        record.write_bytes(record.read_bytes()[:-5])
+    elif damage == "shard deleted":
+        shard.unlink()
+    else:
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2 - 20_000 : len(content) // 2] = bytes(20_000)
+        shard.write_bytes(content)
+    pipeline.build(recipe, tmp_path / "run", resume=True)
+    assert hash_folder(run.checkpoint) == hash_folder(built("llama").checkpoint)
+
+
+def test_resuming_with_other_calibration_text_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Half of the layers matched on one text and half on another is no build of any recipe."""
+    path = make_recipe(tmp_path / "sources", "llama")
+    run = cut_short(load_recipe(path), tmp_path / "run", monkeypatch)
+    make_text(path.parent / "a.jsonl", seed=7)
+    with pytest.raises(RunFolderError, match="calibration text has changed"):
+        pipeline.build(load_recipe(path), run.root, resume=True)
+    assert not run.checkpoint.exists()
+
+
+def test_values_that_overflow_are_refused(tmp_path: Path) -> None:
+    """Finite weights can have infinite outputs; correlations of those mean nothing."""
+    path = make_recipe(tmp_path / "sources", "llama")
+    weights = path.parent / "models" / "b" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(SourceError, match=r"^b .*layer 0 puts out values that are not finite"):
+        pipeline.build(load_recipe(path), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_evaluating_on_more_than_was_held_out_is_refused(
+    built: Callable[[str], RunFolder],
+) -> None:
+    with pytest.raises(RecipeError, match=r"calibrated and trained on; at most 0\.1"):
+        pipeline.evaluate(built("llama"), ["evaluation.holdout=0.9"])
+
+
 # ------------------------------------------------------------------------------ verify can say no
+
+
+@pytest.mark.parametrize("order", ["repeated", "missing"])
+def test_verify_refuses_orders_that_are_no_permutations(
+    order: str, built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    """An expert made of one neuron, repeated, is not its source's FFN in another order."""
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(built("llama").root, run.root)
+    record = load_file(run.alignment)
+    key = "b.layers.1.neurons"
+    if order == "missing":
+        del record[key]
+    else:
+        record[key][:] = 3
+    save_file(record, run.alignment)
+    manifest = run.read_json(run.manifest)
+    manifest["files"][run.alignment.name] = sha256_of(run.alignment)
+    run.update_json(run.manifest, manifest)
+    with pytest.raises(VerificationError, match=rf"neuron orders: {key} is "):
+        pipeline.verify(run)
 
 
 def tampered(built_run: RunFolder, root: Path, change: Callable[[dict[str, Tensor]], None]) -> Any:

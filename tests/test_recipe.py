@@ -138,6 +138,12 @@ def test_names_that_cannot_be_file_names_are_refused(name: str, tmp_path: Path) 
     assert repr(name) in refusal(tmp_path, sources=sources)
 
 
+@pytest.mark.parametrize("name", ["built", "trained"])
+def test_names_of_results_are_no_names_of_sources(name: str, tmp_path: Path) -> None:
+    sources = BASE["sources"] | {name: BASE["sources"]["a"]}
+    assert "what the result is called" in refusal(tmp_path, sources=sources)
+
+
 def test_names_that_yaml_reads_as_numbers_are_names(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("sources:\n  1: {model: m/a, data: a.txt}\n  2: {model: m/b, data: b.txt}\n")

@@ -683,3 +683,19 @@ def test_planning_a_hub_model_fetches_its_headers_and_no_weights(
     assert source.headers == whole.headers
     assert source.public_name == "someone/model"
     assert "*.safetensors" not in asked[0]
+
+
+@pytest.mark.parametrize("content", ["{oops", "[]", '{"max_new_tokens": -4}'])
+def test_a_generation_config_that_cannot_be_used_is_refused(content: str, model: Path) -> None:
+    """It is copied into the output, which would then not load."""
+    (model / "generation_config.json").write_text(content)
+    assert "generation_config.json is not usable" in refusal(model)
+
+
+def test_other_ends_of_text_are_named(recipes: Recipes, model: Path) -> None:
+    """Base and instruct models often differ in nothing else."""
+    edit_json(model / "config.json", eos_token_id=259)
+    edit_json(model / "generation_config.json", eos_token_id=[257, 259])
+    other = opened(recipes("llama").parent / "models" / "b", "b")
+    found = {d.what: d.verdict for d in compare_sources([opened(model), other], "a")}
+    assert found == {"eos_token_id": "warning", "generation config": "warning"}

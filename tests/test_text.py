@@ -374,3 +374,32 @@ def test_a_dataset_that_is_not_there_is_refused(
     """A message, whatever the library raises."""
     with pytest.raises(TextError, match=r"w: dataset .*gone' cannot be loaded"):
         read_documents("w", HubData(hub=str(tmp_path / "gone")), "text", tokenizer)
+
+
+def test_windows_are_drawn_from_all_of_one_long_document(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Its beginning is not all that there is."""
+    document = " ".join(str(number) for number in range(2000))
+    settings = {"tokens": 64, "sequence_length": 16, "seed": 1}
+    drawn = draw_windows("x", [document], tokenizer, **settings)
+    first = pack_windows([document], tokenizer, 16)[:4]
+    assert not torch.equal(drawn.sort(dim=0).values, first.sort(dim=0).values)
+
+
+def test_no_document_at_all_is_said_plainly(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(TextError, match="no document falls on this side of the hold-out"):
+        draw_windows("x", [], tokenizer, tokens=64, sequence_length=16, seed=1)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for suffix, content in ((".jsonl", '{"text": "alpha"}'), (".txt", "alpha")):
+        path = tmp_path / f"data{suffix}"
+        path.write_text(content, encoding="utf-8-sig")
+        assert read_documents("x", str(path), "text", tokenizer) == ["alpha"]
+
+
+def test_bundled_texts_have_names() -> None:
+    check_data_exists("x", "bundled:python")
+    with pytest.raises(TextError, match=r"no bundled text 'bundled:cooking'; there is: english,"):
+        check_data_exists("x", "bundled:cooking")

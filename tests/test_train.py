@@ -293,6 +293,19 @@ def test_resuming_with_other_settings_is_refused(
     assert folder.trained.is_dir()
 
 
+def test_training_again_forgets_what_was_measured_of_the_old_model(
+    copied: Callable[[str], RunFolder],
+) -> None:
+    folder = copied("llama")
+    pipeline.train(folder)
+    pipeline.evaluate(folder)
+    assert "trained" in folder.read_json(folder.metrics)["routing"]
+    pipeline.train(folder, ["train.scope=router"], overwrite=True)
+    metrics = folder.read_json(folder.metrics)
+    assert metrics["training"]["scope"] == "router"
+    assert "trained" not in metrics and list(metrics["routing"]) == ["built"]
+
+
 def test_only_the_training_may_change_after_the_build(copied: Callable[[str], RunFolder]) -> None:
     """`--set` on what is built already would be a lie."""
     with pytest.raises(RecipeError, match=r"router\.top_k.*what can change now is: train"):

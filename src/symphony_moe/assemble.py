@@ -14,10 +14,7 @@ from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, MoELayer
 from symphony_moe.fuse import linear_mean, selective_linear, slerp
 from symphony_moe.recipe import Recipe
 from symphony_moe.route import random_router
-from symphony_moe.sources import Source
-
-ROWS = 8192
-"""Rows of the embedding tables fused at once."""
+from symphony_moe.sources import TABLE_ROWS, Source
 
 
 def fused_tables(
@@ -27,8 +24,8 @@ def fused_tables(
     which of them the output has (a tied head is not written)."""
     shares = _anchor_only(recipe) if recipe.backbone.embeddings == "anchor" else recipe.shares
     for name in names:
-        for first in range(0, sources[0].config.vocab_size, ROWS):
-            rows = slice(first, first + ROWS)
+        for first in range(0, sources[0].config.vocab_size, TABLE_ROWS):
+            rows = slice(first, first + TABLE_ROWS)
             blocks = [s.read(s.head_name if name == HEAD else EMBEDDING, rows) for s in sources]
             if recipe.backbone.embeddings == "selective-linear":
                 # The plan refuses sources whose vocabularies differ: every source knows every

@@ -22,11 +22,8 @@ from symphony_moe.families import EMBEDDING
 from symphony_moe.forward import WINDOWS_TOKENS, decoder_layer, device, load_dense_layer, run_layer
 from symphony_moe.recipe import Recipe
 from symphony_moe.shards import reserve
-from symphony_moe.sources import Source
+from symphony_moe.sources import TABLE_ROWS, Source
 from symphony_moe.text import draw_windows, is_held_out, read_documents
-
-_ROWS = 8192
-"""Rows of an embedding table read at once."""
 
 
 def calibration_windows(
@@ -92,11 +89,11 @@ def _embed(source: Source, windows: Tensor, stream: Tensor) -> None:
     """Look up embeddings block by block: no table is ever whole in memory."""
     flat, target = windows.reshape(-1), stream.view(-1, stream.shape[-1])
     present = flat.unique()
-    for first in range(0, source.headers[EMBEDDING].shape[0], _ROWS):
-        if not bool(((present >= first) & (present < first + _ROWS)).any()):
+    for first in range(0, source.headers[EMBEDDING].shape[0], TABLE_ROWS):
+        if not bool(((present >= first) & (present < first + TABLE_ROWS)).any()):
             continue
-        block = source.read(EMBEDDING, slice(first, first + _ROWS))
-        places = torch.where((flat >= first) & (flat < first + _ROWS))[0]
+        block = source.read(EMBEDDING, slice(first, first + TABLE_ROWS))
+        places = torch.where((flat >= first) & (flat < first + TABLE_ROWS))[0]
         target[places] = block[flat[places] - first]
 
 

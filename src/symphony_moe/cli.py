@@ -7,8 +7,8 @@ once.
 
 import argparse
 import errno
-import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     _log(options.verbose)
     try:
         result, text = options.command(options)
-        print(json.dumps(result, ensure_ascii=False) if options.json else text)
+        print(_json(result) if options.json else text)
         return 0
     except SymphonyError as error:
         return _fail(options, str(error), 2)
@@ -55,6 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(options, f"a bug in symphony-moe: {type(error).__name__}: {error}", 1)
 
 
+def _json(result: Any) -> str:
+    from symphony_moe.run_folder import to_json
+
+    return to_json(result)
+
+
 def _is_machines_state(error: Exception) -> bool:
     """A full disk or a folder without permission: nobody's bug. The libraries' own writers raise
     errors of their own kinds for it, which carry the system's words."""
@@ -65,7 +71,7 @@ def _is_machines_state(error: Exception) -> bool:
 
 def _fail(options: argparse.Namespace, message: str, code: int) -> int:
     if options.json:
-        print(json.dumps({"error": message}, ensure_ascii=False))
+        print(_json({"error": message}))
     print(f"symphony: error: {message}", file=sys.stderr)
     return code
 
@@ -302,16 +308,19 @@ def loss_table(metrics: dict[str, Any]) -> str:
     models |= {stage: metrics[stage] for stage in ("built", "trained") if stage in metrics}
     domains = list(next(iter(models.values())))
     out = [domain for domain in domains if domain not in names]
+
+    def mean(losses: dict[str, float | None], of: list[str]) -> float:
+        values = (losses[domain] for domain in of)
+        return sum(math.nan if value is None else value for value in values) / len(of)
+
     width = max(len(word) for word in [*models, "nats per token"]) + 2
     columns = [*domains, "mean", *(["mean out"] if out else [])]
     sizes = [max(len(column), 8) + 2 for column in columns]
     head = "nats per token".ljust(width)
     lines = [head + "".join(c.rjust(s) for c, s in zip(columns, sizes, strict=True))]
     for model, losses in models.items():
-        values = [losses[domain] for domain in domains]
-        values.append(sum(losses[name] for name in names) / len(names))
-        if out:
-            values.append(sum(losses[domain] for domain in out) / len(out))
+        values = [mean(losses, [domain]) for domain in domains]
+        values += [mean(losses, group) for group in (names, out) if group]
         cells = (f"{value:.3f}".rjust(size) for value, size in zip(values, sizes, strict=True))
         lines.append(model.ljust(width) + "".join(cells))
     if out:

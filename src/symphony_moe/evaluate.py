@@ -51,7 +51,8 @@ def evaluate_run(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> d
         log.info("evaluated %s: %s", stage, _spell(losses))
     known = run.read_json(run.metrics) if run.metrics.is_file() else {}
     seconds = {"evaluate_seconds": round(time.monotonic() - started, 2)}
-    run.update_json(run.metrics, metrics | {"timing": known.get("timing", {}) | seconds})
+    forget = [] if run.trained.is_dir() else ["trained"]
+    run.update_json(run.metrics, metrics | {"timing": known.get("timing", {}) | seconds}, forget)
     return metrics
 
 
@@ -136,7 +137,7 @@ def continuations(
     text."""
     folder = run.trained if run.trained.is_dir() else run.checkpoint
     model = load_stock(folder)
-    tokenizer = sources[0].tokenizer
+    tokenizer = next(s.tokenizer for s in sources if s.name == recipe.anchor)
     torch.manual_seed(recipe.seed)
     found = []
     for domain, windows in list(held_out_windows(recipe, sources).items())[:count]:

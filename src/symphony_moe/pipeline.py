@@ -7,6 +7,7 @@ Stages do not import one another; only this module knows their order.
 
 import contextlib
 import ctypes
+import hashlib
 import logging
 import platform
 import resource
@@ -29,6 +30,7 @@ from symphony_moe import __version__
 from symphony_moe.align import match_neurons, matched_correlation
 from symphony_moe.assemble import assemble_layer, fused_final_norm, fused_tables
 from symphony_moe.calibrate import Streams, advance, calibration_windows
+from symphony_moe.errors import RecipeError, RunFolderError, SourceError
 from symphony_moe.evaluate import continuations, evaluate_run, held_out_windows
 from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, layer_outputs
 from symphony_moe.plan import Plan, make_plan, streams_in_memory
@@ -40,6 +42,7 @@ from symphony_moe.run_folder import (
     publish,
     refuse_existing,
     start_run,
+    write_bytes,
     write_text,
 )
 from symphony_moe.shards import CheckpointWriter, hash_folder, sha256_of
@@ -106,9 +109,10 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
         if windows is not None:
             in_memory = streams_in_memory(recipe, sources[0].config, len(sources))
             streams = Streams(sources, windows, None if in_memory else folder.work)
+        text = "" if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
         num_layers = sources[0].config.num_hidden_layers
         for layer in range(num_layers):
-            _build_layer(recipe, sources, layer, streams, writer, folder)
+            _build_layer(recipe, sources, layer, streams, writer, folder, text)
             release_freed_memory()
             seconds = time.monotonic() - started
             log.info("layer %d of %d, %.0f s", layer + 1, num_layers, seconds)
@@ -165,7 +169,13 @@ def train(
 def evaluate(folder: RunFolder, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Held-out losses and routing of the sources, the built and the trained model, into
     `metrics.json`. `overrides` may change the recipe's `evaluation`."""
+    built_with = folder.read_recipe()
     recipe = folder.read_recipe(overrides, sections=("evaluation",))
+    if recipe.evaluation.holdout > built_with.evaluation.holdout:
+        raise RecipeError(
+            f"evaluation.holdout: {recipe.evaluation.holdout} would evaluate on documents that "
+            f"this run has calibrated and trained on; at most {built_with.evaluation.holdout}"
+        )
     folder.require_checkpoint()
     with log_to(folder):
         return evaluate_run(folder, recipe, open_sources(recipe))
@@ -233,12 +243,13 @@ def _build_layer(
     streams: Streams | None,
     writer: CheckpointWriter,
     folder: RunFolder,
+    text: str,
 ) -> None:
     """Calibrate, align, fuse and write one layer. A layer that an interrupted build has finished is
-    kept: the streams are only brought past it."""
+    kept: the streams are only brought past it. `text`: digest of the calibration windows."""
     anchor = next(source for source in sources if source.name == recipe.anchor)
-    done = folder.layer_done(layer)
-    finished = done.is_file()
+    done, prefix = folder.layer_done(layer), f"model.layers.{layer}."
+    finished = _is_finished(done, writer, prefix, text)
     weights: Mapping[str, Mapping[str, Tensor]] = {}
     if streams is not None or not finished:
         weights = {source.name: source.read_layer(layer) for source in sources}
@@ -248,12 +259,17 @@ def _build_layer(
         else {}
     )
     if finished:
-        writer.keep(f"model.layers.{layer}.")
+        writer.keep(prefix)
         return
     orders: dict[str, Tensor] = {}
     record: dict[str, Tensor] = {}
     for name, neurons in matches.items():
         correlation = neurons.result()
+        if not bool(torch.isfinite(correlation).all()):
+            raise SourceError(
+                f"{name} (or the anchor, {anchor.name}): layer {layer} puts out values that are "
+                "not finite on the calibration text; the weights are damaged or overflow float32"
+            )
         orders[name] = match_neurons(correlation)
         before = matched_correlation(correlation, torch.arange(len(orders[name])))
         after = matched_correlation(correlation, orders[name])
@@ -263,9 +279,25 @@ def _build_layer(
     for name, tensor in layer_outputs(anchor.family, anchor.config, layer, moe):
         writer.write(name, tensor)
     writer.sync()
-    partial = done.with_suffix(".tmp")
-    partial.write_bytes(save(record))
-    partial.replace(done)
+    write_bytes(done, save(record, {"text": text, "tensors": writer.digest(prefix)}))
+
+
+def _is_finished(done: Path, writer: CheckpointWriter, prefix: str, text: str) -> bool:
+    """Whether an interrupted build has finished a layer: its record is whole, and what it says of
+    the layer's tensors is on disk. RunFolderError where that build had other calibration text."""
+    if not done.is_file():
+        return False
+    try:
+        with safetensors.safe_open(done, framework="pt") as file:
+            noted = file.metadata() or {}
+    except safetensors.SafetensorError:
+        return False
+    if noted.get("text") != text:
+        raise RunFolderError(
+            f"{done.parent.parent}: the calibration text has changed since this build was begun; "
+            "--overwrite it"
+        )
+    return noted.get("tensors") == writer.digest(prefix)
 
 
 def _gather_alignment(folder: RunFolder, num_layers: int) -> dict[str, Any]:

@@ -192,6 +192,8 @@ class Recipe(Section):
                 raise ValueError(
                     f"the name {name!r} may hold letters, digits, '.', '_' and '-' only"
                 )
+            if name in ("built", "trained"):
+                raise ValueError(f"the name {name!r} is what the result is called; choose another")
         if self.anchor not in names:
             raise ValueError(f"anchor: {self.anchor!r} is no source; sources are {names}")
         for name in self.backbone.weights or ():

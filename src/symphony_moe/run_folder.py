@@ -6,6 +6,7 @@ and `trained/` each appear by one rename, and until then everything is under `wo
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,10 +142,13 @@ class RunFolder:
             raise RunFolderError(f"{path}: expected a table, got {type(content).__name__}")
         return content
 
-    def update_json(self, path: Path, values: Mapping[str, Any]) -> None:
-        """Set some top-level keys of a JSON file, by one rename."""
+    def update_json(
+        self, path: Path, values: Mapping[str, Any], forget: Sequence[str] = ()
+    ) -> None:
+        """Set some top-level keys of a JSON file, and remove others, by one rename."""
         content = self.read_json(path) if path.is_file() else {}
-        write_text(path, json.dumps(content | dict(values), indent=2, ensure_ascii=False) + "\n")
+        content = {key: value for key, value in content.items() if key not in forget}
+        write_text(path, to_json(content | dict(values), indent=2) + "\n")
 
 
 def refuse_existing(root: Path, *, resume: bool, overwrite: bool) -> None:
@@ -235,10 +239,28 @@ def log_to(run: RunFolder) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file by one rename: a reader, or a kill, never sees half of it."""
+    """Write a whole text file (UTF-8), see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON that every parser reads: numbers that are none (a diverged loss) become null."""
+    return json.dumps(_finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file by one rename, durably: a reader, or a kill, never sees half of it."""
     partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

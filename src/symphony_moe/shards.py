@@ -136,6 +136,15 @@ class CheckpointWriter:
             if name.startswith(prefix):
                 self._written[name] = shape[0]
 
+    def digest(self, prefix: str) -> str:
+        """SHA-256 of what is on disk of the tensors whose names begin so."""
+        places = {
+            file: {name: place for name, place in tensors.items() if name.startswith(prefix)}
+            for file, tensors in self.files.items()
+        }
+        hashes = tensor_hashes(self.folder, places)
+        return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
+
     def sync(self) -> None:
         """Make everything written so far durable."""
         for file in self.files:

@@ -17,7 +17,13 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from symphony_moe.bundled import source_folder
 from symphony_moe.errors import SourceError, SourceMismatch
@@ -26,6 +32,9 @@ from symphony_moe.forward import decoder_layer, one_layer_model
 from symphony_moe.recipe import BUNDLED, Recipe, SourceSpec
 from symphony_moe.shards import sha256_of
 
+GENERATION = "generation_config.json"
+TABLE_ROWS = 8192
+"""Rows of an embedding table that are read at once."""
 _INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -159,6 +168,7 @@ def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source
         headers.pop(HEAD, None)
     source = Source(name, spec.model, folder, config, headers)
     _check_tensors(source)
+    _check_generation_config(source)
     if spec.sha256 is not None and download:
         _check_hashes(source, spec.sha256)
     return source
@@ -326,6 +336,22 @@ def _check_tensors(source: Source) -> None:
             )
 
 
+def _check_generation_config(source: Source) -> None:
+    """The anchor's is copied into the output, where a bad one keeps the model from loading."""
+    path = source.folder / GENERATION
+    if not path.is_file():
+        return
+    try:
+        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise ValueError("expected a table of settings")
+        GenerationConfig.from_pretrained(source.folder, local_files_only=True).validate()
+    except Exception as error:
+        # Whatever the library's own checks raise: the file is the user's.
+        raise SourceError(
+            f"{source.name}: {path} is not usable: {_first_line(error)}; mend or remove it"
+        ) from None
+
+
 def _check_hashes(source: Source, expected: Mapping[str, str]) -> None:
     for file, digest in source.hash_weights().items():
         if expected.get(file) != digest:
@@ -381,6 +407,9 @@ _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
     ),
     ("sliding_window", "warning", _ANCHOR_WINS),
     ("max_position_embeddings", "warning", _ANCHOR_WINS),
+    ("bos_token_id", "warning", _ANCHOR_WINS),
+    ("eos_token_id", "warning", _ANCHOR_WINS),
+    ("pad_token_id", "warning", _ANCHOR_WINS),
 )
 """(config field, verdict where sources differ, consequence)."""
 
@@ -407,6 +436,12 @@ def compare_sources(sources: Sequence[Source], anchor: str) -> list[Difference]:
         "the output's head is untied; a tied source lends its embeddings as its head",
     )
     differ(
+        "generation config",
+        {s.name: _generation_settings(s) for s in sources},
+        "warning",
+        _ANCHOR_WINS,
+    )
+    differ(
         "dtype",
         {s.name: sorted({h.dtype for h in s.headers.values()}) for s in sources},
         "fine",
@@ -416,6 +451,14 @@ def compare_sources(sources: Sequence[Source], anchor: str) -> list[Difference]:
         return found  # tokenizers of different families differ in every way; one message is enough
     found += _compare_tokenizers(sources, anchor)
     return found
+
+
+def _generation_settings(source: Source) -> dict[str, Any]:
+    """What the source's generation_config.json sets."""
+    path = source.folder / GENERATION
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    ignored = ("transformers_version", "_from_model_config")
+    return {key: value for key, value in content.items() if key not in ignored}
 
 
 def _compare_tokenizers(sources: Sequence[Source], anchor: str) -> list[Difference]:
@@ -468,7 +511,8 @@ def _segmentation_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         return type(tokenizer).__name__
     content = json.loads(backend.to_str())
     model = {k: v for k, v in content.get("model", {}).items() if k != "vocab"}
-    parts = [model, content.get("normalizer"), content.get("pre_tokenizer")]
+    stages = ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")
+    parts = [model, *(content.get(stage) for stage in stages)]
     return "sha256 " + _digest(json.dumps(parts, sort_keys=True))
 
 

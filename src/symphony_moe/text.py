@@ -83,6 +83,11 @@ def draw_windows(
     warning and used as it is; text that does not fill one window raises TextError. `who` names the
     text in both.
     """
+    if not documents:
+        raise TextError(
+            f"{who}: no document falls on this side of the hold-out (it is decided by the hash of "
+            "a document's text); give text in more documents"
+        )
     wanted = max(1, tokens // sequence_length)
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
@@ -137,7 +142,13 @@ def check_data_exists(who: str, data: Data) -> None:
             raise TextError(f"{who}: data is an empty list; expected at least one file")
         for item in data:
             check_data_exists(who, item)
-    elif isinstance(data, str) and not data.startswith(BUNDLED):
+    elif isinstance(data, str) and data.startswith(BUNDLED):
+        from symphony_moe.bundled import corpus
+
+        known = (*corpus.DOMAINS, corpus.OUT_OF_DOMAIN)
+        if data.removeprefix(BUNDLED) not in known:
+            raise TextError(f"{who}: no bundled text {data!r}; there is: {', '.join(known)}")
+    elif isinstance(data, str):
         path = Path(data)
         if not path.is_file():
             raise TextError(f"{who}: no such data file: {path}")
@@ -169,7 +180,7 @@ def _file_documents(
 def _read_txt(path: Path) -> Iterator[str]:
     """Documents separated by blank lines."""
     lines: list[str] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for line in file:
             if line.strip():
                 lines.append(line)
@@ -181,7 +192,7 @@ def _read_txt(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:

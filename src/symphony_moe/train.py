@@ -83,10 +83,10 @@ def train_run(
             f"training diverged: {broken[0]} holds values that are no numbers. Lower "
             "train.learning_rate; the checkpoint is untouched"
         )
-    if run.trained.is_dir():
-        retire(run, run.trained)
     model.config.output_router_logits = False
     hashes = _write_trained(run, recipe, model)
+    if run.trained.is_dir():
+        retire(run, run.trained)
     # Everything is said of it before it appears: a kill must not leave it without its hashes.
     manifest = run.read_json(run.manifest)
     run.update_json(
@@ -97,21 +97,21 @@ def train_run(
             "tensors": manifest["tensors"] | {"trained": hashes},
         },
     )
-    curve = _curve(trainer, settings)
-    run.update_json(
-        run.metrics,
-        {
-            "training": {
-                "scope": settings.scope,
-                "tokens": windows.numel(),
-                "steps": trainer.state.global_step,
-                "seconds": round(time.monotonic() - started, 2),
-                "learning_rate": settings.learning_rate,
-                "trained_parameters": num_trained,
-                "curve": curve,
-            }
-        },
-    )
+    old = run.read_json(run.metrics)
+    training = {
+        "scope": settings.scope,
+        "tokens": trainer.state.global_step * _tokens_per_step(trainer, settings),
+        "steps": trainer.state.global_step,
+        "seconds": round(time.monotonic() - started, 2),
+        "learning_rate": settings.learning_rate,
+        "trained_parameters": num_trained,
+        "curve": _curve(trainer, settings),
+    }
+    # What was measured of an earlier training is not true of this one.
+    routing = {
+        stage: share for stage, share in old.get("routing", {}).items() if stage != "trained"
+    }
+    run.update_json(run.metrics, {"training": training, "routing": routing}, forget=["trained"])
     publish(run.staged_trained, run.trained)
     shutil.rmtree(run.work)
 
@@ -292,12 +292,13 @@ def _make_trainer(
     return trainer
 
 
+def _tokens_per_step(trainer: Trainer, settings: Train) -> int:
+    windows = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    return windows * trainer.args.world_size * settings.sequence_length
+
+
 def _curve(trainer: Trainer, settings: Train) -> list[dict[str, int | float]]:
-    per_step = (
-        trainer.args.train_batch_size
-        * trainer.args.gradient_accumulation_steps
-        * settings.sequence_length
-    )
+    per_step = _tokens_per_step(trainer, settings)
     return [
         {
             "step": entry["step"],

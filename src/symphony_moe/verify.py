@@ -70,6 +70,8 @@ def verify_run(
     elif sha256_of(run.alignment) != listed.get(run.alignment.name):
         problem = "hash differs from the manifest's"
     check("alignment", problem, "hash equal")
+    problem = None if failed else _check_orders(run, recipe, sources)
+    check("neuron orders", problem, "a permutation for every layer that is aligned")
     if failed:
         # What follows would read files that are known to be wrong.
         raise VerificationError(f"{run.root}: " + " | ".join(failed))
@@ -92,12 +94,36 @@ def verify_run(
 def compare_builds(run: RunFolder, rebuilt: RunFolder) -> str:
     """Tensor hashes of two builds of one recipe. Raises VerificationError where they differ."""
     first, second = (r.read_json(r.manifest)["tensors"]["checkpoint"] for r in (run, rebuilt))
-    different = sorted(name for name in first if first[name] != second.get(name))
+    different = sorted(n for n in first.keys() | second.keys() if first.get(n) != second.get(n))
     if different:
         raise VerificationError(
             f"{run.root}: a second build differs in {len(different)} tensors, first {different[0]}"
         )
     return f"a second build has the same {len(first)} tensors"
+
+
+def _check_orders(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> str | None:
+    """What is wrong with the recorded neuron orders: one for every layer of every source but the
+    anchor where the recipe aligns neurons, each a permutation."""
+    try:
+        record = load_file(run.alignment)
+    except (SafetensorError, OSError) as error:
+        return f"{run.alignment.name} is not readable: {error}"
+    config = sources[0].config
+    aligned = [s.name for s in sources if s.name != recipe.anchor] if recipe.aligns_neurons else []
+    expected = {
+        f"{name}.layers.{layer}.neurons"
+        for name in aligned
+        for layer in range(config.num_hidden_layers)
+    }
+    recorded = {key for key in record if key.endswith(".neurons")}
+    if recorded != expected:
+        return f"{min(recorded ^ expected)} is missing or surplus"
+    neurons = torch.arange(config.intermediate_size)
+    for key in sorted(recorded):
+        if not torch.equal(record[key].sort().values, neurons):
+            return f"{key} is not a permutation of {len(neurons)} neurons"
+    return None
 
 
 class _Comparison:

@@ -16,7 +16,7 @@ import yaml
 from symphony_moe.plan import Plan
 from symphony_moe.recipe import BUNDLED, Recipe
 from symphony_moe.run_folder import sync_folder, write_text
-from symphony_moe.sources import Source
+from symphony_moe.sources import GENERATION, Source
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -33,7 +33,7 @@ def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence
     for name in _TOKENIZER_FILES:
         if (anchor.folder / name).is_file():
             shutil.copyfile(anchor.folder / name, folder / name)
-    generation = anchor.folder / "generation_config.json"
+    generation = anchor.folder / GENERATION
     settings = (
         json.loads(generation.read_text(encoding="utf-8"))
         if generation.is_file()
@@ -41,7 +41,7 @@ def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence
     )
     settings.pop("_from_model_config", None)
     write_json(
-        folder / "generation_config.json",
+        folder / GENERATION,
         settings | {"transformers_version": transformers.__version__},
     )
     write_text(folder / "README.md", model_card(plan, recipe, sources))
