@@ -1,7 +1,8 @@
 """Pico checkpoints of every family, saved as real model folders."""
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +146,15 @@ def make_recipe(root: Path, variant: str = "llama", count: int = 3, **sections: 
     path = root / "recipe.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     return path
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """The command sets up the package's logging for a process of its own."""
+    package = logging.getLogger("symphony_moe")
+    before = package.handlers, package.propagate, package.level
+    yield
+    package.handlers, package.propagate, package.level = before
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,12 @@
 is all that stdout holds; `--help` answers at once."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,6 @@ Built = Callable[[str], RunFolder]
 
 WEIGHTS = "model.safetensors"
 Q = "model.layers.1.self_attn.q_proj.weight"
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """The command sets up the package's logging for a process of its own."""
-    package = logging.getLogger("symphony_moe")
-    before = package.handlers, package.propagate, package.level
-    yield
-    package.handlers, package.propagate, package.level = before
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ moment, and nothing in it or of the user's is lost unasked."""
 
 import errno
 import json
-import logging
 import os
 import shutil
 import signal
@@ -27,15 +26,6 @@ from symphony_moe.shards import hash_folder, sha256_of
 
 Recipes = Callable[[str], Path]
 Built = Callable[[str], RunFolder]
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """The command sets up the package's logging for a process of its own."""
-    package = logging.getLogger("symphony_moe")
-    before = package.handlers, package.propagate, package.level
-    yield
-    package.handlers, package.propagate, package.level = before
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
