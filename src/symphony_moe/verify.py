@@ -261,7 +261,7 @@ def _check_stock(
         # A config that does not fit its weights fails anywhere in transformers.
         return f"does not load in transformers: {type(error).__name__}: {error}", ""
     with torch.inference_mode():
-        logits = model(input_ids=probe, use_cache=False).logits.float()
+        logits = model(input_ids=probe.to(model.device), use_cache=False).logits.float().cpu()
     if not bool(torch.isfinite(logits).all()):
         return "logits are not finite", ""
     if expected is None:
