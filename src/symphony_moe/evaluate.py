@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from symphony_moe.forward import WINDOWS_TOKENS
 from symphony_moe.recipe import Recipe
 from symphony_moe.run_folder import RunFolder
-from symphony_moe.sources import Source
+from symphony_moe.sources import Source, anchor_of
 from symphony_moe.stock import load_stock
 from symphony_moe.text import draw_windows, is_held_out, read_documents
 
@@ -62,7 +62,7 @@ def held_out_windows(
     """Domain -> held-out windows: the sources' domains, then the extra ones. All of an extra
     domain's documents are evaluated on, as none is trained on."""
     settings = recipe.evaluation
-    anchor = next(source for source in sources if source.name == recipe.anchor)
+    anchor = anchor_of(recipe, sources)
     windows = {}
     for name, data in [(s.name, recipe.sources[s.name].data) for s in sources] + list(
         settings.extra.items()
@@ -137,7 +137,7 @@ def continuations(
     text."""
     folder = run.trained if run.trained.is_dir() else run.checkpoint
     model = load_stock(folder)
-    tokenizer = next(s.tokenizer for s in sources if s.name == recipe.anchor)
+    tokenizer = anchor_of(recipe, sources).tokenizer
     torch.manual_seed(recipe.seed)
     found = []
     for domain, windows in list(held_out_windows(recipe, sources).items())[:count]:

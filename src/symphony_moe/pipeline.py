@@ -46,7 +46,7 @@ from symphony_moe.run_folder import (
     write_text,
 )
 from symphony_moe.shards import CheckpointWriter, hash_folder, sha256_of
-from symphony_moe.sources import Source, open_sources
+from symphony_moe.sources import Source, anchor_of, open_sources
 from symphony_moe.text import check_data_exists
 from symphony_moe.train import train_run
 from symphony_moe.verify import compare_builds, verify_run
@@ -247,7 +247,7 @@ def _build_layer(
 ) -> None:
     """Calibrate, align, fuse and write one layer. A layer that an interrupted build has finished is
     kept: the streams are only brought past it. `text`: digest of the calibration windows."""
-    anchor = next(source for source in sources if source.name == recipe.anchor)
+    anchor = anchor_of(recipe, sources)
     done, prefix = folder.layer_done(layer), f"model.layers.{layer}."
     finished = _is_finished(done, writer, prefix, text)
     weights: Mapping[str, Mapping[str, Tensor]] = {}

@@ -31,6 +31,7 @@ from symphony_moe.sources import (
     TABLE_ROWS,
     Difference,
     Source,
+    anchor_of,
     compare_sources,
     expected_shapes,
     refuse_mismatch,
@@ -86,7 +87,7 @@ def make_plan(recipe: Recipe, sources: Sequence[Source]) -> Plan:
     """Plan a build. Raises SourceMismatch or RecipeError where it cannot be done."""
     differences = compare_sources(sources, recipe.anchor)
     refuse_mismatch(differences)
-    anchor = next(source for source in sources if source.name == recipe.anchor)
+    anchor = anchor_of(recipe, sources)
     family = anchor.family
     wanted = recipe.output.architecture
     if wanted not in ("auto", family.moe):
@@ -243,7 +244,7 @@ def _notes(
             "every tensor; llama.cpp's converter refuses it: build with output.head_bias=false "
             "where you want to convert"
         )
-    context = next(s for s in sources if s.name == recipe.anchor).config.max_position_embeddings
+    context = anchor_of(recipe, sources).config.max_position_embeddings
     for section in ("calibration", "train", "evaluation"):
         length = getattr(recipe, section).sequence_length
         if length > context:

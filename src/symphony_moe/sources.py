@@ -142,6 +142,11 @@ def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
     return [open_source(name, spec, download=download) for name, spec in recipe.sources.items()]
 
 
+def anchor_of(recipe: Recipe, sources: Sequence[Source]) -> Source:
+    """The source that the others are aligned to, and that settles what they differ in."""
+    return next(source for source in sources if source.name == recipe.anchor)
+
+
 def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source:
     """Open a checkpoint from its headers and prove that it is complete.
 
@@ -150,16 +155,14 @@ def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source
     Raises SourceError for a folder or hub id that is not there, an architecture without a family
     table, a variant that the target cannot hold, and missing, surplus or misshapen tensors.
     """
+    from_hub = not spec.model.startswith(BUNDLED) and not Path(spec.model).is_absolute()
     if spec.model.startswith(BUNDLED):
         folder = source_folder(spec.model.removeprefix(BUNDLED))
-    elif Path(spec.model).is_absolute():
-        folder = Path(spec.model)
     else:
-        folder = _fetch(name, spec, download)
+        folder = _fetch(name, spec, download) if from_hub else Path(spec.model)
     if not folder.is_dir():
         raise SourceError(f"{name}: no such model folder: {folder}")
     config = _read_config(name, folder)
-    from_hub = not spec.model.startswith(BUNDLED) and not Path(spec.model).is_absolute()
     remote = from_hub and not download and not _has_weights(folder)
     headers = _hub_headers(name, spec) if remote else _read_headers(name, folder)
     headers = {k: v for k, v in headers.items() if not k.endswith(_IGNORED)}

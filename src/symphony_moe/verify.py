@@ -24,7 +24,7 @@ from symphony_moe.plan import Plan
 from symphony_moe.recipe import Recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.shards import SPELLED, hash_folder, sha256_of
-from symphony_moe.sources import Source
+from symphony_moe.sources import Source, anchor_of
 from symphony_moe.stock import load_stock
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _recompute(
 ) -> tuple[_Comparison, Tensor]:
     """Compare the checkpoint with what its sources give, and run the probe through the recomputed
     layers: (comparison, the pipeline's logits)."""
-    anchor = next(source for source in sources if source.name == recipe.anchor)
+    anchor = anchor_of(recipe, sources)
     dtype = getattr(torch, plan.dtype)
     comparison = _Comparison(run.checkpoint)
     record = load_file(run.alignment)

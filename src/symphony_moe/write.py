@@ -16,7 +16,7 @@ import yaml
 from symphony_moe.plan import Plan
 from symphony_moe.recipe import BUNDLED, Recipe
 from symphony_moe.run_folder import sync_folder, write_text
-from symphony_moe.sources import GENERATION, Source
+from symphony_moe.sources import GENERATION, Source, anchor_of
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -29,7 +29,7 @@ def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence
     card."""
     config = plan.config | {"transformers_version": transformers.__version__}
     write_json(folder / "config.json", config)
-    anchor = next(source for source in sources if source.name == recipe.anchor)
+    anchor = anchor_of(recipe, sources)
     for name in _TOKENIZER_FILES:
         if (anchor.folder / name).is_file():
             shutil.copyfile(anchor.folder / name, folder / name)
