@@ -7,8 +7,8 @@ relative to `model.layers.{layer}.`; shapes are not in the table, they come from
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,29 @@ _SAME_IN_EVERY_TARGET = [
 
 
 @dataclass(frozen=True)
+class Symmetries:
+    """What the weights of a family can be put through without changing the function (applied by
+    `symmetry.py`).
+
+    Not spelled out, as every family of the table has it: KV groups and the query heads of a group
+    in any order, any rotation of a KV group's values, and neurons of a gated FFN in any order and
+    with any sign of `up`.
+    """
+
+    gains: Mapping[str, tuple[str, ...]]
+    """Norm gain that folds -> the matrices that read what it scales. A norm after a sublayer is not
+    in here: nothing linear reads it alone."""
+    gain_offset: float
+    """The norm multiplies by its weight plus this: 0, or 1 as in Gemma."""
+    residual: Literal["orthogonal", "signed-permutation"]
+    """Bases that the residual stream can take once gains are folded; `signed-permutation` for
+    families with gains that do not fold."""
+    phases: Literal["any", "half-turns"]
+    """Rotations of a RoPE pair, the same for a group's q and k. `half-turns`: q and k are normed
+    per head, so 0 and pi alone, unless the pair has equal gains, in q_norm and in k_norm."""
+
+
+@dataclass(frozen=True)
 class Family:
     """One dense architecture and the stock MoE architecture that computes the same with experts."""
 
@@ -62,6 +85,8 @@ class Family:
     target_settings: Callable[[PreTrainedConfig, int, int], dict[str, Any]]
     """(dense config, number of experts, top_k) -> what the target's config needs besides the shared
     fields."""
+    symmetries: Symmetries
+    """What leaves a dense model's function as it is."""
     refusals: tuple[tuple[str, Callable[[PreTrainedConfig], Any]], ...] = ()
     """(reason, test on the dense config): variants that the target cannot hold."""
     attention: tuple[str, ...] = _ATTENTION
@@ -140,6 +165,12 @@ def _has_sliding_layers(config: PreTrainedConfig) -> bool:
 
 
 _SLIDING = "the target has no layers with a sliding window beside layers without one"
+_PRE_NORM = Symmetries(
+    gains={_NORMS[0]: _ATTENTION[:3], _NORMS[1]: (GATE, UP)},
+    gain_offset=0.0,
+    residual="orthogonal",
+    phases="any",
+)
 _MIXTRAL_EXPERTS = _per_expert("block_sparse_moe.experts", "w1", "w3", "w2")
 _QWEN_EXPERTS = _per_expert("mlp.experts", "gate_proj", "up_proj", "down_proj")
 
@@ -153,6 +184,7 @@ FAMILIES: dict[str, Family] = {
             router="block_sparse_moe.gate.weight",
             expert=_MIXTRAL_EXPERTS,
             target_settings=_mixtral,
+            symmetries=_PRE_NORM,
             refusals=(
                 ("Mixtral has no attention biases", lambda config: config.attention_bias),
                 ("no stock MoE has FFN biases", lambda config: config.mlp_bias),
@@ -165,6 +197,7 @@ FAMILIES: dict[str, Family] = {
             router="block_sparse_moe.gate.weight",
             expert=_MIXTRAL_EXPERTS,
             target_settings=_mixtral,
+            symmetries=_PRE_NORM,
         ),
         Family(
             dense="qwen2",
@@ -173,6 +206,7 @@ FAMILIES: dict[str, Family] = {
             router="mlp.gate.weight",
             expert=_QWEN_EXPERTS,
             target_settings=_ernie,
+            symmetries=_PRE_NORM,
             refusals=((_SLIDING, _has_sliding_layers),),
             vectors=tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
             interleaved_rotary=True,
@@ -189,6 +223,7 @@ FAMILIES: dict[str, Family] = {
             router="mlp.gate.weight",
             expert=_QWEN_EXPERTS,
             target_settings=_qwen3_moe,
+            symmetries=replace(_PRE_NORM, phases="half-turns"),
             refusals=(
                 (_SLIDING, _has_sliding_layers),
                 ("attention biases are not in this family's table", lambda c: c.attention_bias),

@@ -18,7 +18,7 @@ from symphony_moe.recipe import BUNDLED, Recipe
 from symphony_moe.run_folder import sync_folder, write_text
 from symphony_moe.sources import GENERATION, Source, anchor_of
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -30,7 +30,7 @@ def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence
     config = plan.config | {"transformers_version": transformers.__version__}
     write_json(folder / "config.json", config)
     anchor = anchor_of(recipe, sources)
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (anchor.folder / name).is_file():
             shutil.copyfile(anchor.folder / name, folder / name)
     generation = anchor.folder / GENERATION
