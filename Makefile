@@ -12,7 +12,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# The whole way on the bundled sources, into ./symphony-demo.
+# The whole way on the bundled sources, into ./symphony-demo (and the paper's method beside it, into
+# ./symphony-demo-paper).
 demo: install
 	$(BIN)/symphony demo --out symphony-demo --overwrite
 
@@ -48,4 +49,4 @@ bundled: install
 	$(BIN)/python scripts/train_bundled.py --jobs 2
 
 clean:
-	rm -rf .venv symphony-demo test-real
+	rm -rf .venv symphony-demo symphony-demo-paper test-real

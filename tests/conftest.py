@@ -157,6 +157,16 @@ def _logging_as_before() -> Iterator[None]:
     package.handlers, package.propagate, package.level = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_stopwatch() -> Iterator[None]:
+    """A plan measures this machine's speed, which takes longer than a pico build."""
+    from symphony_moe import plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_matmul_speed", lambda: 1e10)
+        yield
+
+
 @pytest.fixture(scope="session")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """variant -> recipe of three random sources, made once. Nobody changes what is in there."""

@@ -517,6 +517,39 @@ def test_people_read_the_plan_and_the_losses(run: RunFolder, symphony: Symphony)
     assert [line.split()[0] for line in table[1:5]] == ["a", "b", "c", "built"]
 
 
+def test_people_read_what_was_aligned_and_fitted(
+    project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    """A line for every source and kind, and what the fit has come to; the same in the JSON."""
+    recipe, more = (
+        project / "recipe.yaml",
+        ["--set", "method=harmonized", "--set", "refit.epochs=1"],
+    )
+    code, out, err = symphony("build", recipe, "--out", tmp_path / "out", *more)
+    assert code == 0, err
+    lines = out.splitlines()
+    for source in "bc":
+        for what in ("cosine of residual streams", "correlation of heads"):
+            assert any(line.startswith(f"{source}: {what} ") and " after" in line for line in lines)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for name in ("harmonized", "plain mean"):
+        assert f"{name} {metrics['refit']['loss'][name]:.3f}" in lines[-1]
+    assert metrics["refit"]["chosen"] in lines[-1].rpartition(";")[2]
+    assert "compared layer 2 of 2" in err
+    built = parsed(symphony, "build", recipe, "--out", tmp_path / "again", *more)
+    assert built["refit"] == metrics["refit"] and built["alignment"] == metrics["alignment"]
+
+
+def test_a_fit_that_the_recipe_contradicts_is_named(
+    project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    more = ["--set", "method=harmonized", "--set", "experts.init=copy"]
+    for command in (["plan"], ["build", "--out", tmp_path / "out"]):
+        message = symphony.refused(command[0], project / "recipe.yaml", *command[1:], *more)
+        assert "experts.init copy keeps the anchor's alone" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_logs_go_to_stderr_and_to_the_run(
     project: Path, tmp_path: Path, symphony: Symphony
 ) -> None:

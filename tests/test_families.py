@@ -13,11 +13,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import VARIANTS, make_model
 from symphony_moe import pipeline
-from symphony_moe.align import reorder_neurons
 from symphony_moe.errors import SourceError
-from symphony_moe.families import FAMILIES, NEURON_AXIS, head_dim, interleave_rotary
+from symphony_moe.families import (
+    FAMILIES,
+    NEURON_AXIS,
+    MoELayer,
+    head_dim,
+    interleave_rotary,
+    layer_outputs,
+    read_layer_outputs,
+    undo_interleave_rotary,
+)
 from symphony_moe.recipe import SourceSpec, load_recipe
 from symphony_moe.sources import open_source
+from symphony_moe.symmetry import NeuronMap, reorder_neurons
 
 
 class ExactNorm(nn.Module):
@@ -62,7 +71,7 @@ def test_permuting_neurons_leaves_the_logits(
     for layer in model.model.layers:
         order = torch.randperm(model.config.intermediate_size, generator=generator)
         ffn = {name: layer.get_parameter(name).data for name in NEURON_AXIS}
-        reordered = reorder_neurons(ffn, order)
+        reordered = reorder_neurons(ffn, NeuronMap(order, torch.ones(len(order))))
         for name in NEURON_AXIS:
             assert not torch.equal(reordered[name], ffn[name])
             layer.get_parameter(name).data = reordered[name]
@@ -88,8 +97,47 @@ def test_interleaving_moves_row_j_and_its_partner_together(
         for j in range(half):
             assert torch.equal(moved[first + 2 * j], rows[first + j])
             assert torch.equal(moved[first + 2 * j + 1], rows[first + j + half])
-    back = moved.view(heads, half, 2, -1).transpose(1, 2).reshape(shape)
-    assert torch.equal(back, rows)
+    assert torch.equal(undo_interleave_rotary(moved, size), rows)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_written_layer_is_read_back(variant: str, recipes: Callable[[str], Path]) -> None:
+    """What the target's names and row order hold is the layer in the dense family's own layout, bit
+    for bit; and a selection of experts takes their router rows along."""
+    folder = recipes(variant).parent / "models"
+    sources = [
+        open_source(name, SourceSpec(model=str(folder / name), data="unread.jsonl"))
+        for name in "abc"
+    ]
+    family, config = sources[0].family, sources[0].config
+    layers = [source.read_layer(1) for source in sources]
+    router = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    moe = MoELayer(
+        {name: layers[0][name] for name in family.shared},
+        [{name: layer[name] for name in family.expert} for layer in layers],
+        router,
+    )
+    written = dict(layer_outputs(family, config, 1, moe))
+    assert all(name.startswith("model.layers.1.") for name in written)
+    back = read_layer_outputs(family, config, 1, 3, written.__getitem__)
+    assert_same(back, moe)
+    if family.interleaved_rotary:
+        name = "model.layers.1.self_attn.q_proj.weight"
+        assert not torch.equal(written[name], moe.shared["self_attn.q_proj.weight"])
+
+    chosen = moe.select([2, 0])
+    assert torch.equal(chosen.router, router[[2, 0]])
+    for expert, layer in zip(chosen.experts, (layers[2], layers[0]), strict=True):
+        assert all(torch.equal(expert[name], layer[name]) for name in family.expert)
+    assert_same(moe.select([2, 0, 1]).select([1, 2, 0]), moe)
+
+
+def assert_same(found: MoELayer, expected: MoELayer) -> None:
+    assert torch.equal(found.router, expected.router)
+    parts = [(found.shared, expected.shared), *zip(found.experts, expected.experts, strict=True)]
+    for ours, theirs in parts:
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -197,9 +197,9 @@ def test_selective_linear_means_what_is_shared_and_keeps_what_is_not() -> None:
     tables = random_tensors(6, 3, (5, 4))
     known = torch.tensor(
         [  # tokens: all know, a and c, only b, only c, b and c
-            [True, True, False, False, False],
-            [True, False, True, False, True],
-            [True, True, False, True, True],
+            [1.0, 1.0, 0.0, 0.0, 0.0],
+            [1.0, 0.0, 1.0, 0.0, 1.0],
+            [1.0, 1.0, 0.0, 1.0, 1.0],
         ]
     )
     weights = [0.2, 0.3, 0.5]
@@ -215,19 +215,45 @@ def test_selective_linear_means_what_is_shared_and_keeps_what_is_not() -> None:
 def test_selective_linear_of_one_vocabulary_is_the_linear_mean() -> None:
     """Where every source knows every token, selecting changes nothing."""
     tables, weights = random_tensors(7, 3, (10, 4)), [1.0, 2.0, 3.0]
-    fused = selective_linear(tables, torch.ones(3, 10, dtype=torch.bool), weights)
+    fused = selective_linear(tables, torch.ones(3, 10), weights)
     assert distance(fused, linear_mean(tables, weights)) < 1e-7
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, weights=st.sampled_from([[1.0, 1.0, 1.0], [1.0, 2.0, 0.0]]))
+def test_selective_linear_by_counts_is_the_least_squares_table(
+    seed: int, weights: list[float]
+) -> None:
+    """With the numbers of each token in each source's text: the table that is closest, in the sum
+    over that text (a source's tokens weighing its share), to each source's own rows."""
+    tables = random_tensors(seed, 3, (6, 4))
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(5, (3, 6), generator=generator).float()
+    counts[0] += 1  # a token that nobody has is refused
+    inputs, targets = [], []
+    for table, row, weight in zip(tables, counts, weights, strict=True):
+        for token, count in enumerate(row.int().tolist()):
+            one_hot = np.eye(6)[token] * np.sqrt(weight)
+            inputs += [one_hot] * count
+            targets += [table[token].double().numpy() * np.sqrt(weight)] * count
+    expected = np.linalg.lstsq(np.array(inputs), np.array(targets), rcond=None)[0]
+    fused = selective_linear(tables, counts, weights)
+    assert fused.dtype == torch.float32
+    assert distance(fused, torch.from_numpy(expected)) < 1e-6
+    # Only a source's part in a token counts, not how often the token is there.
+    for factor in (0.1, 1000.0):
+        assert distance(selective_linear(tables, counts * factor, weights), fused) < 1e-6
 
 
 @pytest.mark.parametrize(
     ("known", "weights"),
     [
-        ([[True, False, True], [True, False, False]], [1.0, 1.0]),
-        ([[True, False, True], [True, True, True]], [1.0, 0.0]),
+        ([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]], [1.0, 1.0]),
+        ([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]], [1.0, 0.0]),
     ],
 )
 def test_a_token_that_nobody_knows_is_refused(
-    known: list[list[bool]], weights: list[float]
+    known: list[list[float]], weights: list[float]
 ) -> None:
     """There is no vector to give it, and a share of 0 gives none either."""
     tables = random_tensors(8, 2, (3, 4))

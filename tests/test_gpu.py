@@ -1,13 +1,20 @@
 """The whole way on a CUDA device, in bfloat16 where it has that."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import make_recipe
 from symphony_moe import pipeline
+from symphony_moe.evaluate import held_out_windows, losses_and_routing
 from symphony_moe.recipe import load_recipe
+from symphony_moe.shards import hash_folder
+from symphony_moe.sources import open_sources
+from symphony_moe.stock import load_stock
+from symphony_moe.twin import scramble
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,11 +22,53 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("method", ["symphony", "harmonized"])
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
-def test_the_whole_way_on_cuda(variant: str, tmp_path: Path) -> None:
+def test_the_whole_way_on_cuda(variant: str, method: str, tmp_path: Path) -> None:
     """Built, verified against the sources and stock transformers, trained, evaluated."""
-    recipe = load_recipe(make_recipe(tmp_path / "sources", variant), ["train.tokens=8192"])
+    overrides = ["train.tokens=8192", f"method={method}"]
+    recipe = load_recipe(make_recipe(tmp_path / "sources", variant), overrides)
     folder = pipeline.run(recipe, tmp_path / "run")
     pipeline.verify(folder)
     metrics = folder.read_json(folder.metrics)
     assert all(metrics["trained"][name] < metrics["built"][name] for name in recipe.sources)
+
+
+@pytest.fixture
+def prefer_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model may lose more on text than a mean of models that are strangers."""
+    loss_of = pipeline.next_token_loss
+
+    def loss(calibration: Any, stream: str, head: torch.Tensor) -> float:
+        return loss_of(calibration, stream, head) + (100.0 if stream == "plain" else 0.0)
+
+    monkeypatch.setattr(pipeline, "next_token_loss", loss)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
+def test_twins_are_brought_back_on_cuda(variant: str, prefer_the_fit: None, tmp_path: Path) -> None:
+    """Law 3: statistics, maps and fit on the device give the model's loss, to 1e-3 nats."""
+    path = make_recipe(tmp_path / "sources", variant, count=2)
+    models = path.parent / "models"
+    shutil.rmtree(models / "b")
+    scramble(models / "a", models / "b", seed=1)
+    recipe = load_recipe(path, ["method=harmonized", "refit.epochs=2"])
+    run = pipeline.build(recipe, tmp_path / "run")
+    pipeline.verify(run)
+    windows = held_out_windows(recipe, open_sources(recipe))
+    dense, moe = (
+        losses_and_routing(load_stock(folder), windows)[0]
+        for folder in (models / "a", run.checkpoint)
+    )
+    assert all(abs(moe[domain] - dense[domain]) <= 1e-3 for domain in dense)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
+def test_one_recipe_gives_one_set_of_bytes_on_cuda(
+    variant: str, prefer_the_fit: None, tmp_path: Path
+) -> None:
+    """Law 5, with gradient steps: sums on the device are in one order."""
+    path = make_recipe(tmp_path / "sources", variant)
+    recipe = load_recipe(path, ["method=harmonized", "refit.epochs=2"])
+    runs = [pipeline.build(recipe, tmp_path / name) for name in ("first", "second")]
+    assert hash_folder(runs[0].checkpoint) == hash_folder(runs[1].checkpoint)

@@ -25,11 +25,18 @@ MODULES = {
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-STAGES = {"calibrate", "align", "fuse", "route", "write", "train", "evaluate", "report", "verify"}
+STAGES = {
+    "calibrate", "align", "fuse", "refit", "refit_head", "route", "write", "train", "evaluate",
+    "report", "verify",
+}  # fmt: skip
 ALLOWED = {
     # Statistics are gathered batch by batch while the text runs: the accumulator is align's, the
     # run is calibrate's.
     ("calibrate", "align"),
+    # A layer's router is fitted before its experts are.
+    ("refit", "route"),
+    # Two halves of one stage.
+    ("refit_head", "refit"),
 }
 
 

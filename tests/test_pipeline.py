@@ -28,6 +28,7 @@ from symphony_moe.recipe import Recipe, load_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.shards import hash_folder, sha256_of
 from symphony_moe.sources import open_sources
+from symphony_moe.streams import Streams
 
 EXACT = 1e-5
 """Law 2: max |a - b| over max |logit|, float32 output."""
@@ -500,11 +501,12 @@ def test_neurons_are_matched_by_the_stock_models_activations(
 ) -> None:
     """Layer by layer and batch by batch, the orders and correlations are those of the sources' own
     models on the whole calibration text, by numpy and scipy."""
-    monkeypatch.setattr("symphony_moe.calibrate.WINDOWS_TOKENS", 5 * 64)
+    monkeypatch.setattr("symphony_moe.streams.WINDOWS_TOKENS", 5 * 64)
     run = build(recipes(variant), tmp_path / "run")
     recipe = load_recipe(recipes(variant))
-    windows = calibration_windows(recipe, open_sources(recipe))
-    assert windows.shape == (24, 64)  # 1,536 tokens: four batches of five, and four windows
+    by_source = calibration_windows(recipe, open_sources(recipe))
+    assert [text.shape for text in by_source.values()] == [(8, 64)] * 3
+    windows = torch.cat(list(by_source.values()))  # four batches of five, and four windows
     neurons: dict[str, list[np.ndarray]] = {}
     for name in "abc":
         model = load_clean(models_of(recipes(variant)) / name)
@@ -664,18 +666,25 @@ def test_source_dtypes_may_differ_and_files_may_be_sharded(
 
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path | None]]:
-    """Every residual stream waits in a memory-mapped file; the folders that were used."""
+    """Every residual stream waits in a memory-mapped file; the folders that were used, one for each
+    stream."""
     folders: list[Path | None] = []
-    streams = pipeline.Streams
 
-    def spy(sources: Any, windows: Tensor, folder: Path | None = None) -> Any:
-        made = streams(sources, windows, folder)
-        folders.append(folder)
-        assert folder is None or len(list(folder.glob("stream-*.bin"))) == len(sources)
-        return made
+    class Spy(Streams):
+        def __init__(self, folder: Path | None = None) -> None:
+            super().__init__(folder)
+            self.spied = folder
+
+        def new(self, name: str, *shape: int) -> Tensor:
+            made = super().new(name, *shape)
+            folders.append(self.spied)
+            if self.spied is not None:
+                path = self.spied / f"stream-{name.replace('/', '-')}.bin"
+                assert path.stat().st_size == made.numel() * 4
+            return made
 
     monkeypatch.setattr("symphony_moe.plan.STREAMS_IN_MEMORY", 0)
-    monkeypatch.setattr(pipeline, "Streams", spy)
+    monkeypatch.setattr(pipeline, "Streams", Spy)
     yield folders
 
 
@@ -689,7 +698,7 @@ def test_memory_mapped_streams_give_the_same_bytes(
 ) -> None:
     """Where the calibration text's hidden states wait is no part of the result."""
     run = build(recipes(variant), tmp_path / "run")
-    assert on_disk == [run.work]
+    assert on_disk == [run.work] * 3
     assert hash_folder(run.checkpoint) == hash_folder(built(variant).checkpoint)
     assert not run.work.exists()
 
@@ -756,8 +765,10 @@ def cut_short(recipe: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
 
 
 @pytest.mark.parametrize(
-    "damage", ["record emptied", "record cut", "shard deleted", "bytes changed"]
-)
+    "damage",
+    ["record emptied", "record cut", "comparison emptied", "comparison cut", "shard deleted",
+     "bytes changed"],
+)  # fmt: skip
 def test_resuming_believes_a_record_only_where_the_tensors_are_there(
     damage: str,
     recipes: Callable[[str], Path],
@@ -769,9 +780,11 @@ def test_resuming_believes_a_record_only_where_the_tensors_are_there(
     recipe = load_recipe(recipes("llama"))
     run = cut_short(recipe, tmp_path / "run", monkeypatch)
     record, shard = run.layer_done(0), run.staged_checkpoint / "model.safetensors"
-    if damage == "record emptied":
+    if damage.startswith("comparison"):
+        record = run.layer_compared(1)
+    if damage.endswith("emptied"):
         record.write_bytes(b"")
-    elif damage == "record cut":
+    elif damage.endswith("cut"):
         record.write_bytes(record.read_bytes()[:-5])
     elif damage == "shard deleted":
         shard.unlink()
@@ -793,6 +806,27 @@ def test_resuming_with_other_calibration_text_is_refused(
     with pytest.raises(RunFolderError, match="calibration text has changed"):
         pipeline.build(load_recipe(path), run.root, resume=True)
     assert not run.checkpoint.exists()
+
+
+def test_comparisons_on_other_calibration_text_are_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No layer is built yet, so the build takes the text as it is now, and all of it."""
+    path = make_recipe(tmp_path / "sources", "llama")
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "settle", killed)
+        with pytest.raises(Killed):
+            pipeline.build(load_recipe(path), tmp_path / "run")
+    assert RunFolder(tmp_path / "run").layer_compared(1).is_file()
+    make_text(path.parent / "a.jsonl", seed=7)
+    run = pipeline.build(load_recipe(path), tmp_path / "run", resume=True)
+    fresh = pipeline.build(load_recipe(path), tmp_path / "fresh")
+    assert run.alignment.read_bytes() == fresh.alignment.read_bytes()
+    assert hash_folder(run.checkpoint) == hash_folder(fresh.checkpoint)
 
 
 def test_values_that_overflow_are_refused(tmp_path: Path) -> None:
@@ -834,7 +868,11 @@ def test_verify_refuses_orders_that_are_no_permutations(
     manifest = run.read_json(run.manifest)
     manifest["files"][run.alignment.name] = sha256_of(run.alignment)
     run.update_json(run.manifest, manifest)
-    with pytest.raises(VerificationError, match=rf"neuron orders: {key} is "):
+    said = {
+        "missing": rf"maps: {key} is missing or surplus",
+        "repeated": "maps: b, layer 1: neurons: expected each of 0 .. 47 once",
+    }
+    with pytest.raises(VerificationError, match=said[order]):
         pipeline.verify(run)
 
 

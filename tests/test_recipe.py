@@ -204,7 +204,18 @@ def test_extra_domains_and_sources_have_different_names(tmp_path: Path) -> None:
         ("output", {"max_shard_size": "5 apples"}),
         ("backbone", {"attention": "mean"}),
         ("align", {"neurons": "weights"}),
+        ("align", {"residual": "permutation"}),
+        ("align", {"heads": "some"}),
         ("experts", {"init": "drop-in"}),
+        ("refit", {"method": "ridge"}),
+        ("refit", {"ridge": 0}),
+        ("refit", {"ridge": float("inf")}),
+        ("refit", {"epochs": -0.5}),
+        ("refit", {"epochs": float("nan")}),
+        ("refit", {"learning_rate": 0}),
+        ("router", {"init": "learned"}),
+        ("router", {"temperature": 0}),
+        ("router", {"temperature": -1}),
         # The generators that these seed take no more than 32 bits; found only after the build.
         ("calibration", {"seed": -1}),
         ("calibration", {"seed": 2**32}),
@@ -245,6 +256,72 @@ def test_the_papers_method_is_the_default(tmp_path: Path) -> None:
     assert recipe == resolve(tmp_path, method="symphony")
     assert (recipe.backbone.attention, recipe.backbone.embeddings) == ("slerp", "selective-linear")
     assert (recipe.align.neurons, recipe.experts.init) == ("activations", "source")
+
+
+def test_the_methods_there_are() -> None:
+    assert list(PRESETS) == ["symphony", "harmonized"]
+
+
+def test_harmonized_aligns_fits_and_calibrates(tmp_path: Path) -> None:
+    """The table of docs/design.md, spelled out."""
+    recipe = resolve(tmp_path, method="harmonized")
+    backbone, align = recipe.backbone, recipe.align
+    assert (backbone.attention, backbone.embeddings, backbone.norms) == (
+        "linear", "selective-linear", "linear",
+    )  # fmt: skip
+    assert (align.residual, align.heads, align.neurons) == ("orthogonal", "all", "auto")
+    assert (recipe.experts.init, recipe.refit.method) == ("source", "least-squares")
+    assert (recipe.router.init, recipe.router.top_k) == ("regression", 2)
+    assert recipe.aligns and recipe.folds and recipe.fits
+    assert not recipe.aligns_neurons, "no expert here meets another's neurons"
+
+
+@pytest.mark.parametrize(
+    ("changes", "aligns", "folds", "fits"),
+    [
+        ({}, True, False, False),
+        ({"align": {"neurons": "none"}}, False, False, False),
+        ({"align": {"neurons": "auto"}}, False, False, False),
+        ({"align": {"neurons": "none", "residual": "orthogonal"}}, True, True, False),
+        ({"align": {"neurons": "none", "heads": "all"}}, True, False, False),
+        ({"align": {"neurons": "none"}, "refit": {"method": "least-squares"}}, False, True, True),
+        ({"align": {"neurons": "none"}, "router": {"init": "regression"}}, False, False, True),
+        ({"align": {"neurons": "none"}, "router": {"init": "hidden"}}, False, False, True),
+        ({"experts": {"init": "copy"}}, False, False, False),
+    ],
+)
+def test_each_setting_asks_for_its_own_stage(
+    changes: dict[str, Any], aligns: bool, folds: bool, fits: bool, tmp_path: Path
+) -> None:
+    """Nothing is compared, folded or run that no setting asks for."""
+    recipe = resolve(tmp_path, **changes)
+    assert (recipe.aligns, recipe.folds, recipe.fits) == (aligns, folds, fits)
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "value"),
+    [
+        ("align", "residual", "orthogonal"),
+        ("align", "heads", "all"),
+        ("refit", "method", "least-squares"),
+    ],
+)
+def test_copies_of_one_expert_are_fitted_to_nobody(
+    section: str, setting: str, value: str, tmp_path: Path
+) -> None:
+    message = refusal(tmp_path, experts={"init": "copy"}, **{section: {setting: value}})
+    assert f"{section}.{setting}" in message and "experts.init copy" in message
+    assert "set it to none" in message
+    assert f"{section}.{setting}" in refusal(
+        tmp_path, method="harmonized", experts={"init": "copy"},
+        **{s: {k: "none" for s2, k in OF_SOURCES if s2 == s and (s, k) != (section, setting)}
+           for s in ("align", "refit")},
+    )  # fmt: skip
+    quiet = {"align": {"residual": "none", "heads": "none"}, "refit": {"method": "none"}}
+    assert resolve(tmp_path, method="harmonized", experts={"init": "copy"}, **quiet).fits
+
+
+OF_SOURCES = (("align", "residual"), ("align", "heads"), ("refit", "method"))
 
 
 @pytest.mark.parametrize("method", PRESETS)
@@ -318,6 +395,10 @@ def test_overrides_reach_every_level(tmp_path: Path) -> None:
         "sources.a.data=[x.txt, y.txt]",
         "sources.b.revision=v1.0",
         "output.head_bias=false",
+        "refit.method=least-squares",
+        "refit.ridge=1e-3",
+        "refit.epochs=0.5",
+        "router.temperature=2",
         "seed=7",
         "anchor=b",
         "evaluation.extra.more=m.txt",
@@ -330,6 +411,8 @@ def test_overrides_reach_every_level(tmp_path: Path) -> None:
     assert recipe.sources["a"].data == [str(tmp_path / "x.txt"), str(tmp_path / "y.txt")]
     assert recipe.sources["b"].revision == "v1.0"
     assert recipe.output.head_bias is False
+    assert (recipe.refit.method, recipe.refit.ridge) == ("least-squares", 1e-3)
+    assert (recipe.refit.epochs, recipe.router.temperature) == (0.5, 2)
     assert (recipe.seed, recipe.anchor) == (7, "b")
     assert list(recipe.evaluation.extra) == ["other", "more"]
 

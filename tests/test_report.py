@@ -17,6 +17,7 @@ from symphony_moe.report import (
     ceiling_share,
     compact,
     duration,
+    error_text,
     in_words,
     line_chart,
     loss_table,
@@ -31,7 +32,8 @@ from symphony_moe.report import (
 
 SOURCES = ["general", "maths", "code"]
 DOMAINS = [*SOURCES, "medicine"]
-KEYS = ["sources", "built", "trained", "alignment", "routing", "training", "timing"]
+KEYS = ["sources", "built", "trained", "alignment", "refit", "routing", "training", "timing"]
+BUILD = "symphony build RECIPE --out DIR"
 
 
 def sample_recipe() -> dict[str, Any]:
@@ -42,6 +44,9 @@ def sample_recipe() -> dict[str, Any]:
             },
             "anchor": "general",
             "evaluation": {"extra": {"medicine": "medicine.jsonl"}},
+            "method": "harmonized",
+            "align": {"residual": "orthogonal", "heads": "all", "neurons": "activations"},
+            "refit": {"method": "least-squares"},
         }
     ).model_dump(mode="json")
 
@@ -104,11 +109,17 @@ def sample_metrics() -> dict[str, Any]:
         "built": rows["b"],
         "trained": rows["t"],
         "alignment": {
-            "neurons": {
-                name: {"before": [0.0112, 0.0147, 0.02, 0.018], "after": [0.41, 0.37, 0.33, 0.302]}
-                for name in SOURCES[1:]
+            kind: {
+                name: {
+                    "before": [0.0112 + shift, 0.0147, 0.02, 0.018],
+                    "after": [0.41 + shift, 0.37, 0.33, 0.302],
+                    "used": True,
+                }
+                for name in ("code", "maths")
             }
+            for kind, shift in (("residual", 0.1), ("heads", 0.2), ("neurons", 0.0))
         },
+        "refit": sample_refit(),
         "routing": {"built": routing, "trained": copy.deepcopy(routing)},
         "training": {
             "scope": "all",
@@ -127,6 +138,26 @@ def sample_metrics() -> dict[str, Any]:
     }
 
 
+def sample_refit() -> dict[str, Any]:
+    layers = [
+        {
+            "attention": {"error": [0.5 - e, 0.45 - e], "kept": True, "condition": 9.4},
+            "experts": {"error": [0.39 - e, 0.3 - e], "kept": True, "condition": 1069.3},
+            "refinement": {"error": [0.3 - e, 0.16 - e], "kept": True, "steps": 120},
+        }
+        for e in (0.0, 0.01, 0.02, 0.03)
+    ]
+    return {
+        "layers": layers,
+        "head": {
+            "closed form": {"error": [1.73, 1.335], "kept": True},
+            "refinement": {"error": [1.335, 0.591], "kept": True},
+        },
+        "loss": {"harmonized": 2.4943, "plain mean": 5.5905},
+        "chosen": "harmonized",
+    }
+
+
 class Page(HTMLParser):
     """Reads a page, refusing tags that do not balance; keeps its tags, text and table rows."""
 
@@ -134,10 +165,13 @@ class Page(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
+        self.html, self.caption = html, ""
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
         self.rows: list[list[str]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.struck: list[str] = []
         self.feed(html)
         self.close()
         assert not self.open
@@ -148,8 +182,11 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
+        if tag == "caption":
+            self.caption = ""
         if tag == "tr":
             self.rows.append([])
+            self.tables.setdefault(self.caption, []).append(self.rows[-1])
         if tag in ("td", "th"):
             self.rows[-1].append("")
 
@@ -163,12 +200,24 @@ class Page(HTMLParser):
         if "style" in self.open:
             return
         self.text.append(data)
+        if "caption" in self.open:
+            self.caption += data
+        if "s" in self.open and "td" in self.open:
+            self.struck.append(data)
         if "td" in self.open or ("th" in self.open and self.rows):
             self.rows[-1][-1] += data
 
     def row(self, label: str) -> list[str]:
         """Cells of the first row that begins with a label."""
         return next(row[1:] for row in self.rows if row and row[0] == label)
+
+    def table(self, caption: str) -> list[list[str]]:
+        """Rows of the table whose caption begins so."""
+        return next(rows for name, rows in self.tables.items() if name.startswith(caption))
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
 
 
 def rendered(metrics: dict[str, Any]) -> str:
@@ -182,9 +231,19 @@ def without(*keys: str) -> dict[str, Any]:
 def test_the_full_page_has_every_section_and_says_what_was_built() -> None:
     page = Page(rendered(sample_metrics()))
     text = " ".join(page.text)
-    for heading in ("Losses", "Training", "Routing", "Alignment", "Time and memory", "Recipe"):
+    for heading in (
+        "Losses", "Training", "Routing", "Alignment", "Residual stream", "Attention heads",
+        "FFN neurons", "Fit", "Time and memory", "Recipe",
+    ):  # fmt: skip
         assert heading in page.text
-    for fact in ("qwen3_moe", "1.12 billion", "860.38 million", "bfloat16", "symphony", "org/code"):
+    for fact in (
+        "qwen3_moe",
+        "1.12 billion",
+        "860.38 million",
+        "bfloat16",
+        "harmonized",
+        "org/code",
+    ):
         assert fact in text
     assert "Not in this report" not in text
     tags = [tag for tag, _ in page.tags]
@@ -199,8 +258,9 @@ def test_the_full_page_has_every_section_and_says_what_was_built() -> None:
         ("trained", None, "symphony evaluate DIR"),
         ("training", "Training", "symphony train DIR"),
         ("routing", "Routing", "symphony evaluate DIR"),
-        ("alignment", "Alignment", "symphony build RECIPE --out DIR"),
-        ("timing", "Time and memory", "symphony build RECIPE --out DIR"),
+        ("alignment", "Alignment", BUILD),
+        ("refit", "Fit", BUILD),
+        ("timing", "Time and memory", BUILD),
     ],
 )
 def test_a_missing_part_makes_way_for_the_command_that_makes_it(
@@ -223,11 +283,42 @@ def test_an_empty_part_is_a_missing_part(key: str) -> None:
     assert rendered(sample_metrics() | {key: {}}) == rendered(without(key))
 
 
-def test_no_alignment_is_no_omission_where_the_recipe_asks_for_none() -> None:
+@pytest.mark.parametrize(
+    ("settings", "lacking"),
+    [
+        ({}, "No alignment of: Residual stream, Attention heads, FFN neurons;"),
+        ({"residual": "none"}, "No alignment of: Attention heads, FFN neurons;"),
+        ({"heads": "none", "neurons": "auto"}, "No alignment of: Residual stream;"),
+        ({"residual": "none", "heads": "none", "neurons": "auto"}, None),
+        ({"residual": "none", "heads": "none", "neurons": "none"}, None),
+        ({"residual": "none", "heads": "none", "init": "copy"}, None),
+    ],
+)
+def test_an_alignment_is_missing_only_where_the_recipe_asks_for_it(
+    settings: dict[str, str], lacking: str | None
+) -> None:
     recipe = sample_recipe()
-    recipe["align"]["neurons"] = "none"
-    metrics = sample_metrics() | {"alignment": {"neurons": {}}}
-    assert "this recipe matches no neurons" in render(metrics, sample_plan(), recipe)
+    for key, value in settings.items():
+        recipe["experts" if key == "init" else "align"][key] = value
+    words = Page(render(without("alignment"), sample_plan(), recipe)).words
+    assert ("No alignment" in words) == (lacking is not None)
+    assert lacking is None or lacking in words
+
+
+def test_a_kind_of_alignment_that_is_missing_beside_others_is_named() -> None:
+    metrics = sample_metrics()
+    metrics["alignment"] |= {"residual": {}}
+    del metrics["alignment"]["neurons"]
+    page = Page(rendered(metrics))
+    assert "No alignment of: Residual stream, FFN neurons;" in page.words
+    assert "Attention heads" in page.text
+    assert "Residual stream" not in page.text and "FFN neurons" not in page.text
+
+
+def test_no_fit_is_no_omission_where_the_recipe_asks_for_none() -> None:
+    recipe = sample_recipe()
+    recipe["refit"]["method"] = "none"
+    assert "Not in this report" not in render(without("refit"), sample_plan(), recipe)
 
 
 def test_names_are_escaped() -> None:
@@ -239,10 +330,18 @@ def test_names_are_escaped() -> None:
     plan["notes"].append(evil)
     plan["sources"][0]["model"] = evil
     recipe["sources"][evil] = recipe["sources"]["code"]
+    recipe["anchor"] = evil
     metrics["routing"]["built"]["share"][evil] = [[1.0, 0.0, 0.0]]
+    for kind in metrics["alignment"].values():
+        kind[evil] = {"before": [0.1], "after": [0.2], "used": False}
+    metrics["refit"] |= {"loss": {evil: 1.0}, "chosen": evil}
+    metrics["refit"]["head"][evil] = {"error": [1.0, 2.0], "kept": False}
     page = Page(render(metrics, plan, recipe))
     assert "script" not in [tag for tag, _ in page.tags]
     assert any(evil in row for row in page.rows)
+    assert f"The {evil} model was written." in page.words
+    assert f"Maps not used: {evil}." in page.words
+    assert "<script" not in page.html
 
 
 def test_every_loss_is_on_the_page_with_three_decimals_and_its_perplexity() -> None:
@@ -407,6 +506,129 @@ def test_routing_marks_own_experts_and_ends_with_the_mean_over_layers() -> None:
     assert page.row("mean") == ["48.5", "33.0", "18.5"]
     own = [attributes for tag, attributes in page.tags if attributes.get("class") == "own-expert"]
     assert len(own) == 2 * len(SOURCES)
+
+
+def test_every_kind_of_alignment_has_a_table_in_the_order_of_the_recipe() -> None:
+    page = Page(rendered(sample_metrics()))
+    for title, first in (("Residual", 0.1112), ("Attention", 0.2112), ("FFN", 0.0112)):
+        rows = page.table(title)
+        assert rows[0] == ["", "maths", "code"]
+        assert rows[1] == ["Layer", "before", "after", "before", "after"]
+        assert [row[0] for row in rows[2:]] == ["0", "1", "2", "3", "mean"]
+        assert rows[2][1:] == [f"{first:.3f}", f"{first + 0.3988:.3f}"] * 2
+        mean = (first + 0.0147 + 0.02 + 0.018) / 4
+        assert rows[-1][1] == f"{mean:.3f}"
+    assert "The permutation by itself does not change an MoE" in page.words
+    assert "not used" not in page.words
+
+
+def test_the_page_says_which_maps_are_not_used() -> None:
+    metrics = sample_metrics()
+    metrics["alignment"]["heads"]["maths"]["used"] = False
+    del metrics["alignment"]["heads"]["code"]["used"]
+    page = Page(rendered(metrics))
+    assert page.table("Attention")[0] == ["", "maths (not used)", "code"]
+    assert page.table("Residual")[0] == ["", "maths", "code"]
+    assert page.words.count("Maps not used: maths.") == 1
+    assert "that source keeps its own coordinates" in page.words
+
+
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "NaN"), (None, "NaN"), (-1e-9, "0.000")])
+def test_an_alignment_that_is_not_finite_or_incomplete_renders(
+    value: float | None, shown: str
+) -> None:
+    metrics = sample_metrics()
+    metrics["alignment"]["heads"]["maths"]["before"][1] = value
+    metrics["alignment"]["heads"]["code"] = {"before": [0.5]}
+    rows = Page(rendered(metrics)).table("Attention")
+    assert rows[3] == ["1", shown, "0.370", MISSING, MISSING]
+    assert rows[-1][3:] == [MISSING, MISSING]
+    assert (rows[-1][1] == "NaN") == (shown == "NaN")
+    metrics["alignment"]["heads"] = {"maths": {"before": [], "after": []}}
+    assert "Attention heads" not in Page(rendered(metrics)).text
+
+
+def test_the_fit_shows_every_error_and_their_means() -> None:
+    page = Page(rendered(sample_metrics()))
+    rows = page.table("Layers")
+    assert rows[0] == ["", "after attention", "after the layer"]
+    assert rows[1] == ["Layer", "before", "attention", "before", "experts", "refinement"]
+    assert rows[2] == ["0", "0.5000", "0.4500", "0.3900", "0.3000", "0.1600"]
+    assert rows[5] == ["3", "0.4700", "0.4200", "0.3600", "0.2700", "0.1300"]
+    assert rows[6] == ["mean", "0.4850", "0.4350", "0.3750", "0.2850", "0.1450"]
+    head = page.table("Output head")
+    assert head == [["before", "closed form", "refinement"], ["1.7300", "1.3350", "0.5910"]]
+    assert "kept aside, in nats per token: harmonized 2.494, plain mean 5.590." in page.words
+    assert "The harmonized model was written." in page.words
+    assert not page.struck and "Struck through" not in page.words
+
+
+def test_a_step_that_was_not_kept_is_struck_through_and_counts_as_it_was_before() -> None:
+    metrics = sample_metrics()
+    layers, head = metrics["refit"]["layers"], metrics["refit"]["head"]
+    layers[1]["experts"] = {"error": [0.38, 0.98], "kept": False}
+    layers[2]["refinement"] = {"error": [0.28, math.nan], "kept": False}
+    head["closed form"] = {"error": [1.73, 1.9], "kept": False}
+    page = Page(rendered(metrics))
+    assert page.struck == ["0.9800", "NaN", "1.9000"]
+    assert page.table("Layers")[3][4] == "0.9800"
+    # (0.3 + 0.38 + 0.28 + 0.27) / 4 and (0.16 + 0.15 + 0.28 + 0.13) / 4
+    assert page.table("Layers")[-1][4:] == ["0.3075", "0.1800"]
+    dropped = "experts in 1 of 4 layers, refinement in 1 of 4 layers, closed form of the head"
+    assert dropped in page.words
+
+
+def test_a_fit_without_some_of_its_steps_renders() -> None:
+    metrics = sample_metrics()
+    for layer in metrics["refit"]["layers"]:
+        del layer["refinement"]
+    del metrics["refit"]["head"]["refinement"]
+    page = Page(rendered(metrics))
+    assert page.table("Layers")[1] == ["Layer", "before", "attention", "before", "experts"]
+    assert page.table("Output head") == [["before", "closed form"], ["1.7300", "1.3350"]]
+
+    del metrics["refit"]["layers"][0]["attention"]
+    metrics["refit"]["layers"][1]["experts"] = {"error": [None, None], "kept": False}
+    rows = Page(rendered(metrics)).table("Layers")
+    assert rows[2] == ["0", MISSING, MISSING, "0.3900", "0.3000"]
+    assert rows[3] == ["1", "0.4900", "0.4400", "NaN", "NaN"]
+    assert rows[-1] == ["mean", MISSING, MISSING, "NaN", "NaN"]
+
+
+@pytest.mark.parametrize("key", ["layers", "head", "loss", "chosen"])
+def test_any_part_of_the_fit_may_be_absent(key: str) -> None:
+    metrics = sample_metrics()
+    del metrics["refit"][key]
+    page = Page(rendered(metrics))
+    assert "Fit" in page.text
+    captions = " ".join(page.tables)
+    assert ("Layers:" in captions) == (key != "layers")
+    assert ("Output head" in captions) == (key != "head")
+    assert ("in nats per token: harmonized" in page.words) == (key != "loss")
+    assert ("was written" in page.words) == (key != "chosen")
+    Page(rendered(sample_metrics() | {"refit": {key: sample_refit()[key]}}))
+
+
+def test_the_page_says_that_the_plain_mean_was_written() -> None:
+    metrics = sample_metrics()
+    metrics["refit"] |= {"loss": {"harmonized": None, "plain mean": 3.25}, "chosen": "plain mean"}
+    for kind in metrics["alignment"].values():
+        for source in kind.values():
+            source["used"] = False
+    words = Page(rendered(metrics)).words
+    assert "harmonized NaN, plain mean 3.250." in words
+    assert "The plain mean was written: what is measured below is not in the checkpoint." in words
+    assert "This build uses no map" in words
+    # The maps may well have gained enough.
+    assert "Maps not used" not in words
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(None, MISSING), (math.nan, "NaN"), (math.inf, "inf"), (0.00012, "0.0001"), (1e7, "1.00e+07")],
+)
+def test_errors_in_words(error: float | None, text: str) -> None:
+    assert error_text(error) == text
 
 
 def test_notes_do_not_repeat_the_table_of_differences() -> None:

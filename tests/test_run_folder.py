@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import make_recipe
-from symphony_moe import calibrate, pipeline, plan
+from symphony_moe import pipeline, plan
+from symphony_moe.calibrate import calibration_windows
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, VerificationError
 from symphony_moe.recipe import Recipe, load_recipe
 from symphony_moe.run_folder import RunFolder, publish, refuse_existing, start_run, write_text
 from symphony_moe.shards import hash_folder, sha256_of
+from symphony_moe.streams import Streams
 
 Recipes = Callable[[str], Path]
 Built = Callable[[str], RunFolder]
@@ -306,10 +308,13 @@ KILLS = [
     ("shards.CheckpointWriter.write", 25, False),
     ("shards.CheckpointWriter.write", 25, True),
     ("shards.CheckpointWriter.sync", 2, False),
-    ("pipeline.match_neurons", 3, True),
+    ("pipeline.match", 3, True),
+    ("pipeline.write_bytes", 2, True),
+    ("pipeline.write_bytes!after", 2, False),
+    ("pipeline.settle", 1, False),
     ("shards.CheckpointWriter.finish", 1, False),
     ("pipeline.write_companions!after", 1, False),
-    ("pipeline._gather_alignment", 1, False),
+    ("pipeline.describe_alignment", 1, False),
     ("pipeline._write_manifest", 1, False),
     ("pipeline.publish", 1, False),
     ("pipeline.publish!after", 1, False),
@@ -389,6 +394,7 @@ def test_killed_and_resumed_equals_never_killed(
 def test_layers_that_were_finished_are_not_computed_again(
     kills: Kills, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor compared again: the records of the sweep are there as well."""
     killed = kills.cut[("pipeline.layer_outputs", 2, False)]
     shutil.copytree(killed.root, tmp_path / "run")
     assembled = []
@@ -399,8 +405,34 @@ def test_layers_that_were_finished_are_not_computed_again(
         return whole(*arguments)
 
     monkeypatch.setattr(pipeline, "assemble_layer", counted)
+    monkeypatch.setattr(pipeline, "compare_layer", None)
     pipeline.build(load_recipe(kills.recipe), tmp_path / "run", resume=True)
     assert assembled == [1]
+
+
+def test_layers_that_were_compared_are_not_compared_again(
+    kills: Kills, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their streams are brought past them, and nothing is gathered or matched."""
+    killed = kills.cut[("pipeline.write_bytes", 2, True)]
+    shutil.copytree(killed.root, tmp_path / "run")
+    gathered, matched = [], []
+    compare, match = pipeline.compare_layer, pipeline.match
+
+    def compared(recipe: Any, sources: Any, layer: int, *rest: Any, statistics: bool) -> Any:
+        gathered.append((layer, statistics))
+        return compare(recipe, sources, layer, *rest, statistics=statistics)
+
+    def counted(comparison: Any, family: Any, who: str) -> Any:
+        matched.append(who)
+        return match(comparison, family, who)
+
+    monkeypatch.setattr(pipeline, "compare_layer", compared)
+    monkeypatch.setattr(pipeline, "match", counted)
+    pipeline.build(load_recipe(kills.recipe), tmp_path / "run", resume=True)
+    assert gathered == [(0, False), (1, True)]
+    assert [who.split()[0] for who in matched] == ["b", "c"]
+    assert all("layer 1" in who for who in matched)
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 5])
@@ -532,18 +564,45 @@ def test_a_really_full_disk_is_a_message(
     assert main(["verify", str(out)]) == 0
 
 
-def test_streams_that_do_not_fit_the_disk_are_a_message(
-    disk: Disk, llama: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streams_that_do_not_fit_the_disk_are_a_message(disk: Disk, llama: Recipe) -> None:
     """A memory-mapped file without space behind it would end the process by SIGBUS."""
     disk.leave(50_000)
-    sources = pipeline.open_sources(llama)
-    windows = calibrate.calibration_windows(llama, sources)
+    windows = calibration_windows(llama, pipeline.open_sources(llama))
     reached = []
-    monkeypatch.setattr(calibrate, "_embed", lambda *_: reached.append(1))
+
+    def table() -> Iterator[tuple[int, torch.Tensor]]:
+        reached.append(1)
+        yield 0, torch.zeros(300, 32)
+
     with pytest.raises(RunFolderError, match="no room"):
-        calibrate.Streams(sources, windows, disk.path)
+        Streams(disk.path).embed(windows, 32, table())
     assert not reached
+
+
+@pytest.mark.parametrize(("free", "fitting"), [(300_000, False), (1_000_000, True)])
+def test_streams_of_a_fit_that_do_not_fit_the_disk_are_a_message(
+    free: int,
+    fitting: bool,
+    disk: Disk,
+    recipes: Recipes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The sources' streams take 590 KB while they are compared; while the new model is fitted, five
+    streams of each source take 985 KB beside the 213 KB of weights."""
+    monkeypatch.setattr(plan, "STREAMS_IN_MEMORY", 0)
+    disk.leave(free)
+    out = disk.path / "out"
+    more = ["--set", "method=harmonized", "--set", "refit.epochs=1"]
+    assert main(["build", str(recipes("llama")), "--out", str(out), *more]) == 2
+    error = capsys.readouterr().err
+    assert "symphony: error: " in error and "no room" in error and "Traceback" not in error
+    assert "stream-" in error
+    run = RunFolder(out)
+    assert run.layer_compared(1).is_file() is fitting and not run.checkpoint.exists()
+    (disk.path / "filler").unlink()
+    assert main(["build", str(recipes("llama")), "--out", str(out), "--resume", *more]) == 0
+    assert main(["verify", str(out)]) == 0
 
 
 def test_a_read_only_disk_is_a_message(
@@ -712,7 +771,7 @@ def test_weights_that_are_not_the_sources_are_found_whatever_the_manifest_says(
     assert "checkpoint/model.safetensors (changed)" in complaint(run)
     trust(run)
     message = complaint(run)
-    assert "not what the sources and the recorded neuron orders give" in message
+    assert "not what the sources and the recorded maps give" in message
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Sources and neuron orders -> the new model's tensors, part by part.
+"""Sources and maps -> the new model's tensors, part by part.
 
-Everything here is a function of the recipe, the sources' weights and the recorded neuron orders, so
-`build` writes it and `verify` computes it again.
+Everything here is a function of the recipe, the sources' weights and what `alignment.safetensors`
+records, so `build` writes it (or fits it further, see `refit.py`) and `verify` computes it again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,36 +9,98 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from symphony_moe.align import reorder_neurons
 from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, MoELayer
 from symphony_moe.fuse import linear_mean, selective_linear, slerp
 from symphony_moe.recipe import Recipe
 from symphony_moe.route import random_router
-from symphony_moe.sources import TABLE_ROWS, Source
+from symphony_moe.sources import TABLE_ROWS, Source, anchor_of
+from symphony_moe.symmetry import (
+    HeadMap,
+    NeuronMap,
+    fold_gains,
+    gain_of,
+    neutral_gain,
+    reorder_heads,
+    reorder_neurons,
+    rotate_residual,
+    transform_embedding,
+    transform_head,
+)
+
+Record = Mapping[str, Tensor]
+"""The tensors of `alignment.safetensors` (docs/design.md, "Run folder"). An empty one leaves every
+source in its own coordinates."""
+
+
+def aligned_layer(
+    recipe: Recipe, source: Source, layer: int, weights: Mapping[str, Tensor], record: Record
+) -> dict[str, Tensor]:
+    """A source's layer in the anchor's coordinates: the same function in other weights."""
+    aligned = fold_gains(source.family, weights) if recipe.folds else dict(weights)
+    prefix = f"{source.name}.layers.{layer}."
+    if f"{source.name}.residual" in record:
+        aligned = rotate_residual(source.family, aligned, record[f"{source.name}.residual"])
+    if f"{prefix}heads.order" in record:
+        heads = HeadMap(*(record[f"{prefix}heads.{p}"] for p in ("order", "phases", "values")))
+        aligned = reorder_heads(source.family, source.config, aligned, heads)
+    if f"{prefix}neurons" in record:
+        order = record[f"{prefix}neurons"]
+        aligned = reorder_neurons(aligned, NeuronMap(order, torch.ones(len(order))))
+    return aligned
+
+
+def aligned_table(
+    recipe: Recipe, source: Source, name: str, record: Record
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a source's token embeddings or output head in the anchor's coordinates,
+    block by block."""
+    residual = record.get(f"{source.name}.residual")
+    gain = gain_of(source.family, source.read(FINAL_NORM))
+    stored = EMBEDDING if name == EMBEDDING else source.head_name
+    for first in range(0, source.headers[stored].shape[0], TABLE_ROWS):
+        rows = source.read(stored, slice(first, first + TABLE_ROWS))
+        if name == HEAD and recipe.folds:
+            yield first, transform_head(rows, gain, residual)
+        else:
+            yield first, transform_embedding(rows, residual)
 
 
 def fused_tables(
-    recipe: Recipe, sources: Sequence[Source], names: Sequence[str]
+    recipe: Recipe, sources: Sequence[Source], names: Sequence[str], record: Record
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """(name, first row, rows) of the token embeddings and the output head, block by block. `names`:
-    which of them the output has (a tied head is not written)."""
-    shares = _anchor_only(recipe) if recipe.backbone.embeddings == "anchor" else recipe.shares
+    """(name, first row, rows) of the token embeddings and the output head, block by block.
+
+    `names`: which of them the output has (a tied head is not written). Where `record` has the
+    number of each token in each source's text (`<source>.tokens`), token embeddings are weighted by
+    it.
+    """
+    method = recipe.backbone.embeddings
+    sources = _by_name(sources)
+    shares = _shares(recipe, sources, method)
     for name in names:
-        for first in range(0, sources[0].config.vocab_size, TABLE_ROWS):
-            rows = slice(first, first + TABLE_ROWS)
-            blocks = [s.read(s.head_name if name == HEAD else EMBEDDING, rows) for s in sources]
-            if recipe.backbone.embeddings == "selective-linear":
-                # The plan refuses sources whose vocabularies differ: every source knows every
-                # token.
-                known = torch.ones(len(blocks), len(blocks[0]), dtype=torch.bool)
-                yield name, first, selective_linear(blocks, known, shares)
-            else:
+        tables = (aligned_table(recipe, source, name, record) for source in sources)
+        for parts in zip(*tables, strict=True):
+            first, blocks = parts[0][0], [rows for _, rows in parts]
+            if method != "selective-linear":
                 yield name, first, linear_mean(blocks, shares)
+                continue
+            # The plan refuses sources whose vocabularies differ: every source knows every token.
+            knowledge = torch.ones(len(blocks), len(blocks[0]))
+            counts = [record.get(f"{source.name}.tokens") for source in sources]
+            if name == EMBEDDING and None not in counts:
+                rows = slice(first, first + len(blocks[0]))
+                # One more of each: a token in nobody's text gets the plain mean.
+                knowledge = torch.stack([c[rows] + 1.0 for c in counts if c is not None])
+            yield name, first, selective_linear(blocks, knowledge, shares)
 
 
 def fused_final_norm(recipe: Recipe, sources: Sequence[Source]) -> Tensor:
     """The gains of the norm before the head."""
-    shares = _anchor_only(recipe) if recipe.backbone.norms == "anchor" else recipe.shares
+    if recipe.folds:
+        anchor = anchor_of(recipe, sources)
+        return neutral_gain(anchor.family, anchor.read(FINAL_NORM))
+    sources = _by_name(sources)
+    shares = _shares(recipe, sources, recipe.backbone.norms)
     return linear_mean([source.read(FINAL_NORM) for source in sources], shares)
 
 
@@ -46,35 +108,37 @@ def assemble_layer(
     recipe: Recipe,
     sources: Sequence[Source],
     layer: int,
-    weights: Mapping[str, Mapping[str, Tensor]],
-    orders: Mapping[str, Tensor],
+    aligned: Mapping[str, Mapping[str, Tensor]],
 ) -> MoELayer:
-    """One layer of the new model: the fused backbone, the experts, the router.
-
-    `weights`: source -> its layer's tensors. `orders`: source -> neuron order, for the sources
-    whose neurons are reordered.
-    """
+    """One layer of the new model before any fitting: the fused backbone, the experts, a random
+    router. `aligned`: source -> its layer, see `aligned_layer`."""
     family = sources[0].family
     backbone = recipe.backbone
     shared: dict[str, Tensor] = {}
+    ordered = _by_name(sources)
     for name in family.shared:
-        tensors = [weights[source.name][name] for source in sources]
+        tensors = [aligned[source.name][name] for source in ordered]
         method = backbone.norms if name in family.norms else backbone.attention
-        if method == "anchor":
-            shared[name] = linear_mean(tensors, _anchor_only(recipe))
-        elif method == "slerp" and name in family.attention:
-            shared[name] = slerp(tensors, recipe.shares)
-        else:
-            shared[name] = linear_mean(tensors, recipe.shares)
+        mean = slerp if method == "slerp" and name in family.attention else linear_mean
+        shared[name] = mean(tensors, _shares(recipe, ordered, method))
     experts = []
     for source in sources:
         origin = recipe.anchor if recipe.experts.init == "copy" else source.name
-        ffn = {name: weights[origin][name] for name in family.expert}
-        experts.append(reorder_neurons(ffn, orders[origin]) if origin in orders else ffn)
+        experts.append({name: aligned[origin][name] for name in family.expert})
     names = [source.name for source in sources]
     router = random_router(names, sources[0].config.hidden_size, layer, recipe.seed)
     return MoELayer(shared, experts, router)
 
 
-def _anchor_only(recipe: Recipe) -> list[float]:
-    return [float(name == recipe.anchor) for name in recipe.sources]
+def _by_name(sources: Sequence[Source]) -> list[Source]:
+    """Sums go through the sources by name, so that the order of the recipe does not change so much
+    as their rounding, which a fit would make more of."""
+    return sorted(sources, key=lambda source: source.name)
+
+
+def _shares(recipe: Recipe, sources: Sequence[Source], method: str) -> list[float]:
+    """What each source counts in a mean."""
+    if method == "anchor":
+        return [float(source.name == recipe.anchor) for source in sources]
+    shares = dict(zip(recipe.sources, recipe.shares, strict=True))
+    return [shares[source.name] for source in sources]

@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,10 +176,18 @@ def _build(options: argparse.Namespace) -> Result:
     folder = pipeline.build(recipe, options.out, resume=options.resume, overwrite=options.overwrite)
     metrics = folder.read_json(folder.metrics)
     text = f"built {folder.checkpoint}"
-    for source, values in metrics["alignment"]["neurons"].items():
-        before, after = (sum(values[key]) / len(values[key]) for key in ("before", "after"))
+    for kind, by_source in metrics["alignment"].items():
+        what = {"residual": "cosine of residual streams", "heads": "correlation of heads",
+                "neurons": "correlation of matched neurons"}[kind]  # fmt: skip
+        for source, values in by_source.items():
+            before, after = (sum(values[key]) / len(values[key]) for key in ("before", "after"))
+            unused = "" if values["used"] else "; too little to use"
+            text += f"\n{source}: {what} {before:.3f} before, {after:.3f} after{unused}"
+    if "refit" in metrics:
         text += (
-            f"\n{source}: mean matched neuron correlation {before:.3f} before, {after:.3f} after"
+            "\n"
+            + ", ".join(f"{name} {loss:.3f}" for name, loss in metrics["refit"]["loss"].items())
+            + f" nats per token on text kept aside; wrote the {metrics['refit']['chosen']} model"
         )
     return metrics | {"paths": {"checkpoint": str(folder.checkpoint)}}, text
 
@@ -239,15 +248,28 @@ def _demo(options: argparse.Namespace) -> Result:
     from symphony_moe import pipeline
     from symphony_moe.bundled import demo_recipe
     from symphony_moe.recipe import load_recipe
+    from symphony_moe.run_folder import refuse_existing
 
     recipe = load_recipe(demo_recipe(), options.overrides)
-    folder = pipeline.run(recipe, options.out, resume=options.resume, overwrite=options.overwrite)
-    metrics = folder.read_json(folder.metrics)
+    # The paper's method beside ours: the same sources, text and training.
+    paper_recipe = load_recipe(demo_recipe(), [*options.overrides, "method=symphony"])
+    paper_out = options.out.with_name(f"{options.out.name}-paper")
+    again = {"resume": options.resume, "overwrite": options.overwrite}
+    refuse_existing(paper_out, resume=options.resume, overwrite=options.overwrite)
+    folder = pipeline.run(recipe, options.out, **again)
+    # A demo that was cut short may not have come to this one.
+    begun = paper_out.exists()
+    paper = pipeline.run(paper_recipe, paper_out, **({} if not begun else again))
+    metrics, paper_metrics = (run.read_json(run.metrics) for run in (folder, paper))
+    losses = {stage: paper_metrics[stage] for stage in ("built", "trained")}
     texts = pipeline.generate(folder)
     shown = "\n".join(f"\n[{domain}] {prompt!r}\n    -> {text!r}" for domain, prompt, text in texts)
+    table = loss_table(metrics, {f"paper's, {stage}": of for stage, of in losses.items()})
     return (
-        metrics | {"paths": _paths(folder), "continuations": texts},
-        f"{loss_table(metrics)}\n\nHeld-out prompts, continued by the trained model:\n{shown}\n\n"
+        metrics
+        | {"paths": _paths(folder), "continuations": texts}
+        | {"paper": losses | {"paths": _paths(paper)}},
+        f"{table}\n\nHeld-out prompts, continued by the trained model:\n{shown}\n\n"
         f"model:  {folder.trained}\nreport: {folder.report}\ntry:    {_one_liner(folder)}",
     )
 
@@ -301,11 +323,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def loss_table(metrics: dict[str, Any]) -> str:
-    """Held-out losses: a row per model, a column per domain."""
+def loss_table(
+    metrics: dict[str, Any], others: Mapping[str, dict[str, float | None]] | None = None
+) -> str:
+    """Held-out losses: a row per model, a column per domain. `others`: further models' rows."""
     names = list(metrics["sources"])
     models = dict(metrics["sources"])
     models |= {stage: metrics[stage] for stage in ("built", "trained") if stage in metrics}
+    models |= others or {}
     domains = list(next(iter(models.values())))
     out = [domain for domain in domains if domain not in names]
 

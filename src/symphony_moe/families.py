@@ -25,6 +25,7 @@ NEURON_AXIS = {GATE: 0, UP: 0, DOWN: 1}
 """The axis of each FFN matrix (stored out x in) that counts hidden neurons."""
 
 _ATTENTION = tuple(f"self_attn.{part}_proj.weight" for part in "qkvo")
+_ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 _SAME_IN_EVERY_TARGET = [
@@ -275,6 +276,12 @@ class MoELayer:
     router: Tensor
     """experts x hidden."""
 
+    def select(self, order: Sequence[int]) -> "MoELayer":
+        """The same layer with its experts in another order: entry i is the expert that becomes
+        expert i."""
+        rows = self.router[list(order)]
+        return MoELayer(self.shared, [self.experts[number] for number in order], rows)
+
     def to(self, dtype: torch.dtype) -> "MoELayer":
         """The same layer, rounded to another dtype."""
         return MoELayer(
@@ -292,6 +299,36 @@ def interleave_rotary(rows: Float[Tensor, "rows ..."], head_size: int) -> Float[
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
+def undo_interleave_rotary(
+    rows: Float[Tensor, "rows ..."], head_size: int
+) -> Float[Tensor, "rows ..."]:
+    """The inverse of `interleave_rotary`."""
+    heads = rows.view(-1, head_size // 2, 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def read_layer_outputs(
+    family: Family,
+    config: PreTrainedConfig,
+    layer: int,
+    num_experts: int,
+    read: Callable[[str], Tensor],
+) -> MoELayer:
+    """The inverse of `layer_outputs`. `read`: name in the checkpoint -> tensor."""
+    prefix = f"model.layers.{layer}."
+    shared = {}
+    for name in family.shared:
+        tensor = read(prefix + name)
+        if family.interleaved_rotary and name.startswith(_ROTARY):
+            tensor = undo_interleave_rotary(tensor, head_dim(config))
+        shared[name] = tensor
+    experts = [
+        {dense: read(prefix + name.format(expert=number)) for dense, name in family.expert.items()}
+        for number in range(num_experts)
+    ]
+    return MoELayer(shared, experts, read(prefix + family.router))
+
+
 def layer_outputs(
     family: Family, config: PreTrainedConfig, layer: int, tensors: MoELayer
 ) -> Iterator[tuple[str, Tensor]]:
@@ -300,7 +337,7 @@ def layer_outputs(
     num_experts, hidden = tensors.router.shape
     for name in family.shared:
         tensor = tensors.shared[name]
-        if family.interleaved_rotary and name.startswith(("self_attn.q_proj", "self_attn.k_proj")):
+        if family.interleaved_rotary and name.startswith(_ROTARY):
             tensor = interleave_rotary(tensor, head_dim(config))
         yield prefix + name, tensor
     sizes = {"hidden": hidden, "experts": num_experts}

@@ -6,7 +6,8 @@ for the FFN where the new model is run before it is written.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from symphony_moe.families import DOWN, GATE, UP, MoELayer
 
 WINDOWS_TOKENS = 4096
 """Tokens run through a layer at once (whole windows, at least one)."""
+
+LOGITS_AT_ONCE = 2**25
+"""Logits of one model that are in memory at once."""
 
 
 def device() -> torch.device:
@@ -77,6 +81,64 @@ def _with_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreT
     return model
 
 
+class _Nothing(nn.Module):
+    """An FFN that adds nothing to the residual stream."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.zeros_like(hidden)
+
+
+def load_attention(
+    config: PreTrainedConfig, layer: int, shared: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """The first half of a layer, ready to run: what it puts out is the residual stream between
+    attention and FFN. `shared`: `Family.shared` name -> tensor."""
+    model = one_layer_model(config, layer)
+    decoder_layer(model).mlp = _Nothing()
+    return _with_weights(model, shared)
+
+
+@contextmanager
+def observe(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """What passes inside a one-layer model in its last run inside the block, by name:
+
+    `queries` and `keys` (before RoPE, after their norms where there are any; ... x heads x head_dim
+    or flat), `heads` (the input of o_proj), `middle` (the residual stream between attention and
+    FFN), `neurons` (the input of down_proj, of a dense layer)."""
+    layer = decoder_layer(model)
+    attention = layer.self_attn
+    seen: dict[str, Tensor] = {}
+
+    def keep_input(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen[name] = inputs[0]
+
+        return hook
+
+    def keep_output(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            seen[name] = output
+
+        return hook
+
+    handles = [
+        getattr(attention, "q_norm", attention.q_proj).register_forward_hook(
+            keep_output("queries")
+        ),
+        getattr(attention, "k_norm", attention.k_proj).register_forward_hook(keep_output("keys")),
+        attention.o_proj.register_forward_pre_hook(keep_input("heads")),
+        layer.post_attention_layernorm.register_forward_pre_hook(keep_input("middle")),
+    ]
+    if hasattr(layer.mlp, "down_proj"):
+        down = layer.mlp.down_proj
+        handles.append(down.register_forward_pre_hook(keep_input("neurons")))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def run_layer(
     model: PreTrainedModel, hidden: Float[Tensor, "windows sequence hidden"]
 ) -> Float[Tensor, "windows sequence hidden"]:
@@ -111,10 +173,23 @@ class MixtureOfExperts(nn.Module):
         mixed = torch.zeros_like(flat)
         for number, expert in enumerate(self.experts):
             tokens, place = torch.where(chosen == number)
-            x = flat[tokens]
-            neurons = self.activation(x @ expert[GATE].T) * (x @ expert[UP].T)
+            neurons = gated_neurons(expert, flat[tokens], self.activation)
             mixed.index_add_(0, tokens, neurons @ expert[DOWN].T * gates[tokens, place, None])
         return mixed.view_as(hidden)
+
+
+def gated_neurons(
+    expert: Mapping[str, Tensor], x: Float[Tensor, "tokens hidden"], activation: nn.Module
+) -> Float[Tensor, "tokens ffn"]:
+    """What the neurons of a gated FFN put out: the input of down_proj."""
+    return activation(x @ expert[GATE].T) * (x @ expert[UP].T)
+
+
+def rms_norm(
+    hidden: Float[Tensor, "... hidden"], gain: Float[Tensor, " hidden"], eps: float
+) -> Float[Tensor, "... hidden"]:
+    """RMSNorm as every family of the table has it."""
+    return hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + eps) * gain
 
 
 def logits_from_stream(
@@ -124,5 +199,4 @@ def logits_from_stream(
     eps: float,
 ) -> Float[Tensor, "windows sequence vocabulary"]:
     """Final RMS norm and output head, in float32."""
-    scale = torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + eps)
-    return (hidden * scale * norm) @ head.T
+    return rms_norm(hidden, norm, eps) @ head.T

@@ -7,7 +7,7 @@ angles or means of many are taken, the result is float32.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 _MAX_ITERATIONS = 100
@@ -92,16 +92,18 @@ def _karcher_coefficients(
 
 def selective_linear(
     tables: Sequence[Float[Tensor, "vocabulary hidden"]],
-    known: Bool[Tensor, "sources vocabulary"],
+    knowledge: Float[Tensor, "sources vocabulary"],
     weights: Sequence[float],
 ) -> Float[Tensor, "vocabulary hidden"]:
     """Token embeddings (or output heads): a token that several sources know gets the weighted mean
     of their rows, a token that only one knows keeps that row. Sec. 3.2, "token embeddings".
 
-    `known[i, token]` says whether source i knows the token. Raises ValueError for a token that no
-    source knows: there is nothing to give it.
+    `knowledge[i, token]` says how much of the token is source i's: 1 or 0 in the paper. With the
+    numbers of the token in each source's text it is the table that is closest, in the mean square
+    over that text, to each source's own. Raises ValueError for a token that no source knows: there
+    is nothing to give it.
     """
-    shares = normalized(weights)[:, None] * known.double()
+    shares = normalized(weights)[:, None] * knowledge.double()
     total = shares.sum(dim=0)
     if bool((total == 0).any()):
         token = int((total == 0).nonzero()[0])

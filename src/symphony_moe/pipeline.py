@@ -1,6 +1,7 @@
 """The main path: start reading here.
 
-    recipe -> sources -> plan -> calibrate -> align -> fuse -> write -> train -> evaluate -> report
+    recipe -> sources -> plan -> calibrate -> align -> fuse -> refit -> route -> write
+           -> train -> evaluate -> report
 
 Stages do not import one another; only this module knows their order.
 """
@@ -8,6 +9,7 @@ Stages do not import one another; only this module knows their order.
 import contextlib
 import ctypes
 import hashlib
+import json
 import logging
 import platform
 import resource
@@ -15,7 +17,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,37 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from symphony_moe import __version__
-from symphony_moe.align import match_neurons, matched_correlation
-from symphony_moe.assemble import assemble_layer, fused_final_norm, fused_tables
-from symphony_moe.calibrate import Streams, advance, calibration_windows
-from symphony_moe.errors import RecipeError, RunFolderError, SourceError
+from symphony_moe.align import describe_alignment, match, measured, settle
+from symphony_moe.assemble import (
+    Record,
+    aligned_layer,
+    aligned_table,
+    assemble_layer,
+    fused_final_norm,
+    fused_tables,
+)
+from symphony_moe.calibrate import calibration_windows, compare_layer, embedding_blocks
+from symphony_moe.errors import RecipeError, RunFolderError
 from symphony_moe.evaluate import continuations, evaluate_run, held_out_windows
-from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, layer_outputs
+from symphony_moe.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    HEAD_BIAS,
+    layer_outputs,
+    read_layer_outputs,
+)
 from symphony_moe.plan import Plan, make_plan, streams_in_memory
 from symphony_moe.recipe import Recipe
+from symphony_moe.refit import (
+    Calibration,
+    advance_new,
+    advance_sources,
+    begin_streams,
+    calibrate_plain,
+    fit_layer,
+)
+from symphony_moe.refit_head import fit_head, next_token_loss
 from symphony_moe.report import render
 from symphony_moe.run_folder import (
     RunFolder,
@@ -42,11 +68,13 @@ from symphony_moe.run_folder import (
     publish,
     refuse_existing,
     start_run,
+    to_json,
     write_bytes,
     write_text,
 )
 from symphony_moe.shards import CheckpointWriter, hash_folder, sha256_of
 from symphony_moe.sources import Source, anchor_of, open_sources
+from symphony_moe.streams import Streams
 from symphony_moe.text import check_data_exists
 from symphony_moe.train import train_run
 from symphony_moe.verify import compare_builds, verify_run
@@ -84,7 +112,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     plan(recipe)  # before weights are fetched
     sources = open_sources(recipe)
     planned = make_plan(recipe, sources)
-    windows = calibration_windows(recipe, sources) if recipe.aligns_neurons else None
+    windows = calibration_windows(recipe, sources) if recipe.aligns or recipe.fits else {}
     recipe = _with_hashes(recipe, sources)
 
     folder = start_run(out, recipe, resume=resume, overwrite=overwrite)
@@ -95,39 +123,38 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
         return folder
     with log_to(folder):
         folder.update_json(folder.plan, planned.to_json())
+        text = _digest(windows)
+        record = _align(recipe, sources, windows, folder, text)
+        if recipe.refit.method != "none":
+            record |= _count_tokens(windows, sources[0].config.vocab_size)
         writer = CheckpointWriter(
             folder.staged_checkpoint, planned.tensors, planned.dtype, recipe.output.max_shard_bytes
         )
-        tables = [name for name in (EMBEDDING, HEAD) if name in planned.tensors]
-        for name, first_row, rows in fused_tables(recipe, sources, tables):
-            writer.write(name, rows, first_row)
-        writer.write(FINAL_NORM, fused_final_norm(recipe, sources))
-        if HEAD_BIAS in planned.tensors:
-            writer.write(HEAD_BIAS, torch.zeros(planned.tensors[HEAD_BIAS]))
-
-        streams = None
-        if windows is not None:
-            in_memory = streams_in_memory(recipe, sources[0].config, len(sources))
-            streams = Streams(sources, windows, None if in_memory else folder.work)
-        text = "" if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        _write_tables(recipe, sources, record, writer, planned.tensors)
+        calibration = _begin_fit(recipe, sources, record, windows, folder)
         num_layers = sources[0].config.num_hidden_layers
         for layer in range(num_layers):
-            _build_layer(recipe, sources, layer, streams, writer, folder, text)
+            _build_layer(recipe, sources, layer, record, calibration, writer, folder, text)
             release_freed_memory()
             seconds = time.monotonic() - started
             log.info("layer %d of %d, %.0f s", layer + 1, num_layers, seconds)
+        fitting: dict[str, Any] = {}
+        if recipe.refit.method != "none":
+            assert calibration is not None
+            fitting, record = _finish_fit(recipe, sources, record, calibration, writer, folder)
 
         tensor_hashes = writer.finish()
         write_companions(folder.staged_checkpoint, planned, recipe, sources)
-        correlations = _gather_alignment(folder, num_layers)
+        write_bytes(folder.alignment, save(record))
         folder.update_json(
             folder.metrics,
             {
-                "alignment": correlations,
+                "alignment": describe_alignment(record),
+                **({"refit": fitting} if fitting else {}),
                 "timing": {
                     "build_seconds": round(time.monotonic() - started, 2),
                     "build_peak_rss_bytes": peak_rss_bytes(),
-                    "calibration_tokens": 0 if windows is None else windows.numel(),
+                    "calibration_tokens": sum(text.numel() for text in windows.values()),
                 },
             },
         )
@@ -236,61 +263,255 @@ def _with_hashes(recipe: Recipe, sources: Sequence[Source]) -> Recipe:
     return recipe.model_copy(update={"sources": pinned})
 
 
+def _digest(windows: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the calibration text."""
+    digest = hashlib.sha256()
+    for text in windows.values():
+        digest.update(text.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _align(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    windows: Mapping[str, Tensor],
+    folder: RunFolder,
+    text: str,
+) -> dict[str, Tensor]:
+    """One sweep of all sources over the whole calibration text; what `alignment.safetensors` will
+    hold. Layers that an interrupted build has compared are not compared again."""
+    if not recipe.aligns:
+        return {}
+    num_layers = sources[0].config.num_hidden_layers
+    compared = [_is_compared(folder.layer_compared(layer), text) for layer in range(num_layers)]
+    if not all(compared):
+        in_memory = streams_in_memory(recipe, sources[0].config, len(sources))
+        streams = Streams(None if in_memory else folder.work)
+        together = torch.cat([windows[name] for name in sorted(windows)])
+        for source in sources:
+            table = embedding_blocks(source)
+            streams.embed({source.name: together}, source.config.hidden_size, table)
+        for layer in range(num_layers):
+            weights = {source.name: source.read_layer(layer) for source in sources}
+            found = compare_layer(
+                recipe, sources, layer, weights, streams, statistics=not compared[layer]
+            )
+            if not compared[layer]:
+                measured = {}
+                for name, comparison in found.items():
+                    who = f"{name} (or the anchor, {recipe.anchor}): layer {layer}"
+                    for kind, tensor in match(comparison, sources[0].family, who).items():
+                        measured[f"{name}.layers.{layer}.{kind}"] = tensor
+                write_bytes(folder.layer_compared(layer), save(measured, {"text": text}))
+            log.info("compared layer %d of %d", layer + 1, num_layers)
+            release_freed_memory()
+        streams.release()
+    found_in_layers: dict[str, Tensor] = {}
+    for layer in range(num_layers):
+        found_in_layers |= load_file(folder.layer_compared(layer))
+    others = [source.name for source in sources if source.name != recipe.anchor]
+    return settle(found_in_layers, others, num_layers)
+
+
+def _is_compared(path: Path, text: str) -> bool:
+    """Whether an interrupted build has compared this layer, on this text."""
+    return (_noted(path) or {}).get("text") == text
+
+
+def _count_tokens(windows: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
+    """`<source>.tokens`: how often each token is in a source's calibration text (int64)."""
+    return {
+        f"{name}.tokens": torch.bincount(text.flatten(), minlength=vocabulary)
+        for name, text in windows.items()
+    }
+
+
+def _write_tables(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    record: Record,
+    writer: CheckpointWriter,
+    tensors: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Token embeddings, output head and final norm, as fused. A head that is fitted is written over
+    at the end."""
+    tables = [name for name in (EMBEDDING, HEAD) if name in tensors]
+    for name, first_row, rows in fused_tables(recipe, sources, tables, record):
+        writer.write(name, rows, first_row)
+    writer.write(FINAL_NORM, fused_final_norm(recipe, sources))
+    if HEAD_BIAS in tensors:
+        writer.write(HEAD_BIAS, torch.zeros(tensors[HEAD_BIAS]))
+
+
+def _begin_fit(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    record: dict[str, Tensor],
+    windows: Mapping[str, Tensor],
+    folder: RunFolder,
+) -> Calibration | None:
+    """All streams of the fit at their token embeddings; None where nothing is fitted."""
+    if not recipe.fits:
+        return None
+    anchor = anchor_of(recipe, sources)
+    in_memory = streams_in_memory(recipe, anchor.config, len(sources))
+    streams = Streams(None if in_memory else folder.work)
+    by_name = dict(sorted(windows.items()))
+    configs = {source.name: source.config for source in sources}
+    calibration = Calibration(recipe, anchor.family, configs, anchor.name, by_name, streams)
+    hidden = anchor.config.hidden_size
+    new = {f"new/{name}": text for name, text in by_name.items()}
+    streams.embed(new, hidden, _embedding_blocks(recipe, sources, record))
+    if recipe.refit.method != "none":
+        for source in sources:
+            own = {f"source/{source.name}": windows[source.name]}
+            streams.embed(own, hidden, aligned_table(recipe, source, EMBEDDING, record))
+        some = {
+            f"plain/{name}": text[: calibration.plain_windows(name)]
+            for name, text in by_name.items()
+        }
+        streams.embed(some, hidden, _embedding_blocks(recipe, sources, {}))
+    begin_streams(calibration)
+    return calibration
+
+
+def _embedding_blocks(
+    recipe: Recipe, sources: Sequence[Source], record: Record
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of the new model's token embeddings, as they are written."""
+    dtype = getattr(torch, recipe.output.dtype)
+    for _, first_row, rows in fused_tables(recipe, sources, [EMBEDDING], record):
+        yield first_row, rows.to(dtype)
+
+
 def _build_layer(
     recipe: Recipe,
     sources: Sequence[Source],
     layer: int,
-    streams: Streams | None,
+    record: Record,
+    calibration: Calibration | None,
     writer: CheckpointWriter,
     folder: RunFolder,
     text: str,
 ) -> None:
-    """Calibrate, align, fuse and write one layer. A layer that an interrupted build has finished is
-    kept: the streams are only brought past it. `text`: digest of the calibration windows."""
+    """Align, fuse, fit and write one layer. A layer that an interrupted build has finished is kept:
+    the streams are only brought past it. `text`: digest of the calibration windows."""
     anchor = anchor_of(recipe, sources)
     done, prefix = folder.layer_done(layer), f"model.layers.{layer}."
     finished = _is_finished(done, writer, prefix, text)
-    weights: Mapping[str, Mapping[str, Tensor]] = {}
-    if streams is not None or not finished:
-        weights = {source.name: source.read_layer(layer) for source in sources}
-    matches = (
-        advance(sources, anchor.name, layer, weights, streams, statistics=not finished)
-        if streams is not None
-        else {}
-    )
     if finished:
         writer.keep(prefix)
-        return
-    orders: dict[str, Tensor] = {}
-    record: dict[str, Tensor] = {}
-    for name, neurons in matches.items():
-        correlation = neurons.result()
-        if not bool(torch.isfinite(correlation).all()):
-            raise SourceError(
-                f"{name} (or the anchor, {anchor.name}): layer {layer} puts out values that are "
-                "not finite on the calibration text; the weights are damaged or overflow float32"
-            )
-        orders[name] = match_neurons(correlation)
-        before = matched_correlation(correlation, torch.arange(len(orders[name])))
-        after = matched_correlation(correlation, orders[name])
-        record[f"{name}.layers.{layer}.neurons"] = orders[name]
-        record[f"{name}.layers.{layer}.correlation"] = torch.tensor([before, after])
-    moe = assemble_layer(recipe, sources, layer, weights, orders)
-    for name, tensor in layer_outputs(anchor.family, anchor.config, layer, moe):
-        writer.write(name, tensor)
-    writer.sync()
-    write_bytes(done, save(record, {"text": text, "tensors": writer.digest(prefix)}))
+        if calibration is None:
+            return
+    refits = recipe.refit.method != "none"
+    weights = {source.name: source.read_layer(layer) for source in sources}
+    aligned = {s.name: aligned_layer(recipe, s, layer, weights[s.name], record) for s in sources}
+    names = [source.name for source in sources]
+    note: dict[str, Any] = {}
+    if finished:
+        remembered = load_file(done)
+        if calibration is not None and refits:
+            advance_sources(calibration, layer, aligned)
+    else:
+        remembered = {}
+        moe = assemble_layer(recipe, sources, layer, aligned)
+        if calibration is not None:
+            by_name = moe.select([names.index(name) for name in calibration.names])
+            by_name, note = fit_layer(calibration, layer, by_name, aligned)
+            moe = by_name.select([calibration.names.index(name) for name in names])
+        for name, tensor in layer_outputs(anchor.family, anchor.config, layer, moe):
+            writer.write(name, tensor)
+    if calibration is not None:
+        # What follows is fitted to the layer as it is written: rounding is an error like others.
+        written = read_layer_outputs(
+            anchor.family, anchor.config, layer, len(sources), writer.read
+        ).select([names.index(name) for name in calibration.names])
+        advance_new(calibration, layer, written)
+        if refits:
+            plain = assemble_layer(recipe, sources, layer, {
+                s.name: aligned_layer(recipe, s, layer, weights[s.name], {}) for s in sources
+            }).select([names.index(name) for name in calibration.names])  # fmt: skip
+            if not finished:
+                remembered["plain_router"] = calibrate_plain(calibration, layer, plain)
+            router = remembered["plain_router"]
+            advance_new(calibration, layer, replace(plain, router=router), "plain")
+    if not finished:
+        writer.sync()
+        noted = {"text": text, "tensors": writer.digest(prefix), "note": to_json(note)}
+        write_bytes(done, save(remembered, noted))
+
+
+def _finish_fit(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    record: dict[str, Tensor],
+    calibration: Calibration,
+    writer: CheckpointWriter,
+    folder: RunFolder,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Fit and write the output head; then, where the plain mean of the sources loses less on the
+    text kept aside, write that instead. What was measured, and the record of what is used."""
+    config = sources[0].config
+    notes = [
+        json.loads((_noted(folder.layer_done(layer)) or {})["note"])
+        for layer in range(config.num_hidden_layers)
+    ]
+    start = _whole_head(recipe, sources, record)
+    own = {s.name: torch.cat([rows for _, rows in aligned_table(recipe, s, HEAD, record)])
+           for s in sources}  # fmt: skip
+    head, head_note = fit_head(calibration, start, own)
+    writer.write(HEAD, head)
+    plain_head = _whole_head(recipe, sources, {})
+    losses = {
+        "harmonized": next_token_loss(calibration, "new", writer.read(HEAD)),
+        "plain mean": next_token_loss(calibration, "plain", plain_head),
+    }
+    # A loss that is no number is not better than anything.
+    better = losses["harmonized"] <= losses["plain mean"]
+    chosen = "harmonized" if better else "plain mean"
+    log.info(
+        "text kept aside: %.3f nats per token, the plain mean %.3f; writing the %s",
+        losses["harmonized"], losses["plain mean"],
+        "plain mean" if chosen == "plain mean" else "fitted model",
+    )  # fmt: skip
+    if chosen == "plain mean":
+        record = measured(record)
+        _write_plain(recipe, sources, calibration, writer, folder, plain_head)
+    return {"layers": notes, "head": head_note, "loss": losses, "chosen": chosen}, record
+
+
+def _write_plain(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    calibration: Calibration,
+    writer: CheckpointWriter,
+    folder: RunFolder,
+    head: Tensor,
+) -> None:
+    """Write the plain mean over the fitted model: nothing aligned, only its router fitted."""
+    for name, first_row, rows in fused_tables(recipe, sources, [EMBEDDING], {}):
+        writer.write(name, rows, first_row)
+    writer.write(HEAD, head)
+    names = [source.name for source in sources]
+    for layer in range(sources[0].config.num_hidden_layers):
+        plain = {s.name: aligned_layer(recipe, s, layer, s.read_layer(layer), {}) for s in sources}
+        router = load_file(folder.layer_done(layer))["plain_router"]
+        rows = router[[calibration.names.index(name) for name in names]]
+        moe = replace(assemble_layer(recipe, sources, layer, plain), router=rows)
+        for name, tensor in layer_outputs(sources[0].family, sources[0].config, layer, moe):
+            writer.write(name, tensor)
+
+
+def _whole_head(recipe: Recipe, sources: Sequence[Source], record: Record) -> Tensor:
+    """The fused output head in one piece."""
+    return torch.cat([rows for _, _, rows in fused_tables(recipe, sources, [HEAD], record)])
 
 
 def _is_finished(done: Path, writer: CheckpointWriter, prefix: str, text: str) -> bool:
     """Whether an interrupted build has finished a layer: its record is whole, and what it says of
     the layer's tensors is on disk. RunFolderError where that build had other calibration text."""
-    if not done.is_file():
-        return False
-    try:
-        with safetensors.safe_open(done, framework="pt") as file:
-            noted = file.metadata() or {}
-    except safetensors.SafetensorError:
+    noted = _noted(done)
+    if noted is None:
         return False
     if noted.get("text") != text:
         raise RunFolderError(
@@ -300,21 +521,15 @@ def _is_finished(done: Path, writer: CheckpointWriter, prefix: str, text: str) -
     return noted.get("tensors") == writer.digest(prefix)
 
 
-def _gather_alignment(folder: RunFolder, num_layers: int) -> dict[str, Any]:
-    """All layers' neuron orders into `alignment.safetensors`; the correlations for
-    `metrics.json`."""
-    record: dict[str, Tensor] = {}
-    for layer in range(num_layers):
-        record |= load_file(folder.layer_done(layer))
-    folder.alignment.write_bytes(save(record))
-    correlations: dict[str, dict[str, list[float]]] = {}
-    for name, values in record.items():
-        source, _, rest = name.rpartition(".layers.")
-        if rest.endswith(".correlation"):
-            of_source = correlations.setdefault(source, {"before": [], "after": []})
-            of_source["before"].append(round(float(values[0]), 6))
-            of_source["after"].append(round(float(values[1]), 6))
-    return {"neurons": correlations}
+def _noted(path: Path) -> dict[str, str] | None:
+    """What a record in `work/` says of itself; None where there is no whole record."""
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except safetensors.SafetensorError:
+        return None
 
 
 def _write_manifest(folder: RunFolder, recipe: Recipe, tensor_hashes: Mapping[str, str]) -> None:

@@ -21,10 +21,11 @@ from symphony_moe.families import (
     HEAD_BIAS,
     Family,
     MoELayer,
+    head_dim,
     layer_outputs,
     target_config,
 )
-from symphony_moe.forward import WINDOWS_TOKENS
+from symphony_moe.forward import LOGITS_AT_ONCE, WINDOWS_TOKENS
 from symphony_moe.recipe import Recipe
 from symphony_moe.shards import BYTES, assign_shards
 from symphony_moe.sources import (
@@ -39,6 +40,9 @@ from symphony_moe.sources import (
 
 STREAMS_IN_MEMORY = 2 * 1024**3
 """Residual streams of the calibration text larger than this (bytes) wait in memory-mapped files."""
+
+_PLAIN_SHARE = 1 / 8
+"""Share of the text that the plain mean runs on beside the fitted model."""
 
 _PROCESS = 600 * 1024**2
 """Memory of the interpreter and the libraries, in bytes."""
@@ -95,7 +99,7 @@ def make_plan(recipe: Recipe, sources: Sequence[Source]) -> Plan:
             f"output.architecture: {wanted!r} does not hold {family.dense} exactly; "
             f"{family.moe!r} does (or write auto)"
         )
-    tied = all(source.config.tie_word_embeddings for source in sources)
+    tied = all(source.config.tie_word_embeddings for source in sources) and not recipe.folds
     tensors = output_tensors(family, anchor.config, len(sources), tied=tied)
     if family.has_head_bias and recipe.output.head_bias:
         tensors[HEAD_BIAS] = (anchor.config.vocab_size,)
@@ -163,8 +167,14 @@ def output_tensors(
 
 
 def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
-    """Size of all sources' residual streams on the calibration text."""
-    return num_sources * recipe.calibration.tokens * config.hidden_size * 4
+    """Size of the residual streams that wait between layers, at the larger of two moments: all
+    sources on the whole text while they are aligned; and, while the new model is fitted, on each
+    source's own text, the source's stream at three places of a layer and the new model's at two."""
+    aligning = num_sources if recipe.aligns else 0
+    refitting = 5.0 + _PLAIN_SHARE if recipe.refit.method != "none" else 0
+    fitting = max(refitting, 2 if recipe.fits else 0)
+    tokens = recipe.calibration.tokens
+    return int(max(aligning, fitting) * tokens * config.hidden_size * 4)
 
 
 def streams_in_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> bool:
@@ -173,47 +183,72 @@ def streams_in_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int
 
 
 def _peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
-    """The larger of two moments: a block of every source's embedding table, and one layer of every
-    source with its statistics, float32 where it waits and float64 where it is fused or matched."""
+    """The largest of these moments: a block of every source's embedding table; one layer of every
+    source with its statistics, while they are aligned, fused or fitted; the output head while it is
+    fitted. float32 where it waits, float64 where it is fused, matched or solved."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     shapes = expected_shapes(config)
-    layer = sum(
-        math.prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0.")
-    )
-    largest = max(
-        math.prod(shape)
-        for name, shape in shapes.items()
-        if name.startswith("model.layers.0.self_attn.")
-    )
+    layer_shapes = {
+        name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")
+    }
+    layer = sum(math.prod(shape) for shape in layer_shapes.values())
+    largest = max(math.prod(s) for name, s in layer_shapes.items() if ".self_attn." in name)
     streams = 0
     if streams_in_memory(recipe, config, num_sources):
         streams = streams_bytes(recipe, config, num_sources)
     batch = max(WINDOWS_TOKENS, recipe.calibration.sequence_length)
     statistics = matching = 0
     if recipe.aligns_neurons:
-        statistics = (num_sources - 1) * ffn * ffn * 4
+        statistics += (num_sources - 1) * ffn * ffn * 4
         matching = ffn * ffn * 24
+    if recipe.align.residual != "none":
+        statistics += (num_sources - 1) * hidden * hidden * 8
+    if recipe.align.heads != "none":
+        statistics += (num_sources - 1) * (config.num_attention_heads * head_dim(config)) ** 2 * 8
     activations = batch * (ffn * 20 + hidden * 40)
     fusing = (num_sources + 2) * largest * 8
     reordered = num_sources * 3 * hidden * ffn * 4
-    layers = num_sources * layer * 4 + statistics + max(activations, matching, fusing + reordered)
-    tables = TABLE_ROWS * hidden * (num_sources * 4 + 16)
-    return _PROCESS + streams + max(layers, tables)
+    moments = [
+        TABLE_ROWS * hidden * (num_sources * 4 + 16),
+        num_sources * layer * 4 + statistics + max(activations, matching, fusing + reordered),
+    ]
+    if recipe.fits:
+        # Every source's layer as it is and aligned; the new layer as it was, is, and is tried.
+        layers = 5 * num_sources * layer * 4
+        windows = max(batch, num_sources * recipe.calibration.sequence_length)
+        solving = 3 * (ffn + 1) ** 2 * 8 + 2 * ffn * hidden * 8
+        learning = num_sources * layer * 12 + windows * (ffn * 24 + hidden * 120)
+        moments.append(layers + max(solving, learning))
+    if recipe.refit.method != "none":
+        # All sources' heads, the fused one, the fitted one, its gradient and Adam's two moments.
+        table = config.vocab_size * hidden * 4
+        moments.append((num_sources + 6) * table + 6 * LOGITS_AT_ONCE * 4)
+    return _PROCESS + streams + max(moments)
 
 
 def _seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
     tokens = recipe.calibration.tokens
     num_weights = sum(source.num_parameters for source in sources)
-    # Tables of embeddings and heads are not multiplied with in stage 1.
+    # Tables of embeddings and heads are not multiplied with until the head is fitted.
     tables = sum(1 if source.config.tie_word_embeddings else 2 for source in sources)
     table = config.vocab_size * config.hidden_size
+    one_source = (num_weights - tables * table) / len(sources)
     operations = assignment = 0.0
+    if recipe.aligns:
+        operations += 2.0 * tokens * one_source * len(sources)
     if recipe.aligns_neurons:
-        operations = 2.0 * tokens * (num_weights - tables * table)
         pairs = (len(sources) - 1) * config.num_hidden_layers
         operations += 2.0 * tokens * config.intermediate_size**2 * pairs
         # Measured: 0.6 s for 2240 neurons that hardly correlate, 2.2 s for 4480.
         assignment = 2.2 * (config.intermediate_size / 4480) ** 2 * pairs
+    if recipe.fits:
+        active = one_source * recipe.router.top_k  # an upper bound: attention counts once
+        operations += 2.0 * tokens * 2 * active
+    if recipe.refit.method != "none":
+        # Each source on its own text, the Gram matrices, and forward and backward per epoch.
+        operations += 2.0 * tokens * 2 * one_source
+        operations += 2.0 * tokens * config.intermediate_size**2 * config.num_hidden_layers
+        operations += recipe.refit.epochs * tokens * (6.0 * active + 6.0 * table)
     reading_and_writing = 12 * num_weights / 500e6
     return 5.0 + operations / _matmul_speed() + assignment + reading_and_writing
 
@@ -238,6 +273,13 @@ def _notes(
     notes = [str(d) for d in differences if d.verdict == "warning"]
     if recipe.aligns_neurons:
         notes.append(NOTE_PERMUTATION)
+    if recipe.refit.method != "none":
+        notes.append(
+            "refit: stage 1 goes through the calibration text "
+            f"{recipe.refit.epochs:g} times per layer (refit.epochs); 0 keeps the closed form alone"
+        )
+    if any(source.config.tie_word_embeddings for source in sources) and recipe.folds:
+        notes.append("the output's head is untied: the final norm's gain is folded into it")
     if sources[0].family.has_head_bias and recipe.output.head_bias:
         notes.append(
             f"{sources[0].family.moe} has a head bias, written as zeros so that transformers finds "

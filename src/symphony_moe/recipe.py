@@ -29,10 +29,17 @@ BUNDLED = "bundled:"
 PRESETS: dict[str, dict[str, dict[str, str]]] = {
     "symphony": {
         "backbone": {"attention": "slerp", "embeddings": "selective-linear", "norms": "linear"},
-        "align": {"neurons": "activations"},
+        "align": {"residual": "none", "heads": "none", "neurons": "activations"},
         "experts": {"init": "source"},
         "refit": {"method": "none"},
         "router": {"init": "random"},
+    },
+    "harmonized": {
+        "backbone": {"attention": "linear", "embeddings": "selective-linear", "norms": "linear"},
+        "align": {"residual": "orthogonal", "heads": "all", "neurons": "auto"},
+        "experts": {"init": "source"},
+        "refit": {"method": "least-squares"},
+        "router": {"init": "regression"},
     },
 }
 """method -> section -> setting. The paper's method is the first."""
@@ -93,10 +100,14 @@ class Backbone(Section):
 
 
 class Align(Section):
-    neurons: Literal["none", "activations"] = "activations"
-    """Order of each expert's hidden neurons: its own, or matched to the anchor's by activations."""
-    residual: Literal["none"] = "none"
-    heads: Literal["none"] = "none"
+    residual: Literal["none", "orthogonal"] = "none"
+    """Basis of each source's residual stream: its own, or rotated onto the anchor's."""
+    heads: Literal["none", "all"] = "none"
+    """Attention heads: as they are, or matched to the anchor's, with value rotations and RoPE
+    phases."""
+    neurons: Literal["none", "activations", "auto"] = "activations"
+    """Order of each expert's hidden neurons: its own, or matched to the anchor's by activations.
+    `auto`: matched only where neurons of several experts are mixed, which no method here does."""
 
 
 class Experts(Section):
@@ -105,12 +116,24 @@ class Experts(Section):
 
 
 class Refit(Section):
-    method: Literal["none"] = "none"
+    method: Literal["none", "least-squares"] = "none"
+    """Fit the new model's layers, one after the other, to what the sources compute."""
+    ridge: float = Field(1e-2, gt=0)
+    """Pull toward the aligned weights, as a share of the mean squared input."""
+    epochs: float = Field(8.0, ge=0)
+    """Passes over the calibration text in which each layer (and the head) is refined by local
+    gradient steps, after the closed form. 0: the closed form alone."""
+    learning_rate: float = Field(0.06, gt=0)
+    """Peak learning rate of the refinement (Adam, cosine), as a share of each tensor's root mean
+    square."""
 
 
 class Router(Section):
-    init: Literal["random"] = "random"
-    """Normal with standard deviation 0.02."""
+    init: Literal["random", "regression", "hidden"] = "random"
+    """`random`: normal with standard deviation 0.02. `regression`: logistic regression from the new
+    model's own router inputs to the source. `hidden`: each source's mean router input."""
+    temperature: float = Field(1.0, gt=0)
+    """What a calibrated router's rows are divided by."""
     top_k: int = Field(2, ge=1)
     """Experts per token."""
 
@@ -213,13 +236,42 @@ class Recipe(Section):
         both = [name for name in self.evaluation.extra if name in names]
         if both:
             raise ValueError(f"evaluation.extra: {both} are sources' names; choose other names")
+        if self.experts.init == "copy":
+            of_sources = {
+                "align.residual": self.align.residual == "orthogonal",
+                "align.heads": self.align.heads == "all",
+                "refit.method": self.refit.method == "least-squares",
+            }
+            for setting, is_set in of_sources.items():
+                if is_set:
+                    raise ValueError(
+                        f"{setting}: fits each source's expert to the others', but experts.init "
+                        "copy keeps the anchor's alone; set it to none, or experts.init to source"
+                    )
         parse_size(self.output.max_shard_size)
         return self
 
     @property
     def aligns_neurons(self) -> bool:
-        """Whether calibration text is run: only where the experts have neurons to match."""
+        """Whether neurons are matched: only where the experts have different ones."""
         return self.align.neurons == "activations" and self.experts.init == "source"
+
+    @property
+    def folds(self) -> bool:
+        """Whether norm gains are folded into what reads them (and a tied head untied): a rotation
+        of the residual stream, and a fit of what reads it, know no gains."""
+        return self.align.residual != "none" or self.refit.method != "none"
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the sources are compared with the anchor on the calibration text."""
+        aligned = (self.align.residual, self.align.heads)
+        return self.aligns_neurons or any(setting != "none" for setting in aligned)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the new model itself is run on the calibration text, layer by layer."""
+        return self.refit.method != "none" or self.router.init != "random"
 
     @property
     def shares(self) -> list[float]:

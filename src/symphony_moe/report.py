@@ -15,6 +15,31 @@ MISSING = "\N{EN DASH}"
 
 _MODELS = ("built", "trained")
 
+_KINDS = {
+    "residual": (
+        "Residual stream",
+        "Mean cosine of a source's residual stream with the anchor's on the same tokens: in its "
+        "own coordinates (before), and under the one rotation, the same for all layers, that "
+        "brings it closest (after). The shared backbone mixes these coordinates.",
+    ),
+    "heads": (
+        "Attention heads",
+        "Correlation of a source's head outputs with the anchor's on the same tokens: heads paired "
+        "by position (before), and matched, each with its best value rotation (after). The shared "
+        "backbone mixes these too.",
+    ),
+    "neurons": (
+        "FFN neurons",
+        "Mean correlation of a source's FFN neurons with the anchor's on the same tokens: paired "
+        "by position (before), and by the best matching (after). The permutation by itself does "
+        "not change an MoE with separate experts; this is a measurement, not a gain.",
+    ),
+}
+"""Kind of alignment -> what is compared, how to read the numbers."""
+
+_PLAIN = "plain mean"
+"""What a build writes where its fit does not pay."""
+
 Number = int | float
 
 
@@ -28,6 +53,8 @@ class Cell:
     """The lowest of its column."""
     own: bool = False
     """A source on the domain that it knows."""
+    dropped: bool = False
+    """After a step of the fit that was not kept."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +95,38 @@ class RoutingGrid:
     """(layer or "mean", cells: as of `shade`)"""
 
 
+@dataclass(frozen=True)
+class AlignmentTable:
+    """How alike the sources are to the anchor in one respect."""
+
+    title: str
+    explanation: str
+    sources: list[tuple[str, bool]]
+    """(name, whether its maps are used)"""
+    rows: list[tuple[str, list[tuple[str, str]]]]
+    """(layer or "mean", before and after for every source)"""
+
+    @property
+    def unused(self) -> list[str]:
+        return [name for name, used in self.sources if not used]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How far the new model is from the sources, step by step."""
+
+    verdict: list[str]
+    """What the whole model loses, and which was written."""
+    groups: list[tuple[str, list[str]]]
+    """(where the error is measured, columns)"""
+    rows: list[tuple[str, list[Cell]]]
+    """(layer or "mean", cells of all columns)"""
+    head: list[tuple[str, Cell]]
+    """(step, divergence after it), from the head as fused."""
+    dropped: list[str]
+    """Steps that were not kept, in words."""
+
+
 def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """The report as HTML. Any top-level key of `metrics` may be absent: its section then makes way
     for a sentence that names the command that measures it.
@@ -101,7 +160,9 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
             for model in _MODELS
             if routing.get(model)
         ],
-        alignment=alignment_tables(metrics.get("alignment") or {}),
+        alignment=alignment_tables(metrics.get("alignment") or {}, recipe),
+        fit=fit_tables(metrics.get("refit") or {}),
+        plain_written=(metrics.get("refit") or {}).get("chosen") == _PLAIN,
         differences=plan["differences"],
         notes=other_notes(plan),
         timing=timing_rows(metrics.get("timing") or {}, plan),
@@ -132,10 +193,11 @@ def header_facts(plan: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tup
 
 def missing_sections(
     metrics: Mapping[str, Any], recipe: Mapping[str, Any]
-) -> list[tuple[str, str | None]]:
-    """(what the report lacks, the command that makes up for it, if any)."""
-    missing: list[tuple[str, str | None]] = []
-    evaluate = "symphony evaluate DIR"
+) -> list[tuple[str, str]]:
+    """(what the report lacks, the command that makes up for it). What the recipe does not ask for
+    is not missing."""
+    missing: list[tuple[str, str]] = []
+    evaluate, build = "symphony evaluate DIR", "symphony build RECIPE --out DIR"
     if not metrics.get("training"):
         missing.append(("No training", "symphony train DIR"))
     expected = ["sources", "built", *(["trained"] if metrics.get("training") else [])]
@@ -144,13 +206,21 @@ def missing_sections(
         missing.append((f"No losses of: {', '.join(lacking)}", evaluate))
     if not metrics.get("routing"):
         missing.append(("No routing", evaluate))
-    if not (metrics.get("alignment") or {}).get("neurons"):
-        if recipe["align"]["neurons"] == "none" or recipe["experts"]["init"] == "copy":
-            missing.append(("No alignment: this recipe matches no neurons", None))
-        else:
-            missing.append(("No alignment", "symphony build RECIPE --out DIR"))
+    align = recipe["align"]
+    asked = {
+        "residual": align["residual"] != "none",
+        "heads": align["heads"] != "none",
+        # "auto" matches none; copies of one expert have nothing to match.
+        "neurons": align["neurons"] == "activations" and recipe["experts"]["init"] != "copy",
+    }
+    measured = metrics.get("alignment") or {}
+    unaligned = [_KINDS[kind][0] for kind in asked if asked[kind] and not measured.get(kind)]
+    if unaligned:
+        missing.append((f"No alignment of: {', '.join(unaligned)}", build))
+    if recipe["refit"]["method"] != "none" and not metrics.get("refit"):
+        missing.append(("No errors of the fit", build))
     if not metrics.get("timing"):
-        missing.append(("No time and memory", "symphony build RECIPE --out DIR"))
+        missing.append(("No time and memory", build))
     return missing
 
 
@@ -213,7 +283,7 @@ def mean_loss(losses: Sequence[float | None]) -> float | None:
 
 def loss_text(loss: float | None) -> str:
     """Nats per token with three decimals."""
-    return MISSING if loss is None else f"{loss:.3f}".replace("nan", "NaN")
+    return MISSING if loss is None else f"{loss:z.3f}".replace("nan", "NaN")
 
 
 def perplexity_text(loss: float | None) -> str:
@@ -338,7 +408,7 @@ def ticks(low: Number, high: Number) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-# Routing and alignment
+# Routing
 
 
 def routing_grids(routing: Mapping[str, Any], top_k: int) -> list[RoutingGrid]:
@@ -382,22 +452,139 @@ def shade(share: float, uniform: float, ceiling: float) -> tuple[str, str, int]:
     return f"{100 * share:.1f}", side, round(100 * min(strength, 1.0))
 
 
+# Alignment and fit
+
+
 def alignment_tables(
-    alignment: Mapping[str, Any],
-) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """(source, rows: layer or "mean", correlation before and after), for every matched source."""
+    alignment: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> list[AlignmentTable]:
+    """One table for every kind that was measured, the sources in the recipe's order."""
     tables = []
-    for source, correlations in (alignment.get("neurons") or {}).items():
-        before, after = (
-            [_number(value) for value in correlations[key]] for key in ("before", "after")
-        )
-        pairs = [(str(layer), *pair) for layer, pair in enumerate(zip(before, after, strict=True))]
-        if pairs:
-            pairs.append(("mean", sum(before) / len(before), sum(after) / len(after)))
+    for kind, (what, explanation) in _KINDS.items():
+        found = alignment.get(kind) or {}
+        names = [name for name in recipe["sources"] if name in found]
+        names += [name for name in found if name not in names]
+        columns = [
+            [_number(value) for value in found[name].get(key) or []]
+            for name in names
+            for key in ("before", "after")
+        ]
+        layers = max(map(len, columns), default=0)
+        if not layers:
+            continue
+        # A layer that one source lacks leaves its cells empty, and the mean with them.
+        padded = [column + [None] * (layers - len(column)) for column in columns]
+        rows = [(str(layer), list(row)) for layer, row in enumerate(zip(*padded, strict=True))]
+        rows.append(("mean", [mean_loss(column) for column in padded]))
+        texts = [(label, [loss_text(value) for value in row]) for label, row in rows]
         tables.append(
-            (source, [(label, loss_text(first), loss_text(last)) for label, first, last in pairs])
+            AlignmentTable(
+                what,
+                explanation,
+                [(name, found[name].get("used") is not False) for name in names],
+                [(label, list(zip(row[::2], row[1::2], strict=True))) for label, row in texts],
+            )
         )
     return tables
+
+
+def fit_tables(refit: Mapping[str, Any]) -> Fit | None:
+    """The errors of every layer before and after each step, and those of the head. None where
+    nothing was fitted."""
+    if not refit:
+        return None
+    layers = refit.get("layers") or []
+    names = ["attention", "experts"]
+    if any("refinement" in layer for layer in layers):
+        names.append("refinement")
+    table = [[_Step.of(layer.get(name)) for name in names] for layer in layers]
+    rows = [
+        (str(number), _fit_row([step.before for step in row], [step.cell for step in row]))
+        for number, row in enumerate(table)
+    ]
+    if rows:
+        columns = list(zip(*table, strict=True))
+        rows.append(
+            (
+                "mean",
+                _fit_row(
+                    [mean_loss([step.before for step in column]) for column in columns],
+                    [Cell(error_text(mean_loss([step.left for step in column])))
+                     for column in columns],
+                ),
+            )
+        )  # fmt: skip
+    head = {name: _Step.of(note) for name, note in (refit.get("head") or {}).items()}
+    dropped = [
+        f"{name} in {count} of {len(table)} layers"
+        for index, name in enumerate(names)
+        if (count := sum(row[index].cell.dropped for row in table))
+    ]
+    dropped += [f"{name} of the head" for name, step in head.items() if step.cell.dropped]
+    return Fit(
+        verdict=fit_verdict(refit),
+        groups=[
+            ("after attention", ["before", "attention"]),
+            ("after the layer", ["before", *names[1:]]),
+        ],
+        rows=rows,
+        head=[
+            *(("before", Cell(error_text(step.before))) for step in list(head.values())[:1]),
+            *((name, step.cell) for name, step in head.items()),
+        ],
+        dropped=dropped,
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of the fit: the error before it, after it (as shown), and what it left: the latter
+    is the former where the step was not kept."""
+
+    before: float | None
+    cell: Cell
+    left: float | None
+
+    @classmethod
+    def of(cls, note: Mapping[str, Any] | None) -> "_Step":
+        if not note or not note.get("error"):
+            return cls(None, Cell(MISSING), None)
+        before, after = (_number(value) for value in note["error"])
+        if note.get("kept") is False:
+            return cls(before, Cell(error_text(after), "not kept", dropped=True), before)
+        return cls(before, Cell(error_text(after)), after)
+
+
+def _fit_row(before: Sequence[float | None], after: Sequence[Cell]) -> list[Cell]:
+    """Cells of attention, before and after; then of the layer before its experts are fitted and
+    after each further step."""
+    return [Cell(error_text(before[0])), after[0], Cell(error_text(before[1])), *after[1:]]
+
+
+def error_text(error: float | None) -> str:
+    """A relative error or a divergence with four decimals."""
+    if error is None:
+        return MISSING
+    return f"{error:.4f}" if abs(error) < 1000 else f"{error:.2e}".replace("nan", "NaN")
+
+
+def fit_verdict(refit: Mapping[str, Any]) -> list[str]:
+    """Sentences: what the whole model loses beside the plain mean, and which was written."""
+    losses, chosen = refit.get("loss") or {}, refit.get("chosen")
+    verdict = []
+    if losses:
+        each = ", ".join(f"{name} {loss_text(_number(loss))}" for name, loss in losses.items())
+        verdict.append(
+            f"The whole model on the text kept aside, in nats per token: {each}. The plain mean is "
+            "the same sources averaged as they are, with nothing fitted but a router."
+        )
+    if chosen == _PLAIN:
+        verdict.append(
+            "The plain mean was written: what is measured below is not in the checkpoint."
+        )
+    elif chosen is not None:
+        verdict.append(f"The {chosen} model was written.")
+    return verdict
 
 
 # Plan, time and memory

@@ -1,4 +1,4 @@
-"""The router's first weights."""
+"""The router's first weights: at random, or calibrated on what the new model's router reads."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 STANDARD_DEVIATION = 0.02
+_ITERATIONS = 60
+_DECAY = 1e-4
 
 
 def random_router(
@@ -24,3 +26,39 @@ def random_router(
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
         rows.append(torch.randn(hidden_size, generator=generator) * STANDARD_DEVIATION)
     return torch.stack(rows)
+
+
+def regression_router(
+    inputs: Sequence[Float[Tensor, "_ hidden"]], temperature: float
+) -> Float[Tensor, "experts hidden"]:
+    """Multinomial logistic regression from router inputs to the source whose text they are of.
+
+    `inputs`: for each expert, what the new model's router reads on that source's text; equal
+    numbers of tokens count equally. L-BFGS on the mean cross-entropy plus 1e-4 times the squared
+    weights (the problem is convex); rows are divided by `temperature` afterwards.
+    """
+    features = torch.cat(list(inputs))
+    counts = [len(rows) for rows in inputs]
+    labels = torch.arange(len(inputs)).repeat_interleave(torch.tensor(counts)).to(features.device)
+    weight = torch.cat([torch.full((count,), 1 / count) for count in counts]).to(features)
+    router = torch.zeros(len(inputs), features.shape[1], device=features.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([router], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        entropy = torch.nn.functional.cross_entropy(features @ router.T, labels, reduction="none")
+        value = (entropy * weight).sum() / len(inputs) + _DECAY * router.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return router.detach() / temperature
+
+
+def hidden_router(
+    inputs: Sequence[Float[Tensor, "_ hidden"]], temperature: float
+) -> Float[Tensor, "experts hidden"]:
+    """Each source's mean router input, centred over the sources and normalised to length one."""
+    means = torch.stack([rows.mean(dim=0) for rows in inputs])
+    return torch.nn.functional.normalize(means - means.mean(dim=0), dim=-1) / temperature

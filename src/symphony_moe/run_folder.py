@@ -46,7 +46,7 @@ class RunFolder:
 
     @property
     def alignment(self) -> Path:
-        """Neuron orders: `{source}.layers.{layer}.neurons`."""
+        """The maps that bring each source into the anchor's coordinates."""
         return self.root / "alignment.safetensors"
 
     @property
@@ -99,8 +99,13 @@ class RunFolder:
             )
         return path in files or path.with_name(path.name.removesuffix(".tmp")) in files
 
+    def layer_compared(self, layer: int) -> Path:
+        """How a layer of every source compares with the anchor's."""
+        return self.work / f"compared-{layer:04d}.safetensors"
+
     def layer_done(self, layer: int) -> Path:
-        """Alignment of a finished layer; where it exists, the layer's tensors are on disk."""
+        """What is to be remembered of a finished layer; where it exists, the layer's tensors are on
+        disk."""
         return self.work / f"layer-{layer:04d}.safetensors"
 
     def read_recipe(self, overrides: Sequence[str] = (), sections: Sequence[str] = ()) -> Recipe:

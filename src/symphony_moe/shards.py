@@ -127,7 +127,18 @@ class CheckpointWriter:
         with (self.folder / file).open("r+b") as opened:
             opened.seek(offset + first_row * row_bytes)
             opened.write(rounded.view(torch.uint8).numpy().data)
+        # From the first row on, it is written anew.
+        self._written[name] = first_row and self._written[name]
         self._written[name] += len(tensor)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that is written already (float32)."""
+        file, offset, size = self._where[name]
+        with (self.folder / file).open("rb") as opened:
+            opened.seek(offset)
+            content = bytearray(opened.read(size))
+        stored = torch.frombuffer(content, dtype=getattr(torch, self.dtype))
+        return stored.view(self._shapes[name]).float()
 
     def keep(self, prefix: str) -> None:
         """Take the tensors whose names begin so as an earlier, interrupted build has written

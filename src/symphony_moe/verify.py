@@ -1,12 +1,14 @@
 """A finished run against its manifest, its sources and stock `transformers`.
 
-Everything that the recipe and the recorded neuron orders determine is computed again from the
-sources and compared tensor by tensor; then stock `AutoModelForCausalLM` must load the checkpoint
-with nothing missing or surplus, and give the logits that the pipeline's own layers give.
+Everything that the recipe and the recorded maps determine is computed again from the sources and
+compared tensor by tensor (what was fitted to calibration text is not: `--deep` fits it again); then
+stock `AutoModelForCausalLM` must load the checkpoint with nothing missing or surplus, and give the
+logits that the pipeline's own layers give.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from symphony_moe.assemble import assemble_layer, fused_final_norm, fused_tables
+from symphony_moe.assemble import aligned_layer, assemble_layer, fused_final_norm, fused_tables
 from symphony_moe.errors import VerificationError
-from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, layer_outputs
+from symphony_moe.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    HEAD_BIAS,
+    layer_outputs,
+    read_layer_outputs,
+)
 from symphony_moe.forward import load_moe_layer, logits_from_stream, run_layer
 from symphony_moe.plan import Plan
 from symphony_moe.recipe import Recipe
@@ -70,8 +79,8 @@ def verify_run(
     elif sha256_of(run.alignment) != listed.get(run.alignment.name):
         problem = "hash differs from the manifest's"
     check("alignment", problem, "hash equal")
-    problem = None if failed else _check_orders(run, recipe, sources)
-    check("neuron orders", problem, "a permutation for every layer that is aligned")
+    problem = None if failed else _check_maps(run, recipe, sources)
+    check("maps", problem, "symmetries of the sources, for every layer that is aligned")
     if failed:
         # What follows would read files that are known to be wrong.
         raise VerificationError(f"{run.root}: " + " | ".join(failed))
@@ -99,31 +108,59 @@ def compare_builds(run: RunFolder, rebuilt: RunFolder) -> str:
         raise VerificationError(
             f"{run.root}: a second build differs in {len(different)} tensors, first {different[0]}"
         )
+    if hash_folder(run.checkpoint) != hash_folder(rebuilt.checkpoint):
+        raise VerificationError(f"{run.root}: a second build differs from checkpoint/")
     return f"a second build has the same {len(first)} tensors"
 
 
-def _check_orders(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> str | None:
-    """What is wrong with the recorded neuron orders: one for every layer of every source but the
-    anchor where the recipe aligns neurons, each a permutation."""
+def _check_maps(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> str | None:
+    """What is wrong with the recorded maps: there is one for every layer of every source but the
+    anchor where the recipe asks for it, and none of them changes a source's function."""
     try:
         record = load_file(run.alignment)
     except (SafetensorError, OSError) as error:
         return f"{run.alignment.name} is not readable: {error}"
     config = sources[0].config
-    aligned = [s.name for s in sources if s.name != recipe.anchor] if recipe.aligns_neurons else []
-    expected = {
-        f"{name}.layers.{layer}.neurons"
-        for name in aligned
-        for layer in range(config.num_hidden_layers)
-    }
-    recorded = {key for key in record if key.endswith(".neurons")}
-    if recorded != expected:
-        return f"{min(recorded ^ expected)} is missing or surplus"
-    neurons = torch.arange(config.intermediate_size)
-    for key in sorted(recorded):
-        if not torch.equal(record[key].sort().values, neurons):
-            return f"{key} is not a permutation of {len(neurons)} neurons"
+    others = [s.name for s in sources if s.name != recipe.anchor]
+    parts = ("heads.order", "heads.phases", "heads.values")
+    kinds = ("neurons", *parts)
+    recorded = {key for key in record if key.endswith(kinds) or key.endswith(".residual")}
+    allowed = {f"{name}.residual" for name in others if recipe.align.residual != "none"}
+    for name in others:
+        for group in (("neurons",), parts):
+            kind = group[0]
+            keys = {
+                f"{name}.layers.{layer}.{k}"
+                for layer in range(config.num_hidden_layers)
+                for k in group
+            }
+            if kind == "neurons" and recipe.aligns_neurons and not _is_plain_mean(recipe, record):
+                absent = keys - recorded
+                if absent:
+                    return f"{min(absent)} is missing or surplus"
+            # A source that gains nothing by other heads keeps its own, in all layers.
+            elif kind != "neurons" and recipe.align.heads != "none" and keys & recorded:
+                if keys - recorded:
+                    return f"{min(keys - recorded)} is missing or surplus"
+            else:
+                continue
+            allowed |= keys
+    if recorded - allowed:
+        return f"{min(recorded - allowed)} is missing or surplus"
+    for layer in range(config.num_hidden_layers):
+        for source in sources:
+            if not any(key.startswith(f"{source.name}.") for key in recorded):
+                continue
+            try:
+                aligned_layer(recipe, source, layer, source.read_layer(layer), record)
+            except ValueError as error:
+                return f"{source.name}, layer {layer}: {error}"
     return None
+
+
+def _is_plain_mean(recipe: Recipe, record: Mapping[str, Tensor]) -> bool:
+    """Whether a build that fits has found the plain mean to be better, and written that."""
+    return recipe.refit.method != "none" and not any(key.endswith(".tokens") for key in record)
 
 
 class _Comparison:
@@ -151,20 +188,27 @@ class _Comparison:
             else:
                 self.different.add(name)
 
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is on disk."""
+        with safe_open(self._where[name], framework="pt") as file:
+            return file.get_tensor(name)
+
     def problem(self) -> str | None:
         """What is wrong, where anything is."""
         if not self.different:
             return None
         return (
-            f"{len(self.different)} tensors are not what the sources and the recorded neuron "
-            f"orders give, first {min(self.different)}"
+            f"{len(self.different)} tensors are not what the sources and the recorded "
+            f"maps give, first {min(self.different)}"
         )
 
     def summary(self) -> str:
         """What was found, where nothing is wrong."""
         rounded = f", {len(self.rounded)} up to the last bit" if self.rounded else ""
         equal = len(self.equal - self.rounded)
-        return f"computed again from the sources: {equal} tensors equal{rounded}"
+        fitted = len(self._where) - len(self.equal | self.rounded)
+        rest = f"; {fitted} were fitted, and are what the manifest says" if fitted else ""
+        return f"computed again from the sources: {equal} tensors equal{rounded}{rest}"
 
 
 @torch.inference_mode()
@@ -172,37 +216,49 @@ def _recompute(
     run: RunFolder, recipe: Recipe, sources: Sequence[Source], plan: Plan, probe: Tensor
 ) -> tuple[_Comparison, Tensor]:
     """Compare the checkpoint with what its sources give, and run the probe through the recomputed
-    layers: (comparison, the pipeline's logits)."""
+    layers, or through the checkpoint's where they are fitted: (comparison, the pipeline's
+    logits)."""
     anchor = anchor_of(recipe, sources)
     dtype = getattr(torch, plan.dtype)
     comparison = _Comparison(run.checkpoint)
     record = load_file(run.alignment)
     stream = torch.empty(*probe.shape, anchor.config.hidden_size)
-    for name, first, rows in fused_tables(recipe, sources, [EMBEDDING]):
+    fitted = recipe.refit.method != "none" and not _is_plain_mean(recipe, record)
+    for name, first, rows in fused_tables(recipe, sources, [EMBEDDING], record):
         rows = rows.to(dtype)
         comparison.add(name, rows, first)
         inside = (probe >= first) & (probe < first + len(rows))
         stream[inside] = rows[probe[inside] - first].float()
     for layer in range(anchor.config.num_hidden_layers):
-        weights = {source.name: source.read_layer(layer) for source in sources}
-        keys = {source.name: f"{source.name}.layers.{layer}.neurons" for source in sources}
-        orders = {name: record[key] for name, key in keys.items() if key in record}
-        moe = assemble_layer(recipe, sources, layer, weights, orders).to(dtype)
-        for name, tensor in layer_outputs(anchor.family, anchor.config, layer, moe):
-            comparison.add(name, tensor)
+        moe = read_layer_outputs(
+            anchor.family, anchor.config, layer, len(sources), comparison.stored
+        )
+        if not fitted:
+            aligned = {
+                s.name: aligned_layer(recipe, s, layer, s.read_layer(layer), record)
+                for s in sources
+            }
+            assembled = assemble_layer(recipe, sources, layer, aligned).to(dtype)
+            router = assembled.router if recipe.router.init == "random" else moe.router
+            moe = replace(assembled, router=router)
+            for name, tensor in layer_outputs(anchor.family, anchor.config, layer, moe):
+                comparison.add(name, tensor)
         model = load_moe_layer(anchor.config, layer, moe, recipe.router.top_k)
         stream = run_layer(model, stream)
     norm = fused_final_norm(recipe, sources).to(dtype)
     comparison.add(FINAL_NORM, norm)
     if HEAD_BIAS in plan.tensors:
         comparison.add(HEAD_BIAS, torch.zeros(plan.tensors[HEAD_BIAS], dtype=dtype))
-    logits = []
+    eps = anchor.config.rms_norm_eps
     head = HEAD if HEAD in plan.tensors else EMBEDDING
-    for name, first, rows in fused_tables(recipe, sources, [head]):
+    if fitted:
+        rows = comparison.stored(HEAD).float()
+        return comparison, logits_from_stream(stream.cpu(), norm.float(), rows, eps)
+    logits = []
+    for name, first, rows in fused_tables(recipe, sources, [head], record):
         rows = rows.to(dtype)
         if name == HEAD:
             comparison.add(name, rows, first)
-        eps = anchor.config.rms_norm_eps
         logits.append(logits_from_stream(stream.cpu(), norm.float(), rows.float(), eps))
     return comparison, torch.cat(logits, dim=-1)
 

@@ -1,0 +1,133 @@
+"""The output head, fitted to the sources' logits; and what the whole model loses then.
+
+Closed form first: ridge regression from the new model's last stream to the logits of the text's own
+source. Logits are never formed: what a source's head makes of its stream is linear, so it is enough
+to regress onto the streams. Then gradient steps on the head alone, on the KL divergence from the
+source's distribution, which is what a squared distance between logits misses (docs/lab-log.md).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from symphony_moe.forward import LOGITS_AT_ONCE, device, rms_norm
+from symphony_moe.least_squares import LeastSquares
+from symphony_moe.refit import Calibration, descend, judged, solve, to_fit
+
+Head = Float[Tensor, "vocabulary hidden"]
+
+
+def fit_head(
+    calibration: Calibration, start: Head, heads: Mapping[str, Head]
+) -> tuple[Head, dict[str, Any]]:
+    """The head, and what was measured. `start`: the fused one. `heads`: source -> its own, in the
+    anchor's coordinates. All with the final norm's gain folded in."""
+    start = start.to(device())
+    heads = {name: head.to(device()) for name, head in heads.items()}
+    divergences = [_divergence(calibration, start, heads)]
+    chosen, notes = start, {}
+    steps = [("closed form", _closed_form)]
+    if calibration.recipe.refit.epochs > 0:
+        steps.append(("refinement", _refine))
+    for what, step in steps:
+        head = step(calibration, chosen, heads)
+        divergences.append(_divergence(calibration, head, heads))
+        notes[what] = judged(divergences[-2:])
+        if notes[what]["kept"]:
+            chosen = head
+        else:
+            divergences[-1] = divergences[-2]
+    return chosen.cpu(), notes
+
+
+@torch.no_grad()
+def next_token_loss(calibration: Calibration, stream: str, head: Head) -> float:
+    """Nats per token on the text kept aside, mean over the sources' domains, of the model whose
+    last streams are `<stream>/<name>`."""
+    head = head.to(device())
+    losses = []
+    for name in calibration.names:
+        total, predicted = 0.0, 0
+        for number in range(calibration.aside(name)):
+            rows = _normed(calibration, calibration.streams[f"{stream}/{name}"][number])
+            tokens = calibration.windows[name][number].to(device())
+            for x, wanted in zip(_chunks(rows[:-1], head), _chunks(tokens[1:], head), strict=True):
+                loss = torch.nn.functional.cross_entropy(x @ head.T, wanted, reduction="sum")
+                total, predicted = total + float(loss), predicted + len(wanted)
+        losses.append(total / predicted)
+    return sum(losses) / len(losses)
+
+
+def _normed(calibration: Calibration, hidden: Tensor) -> Tensor:
+    hidden = hidden.to(device())
+    gain = hidden.new_ones(hidden.shape[-1])
+    return rms_norm(hidden, gain, calibration.config.rms_norm_eps)
+
+
+def _chunks(rows: Tensor, head: Tensor) -> Sequence[Tensor]:
+    """Tokens in pieces whose logits fit in memory."""
+    return rows.split(max(1, LOGITS_AT_ONCE // len(head)))
+
+
+@torch.no_grad()
+def _closed_form(calibration: Calibration, start: Head, heads: Mapping[str, Head]) -> Head:
+    """Ridge regression of the logits, from hidden x hidden matrices alone: with `B_i` the
+    regression of source i's stream (zero on other sources' text) and `B` that of the input itself,
+    the solution is `sum H_i B_i + H_0 (I - B)`."""
+    names, hidden = calibration.names, start.shape[1]
+    sums = LeastSquares(hidden, hidden * (len(names) + 1), device=device())
+    for name, (new, source) in to_fit(calibration, "new", "source"):
+        x, wanted = (_normed(calibration, stream).flatten(0, 1) for stream in (new, source))
+        targets = x.new_zeros(len(x), len(names) + 1, hidden)
+        targets[:, names.index(name)] = wanted
+        targets[:, -1] = x
+        sums.update(x, targets.flatten(1))
+    nothing = start.new_zeros(hidden * (len(names) + 1), hidden)
+    fit = solve(calibration, sums, nothing, "output head")
+    *maps, same = fit.weight.to(start).split(hidden)
+    head = start - start @ same
+    for name, regression in zip(names, maps, strict=True):
+        head += heads[name] @ regression
+    return head
+
+
+def _refine(calibration: Calibration, start: Head, heads: Mapping[str, Head]) -> Head:
+    """Gradient steps on the KL divergence; the gradient of softmax is written out, so that memory
+    holds no more than one piece of two models' logits."""
+    head = start.clone()
+
+    def gradient(batch: Sequence[tuple[str, Tensor, Tensor]]) -> None:
+        tokens = sum(new.shape[0] * new.shape[1] for _, new, _ in batch)
+        total = torch.zeros_like(head)
+        for name, new, source in batch:
+            rows = (_normed(calibration, x).flatten(0, 1) for x in (new, source))
+            for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
+                surplus = torch.softmax(x @ head.T, dim=-1)
+                surplus -= torch.softmax(wanted @ heads[name].T, dim=-1)
+                total.addmm_(surplus.T, x, alpha=1 / tokens)
+        head.grad = total
+
+    with torch.no_grad():
+        layers = calibration.config.num_hidden_layers
+        descend(calibration, [head], ("new", "source"), gradient, seed=layers)
+    return head
+
+
+@torch.no_grad()
+def _divergence(calibration: Calibration, head: Head, heads: Mapping[str, Head]) -> float:
+    """KL divergence from each source's distribution on the text kept aside, mean over sources."""
+    found = []
+    for name in calibration.names:
+        count, total, tokens = calibration.aside(name), 0.0, 0
+        parts = (calibration.streams[f"{part}/{name}"][:count] for part in ("new", "source"))
+        rows = (_normed(calibration, part).flatten(0, 1) for part in parts)
+        for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
+            ours = torch.log_softmax(x @ head.T, dim=-1)
+            theirs = torch.log_softmax(wanted @ heads[name].T, dim=-1)
+            total += float((theirs.exp() * (theirs - ours)).sum())
+            tokens += len(x)
+        found.append(total / tokens)
+    return sum(found) / len(found)

@@ -1,0 +1,958 @@
+"""A layer is fitted by the regressions that it states, on the text that it may see, and what does
+not help is not kept. The output head likewise."""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
+
+from conftest import SIZES, VARIANTS, make_recipe
+from symphony_moe import refit, refit_head
+from symphony_moe.assemble import aligned_layer, aligned_table, assemble_layer, fused_tables
+from symphony_moe.calibrate import calibration_windows
+from symphony_moe.errors import SourceError
+from symphony_moe.families import DOWN, EMBEDDING, FAMILIES, GATE, HEAD, UP, MoELayer, head_dim
+from symphony_moe.forward import (
+    load_attention,
+    load_dense_layer,
+    load_moe_layer,
+    observe,
+    rms_norm,
+    run_layer,
+)
+from symphony_moe.least_squares import Fit, LeastSquares
+from symphony_moe.recipe import Recipe, SourceSpec, load_recipe
+from symphony_moe.refit import (
+    Calibration,
+    advance_new,
+    advance_sources,
+    begin_streams,
+    calibrate_plain,
+    descend,
+    fit_layer,
+    judged,
+)
+from symphony_moe.refit_head import fit_head, next_token_loss
+from symphony_moe.route import hidden_router, regression_router
+from symphony_moe.sources import open_sources
+from symphony_moe.streams import Streams
+
+FITTED = ["llama", "qwen2", "qwen3", "mistral"]
+"""No biases and no QK-norm; biases; QK-norm; a sliding window."""
+RIDGE = 1e-2
+
+
+@pytest.fixture(scope="session")
+def harmonized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """variant -> recipe of three strangers, made once."""
+    made: dict[str, Path] = {}
+
+    def get(variant: str) -> Path:
+        if variant not in made:
+            made[variant] = make_recipe(
+                tmp_path_factory.mktemp(f"refit-{variant}"), variant, method="harmonized",
+                anchor="a", refit={"epochs": 0, "ridge": RIDGE},
+            )  # fmt: skip
+        return made[variant]
+
+    return get
+
+
+@dataclass
+class Begun:
+    """The fit of a build at its first layer."""
+
+    calibration: Calibration
+    layers: Sequence[dict[str, dict[str, Tensor]]]
+    """For each layer, source -> its folded tensors."""
+    starts: Sequence[MoELayer]
+    """For each layer, the fused one, experts sorted by source."""
+    head: Tensor
+    heads: Mapping[str, Tensor]
+
+    def stream(self, name: str) -> Tensor:
+        return self.calibration.streams[name]
+
+    def fit(self, layer: int = 0) -> tuple[MoELayer, dict[str, Any]]:
+        return fit_layer(self.calibration, layer, self.starts[layer], self.layers[layer])
+
+
+def begin(recipe: Recipe) -> Begun:
+    """As `pipeline._begin_fit` begins, but with the text in the recipe's order of sources."""
+    sources = open_sources(recipe)
+    config, family, hidden = sources[0].config, sources[0].family, sources[0].config.hidden_size
+    windows = calibration_windows(recipe, sources)
+    names = list(windows)
+    configs = {source.name: source.config for source in sources}
+    texts = {name: windows[name] for name in names}
+    calibration = Calibration(recipe, family, configs, recipe.anchor, texts, Streams())
+    fused = [(first, rows) for _, first, rows in fused_tables(recipe, sources, [EMBEDDING], {})]
+    calibration.streams.embed({f"new/{n}": windows[n] for n in names}, hidden, fused)
+    some = {f"plain/{n}": windows[n][: calibration.plain_windows(n)] for n in names}
+    calibration.streams.embed(some, hidden, fused)
+    for source in sources:
+        table = aligned_table(recipe, source, EMBEDDING, {})
+        calibration.streams.embed({f"source/{source.name}": windows[source.name]}, hidden, table)
+    begin_streams(calibration)
+    layers, starts = [], []
+    for layer in range(config.num_hidden_layers):
+        aligned = {
+            s.name: aligned_layer(recipe, s, layer, s.read_layer(layer), {}) for s in sources
+        }
+        moe = assemble_layer(recipe, sources, layer, aligned)
+        layers.append(aligned)
+        starts.append(moe.select([list(recipe.sources).index(n) for n in calibration.names]))
+    head = torch.cat([rows for _, _, rows in fused_tables(recipe, sources, [HEAD], {})])
+    heads = {
+        s.name: torch.cat([rows for _, rows in aligned_table(recipe, s, HEAD, {})]) for s in sources
+    }
+    return Begun(calibration, layers, starts, head, heads)
+
+
+def tensors(moe: MoELayer) -> Iterator[tuple[str, Tensor]]:
+    yield "router", moe.router
+    yield from moe.shared.items()
+    for number, expert in enumerate(moe.experts):
+        yield from ((f"{number} {name}", tensor) for name, tensor in expert.items())
+
+
+def assert_same(found: MoELayer, expected: MoELayer, tolerance: float = 0.0) -> None:
+    ours, theirs = dict(tensors(found)), dict(tensors(expected))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=name)
+
+
+def error_of(begun: Begun, layer: int, moe: MoELayer) -> float:
+    """Mean over sources of the error on the text kept aside, of the layer as `load_moe_layer` runs
+    it, against the sources' streams after it. To be asked after `fit_layer`."""
+    calibration = begun.calibration
+    model = load_moe_layer(calibration.config, layer, moe, calibration.recipe.router.top_k)
+    with torch.no_grad():
+        return sum(
+            relative_error(
+                run_layer(model, begun.stream(f"new/{name}")[: calibration.aside(name)]),
+                begun.stream(f"source/{name}")[: calibration.aside(name)],
+            )
+            for name in calibration.names
+        ) / len(calibration.names)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.double(), wanted.double()
+    distances = (found - wanted).square().sum(dim=-1) / wanted.square().sum(dim=-1)
+    return float(distances.mean())
+
+
+@pytest.fixture
+def everything_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are taken whether they help or not."""
+    monkeypatch.setattr(refit, "judged", lambda errors: {"error": list(errors), "kept": True})
+    monkeypatch.setattr(refit_head, "judged", refit.judged)
+
+
+Routed = list[tuple[str, Sequence[Tensor], float]]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Routed:
+    """(kind, inputs, temperature) of each router that is made: the optimum of a regression is flat,
+    and no test of what went in."""
+    calls: Routed = []
+
+    def watched(kind: str, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(inputs: Sequence[Tensor], temperature: float) -> Tensor:
+            calls.append((kind, [rows.clone() for rows in inputs], temperature))
+            return method(inputs, temperature)
+
+        return made
+
+    monkeypatch.setattr(refit, "regression_router", watched("regression", regression_router))
+    monkeypatch.setattr(refit, "hidden_router", watched("hidden", hidden_router))
+    return calls
+
+
+def assert_router_is(
+    router: Tensor, seen: Routed, kind: str, inputs: Sequence[Tensor], temperature: float
+) -> None:
+    """One router of this kind was made, from these inputs by source, and it is this one."""
+    ((made, given, divisor),) = seen
+    assert (made, divisor) == (kind, temperature)
+    for ours, theirs in zip(given, inputs, strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-3)
+    method = regression_router if kind == "regression" else hidden_router
+    assert torch.equal(router, method(given, divisor))
+
+
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One window of each source in a step of the refinement."""
+    monkeypatch.setattr(refit, "WINDOWS_TOKENS", 3 * 64)
+
+
+@pytest.mark.parametrize("variant", FITTED)
+def test_what_is_kept_lowers_the_error_on_text_kept_aside(
+    variant: str, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of strangers, step by step; as noted, and as measured by other code here. Layer two goes on
+    from layer one."""
+    small_steps(monkeypatch)
+    begun = begin(load_recipe(harmonized(variant), ["refit.epochs=3"]))
+    kept = []
+    for layer in range(2):
+        moe, note = begun.fit(layer)
+        steps = [note.pop(step) for step in ("attention", "experts", "refinement")]
+        assert set(note) == {"routing"} and steps[2]["steps"] == 21
+        for step in steps:
+            before, after = step["error"]
+            assert step["kept"] == (after < before)
+        errors = [step["error"][step["kept"]] for step in steps]
+        # What the experts leave is what the refinement begins with, and what it leaves stays.
+        assert steps[2]["error"][0] == errors[1]
+        assert error_of(begun, layer, moe) == pytest.approx(errors[2], abs=2e-6)
+        start = replace(begun.starts[layer], router=moe.router)
+        assert errors[2] < 0.85 * error_of(begun, layer, start)
+        if layer == 0:
+            assert all(step["error"][1] < 0.9 * step["error"][0] for step in steps[:2])
+        kept.append(steps[2]["kept"])
+        advance_new(begun.calibration, layer, moe)
+    assert any(kept)
+
+
+@pytest.mark.parametrize("variant", FITTED)
+def test_copies_of_one_source_stay_what_they_are(
+    variant: str, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 2 after the fit: three copies on three texts are fitted already. The error stays at zero
+    and every layer computes what the source's does."""
+    small_steps(monkeypatch)
+    recipe = load_recipe(harmonized(variant), ["refit.epochs=2"])
+    model = recipe.sources["a"].model
+    copies = {n: s.model_copy(update={"model": model}) for n, s in recipe.sources.items()}
+    begun = begin(recipe.model_copy(update={"sources": copies}))
+    for layer in range(2):
+        moe, note = begun.fit(layer)
+        del note["routing"]
+        assert all(step["error"][0] < 1e-6 for step in note.values())
+        assert error_of(begun, layer, moe) < 1e-10
+        advance_new(begun.calibration, layer, moe)
+        for name in begun.calibration.names:
+            new, source = begun.stream(f"new/{name}"), begun.stream(f"source/{name}")
+            assert relative_error(new, source) < 1e-10
+    head, _ = fit_head(begun.calibration, begun.head, begun.heads)
+    torch.testing.assert_close(head, begun.heads["a"], rtol=0, atol=1e-4)
+
+
+def normed(rows: Tensor, eps: float) -> Tensor:
+    rows = rows.double().flatten(0, 1)
+    return rows * torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + eps)
+
+
+def explicit_ridge(
+    x: Tensor, y: Tensor, start: Tensor, intercept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(weight, intercept) from everything at once, float64."""
+    x, y, begin = x.double(), y.double(), start.double().T
+    pull = torch.full((x.shape[1],), RIDGE * float(x.square().sum(dim=0).mean())).double()
+    if intercept is not None:
+        x = torch.cat((x, torch.ones(len(x), 1)), dim=1)
+        begin = torch.cat((begin, intercept[None].double()))
+        pull = torch.cat((pull, torch.tensor([RIDGE * len(x)])))
+    weight = torch.linalg.solve(x.T @ x + torch.diag(pull), x.T @ y + pull[:, None] * begin).T
+    return (weight, torch.zeros(0)) if intercept is None else (weight[:, :-1], weight[:, -1])
+
+
+@pytest.mark.parametrize("variant", FITTED)
+def test_each_closed_form_is_its_ridge_regression(
+    variant: str, harmonized: Callable[[str], Path], everything_is_kept: None, seen: Routed
+) -> None:
+    """The four regressions of the module's docstring and the router's, against ridge regression on
+    all inputs and targets side by side. Each source runs by its own config: b has another epsilon
+    in its norms."""
+    begun = begin(load_recipe(harmonized(variant)))
+    calibration, start, aligned = begun.calibration, begun.starts[0], begun.layers[0]
+    configs = dict(calibration.configs)
+    configs["b"] = copy.deepcopy(configs["b"])
+    configs["b"].rms_norm_eps = 0.3
+    calibration = begun.calibration = replace(calibration, configs=configs)
+    config, eps, names = calibration.config, calibration.config.rms_norm_eps, calibration.names
+    own_eps = {name: configs[name].rms_norm_eps for name in names}
+    before = {n: begun.stream(f"source/{n}").clone() for n in names}
+    moe, _ = begun.fit()
+    fitted = {n: slice(calibration.aside(n), None) for n in names}
+
+    # The sources' own layers, by name: what passes inside.
+    own: dict[str, dict[str, Tensor]] = {}
+    for name in names:
+        model = load_dense_layer(configs[name], 0, aligned[name])
+        with observe(model) as inside, torch.no_grad():
+            inside["after"] = run_layer(model, before[name][fitted[name]])
+        own[name] = inside
+    new = {n: begun.stream(f"new/{n}")[fitted[n]] for n in names}
+
+    x = torch.cat([normed(new[n], eps) for n in names])
+    for part, what in (("q", "queries"), ("k", "keys"), ("v", "")):
+        key, bias = (f"self_attn.{part}_proj.{kind}" for kind in ("weight", "bias"))
+        targets = []
+        for name in names:
+            if what:
+                rows = own[name][what].flatten(0, 1).flatten(1)
+                gain = start.shared.get(f"self_attn.{part}_norm.weight", torch.ones(1))
+                rows = (rows.unflatten(1, (-1, head_dim(config))) / gain).flatten(1)
+            else:
+                rows = normed(before[name][fitted[name]], own_eps[name])
+                rows = rows @ aligned[name][key].double().T
+                rows = rows + aligned[name].get(bias, torch.zeros(1))
+            targets.append(rows.double())
+        weight, intercept = explicit_ridge(
+            x, torch.cat(targets), start.shared[key], start.shared.get(bias)
+        )
+        assert_close(moe.shared[key], weight)
+        if bias in start.shared:
+            assert_close(moe.shared[bias], intercept)
+    for name in [*calibration.family.norms, *calibration.family.vectors]:
+        if not name.endswith("bias"):
+            assert torch.equal(moe.shared[name], start.shared[name])
+
+    outputs, middles = {}, {}
+    attention = load_attention(config, 0, moe.shared)
+    for name in names:
+        with observe(attention) as inside, torch.no_grad():
+            middles[name] = run_layer(attention, new[name])
+        outputs[name] = inside["heads"].flatten(0, 1)
+    weight, _ = explicit_ridge(
+        torch.cat([outputs[n] for n in names]),
+        torch.cat([(own[n]["middle"] - new[n]).flatten(0, 1) for n in names]),
+        start.shared["self_attn.o_proj.weight"],
+    )
+    assert_close(moe.shared["self_attn.o_proj.weight"], weight)
+
+    for name, expert, began in zip(names, moe.experts, start.experts, strict=True):
+        reads, wanted = normed(middles[name], eps), normed(own[name]["middle"], own_eps[name])
+        bend, _ = explicit_ridge(reads, wanted, torch.eye(config.hidden_size))
+        assert_close(expert[GATE], began[GATE].double() @ bend)
+        assert_close(expert[UP], began[UP].double() @ bend)
+        activation = ACT2FN[config.hidden_act]
+        neurons = activation(reads @ expert[GATE].double().T) * (reads @ expert[UP].double().T)
+        missing = (own[name]["after"] - middles[name]).flatten(0, 1)
+        weight, _ = explicit_ridge(neurons, missing, began[DOWN])
+        assert_close(expert[DOWN], weight)
+
+    inputs = [normed(middles[n], eps) for n in names]
+    assert_router_is(moe.router, seen, "regression", inputs, 1.0)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=2e-4)
+
+
+def test_the_router_alone_is_fitted_where_nothing_else_is_asked_for(
+    harmonized: Callable[[str], Path], seen: Routed
+) -> None:
+    """refit.method none: backbone and experts as they are, to the bit; each kind of router from the
+    new model's own router inputs, its rows in the order of names, divided by the temperature."""
+    for init in ("regression", "hidden"):
+        begun = begin(
+            load_recipe(
+                harmonized("qwen2"),
+                ["refit.method=none", f"router.init={init}", "router.temperature=2"],
+            )
+        )
+        calibration, start = begun.calibration, begun.starts[0]
+        assert not calibration.recipe.folds or calibration.recipe.align.residual != "none"
+        seen.clear()
+        moe, note = begun.fit()
+        assert set(note) == {"routing"}
+        assert_same(replace(moe, router=start.router), start)
+        inputs = []
+        model = load_attention(calibration.config, 0, start.shared)
+        for name in calibration.names:
+            with torch.no_grad():
+                middle = run_layer(model, begun.stream(f"new/{name}")[1:])
+            gain = start.shared["post_attention_layernorm.weight"]
+            inputs.append(rms_norm(middle, gain, calibration.config.rms_norm_eps).flatten(0, 1))
+        assert_router_is(moe.router, seen, init, inputs, 2.0)
+        assert not torch.equal(moe.router, start.router)
+
+
+def test_the_fit_does_not_depend_on_the_order_of_the_sources(
+    harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 4, with the anchor named. From the same fused layer: recipe, text, layers and heads in
+    another order give the same layers, refinement and head, to the bit."""
+    small_steps(monkeypatch)
+    recipe = load_recipe(harmonized("qwen2"), ["refit.epochs=1"])
+    begun, again = (begin(one) for one in reordered(recipe))
+    again.starts, again.head = begun.starts, begun.head
+    for name in "abc":
+        for part in ("new", "plain"):
+            again.stream(f"{part}/{name}").copy_(begun.stream(f"{part}/{name}"))
+    for layer in range(2):
+        (moe, note), (moe_again, note_again) = begun.fit(layer), again.fit(layer)
+        assert_same(moe_again, moe)
+        assert note == note_again
+        for one, fitted in ((begun, moe), (again, moe_again)):
+            advance_new(one.calibration, layer, fitted)
+    heads = [fit_head(one.calibration, one.head, one.heads)[0] for one in (begun, again)]
+    assert torch.equal(*heads)
+
+
+def test_the_order_of_the_sources_changes_rounding_only(harmonized: Callable[[str], Path]) -> None:
+    """The same where each order fuses for itself: what the fit makes of a fused layer's rounding is
+    small."""
+    begun, again = (begin(recipe) for recipe in reordered(load_recipe(harmonized("llama"))))
+    for layer in range(2):
+        for one in (begun, again):
+            advance_new(one.calibration, layer, one.fit(layer)[0])
+    for name in "abc":
+        assert relative_error(begun.stream(f"new/{name}"), again.stream(f"new/{name}")) < 1e-4
+    losses = [next_token_loss(one.calibration, "new", begun.head) for one in (begun, again)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def reordered(recipe: Recipe) -> tuple[Recipe, Recipe]:
+    """A recipe, and the same with its sources in another order."""
+    other = recipe.model_copy(update={"sources": {n: recipe.sources[n] for n in "cab"}})
+    assert list(recipe.sources) == ["a", "b", "c"] and other.anchor == recipe.anchor == "a"
+    return recipe, other
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+def test_no_gradient_leaves_the_layer(
+    variant: str, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Input and target of the refinement are constants; the gradient's leaves are the layer's own
+    weights, and those that learn are attention, experts and router, not the norms. What was given
+    is left as it was, without a gradient."""
+    small_steps(monkeypatch)
+    begun = begin(load_recipe(harmonized(variant), ["refit.epochs=1"]))
+    start, aligned, family = begun.starts[0], begun.layers[0], begun.calibration.family
+    given = dict(tensors(start)) | {
+        f"{n} {k}": t for n, layer in aligned.items() for k, t in layer.items()
+    }
+    copies = {name: tensor.clone() for name, tensor in given.items()}
+    inputs = {n: begun.stream(f"new/{n}").clone() for n in begun.calibration.names}
+    seen = []
+
+    def watched(
+        calibration: Calibration,
+        parameters: Sequence[Tensor],
+        parts: tuple[str, str],
+        loss_of: Callable[[Any], Tensor],
+        **settings: Any,
+    ) -> int:
+        learned = {id(parameter) for parameter in parameters}
+        sizes = sorted(parameter.numel() for parameter in parameters)
+        expected = [start.router.numel()]
+        expected += [start.shared[name].numel() for name in family.attention + family.vectors]
+        expected += [tensor.numel() for expert in start.experts for tensor in expert.values()]
+        assert len(learned) == len(parameters) and sizes == sorted(expected)
+
+        def watched_loss(batch: Sequence[tuple[str, Tensor, Tensor]]) -> Tensor:
+            assert not any(t.requires_grad for _, *pair in batch for t in pair)
+            loss = loss_of(batch)
+            found = leaves(loss)
+            assert learned <= found.keys()
+            others = [leaf for number, leaf in found.items() if number not in learned]
+            # A norm's gain is inside the layer, and does not learn.
+            assert all(leaf.shape == (calibration.config.hidden_size,) for leaf in others)
+            seen.append(len(batch))
+            return loss
+
+        return descend(calibration, parameters, parts, watched_loss, **settings)
+
+    monkeypatch.setattr(refit, "descend", watched)
+    moe, _ = begun.fit()
+    assert seen == [3] * 7
+    assert not any(tensor.requires_grad for _, tensor in tensors(moe))
+    for name, tensor in given.items():
+        assert tensor.grad is None and not tensor.requires_grad
+        assert torch.equal(tensor, copies[name]), name
+    for norm in family.norms:
+        assert torch.equal(moe.shared[norm], start.shared[norm])
+    for name in begun.calibration.names:
+        assert torch.equal(begun.stream(f"new/{name}"), inputs[name])
+
+
+def leaves(loss: Tensor) -> dict[int, Tensor]:
+    """The tensors at the end of a graph that take a gradient."""
+    waiting, found, known = [loss.grad_fn], {}, set()
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        waiting += [after for after, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("value", [3.0, math.nan])
+@pytest.mark.parametrize("step", ["attention", "experts", "refinement"])
+def test_a_step_that_does_harm_is_not_kept(
+    step: str, value: float, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a step gives, worse weights or none at all: the layer is what it is without that
+    step, to the bit."""
+    small_steps(monkeypatch)
+    without = begin(load_recipe(harmonized("qwen2"), ["refit.epochs=0"]))
+    epochs = int(step == "refinement")
+    begun = begin(load_recipe(harmonized("qwen2"), [f"refit.epochs={epochs}"]))
+    solve, real_descend = refit.solve, refit.descend
+    spoilt = {"attention": "o", "experts": "down_proj of b"}.get(step)
+
+    def spoiled(
+        calibration: Calibration, sums: LeastSquares, start: Tensor, what: str, *rest: Any
+    ) -> Fit:
+        fit = solve(calibration, sums, start, what, *rest)
+        return replace(fit, weight=fit.weight + value) if what == spoilt else fit
+
+    def astray(calibration: Calibration, parameters: Sequence[Tensor], *rest: Any, **k: Any) -> int:
+        steps = real_descend(calibration, parameters, *rest, **k)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter += value
+        return steps
+
+    expected, _ = without.fit()
+    monkeypatch.setattr(refit, "solve", spoiled)
+    monkeypatch.setattr(refit, "descend", astray)
+    moe, note = begun.fit()
+    assert {s for s in note if s != "routing" and not note[s]["kept"]} == {step}
+    if step == "refinement":
+        assert_same(moe, expected)
+    elif step == "experts":
+        assert_same(moe, replace(expected, experts=begun.starts[0].experts))
+    else:
+        assert_same(replace(moe, shared=begun.starts[0].shared), moe)
+
+
+def test_nothing_is_kept_where_the_error_is_no_number() -> None:
+    """Not even over an error that is none itself; and nothing for being as good."""
+    for before, after, kept in (
+        (2.0, 1.0, True), (1.0, 2.0, False), (1.0, 1.0, False), (1.0, math.nan, False),
+        (math.nan, 1.0, False), (math.nan, math.nan, False), (math.inf, 1.0, True),
+        (1.0, 1.0 - 1e-9, True),
+    ):  # fmt: skip
+        assert judged([before, after])["kept"] == kept
+    assert judged([1.23456789, 1.0])["error"] == [1.234568, 1.0]
+
+
+def test_text_kept_aside_is_never_fitted_on(
+    harmonized: Callable[[str], Path], everything_is_kept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other text in the windows kept aside changes what is measured, and not one weight: of the
+    layer, its router, the plain mean's router, and the head."""
+    small_steps(monkeypatch)
+    fits = []
+    for scale in (1.0, -4.0):
+        begun = begin(load_recipe(harmonized("qwen2"), ["refit.epochs=2"]))
+        for name in begun.calibration.names:
+            assert begun.calibration.aside(name) == begun.calibration.first_to_fit(name) == 1
+            for part in ("new", "source", "plain"):
+                begun.stream(f"{part}/{name}")[0] *= scale
+                begun.stream(f"{part}/{name}")[0] += scale - 1
+        moe, note = begun.fit()
+        plain = calibrate_plain(begun.calibration, 0, begun.starts[0])
+        head, _ = fit_head(begun.calibration, begun.head, begun.heads)
+        fits.append((moe, note, plain, head))
+    assert_same(fits[0][0], fits[1][0])
+    assert fits[0][1]["experts"]["error"] != fits[1][1]["experts"]["error"]
+    assert torch.equal(fits[0][2], fits[1][2])
+    assert torch.equal(fits[0][3], fits[1][3])
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "mistral"])
+def test_streams_advance_as_the_layers_run(variant: str, harmonized: Callable[[str], Path]) -> None:
+    """The sources' by their own layers, whether fitted or resumed; the new model's by the layer
+    that was written, under its real routing; the plain mean's by its own."""
+    begun, resumed = (begin(load_recipe(harmonized(variant))) for _ in range(2))
+    calibration, config, names = begun.calibration, begun.calibration.config, "abc"
+    before = {key: begun.stream(key).clone() for n in names for key in (f"new/{n}", f"source/{n}")}
+    plain_before = {n: begun.stream(f"plain/{n}").clone() for n in names}
+    moe, _ = begun.fit()
+    moe = moe.to(torch.bfloat16)
+    advance_new(calibration, 0, moe)
+    advance_new(calibration, 0, begun.starts[0], "plain")
+    advance_sources(resumed.calibration, 0, begun.layers[0])
+    for name in names:
+        assert torch.equal(resumed.stream(f"new/{name}"), before[f"new/{name}"])
+        assert torch.equal(resumed.stream(f"source/{name}"), begun.stream(f"source/{name}"))
+        own = load_dense_layer(config, 0, begun.layers[0][name])
+        new, plain = (load_moe_layer(config, 0, m, 2) for m in (moe, begun.starts[0]))
+        with torch.no_grad():
+            for part, model, stream in (
+                ("source", own, before[f"source/{name}"]),
+                ("new", new, before[f"new/{name}"]),
+                ("plain", plain, plain_before[name]),
+            ):
+                expected = run_layer(model, stream)
+                assert not torch.equal(expected, stream)
+                torch.testing.assert_close(
+                    begun.stream(f"{part}/{name}"), expected, rtol=1e-4, atol=1e-4
+                )
+
+
+def test_the_plain_mean_gets_a_router_of_its_own(
+    harmonized: Callable[[str], Path], seen: Routed
+) -> None:
+    """From its own router inputs, on windows that are not kept aside; by regression, also where the
+    recipe has a random router."""
+    begun = begin(load_recipe(harmonized("qwen2"), ["router.init=random"]))
+    calibration, plain = begun.calibration, begun.starts[0]
+    found = calibrate_plain(calibration, 0, plain)
+    model = load_attention(calibration.config, 0, plain.shared)
+    inputs = []
+    for name in calibration.names:
+        assert len(begun.stream(f"plain/{name}")) == calibration.plain_windows(name) == 2
+        with torch.no_grad():
+            middle = run_layer(model, begun.stream(f"plain/{name}")[1:])
+        inputs.append(normed(middle, calibration.config.rms_norm_eps))
+    assert_router_is(found, seen, "regression", inputs, 1.0)
+
+
+def by_hand(counts: Mapping[str, int], sequence: int = 8, **refit_settings: Any) -> Calibration:
+    """A calibration of a model that is nowhere: as many windows of each source as given."""
+    spec = SourceSpec(model="nowhere", data="nowhere.jsonl")
+    recipe = Recipe.model_validate(
+        {
+            "sources": dict.fromkeys(counts, spec),
+            "anchor": next(iter(counts)),
+            "refit": {"method": "least-squares", "ridge": RIDGE, **refit_settings},
+        }
+    )
+    sizes = SIZES | VARIANTS["llama"] | {"hidden_size": 8, "vocab_size": 20}
+    config = AutoConfig.for_model(**sizes)
+    generator = torch.Generator().manual_seed(0)
+    windows = {
+        name: torch.randint(20, (count, sequence), generator=generator)
+        for name, count in counts.items()
+    }
+    streams = Streams()
+    for name, count in counts.items():
+        for part in ("new", "source", "plain"):
+            stream = streams.new(f"{part}/{name}", count, sequence, 8)
+            stream.copy_(torch.randn(stream.shape, generator=generator))
+    configs = dict.fromkeys(counts, config)
+    return Calibration(recipe, FAMILIES["llama"], configs, recipe.anchor, windows, streams)
+
+
+def random_heads(calibration: Calibration) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(20, 8, generator=generator) for name in [*calibration.names, ""]}
+
+
+@pytest.mark.parametrize(
+    ("windows", "aside", "first", "plain"),
+    [(1, 1, 0, 1), (2, 1, 1, 2), (15, 1, 1, 2), (31, 1, 1, 2), (32, 2, 2, 4), (512, 32, 32, 64)],
+)
+def test_one_window_in_sixteen_is_kept_aside(
+    windows: int, aside: int, first: int, plain: int
+) -> None:
+    """At least one; a text of a single window has to serve for both."""
+    calibration = by_hand({"a": windows, "b": 3})
+    assert calibration.aside("a") == aside
+    assert calibration.first_to_fit("a") == first
+    assert calibration.plain_windows("a") == plain
+
+
+def test_a_step_takes_as_much_of_every_source_and_every_window_once_an_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sources with 20, 9 and 1 windows, 1 of each kept aside (but the only one): two windows of
+    each in a step, input and target of the same window, each window as often as every other to
+    within one; as many epochs as asked for of the longest text. Another seed is another order."""
+    monkeypatch.setattr(refit, "WINDOWS_TOKENS", 3 * 8 * 2)
+    calibration = by_hand({"c": 20, "a": 9, "b": 1}, epochs=3.5)
+    for name in "abc":
+        numbers = torch.arange(len(calibration.windows[name]))[:, None, None]
+        calibration.streams[f"new/{name}"].copy_(numbers.expand(-1, 8, 8))
+        calibration.streams[f"source/{name}"].copy_(100 + numbers.expand(-1, 8, 8))
+
+    def draws(seed: int) -> dict[str, list[int]]:
+        drawn: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+
+        def note(batch: Sequence[tuple[str, Tensor, Tensor]]) -> None:
+            assert [name for name, _, _ in batch] == ["a", "b", "c"]
+            for name, new, wanted in batch:
+                assert new.shape == wanted.shape == (2, 8, 8)
+                assert torch.equal(wanted, new + 100)
+                drawn[name] += new[:, 0, 0].int().tolist()
+
+        steps = descend(calibration, [torch.ones(1)], ("new", "source"), note, seed=seed)
+        assert steps == math.ceil(3.5 * 19 / 2) == len(drawn["c"]) / 2
+        return drawn
+
+    drawn = draws(5)
+    for name, first, count in (("a", 1, 9), ("b", 0, 1), ("c", 1, 20)):
+        epoch = count - first
+        for begin in range(0, len(drawn[name]) - epoch + 1, epoch):
+            assert sorted(drawn[name][begin : begin + epoch]) == list(range(first, count))
+    assert drawn["c"][:19] != drawn["c"][19:38]
+    assert draws(5) == drawn and draws(6)["c"] != drawn["c"]
+
+
+def test_the_learning_rate_rises_and_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a gradient that never changes, Adam's step is the learning rate, as a share of the size
+    of the tensor's entries: twenty steps up to the peak, then a cosine down to nothing."""
+    monkeypatch.setattr(refit, "WINDOWS_TOKENS", 8)
+    calibration = by_hand({"a": 51, "b": 51}, epochs=2, learning_rate=0.01)
+    small, large = (torch.full((3, 2), value, dtype=torch.float64) for value in (-0.5, 100.0))
+    small[0, 0] = 0.5
+    path = []
+
+    def constant(batch: Any) -> None:
+        path.append([float(small[1, 1]), float(large[1, 1])])
+        for parameter in (small, large):
+            parameter.grad = torch.ones(3, 2, dtype=torch.float64)
+
+    steps = descend(calibration, [small, large], ("new", "source"), constant, seed=0)
+    path.append([float(small[1, 1]), float(large[1, 1])])
+    rates, again = (-torch.tensor(path).double().diff(dim=0) / 0.01 / torch.tensor([0.5, 100])).T
+    torch.testing.assert_close(rates, again, rtol=1e-3, atol=1e-3)
+    assert steps == len(rates) == 2 * 48
+    numbers = torch.arange(steps)
+    expected = 0.5 * (1 + torch.cos(math.pi * numbers.double() / steps))
+    expected *= ((numbers + 1) / 20).clamp(max=1)
+    assert 0.9 < rates.max() <= 1
+    torch.testing.assert_close(rates, expected, rtol=1e-3, atol=1e-3)
+
+
+def unit(rows: Tensor, eps: float = 1e-5) -> Tensor:
+    return normed(rows, eps)
+
+
+def test_the_closed_form_of_the_head_is_ridge_on_the_logits(everything_is_kept: None) -> None:
+    """Regression onto the streams, then the heads: the same as onto the logits themselves, pulled
+    toward the start. Float64 on all logits at once."""
+    calibration = by_hand({"b": 20, "a": 33}, epochs=0)
+    heads = random_heads(calibration)
+    start = heads.pop("")
+    x, logits = [], []
+    for name in "ab":
+        first = calibration.first_to_fit(name)
+        x.append(unit(calibration.streams[f"new/{name}"][first:]))
+        wanted = unit(calibration.streams[f"source/{name}"][first:])
+        logits.append(wanted @ heads[name].double().T)
+    expected, _ = explicit_ridge(torch.cat(x), torch.cat(logits), start)
+    head, note = fit_head(calibration, start, heads)
+    torch.testing.assert_close(head.double(), expected, rtol=0, atol=1e-5)
+    assert set(note) == {"closed form"}
+    assert float((head - start).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_the_heads_gradient_is_that_of_the_divergence(
+    pieces: bool, everything_is_kept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written out by hand, piece by piece: autograd's of the mean KL divergence over the batch's
+    tokens."""
+    if pieces:
+        monkeypatch.setattr(refit_head, "LOGITS_AT_ONCE", 20 * 7)
+    calibration = by_hand({"b": 5, "a": 5})
+    heads = random_heads(calibration)
+    start = heads.pop("")
+    checked = []
+
+    def once(
+        calibration: Calibration, parameters: Sequence[Tensor], parts: Any, step: Any, seed: int
+    ) -> int:
+        (head,) = parameters
+        assert parts == ("new", "source")
+        streams = calibration.streams
+        batch = [(n, streams[f"new/{n}"][1:3], streams[f"source/{n}"][1:3]) for n in "ab"]
+        assert step(batch) is None
+        leaf = head.detach().double().requires_grad_(True)
+        losses = []
+        with torch.enable_grad():
+            for name, new, source in batch:
+                theirs = log_softmax(unit(source) @ heads[name].double().T, dim=-1)
+                ours = log_softmax(unit(new) @ leaf.T, dim=-1)
+                losses.append(kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1))
+            torch.cat(losses).mean().backward()
+        assert head.grad is not None and leaf.grad is not None
+        torch.testing.assert_close(head.grad, leaf.grad.float(), rtol=1e-4, atol=1e-6)
+        assert float(head.grad.abs().max()) > 1e-3
+        checked.append(seed)
+        return 1
+
+    monkeypatch.setattr(refit_head, "descend", once)
+    fit_head(calibration, start, heads)
+    assert checked == [calibration.config.num_hidden_layers]
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_the_divergence_is_the_mean_over_tokens_then_sources(
+    pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KL from each source's distribution to the new model's, on the text kept aside, by torch's
+    kl_div; the closed form and the refinement lower it, or are not kept."""
+    if pieces:
+        monkeypatch.setattr(refit_head, "LOGITS_AT_ONCE", 20 * 7)
+    monkeypatch.setattr(refit, "WINDOWS_TOKENS", 16)
+    calibration = by_hand({"b": 20, "a": 33}, epochs=4)
+    for name in "ab":  # a stream that has something in common with the source's
+        source = calibration.streams[f"source/{name}"]
+        calibration.streams[f"new/{name}"].mul_(0.5).add_(source)
+    heads = random_heads(calibration)
+    start = heads.pop("")
+    head, note = fit_head(calibration, start, heads)
+    found = []
+    for one in (start, head):
+        means = []
+        for name, count in (("a", 2), ("b", 1)):
+            assert calibration.aside(name) == count
+            rows = [unit(calibration.streams[f"{p}/{name}"][:count]) for p in ("new", "source")]
+            ours = log_softmax(rows[0] @ one.double().T, dim=-1)
+            theirs = log_softmax(rows[1] @ heads[name].double().T, dim=-1)
+            means.append(float(kl_div(ours, theirs, reduction="batchmean", log_target=True)))
+        found.append(sum(means) / 2)
+    closed, refined = note["closed form"], note["refinement"]
+    assert closed["error"][0] == pytest.approx(found[0], abs=2e-6)
+    assert refined["error"][0] == closed["error"][1]
+    assert refined["error"][1] == pytest.approx(found[1], abs=2e-6)
+    assert closed["kept"] and refined["kept"]
+    assert found[1] < closed["error"][1] < closed["error"][0]
+
+
+@pytest.mark.parametrize("value", [5.0, math.nan])
+@pytest.mark.parametrize("step", ["closed form", "refinement", "both"])
+def test_a_head_that_does_harm_is_not_kept(
+    step: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step goes on from what was kept, and is judged against it."""
+    calibration = by_hand({"b": 20, "a": 33}, epochs=1)
+    heads = random_heads(calibration)
+    start = heads.pop("")
+    if step != "refinement":
+        # Sources whose heads the start equals: nothing can be better.
+        heads = dict.fromkeys(heads, start)
+        for name in "ab":
+            source = calibration.streams[f"source/{name}"]
+            calibration.streams[f"new/{name}"].copy_(source)
+    solve, real_descend = refit_head.solve, refit_head.descend
+
+    def spoiled(*arguments: Any) -> Fit:
+        fit = solve(*arguments)
+        return replace(fit, weight=fit.weight + value) if step != "refinement" else fit
+
+    def astray(calibration: Calibration, parameters: Sequence[Tensor], *r: Any, **k: Any) -> int:
+        steps = real_descend(calibration, parameters, *r, **k)
+        for parameter in parameters:
+            parameter *= value if step != "closed form" else 1
+        return steps
+
+    monkeypatch.setattr(refit_head, "solve", spoiled)
+    monkeypatch.setattr(refit_head, "descend", astray)
+    head, note = fit_head(calibration, start, heads)
+    kept = {name: part["kept"] for name, part in note.items()}
+    assert kept["closed form"] == (step == "refinement")
+    if step != "closed form":
+        assert not kept["refinement"]
+    closed, refined = note["closed form"], note["refinement"]
+    if step == "refinement":
+        assert refined["error"][0] == closed["error"][1]
+        expected, _ = fit_head(by_hand({"b": 20, "a": 33}, epochs=0), start, heads)
+        assert torch.equal(head, expected)
+    else:
+        assert refined["error"][0] == closed["error"][0] == 0
+        torch.testing.assert_close(head, start, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_the_loss_is_the_stock_models(
+    pieces: bool, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nats per token on the text kept aside, of every source by itself through stock transformers:
+    from its last stream and its head with the final norm folded in."""
+    begun = begin(load_recipe(harmonized("llama"), ["calibration.tokens=6144"]))
+    calibration = begun.calibration
+    if pieces:
+        monkeypatch.setattr(refit_head, "LOGITS_AT_ONCE", 300 * 13)
+    folder = harmonized("llama").parent / "models" / "b"
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    streams: list[Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
+    losses = []
+    for name in calibration.names:
+        windows = calibration.windows[name]
+        assert calibration.aside(name) == 2
+        with torch.no_grad():
+            logits = model(windows).logits[:2, :-1]
+            losses.append(float(model(windows[:2], labels=windows[:2]).loss))
+        expected = cross_entropy(logits.flatten(0, 1), windows[:2, 1:].flatten())
+        assert losses[-1] == pytest.approx(float(expected), abs=1e-5)
+        begun.stream(f"new/{name}").copy_(streams[0])
+        streams.clear()
+    found = next_token_loss(calibration, "new", begun.heads["b"])
+    assert found == pytest.approx(sum(losses) / 3, abs=1e-4)
+    assert abs(next_token_loss(calibration, "new", begun.heads["a"]) - found) > 0.1
+
+
+def test_too_little_text_and_bad_inputs_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """What was fitted, from how many tokens, for how many unknowns, and what to do."""
+    calibration = by_hand({"a": 1, "b": 1}, ridge=1e-20)
+    few, zeros, enough = (LeastSquares(4, 2) for _ in range(3))
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    few.update(x[:3], x[:3, :2])
+    enough.update(x, x[:, :2])
+    x[:, 1] = 0
+    zeros.update(x, x[:, :2])
+    for _ in range(2):
+        for what, sums in (("o", few), ("down_proj of b", zeros), ("k", enough)):
+            refit.solve(calibration, sums, torch.zeros(2, 4), what)
+    said, ill = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("fit of o: 3 calibration tokens for 4 unknowns per output; ")
+    assert said.endswith("Raise calibration.tokens")
+    assert ill.startswith("fit of down_proj of b: ill-conditioned; the ridge was raised to 1e-")
+
+
+def test_notes_are_plain_numbers(harmonized: Callable[[str], Path]) -> None:
+    """They are kept as JSON with the layer, and go into metrics.json."""
+    begun = begin(load_recipe(harmonized("llama"), ["refit.epochs=0.5"]))
+    _, note = begun.fit()
+    _, head_note = fit_head(begun.calibration, begun.head, begun.heads)
+    for one in (note, head_note):
+        assert json.loads(json.dumps(one)) == one
+    assert all(1 <= note[part]["condition"] < 1e12 for part in ("attention", "experts"))
+
+
+def test_routing_is_measured_on_the_text_kept_aside(harmonized: Callable[[str], Path]) -> None:
+    """Each expert's share of the choices, every source's text counting the same, and how often the
+    first choice is the source: as the experts' own mixture chooses."""
+    begun = begin(load_recipe(harmonized("qwen2")))
+    calibration = begun.calibration
+    moe, note = begun.fit()
+    model = load_attention(calibration.config, 0, moe.shared)
+    shares, right = torch.zeros(3), 0.0
+    for number, name in enumerate("abc"):
+        with torch.no_grad():
+            middle = run_layer(model, begun.stream(f"new/{name}")[:1])
+        x = normed(middle, calibration.config.rms_norm_eps)
+        order = (x @ moe.router.double().T).argsort(dim=-1, descending=True)
+        shares += torch.bincount(order[:, :2].flatten(), minlength=3) / order[:, :2].numel() / 3
+        right += float((order[:, 0] == number).double().mean()) / 3
+    assert note["routing"]["share"] == pytest.approx(
+        dict(zip("abc", shares.tolist(), strict=True)), abs=0.01
+    )
+    assert note["routing"]["first_choice_is_source"] == pytest.approx(right, abs=0.01)
+    assert sum(note["routing"]["share"].values()) == pytest.approx(1, abs=1e-5)
+    assert right > 0.5
+
+
+def test_a_source_that_overflows_is_named(harmonized: Callable[[str], Path]) -> None:
+    begun = begin(load_recipe(harmonized("llama")))
+    broken = {DOWN: begun.layers[1]["b"][DOWN] * 1e38}
+    begun.layers[1]["b"] |= broken
+    with pytest.raises(SourceError, match=r"^b: layer 1 puts out values that are not finite"):
+        begun.fit(1)
