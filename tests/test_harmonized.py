@@ -548,6 +548,29 @@ def test_a_fit_that_is_worse_gives_the_plain_mean(
     assert "were fitted" not in pipeline.verify(run)["experts and backbone"]
 
 
+@pytest.mark.parametrize(
+    ("variant", "overrides"),
+    [
+        ("qwen2", ["output.dtype=bfloat16"]),
+        ("llama", ["router.init=random"]),
+        ("qwen3", ["align.neurons=activations", "backbone.attention=slerp"]),
+    ],
+    ids=str,
+)
+def test_a_plain_mean_of_any_kind_verifies(
+    variant: str, overrides: list[str], recipes: Recipes, tmp_path: Path
+) -> None:
+    """Law 6 for what is fallen back to: computed again tensor by tensor, and its reported loss is
+    that of the checkpoint as it is written (1e-4), rounding included."""
+    run = build(recipes(variant), tmp_path / "run", *overrides, prefer="plain mean")
+    assert "fitted" not in pipeline.verify(run)["experts and backbone"]
+    assert maps_in(run) == set()
+    model = load_clean(run.checkpoint)
+    losses = [loss_by_hand(model, text) for text in kept_aside(windows_of(run.recipe)).values()]
+    reported = run.read_json(run.metrics)["refit"]["loss"]["plain mean"]
+    assert reported == pytest.approx(sum(losses) / 3, abs=1e-4)
+
+
 def test_a_head_that_fits_nothing_is_found_out(
     recipes: Recipes,
     monkeypatch: pytest.MonkeyPatch,
@@ -946,6 +969,21 @@ def test_sources_may_have_different_amounts_of_text(
     assert lengths["a"] == 32 and lengths["b"] < 8
     assert finite(run)
     pipeline.verify(run)
+
+
+def test_no_two_streams_share_a_file(
+    recipes: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever the sources are called: in memory and in files the same bytes."""
+    project = shutil.copytree(recipes("llama").parent, tmp_path / "project")
+    sources = list(json.loads((project / "recipe.yaml").read_text())["sources"].values())
+    # Streams are called `new/x` and `new-middle/x`.
+    names = dict(zip(("x", "middle-x", "new-x"), sources, strict=True))
+    path = changed(project / "recipe.yaml", project / "names.yaml", sources=names)
+    in_memory = build(path, tmp_path / "memory")
+    monkeypatch.setattr("symphony_moe.plan.STREAMS_IN_MEMORY", 0)
+    in_files = build(path, tmp_path / "files")
+    assert hash_folder(in_files.checkpoint) == hash_folder(in_memory.checkpoint)
 
 
 def damaged(recipe: Path, out: Path, name: str, value: float) -> Path:

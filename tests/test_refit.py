@@ -206,26 +206,25 @@ def test_what_is_kept_lowers_the_error_on_text_kept_aside(
     """Of strangers, step by step; as noted, and as measured by other code here. Layer two goes on
     from layer one."""
     small_steps(monkeypatch)
-    begun = begin(load_recipe(harmonized(variant), ["refit.epochs=3"]))
-    kept = []
+    recipe = load_recipe(harmonized(variant), ["refit.epochs=3", "refit.learning_rate=0.002"])
+    begun = begin(recipe)
     for layer in range(2):
         moe, note = begun.fit(layer)
         steps = [note.pop(step) for step in ("attention", "experts", "refinement")]
         assert set(note) == {"routing"} and steps[2]["steps"] == 21
         for step in steps:
             before, after = step["error"]
-            assert step["kept"] == (after < before)
+            assert step["kept"] == (after < before - 1e-6)
         errors = [step["error"][step["kept"]] for step in steps]
         # What the experts leave is what the refinement begins with, and what it leaves stays.
         assert steps[2]["error"][0] == errors[1]
         assert error_of(begun, layer, moe) == pytest.approx(errors[2], abs=2e-6)
         start = replace(begun.starts[layer], router=moe.router)
-        assert errors[2] < 0.85 * error_of(begun, layer, start)
+        assert errors[2] < (0.99, 0.85)[layer == 0] * error_of(begun, layer, start)
         if layer == 0:
             assert all(step["error"][1] < 0.9 * step["error"][0] for step in steps[:2])
-        kept.append(steps[2]["kept"])
+            assert steps[2]["kept"]
         advance_new(begun.calibration, layer, moe)
-    assert any(kept)
 
 
 @pytest.mark.parametrize("variant", FITTED)
@@ -384,18 +383,14 @@ def test_the_router_alone_is_fitted_where_nothing_else_is_asked_for(
         assert not torch.equal(moe.router, start.router)
 
 
-def test_the_fit_does_not_depend_on_the_order_of_the_sources(
+def test_the_order_of_the_sources_changes_nothing(
     harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Law 4, with the anchor named. From the same fused layer: recipe, text, layers and heads in
-    another order give the same layers, refinement and head, to the bit."""
+    """Law 4, with the anchor named: recipe, text, layers and heads in another order give the same
+    layers by name, refinement, head and loss, to the bit."""
     small_steps(monkeypatch)
     recipe = load_recipe(harmonized("qwen2"), ["refit.epochs=1"])
     begun, again = (begin(one) for one in reordered(recipe))
-    again.starts, again.head = begun.starts, begun.head
-    for name in "abc":
-        for part in ("new", "plain"):
-            again.stream(f"{part}/{name}").copy_(begun.stream(f"{part}/{name}"))
     for layer in range(2):
         (moe, note), (moe_again, note_again) = begun.fit(layer), again.fit(layer)
         assert_same(moe_again, moe)
@@ -404,19 +399,8 @@ def test_the_fit_does_not_depend_on_the_order_of_the_sources(
             advance_new(one.calibration, layer, fitted)
     heads = [fit_head(one.calibration, one.head, one.heads)[0] for one in (begun, again)]
     assert torch.equal(*heads)
-
-
-def test_the_order_of_the_sources_changes_rounding_only(harmonized: Callable[[str], Path]) -> None:
-    """The same where each order fuses for itself: what the fit makes of a fused layer's rounding is
-    small."""
-    begun, again = (begin(recipe) for recipe in reordered(load_recipe(harmonized("llama"))))
-    for layer in range(2):
-        for one in (begun, again):
-            advance_new(one.calibration, layer, one.fit(layer)[0])
-    for name in "abc":
-        assert relative_error(begun.stream(f"new/{name}"), again.stream(f"new/{name}")) < 1e-4
     losses = [next_token_loss(one.calibration, "new", begun.head) for one in (begun, again)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert losses[0] == losses[1]
 
 
 def reordered(recipe: Recipe) -> tuple[Recipe, Recipe]:
@@ -538,11 +522,11 @@ def test_a_step_that_does_harm_is_not_kept(
 
 
 def test_nothing_is_kept_where_the_error_is_no_number() -> None:
-    """Not even over an error that is none itself; and nothing for being as good."""
+    """Not even over an error that is none itself; and nothing for being as good, to rounding."""
     for before, after, kept in (
         (2.0, 1.0, True), (1.0, 2.0, False), (1.0, 1.0, False), (1.0, math.nan, False),
         (math.nan, 1.0, False), (math.nan, math.nan, False), (math.inf, 1.0, True),
-        (1.0, 1.0 - 1e-9, True),
+        (1.0, 1.0 - 1e-9, False), (1.0, 0.999, True), (1e-3, 0.0, True), (1e-12, 0.0, False),
     ):  # fmt: skip
         assert judged([before, after])["kept"] == kept
     assert judged([1.23456789, 1.0])["error"] == [1.234568, 1.0]

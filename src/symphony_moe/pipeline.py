@@ -428,11 +428,12 @@ def _build_layer(
         ).select([names.index(name) for name in calibration.names])
         advance_new(calibration, layer, written)
         if refits:
-            plain = assemble_layer(recipe, sources, layer, {
-                s.name: aligned_layer(recipe, s, layer, weights[s.name], {}) for s in sources
-            }).select([names.index(name) for name in calibration.names])  # fmt: skip
+            raw = {s.name: aligned_layer(recipe, s, layer, weights[s.name], {}) for s in sources}
+            plain = assemble_layer(recipe, sources, layer, raw).to(getattr(torch, writer.dtype))
+            plain = plain.select([names.index(name) for name in calibration.names])
             if not finished:
-                remembered["plain_router"] = calibrate_plain(calibration, layer, plain)
+                router = calibrate_plain(calibration, layer, plain)
+                remembered["plain_router"] = router.to(getattr(torch, writer.dtype))
             router = remembered["plain_router"]
             advance_new(calibration, layer, replace(plain, router=router), "plain")
     if not finished:
@@ -464,7 +465,9 @@ def _finish_fit(
     plain_head = _whole_head(recipe, sources, {})
     losses = {
         "harmonized": next_token_loss(calibration, "new", writer.read(HEAD)),
-        "plain mean": next_token_loss(calibration, "plain", plain_head),
+        "plain mean": next_token_loss(
+            calibration, "plain", plain_head.to(getattr(torch, writer.dtype)).float()
+        ),
     }
     # A loss that is no number is not better than anything.
     better = losses["harmonized"] <= losses["plain mean"]

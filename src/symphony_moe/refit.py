@@ -197,7 +197,10 @@ def advance_new(calibration: Calibration, layer: int, moe: MoELayer, stream: str
 
 @torch.no_grad()
 def calibrate_plain(calibration: Calibration, layer: int, plain: MoELayer) -> Tensor:
-    """The router of the plain mean, by regression on its own router inputs."""
+    """The router of the plain mean, calibrated on its own router inputs where the recipe asks for
+    that."""
+    if calibration.recipe.router.init == "random":
+        return plain.router
     attention = load_attention(calibration.config, layer, plain.shared)
     inputs = []
     for name in calibration.names:

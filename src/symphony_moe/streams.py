@@ -2,6 +2,7 @@
 or in memory-mapped files."""
 
 import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +32,9 @@ class Streams:
         if self._folder is None:
             stream = torch.empty(shape)
         else:
-            path = self._folder / f"stream-{name.replace('/', '-')}.bin"
+            # A slash in a name is a folder: any other character may be in a source's name.
+            path = self._folder / f"stream-{name}.bin"
+            path.parent.mkdir(exist_ok=True)
             with path.open("wb") as file:
                 # Writing to a map without space behind it would end the process (SIGBUS).
                 reserve(file, math.prod(shape) * 4)
@@ -67,8 +70,8 @@ class Streams:
         """Forget all streams, and remove their files."""
         self._streams.clear()
         if self._folder is not None:
-            for path in self._folder.glob("stream-*.bin"):
-                path.unlink()
+            for path in self._folder.glob("stream-*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def swap(self, one: str, other: str) -> None:
         """Exchange the names of two streams."""
