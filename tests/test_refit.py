@@ -590,10 +590,13 @@ def test_streams_advance_as_the_layers_run(variant: str, harmonized: Callable[[s
 def test_the_plain_mean_gets_a_router_of_its_own(
     harmonized: Callable[[str], Path], seen: Routed
 ) -> None:
-    """From its own router inputs, on windows that are not kept aside; by regression, also where the
-    recipe has a random router."""
-    begun = begin(load_recipe(harmonized("qwen2"), ["router.init=random"]))
-    calibration, plain = begun.calibration, begun.starts[0]
+    """Of the kind that the recipe asks for: as drawn, or from its own router inputs, on windows
+    that are not kept aside."""
+    drawn = begin(load_recipe(harmonized("qwen2"), ["router.init=random"]))
+    plain = drawn.starts[0]
+    assert torch.equal(calibrate_plain(drawn.calibration, 0, plain), plain.router) and not seen
+    begun = begin(load_recipe(harmonized("qwen2"), ["router.init=hidden"]))
+    calibration = begun.calibration
     found = calibrate_plain(calibration, 0, plain)
     model = load_attention(calibration.config, 0, plain.shared)
     inputs = []
@@ -602,7 +605,7 @@ def test_the_plain_mean_gets_a_router_of_its_own(
         with torch.no_grad():
             middle = run_layer(model, begun.stream(f"plain/{name}")[1:])
         inputs.append(normed(middle, calibration.config.rms_norm_eps))
-    assert_router_is(found, seen, "regression", inputs, 1.0)
+    assert_router_is(found, seen, "hidden", inputs, 1.0)
 
 
 def by_hand(counts: Mapping[str, int], sequence: int = 8, **refit_settings: Any) -> Calibration:

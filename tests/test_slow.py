@@ -38,7 +38,8 @@ def _peak_of_build(recipe: Path, out: Path, *overrides: str) -> int:
 
 @pytest.mark.parametrize("method", ["symphony", "harmonized"])
 def test_peak_memory_does_not_grow_with_depth(method: str, tmp_path: Path) -> None:
-    """The same recipe at 10 and at 20 layers peaks within 10 %, be it fitted or not."""
+    """The same recipe at 10 and at 20 layers peaks within 3 %, be it fitted or not. (What a
+    harmonized build records of a layer before it begins to fit is 6 MB here: half a layer.)"""
     peaks = {}
     for layers in (10, 20):
         root = tmp_path / str(layers)
@@ -51,7 +52,7 @@ def test_peak_memory_does_not_grow_with_depth(method: str, tmp_path: Path) -> No
         peaks[layers] = _peak_of_build(recipe, root / "run", *overrides)
     sizes = ", ".join(f"{peak / 1e6:.0f} MB" for peak in peaks.values())
     print(f"\npeak memory of {method} at 10 and 20 layers: {sizes}")
-    assert abs(peaks[20] / peaks[10] - 1) < 0.10
+    assert abs(peaks[20] / peaks[10] - 1) < 0.03
 
 
 OLD_READER = """

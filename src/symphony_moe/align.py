@@ -26,7 +26,7 @@ from symphony_moe.symmetry import HeadMap
 MIN_GAIN = 0.1
 """A map is used where it raises the mean cosine with the anchor by this much. Below that the source
 shares the anchor's coordinates already (branches of one base), and a map found from finite text
-would only add its own error: docs/lab-log.md, "Branches: to align or not"."""
+would only add its own error: docs/lab-log.md, "Alignment alone"."""
 
 
 class NeuronCorrelation:
