@@ -447,7 +447,33 @@ def test_every_step_says_what_it_did(variant: str, fitted: Runs) -> None:
         before, after = step["error"]
         assert step["kept"] is (after < before)
     assert any(step["kept"] for step in steps)
-    assert all(layer["refinement"]["steps"] > 0 for layer in fit["layers"])
+    for layer in fit["layers"]:
+        assert layer["refinement"]["steps"] > 0
+        # It begins with the experts as they were fitted, or were before.
+        fitted_experts = layer["experts"]["error"][layer["experts"]["kept"]]
+        assert layer["refinement"]["error"][0] == pytest.approx(fitted_experts, abs=2e-6)
+
+
+def test_what_is_kept_of_the_closed_form_is_what_is_written(
+    recipes: Recipes, tmp_path: Path
+) -> None:
+    """Without refinement: matrices differ from those of a build that fits nothing, layer by layer,
+    where and only where their step is said to be kept."""
+    path = recipes("llama-tied-rope3")
+    run = build(path, tmp_path / "run", "refit.epochs=0")
+    unfitted = build(path, tmp_path / "unfitted", "refit.method=none")
+    fit = run.read_json(run.metrics)["refit"]
+    stored, start = read_tensors(run.checkpoint), read_tensors(unfitted.checkpoint)
+    kept = []
+    for number, layer in enumerate(fit["layers"]):
+        assert layer.keys() >= {"attention", "experts"} and "refinement" not in layer
+        attention = [f"model.layers.{number}.self_attn.{part}_proj.weight" for part in "qkvo"]
+        experts = [n for e in range(3) for n in expert_names("llama", number, e)]
+        for step, names in (("attention", attention), ("experts", experts)):
+            for name in names:
+                assert torch.equal(stored[name], start[name]) is not layer[step]["kept"], name
+            kept.append(layer[step]["kept"])
+    assert any(kept)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

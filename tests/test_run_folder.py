@@ -600,6 +600,7 @@ def test_streams_of_a_fit_that_do_not_fit_the_disk_are_a_message(
     assert "stream-" in error
     run = RunFolder(out)
     assert run.layer_compared(1).is_file() is fitting and not run.checkpoint.exists()
+    assert (run.work / "stream-a.bin").exists() is not fitting, "in the way of the fit's"
     (disk.path / "filler").unlink()
     assert main(["build", str(recipes("llama")), "--out", str(out), "--resume", *more]) == 0
     assert main(["verify", str(out)]) == 0

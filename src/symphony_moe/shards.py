@@ -60,7 +60,8 @@ class CheckpointWriter:
         self.files: dict[str, dict[str, tuple[int, int]]] = {}
         """File name -> tensor name -> (offset in the file, size), in bytes."""
         self._shapes = dict(tensors)
-        self._written: dict[str, int] = dict.fromkeys(tensors, 0)
+        self._written: dict[str, dict[int, int]] = {name: {} for name in tensors}
+        """Tensor name -> first row -> number of rows that are written there."""
         folder.mkdir(parents=True, exist_ok=True)
         shards = assign_shards(tensors, dtype, max_shard_bytes)
         needed = sum(math.prod(shape) for shape in tensors.values()) * BYTES[dtype]
@@ -127,9 +128,10 @@ class CheckpointWriter:
         with (self.folder / file).open("r+b") as opened:
             opened.seek(offset + first_row * row_bytes)
             opened.write(rounded.view(torch.uint8).numpy().data)
-        # From the first row on, it is written anew.
-        self._written[name] = first_row and self._written[name]
-        self._written[name] += len(tensor)
+        # Rows may come in any order, and again.
+        last = first_row + len(tensor)
+        blocks = {at: n for at, n in self._written[name].items() if not first_row <= at < last}
+        self._written[name] = blocks | {first_row: len(tensor)}
 
     def read(self, name: str) -> Tensor:
         """A tensor that is written already (float32)."""
@@ -145,7 +147,7 @@ class CheckpointWriter:
         them."""
         for name, shape in self._shapes.items():
             if name.startswith(prefix):
-                self._written[name] = shape[0]
+                self._written[name] = {0: shape[0]}
 
     def digest(self, prefix: str) -> str:
         """SHA-256 of what is on disk of the tensors whose names begin so."""
@@ -164,7 +166,11 @@ class CheckpointWriter:
 
     def finish(self) -> dict[str, str]:
         """Write the index of a sharded checkpoint; tensor name -> SHA-256 of its bytes."""
-        unfinished = [n for n, rows in self._written.items() if rows != self._shapes[n][0]]
+        unfinished = [
+            name
+            for name, blocks in self._written.items()
+            if sum(blocks.values()) != self._shapes[name][0]
+        ]
         assert not unfinished, f"planned but not written: {unfinished[:3]}"
         self.sync()
         if len(self.files) > 1:
