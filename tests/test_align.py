@@ -3,9 +3,11 @@ that a layer was put through."""
 
 import itertools
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.nn.functional import cosine_similarity, silu
 from transformers import AutoConfig, PreTrainedConfig
 
 from conftest import SIZES, VARIANTS
+from symphony_moe import pipeline
 from symphony_moe.align import (
     MIN_GAIN,
     Comparison,
@@ -45,6 +48,9 @@ from symphony_moe.forward import (
     one_layer_model,
     run_layer,
 )
+from symphony_moe.recipe import load_recipe
+from symphony_moe.run_folder import RunFolder
+from symphony_moe.sources import open_sources
 from symphony_moe.symmetry import (
     HeadMap,
     NeuronMap,
@@ -638,7 +644,7 @@ def test_maps_that_gain_too_little_are_dropped_and_their_measurements_kept() -> 
         }
     )
     sources = ["both", "none", "residual", "heads", "mean"]
-    record = settle(found, sources, 2)
+    record = settle(found, found.__getitem__, sources, 2)
     expected = {
         key for key in found if not key.endswith("covariance") and not key.endswith(MAPS)
     } | {f"{source}.layers.{layer}.cosine" for source in sources for layer in range(2)}
@@ -678,11 +684,60 @@ def test_one_basis_serves_all_layers() -> None:
     generator = torch.Generator().manual_seed(0)
     covariances = torch.randn(3, 5, 5, generator=generator, dtype=torch.float64) / 5
     found = {f"b.c.layers.{layer}.covariance": c for layer, c in enumerate(covariances)}
-    record = settle(found, ["b.c"], 3)
+    record = settle(found, found.__getitem__, ["b.c"], 3)
     basis = residual_basis(covariances.sum(dim=0))
     torch.testing.assert_close(record["b.c.residual"], basis.float())
     for layer, one in enumerate(covariances):
         pair = record[f"b.c.layers.{layer}.cosine"].tolist()
         assert pair == pytest.approx([float(one.trace()), float((basis * one).sum())], abs=1e-6)
     assert set(describe_alignment(record)) == {"residual"}
-    assert settle({}, ["b.c"], 3) == {}
+    nothing: dict[str, Tensor] = {}
+    assert settle(nothing, nothing.__getitem__, ["b.c"], 3) == {}
+
+
+@pytest.mark.parametrize("num_layers", [2, 9])
+def test_settling_holds_two_covariances_at_most_however_many_layers(num_layers: int) -> None:
+    """They are hidden x hidden, in float64: together they would be larger than the sources."""
+    found = findings(dict.fromkeys("bcd", [(MIN_GAIN * 2, MIN_GAIN * 2)] * num_layers))
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal alive, most
+        tensor = found[name].clone()
+        if name.endswith(".covariance"):
+            alive = [one for one in alive if one() is not None] + [weakref.ref(tensor)]
+            most = max(most, len(alive))
+        return tensor
+
+    record = settle(found, read, ["b", "c", "d"], num_layers)
+    assert 1 <= most <= 2
+    assert {"b.residual", "c.residual", "d.residual"} <= record.keys()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="looks at the process's maps")
+def test_what_is_settled_from_is_read_when_asked_for_and_keeps_no_file_mapped(
+    recipes: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor that was read holds on to its own bytes, and not to the covariances that lie beside
+    it in its layer's file."""
+    recipe = load_recipe(recipes("llama"), ["method=harmonized"])
+    folder = RunFolder(tmp_path)
+    folder.work.mkdir()
+    settled = []
+
+    def look(
+        names: Mapping[str, Path], read: Callable[[str], Tensor], *others: Any
+    ) -> dict[str, Tensor]:
+        kept = {name: read(name) for name in names}
+        assert sum(name.endswith(".covariance") for name in kept) == 2 * 2
+        assert "compared-" not in Path("/proc/self/maps").read_text(encoding="utf-8")
+        assert all(read(name).data_ptr() != tensor.data_ptr() for name, tensor in kept.items())
+        settled.append(others)
+        return settle(names, read, *others)
+
+    monkeypatch.setattr(pipeline, "settle", look)
+    windows = {name: torch.randint(256, (2, 64)) for name in recipe.sources}
+    record = pipeline._align(recipe, open_sources(recipe), windows, folder, "text")
+    assert settled == [(["b", "c"], 2)]
+    assert "b.layers.1.cosine" in record

@@ -37,12 +37,13 @@ def test_the_whole_way_on_cuda(variant: str, method: str, tmp_path: Path) -> Non
 @pytest.fixture
 def prefer_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model may lose more on text than a mean of models that are strangers."""
-    loss_of = pipeline.next_token_loss
+    losses_of = pipeline.next_token_losses
 
-    def loss(calibration: Any, stream: str, head: torch.Tensor) -> float:
-        return loss_of(calibration, stream, head) + (100.0 if stream == "plain" else 0.0)
+    def losses(calibration: Any, stream: str, head: torch.Tensor) -> dict[str, float]:
+        more = 100.0 if stream == "plain" else 0.0
+        return {name: loss + more for name, loss in losses_of(calibration, stream, head).items()}
 
-    monkeypatch.setattr(pipeline, "next_token_loss", loss)
+    monkeypatch.setattr(pipeline, "next_token_losses", losses)
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from conftest import VARIANTS, make_recipe, make_text
 from symphony_moe import pipeline
-from symphony_moe.calibrate import calibration_windows
-from symphony_moe.errors import RunFolderError, SourceError, VerificationError
+from symphony_moe.calibrate import aside_windows, calibration_windows
+from symphony_moe.errors import RunFolderError, SourceError, TextError, VerificationError
 from symphony_moe.evaluate import held_out_windows, losses_and_routing
 from symphony_moe.recipe import load_recipe, resolve_recipe
 from symphony_moe.run_folder import RunFolder
@@ -61,14 +61,15 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 @contextmanager
 def preferring(model: str) -> Iterator[None]:
     """Let the other one of `harmonized` and `plain mean` lose 100 nats more than it does."""
-    whole = pipeline.next_token_loss
+    whole = pipeline.next_token_losses
     other = {"harmonized": "plain", "plain mean": "new"}[model]
 
-    def loss(calibration: Any, stream: str, head: Tensor) -> float:
-        return whole(calibration, stream, head) + (100.0 if stream == other else 0.0)
+    def losses(calibration: Any, stream: str, head: Tensor) -> dict[str, float]:
+        more = 100.0 if stream == other else 0.0
+        return {name: loss + more for name, loss in whole(calibration, stream, head).items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "next_token_loss", loss)
+        patch.setattr(pipeline, "next_token_losses", losses)
         yield
 
 
@@ -146,13 +147,13 @@ def aligned_only(twins: Recipes, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 
 def windows_of(recipe: Path) -> dict[str, Tensor]:
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, QUICK)
     return dict(calibration_windows(loaded, open_sources(loaded)))
 
 
-def kept_aside(windows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One window in sixteen of each source, at least one, from the beginning."""
-    return {name: text[: max(1, len(text) // 16)] for name, text in windows.items()}
+def kept_aside(recipe: Path) -> dict[str, Tensor]:
+    loaded = load_recipe(recipe, QUICK)
+    return dict(aside_windows(loaded, open_sources(loaded)))
 
 
 def maps_in(run: RunFolder) -> set[str]:
@@ -329,7 +330,7 @@ KILLS = [
     ("fit_layer", 2, "harmonized", False),
     ("CheckpointWriter.sync", 1, "harmonized", True),
     ("fit_head", 1, "harmonized", False),
-    ("next_token_loss", 2, "harmonized", True),
+    ("next_token_losses", 2, "harmonized", True),
     # Each of the two layers is assembled as it is fitted, as the plain mean, and in falling back.
     ("assemble_layer", 6, "plain mean", False),
     ("describe_alignment", 1, "plain mean", False),
@@ -429,7 +430,7 @@ def test_the_checkpoint_computes_what_the_build_says(
     assert difference(head, table) > 0.1
     fit = run.read_json(run.metrics)["refit"]
     assert fit["chosen"] == "harmonized"
-    aside = kept_aside(windows_of(recipes(variant)))
+    aside = kept_aside(recipes(variant))
     losses = [loss_by_hand(model, text) for text in aside.values()]
     assert fit["loss"]["harmonized"] == pytest.approx(sum(losses) / 3, abs=1e-4)
 
@@ -443,6 +444,8 @@ def test_every_step_says_what_it_did(variant: str, fitted: Runs) -> None:
              "refinement")]  # fmt: skip
     assert len(steps) == 6
     steps += [fit["head"][what] for what in ("closed form", "refinement")]
+    softened = fit["head"]["softened"]
+    assert softened["kept"] is (softened["temperature"] > 1)
     for step in steps:
         before, after = step["error"]
         assert step["kept"] is (after < before)
@@ -568,7 +571,7 @@ def test_a_fit_that_is_worse_gives_the_plain_mean(
         router = stored[f"model.layers.{layer}.{router_name(variant)}"]
         assert float(router.std()) > 0.05, "as random as it began"
     assert load_clean(run.checkpoint).config.tie_word_embeddings is False
-    aside = kept_aside(windows_of(recipes(variant)))
+    aside = kept_aside(recipes(variant))
     losses = [loss_by_hand(load_clean(run.checkpoint), text) for text in aside.values()]
     assert fit["loss"]["plain mean"] == pytest.approx(sum(losses) / 3, abs=1e-4)
     assert "were fitted" not in pipeline.verify(run)["experts and backbone"]
@@ -592,7 +595,7 @@ def test_a_plain_mean_of_any_kind_verifies(
     assert "fitted" not in pipeline.verify(run)["experts and backbone"]
     assert maps_in(run) == set()
     model = load_clean(run.checkpoint)
-    losses = [loss_by_hand(model, text) for text in kept_aside(windows_of(run.recipe)).values()]
+    losses = [loss_by_hand(model, text) for text in kept_aside(run.recipe).values()]
     reported = run.read_json(run.metrics)["refit"]["loss"]["plain mean"]
     assert reported == pytest.approx(sum(losses) / 3, abs=1e-4)
 
@@ -618,6 +621,92 @@ def test_a_head_that_fits_nothing_is_found_out(
     assert "writing the plain mean" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("which", "chosen"), [("plain", "harmonized"), ("new", "plain mean"), ("both", "harmonized")]
+)
+def test_a_loss_that_is_no_number_is_never_better(
+    which: str, chosen: str, recipes: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = pipeline.next_token_losses
+
+    def losses(calibration: Any, stream: str, head: Tensor) -> dict[str, float]:
+        found = whole(calibration, stream, head)
+        return found | {"b": math.nan} if which in (stream, "both") else found
+
+    monkeypatch.setattr(pipeline, "next_token_losses", losses)
+    run = build(recipes("llama"), tmp_path / "run", prefer=None)
+    assert run.read_json(run.metrics)["refit"]["chosen"] == chosen
+
+
+def test_a_domain_that_loses_by_the_fit_is_named(
+    recipes: Recipes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """The mean over sources decides; a source on whose text the plain mean is better is told of."""
+    whole = pipeline.next_token_losses
+
+    def losses(calibration: Any, stream: str, head: Tensor) -> dict[str, float]:
+        found = whole(calibration, stream, head)
+        return (
+            {**dict.fromkeys(found, 5.0), "b": 5.2}
+            if stream == "new"
+            else dict.fromkeys(found, 5.1)
+        )
+
+    monkeypatch.setattr(pipeline, "next_token_losses", losses)
+    run = build(recipes("llama"), tmp_path / "run", prefer=None)
+    fit = run.read_json(run.metrics)["refit"]
+    assert fit["chosen"] == "harmonized"
+    assert fit["loss_by_source"]["harmonized"] == {"a": 5.0, "b": 5.2, "c": 5.0}
+    assert [r.getMessage()[:21] for r in caplog.records if "loses less" in r.getMessage()] == [
+        "on the text of b kept"
+    ]
+
+
+def test_a_single_document_cannot_be_judged_by(recipes: Recipes, tmp_path: Path) -> None:
+    """Refused before a run folder exists; a method that fits nothing takes it."""
+    project = shutil.copytree(recipes("llama").parent, tmp_path / "project")
+    one = " ".join(f"word{number}" for number in range(2000))
+    (project / "b.jsonl").write_text(json.dumps({"text": one}), encoding="utf-8")
+    given = ["evaluation.holdout=1e-9"]
+    with pytest.raises(TextError, match=r"calibration text of b: a single document; .* give text"):
+        build(project / "recipe.yaml", tmp_path / "run", *given)
+    assert not (tmp_path / "run").exists()
+    assert pipeline.build(load_recipe(project / "recipe.yaml", given), tmp_path / "run").checkpoint
+
+
+@pytest.mark.parametrize("windows", [2, 8])
+def test_branches_with_little_text_are_not_made_worse(windows: int, tmp_path: Path) -> None:
+    """Bundled models of one base, and so little text that a fit can only learn it by heart: the one
+    that loses less on the documents kept aside is written, and held-out text agrees to within 0.1
+    nats (the text kept aside is that short)."""
+    names = ("english", "python", "arithmetic", "records")
+    content: dict[str, Any] = {
+        "sources": {
+            name: {"model": f"bundled:branches/{name}", "data": f"bundled:{name}"} for name in names
+        },
+        "method": "harmonized",
+        "calibration": {"tokens": 4 * windows * 128, "sequence_length": 128},
+        "output": {"dtype": "float32"},
+        "refit": {"epochs": 2},
+        "evaluation": {"tokens": 4096, "sequence_length": 128},
+    }
+    recipe = resolve_recipe(content, tmp_path, "branches")
+    held_out = held_out_windows(recipe, open_sources(recipe))
+    run = pipeline.build(recipe, tmp_path / "run")
+    fit = run.read_json(run.metrics)["refit"]
+    assert fit["chosen"] == min(fit["loss"], key=fit["loss"].__getitem__)
+    with preferring("plain mean"):
+        plain = pipeline.build(recipe, tmp_path / "plain")
+    written, mean = (
+        sum(losses_and_routing(load_stock(one.checkpoint), held_out)[0].values()) / 4
+        for one in (run, plain)
+    )
+    assert written <= mean + 0.1
+
+
 # ---------------------------------------------------------------------- alignment and routers alone
 
 
@@ -633,7 +722,7 @@ def test_alignment_alone_brings_twins_back_exactly(
     assert f"{len(stored)} tensors equal" in summary and "fitted" not in summary
     found = {key.rpartition(".")[2] for key in maps_in(run)}
     assert found == {"residual", "order", "phases", "values"}
-    assert "refit" not in run.read_json(run.metrics)
+    assert not {"head", "loss", "chosen"} & run.read_json(run.metrics).get("refit", {}).keys()
     text = random_text(2, 3, 48)
     expected = logits_of(load_clean(models_of(twins(variant)) / "a"), text)
     assert difference(logits_of(load_clean(run.checkpoint), text), expected) <= 1e-4
@@ -713,10 +802,6 @@ def router_inputs(model: Any, text: Tensor) -> list[Tensor]:
     return seen
 
 
-def fitted_on(windows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: text[max(1, len(text) // 16) :] for name, text in windows.items()}
-
-
 @pytest.mark.parametrize("variant", ["llama", "qwen2-untied"])
 def test_hidden_routers_are_the_mean_inputs_of_the_stock_model(
     variant: str, recipes: Recipes, tmp_path: Path
@@ -728,7 +813,7 @@ def test_hidden_routers_are_the_mean_inputs_of_the_stock_model(
     run = pipeline.build(recipe, tmp_path / "run")
     pipeline.verify(run)
     model = load_clean(run.checkpoint)
-    windows = fitted_on(windows_of(recipes(variant)))
+    windows = windows_of(recipes(variant))
     inputs = {name: router_inputs(model, text) for name, text in windows.items()}
     for layer in range(2):
         means = np.stack([inputs[name][layer].mean(dim=0).numpy() for name in "abc"])
@@ -740,20 +825,24 @@ def test_hidden_routers_are_the_mean_inputs_of_the_stock_model(
 
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_regression_routers_are_the_minimum_on_the_stock_models_inputs(
-    variant: str, recipes: Recipes, built: Runs, tmp_path: Path
+    variant: str, recipes: Recipes, tmp_path: Path
 ) -> None:
     """Without a fit: the gradient of the mean cross-entropy plus 1e-4 times the squared weights is
-    nothing there, worked out in numpy. Every other tensor is what `symphony` gives, bit for bit."""
-    run = pipeline.build(
-        load_recipe(recipes(variant), ["router.init=regression"]), tmp_path / "run"
-    )
+    nothing there, worked out in numpy. Every other tensor is what `symphony` gives, bit for bit
+    (but for the order of neurons, which is found on the text that is not kept aside)."""
+    runs = {}
+    for init in ("random", "regression"):
+        given = [f"router.init={init}", "align.neurons=none"]
+        runs[init] = pipeline.build(load_recipe(recipes(variant), given), tmp_path / init)
+    run = runs["regression"]
     pipeline.verify(run)
-    usual, stored = read_tensors(built(variant).checkpoint), read_tensors(run.checkpoint)
+    usual, stored = read_tensors(runs["random"].checkpoint), read_tensors(run.checkpoint)
     routers = {f"model.layers.{layer}.{router_name(variant)}" for layer in range(2)}
     assert {n for n in usual if not torch.equal(usual[n], stored[n])} == routers
-    assert load_file(run.alignment).keys() == load_file(built(variant).alignment).keys()
+    layers = run.read_json(run.metrics)["refit"]["layers"]
+    assert [list(layer) for layer in layers] == [["routing"]] * 2, "the balance is reported"
     model = load_clean(run.checkpoint)
-    windows = fitted_on(windows_of(recipes(variant)))
+    windows = windows_of(recipes(variant))
     inputs = {name: router_inputs(model, text) for name, text in windows.items()}
     for layer in range(2):
         router = model.model.layers[layer].mlp.gate.weight.detach().double().numpy()
@@ -968,8 +1057,8 @@ def finite(run: RunFolder) -> bool:
 def test_one_short_window_per_source_is_fitted_with_a_warning(
     variant: str, recipes: Recipes, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """There is nothing to keep aside, and fewer tokens (16) than unknowns (32 and 48): said once of
-    each fit, and what the text leaves open stays finite."""
+    """Fewer tokens (16) than unknowns (32 and 48), besides the window that is kept aside: said once
+    of each fit, and what the text leaves open stays finite."""
     given = ("calibration.tokens=48", "calibration.sequence_length=16")
     with caplog.at_level(logging.WARNING, logger="symphony_moe"):
         run = build(recipes(variant), tmp_path / "run", *given)
@@ -990,9 +1079,11 @@ def test_sources_may_have_different_amounts_of_text(
     make_text(project / "b.jsonl", seed=1, documents=3)
     with caplog.at_level(logging.WARNING, logger="symphony_moe"):
         run = build(project / "recipe.yaml", tmp_path / "run", "calibration.tokens=6144")
-    assert "calibration text of b: 2,048 tokens asked for" in caplog.text
+    assert "calibration text of b: 1,792 tokens asked for" in caplog.text
+    assert "calibration text kept aside of b: 256 tokens asked for" in caplog.text
     lengths = {name: len(text) for name, text in windows_of(run.recipe).items()}
-    assert lengths["a"] == 32 and lengths["b"] < 8
+    assert lengths["a"] == 28 and lengths["b"] < 8
+    assert all(1 <= len(text) <= 4 for text in kept_aside(run.recipe).values())
     assert finite(run)
     pipeline.verify(run)
 

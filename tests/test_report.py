@@ -139,23 +139,73 @@ def sample_metrics() -> dict[str, Any]:
 
 
 def sample_refit() -> dict[str, Any]:
+    ridge = sample_recipe()["refit"]["ridge"]
+    attention = {"q, k and v": 9.4, "o": 6.1}
+    experts = {f"input map of {name}": 70.0 + i for i, name in enumerate(SOURCES)}
+    experts |= {f"down_proj of {name}": 1069.3 - i for i, name in enumerate(SOURCES)}
     layers = [
         {
-            "attention": {"error": [0.5 - e, 0.45 - e], "kept": True, "condition": 9.4},
-            "experts": {"error": [0.39 - e, 0.3 - e], "kept": True, "condition": 1069.3},
+            "attention": {
+                "error": [0.5 - e, 0.45 - e],
+                "kept": True,
+                "condition": dict(attention),
+                "ridge": dict.fromkeys(attention, ridge),
+            },
+            "experts": {
+                "error": [0.39 - e, 0.3 - e],
+                "kept": True,
+                "condition": dict(experts),
+                "ridge": dict.fromkeys(experts, ridge),
+            },
             "refinement": {"error": [0.3 - e, 0.16 - e], "kept": True, "steps": 120},
+            # As the build writes them: by name.
+            "routing": {
+                "share": {"code": 0.2 + 2 * e, "general": 0.5 - e, "maths": 0.3 - e},
+                "first_choice_is_source": 0.8 + e,
+            },
         }
         for e in (0.0, 0.01, 0.02, 0.03)
     ]
     return {
         "layers": layers,
         "head": {
-            "closed form": {"error": [1.73, 1.335], "kept": True},
+            "closed form": {
+                "error": [1.73, 1.335],
+                "kept": True,
+                "condition": {"output head": 2101.2},
+                "ridge": {"output head": ridge},
+            },
             "refinement": {"error": [1.335, 0.591], "kept": True},
+            "softened": {"error": [0.591, 0.6179], "kept": True, "temperature": 1.25},
         },
         "loss": {"harmonized": 2.4943, "plain mean": 5.5905},
+        "loss_by_source": {
+            "harmonized": {"code": 1.6, "general": 3.5, "maths": 2.3829},
+            "plain mean": {"code": 6.1, "general": 3.25, "maths": 7.4215},
+        },
         "chosen": "harmonized",
     }
+
+
+def old_refit() -> dict[str, Any]:
+    """As builds noted it that kept windows aside, not documents."""
+    refit = sample_refit()
+    del refit["loss_by_source"], refit["head"]["softened"]
+    del refit["head"]["closed form"]["condition"], refit["head"]["closed form"]["ridge"]
+    for layer in refit["layers"]:
+        for step in (layer["attention"], layer["experts"]):
+            step["condition"] = max(step["condition"].values())
+            del step["ridge"]
+    return refit
+
+
+def router_only() -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metrics, recipe) of a build that fitted a router and nothing else."""
+    metrics, recipe = sample_metrics(), sample_recipe()
+    layers = [{"routing": layer["routing"]} for layer in metrics["refit"]["layers"]]
+    metrics["refit"] = {"layers": layers}
+    recipe["refit"]["method"], recipe["router"]["init"] = "none", "regression"
+    return metrics, recipe
 
 
 class Page(HTMLParser):
@@ -319,6 +369,9 @@ def test_no_fit_is_no_omission_where_the_recipe_asks_for_none() -> None:
     recipe = sample_recipe()
     recipe["refit"]["method"] = "none"
     assert "Not in this report" not in render(without("refit"), sample_plan(), recipe)
+    recipe["router"]["init"] = "regression"
+    page = Page(render(without("refit"), sample_plan(), recipe))
+    assert f"No balance of the fitted router; run  {BUILD}" in " ".join(page.text)
 
 
 def test_names_are_escaped() -> None:
@@ -335,6 +388,10 @@ def test_names_are_escaped() -> None:
     for kind in metrics["alignment"].values():
         kind[evil] = {"before": [0.1], "after": [0.2], "used": False}
     metrics["refit"] |= {"loss": {evil: 1.0}, "chosen": evil}
+    metrics["refit"]["loss_by_source"][evil] = {evil: 1.0}
+    metrics["refit"]["layers"][0]["routing"]["share"][evil] = 0.1
+    metrics["refit"]["layers"][0]["experts"]["condition"][evil] = 1e9
+    metrics["refit"]["layers"][0]["experts"]["ridge"][evil] = 0.1
     metrics["refit"]["head"][evil] = {"error": [1.0, 2.0], "kept": False}
     page = Page(render(metrics, plan, recipe))
     assert "script" not in [tag for tag, _ in page.tags]
@@ -557,7 +614,10 @@ def test_the_fit_shows_every_error_and_their_means() -> None:
     assert rows[5] == ["3", "0.4700", "0.4200", "0.3600", "0.2700", "0.1300"]
     assert rows[6] == ["mean", "0.4850", "0.4350", "0.3750", "0.2850", "0.1450"]
     head = page.table("Output head")
-    assert head == [["before", "closed form", "refinement"], ["1.7300", "1.3350", "0.5910"]]
+    assert head == [
+        ["before", "closed form", "refinement", "softened"],
+        ["1.7300", "1.3350", "0.5910", "0.6179"],
+    ]
     assert "kept aside, in nats per token: harmonized 2.494, plain mean 5.590." in page.words
     assert "The harmonized model was written." in page.words
     assert not page.struck and "Struck through" not in page.words
@@ -582,7 +642,7 @@ def test_a_fit_without_some_of_its_steps_renders() -> None:
     metrics = sample_metrics()
     for layer in metrics["refit"]["layers"]:
         del layer["refinement"]
-    del metrics["refit"]["head"]["refinement"]
+    del metrics["refit"]["head"]["refinement"], metrics["refit"]["head"]["softened"]
     page = Page(rendered(metrics))
     assert page.table("Layers")[1] == ["Layer", "before", "attention", "before", "experts"]
     assert page.table("Output head") == [["before", "closed form"], ["1.7300", "1.3350"]]
@@ -617,10 +677,161 @@ def test_the_page_says_that_the_plain_mean_was_written() -> None:
             source["used"] = False
     words = Page(rendered(metrics)).words
     assert "harmonized NaN, plain mean 3.250." in words
-    assert "The plain mean was written: what is measured below is not in the checkpoint." in words
+    assert "The plain mean was written. The errors, the regressions, the balance" in words
+    assert "are those of the fitted model, which is not in the checkpoint." in words
     assert "This build uses no map" in words
     # The maps may well have gained enough.
     assert "Maps not used" not in words
+
+
+UNWRITTEN = "; the fitted model, which was not written"
+
+
+@pytest.mark.parametrize("table", ["Layers:", "Regressions", "Balance", "Output head"])
+def test_every_table_of_a_fitted_model_that_was_not_written_says_so(table: str) -> None:
+    metrics = sample_metrics()
+
+    def caption() -> str:
+        return next(c for c in Page(rendered(metrics)).tables if c.startswith(table))
+
+    assert UNWRITTEN not in caption()
+    metrics["refit"]["chosen"] = "plain mean"
+    assert caption().endswith(UNWRITTEN)
+
+
+def test_the_fit_shows_the_loss_kept_aside_per_source_and_which_model_was_written() -> None:
+    metrics = sample_metrics()
+    html = rendered(metrics)
+    assert Page(html).table("Text kept aside") == [
+        ["Model", *SOURCES],
+        ["harmonized (written)", "3.500", "2.383", "1.600"],
+        ["plain mean", "3.250", "7.421", "6.100"],
+    ]
+    # The mean may be worth it where one source's own is not.
+    assert "<b>3.250</b>" in html and "<b>1.600</b>" in html
+    assert "<b>3.500</b>" not in html and "<b>6.100</b>" not in html
+    metrics["refit"]["chosen"] = "plain mean"
+    metrics["refit"]["loss_by_source"]["harmonized"] = {"general": None, "maths": 2.0}
+    assert Page(rendered(metrics)).table("Text kept aside")[1:] == [
+        ["harmonized", "NaN", "2.000", MISSING],
+        ["plain mean (written)", "3.250", "7.421", "6.100"],
+    ]
+
+
+def test_the_fit_shows_the_balance_between_experts_per_layer_and_its_mean() -> None:
+    assert Page(rendered(sample_metrics())).table("Balance") == [
+        ["Layer", *SOURCES, "first choice is the text's own source"],
+        ["0", "50.0", "30.0", "20.0", "80.0"],
+        ["1", "49.0", "29.0", "22.0", "81.0"],
+        ["2", "48.0", "28.0", "24.0", "82.0"],
+        ["3", "47.0", "27.0", "26.0", "83.0"],
+        ["mean", "48.5", "28.5", "23.0", "81.5"],
+    ]
+
+
+def test_a_router_that_is_all_that_was_fitted_has_its_balance_and_nothing_else() -> None:
+    metrics, recipe = router_only()
+    page = Page(render(metrics, sample_plan(), recipe))
+    assert page.table("Balance")[-1] == ["mean", "48.5", "28.5", "23.0", "81.5"]
+    captions = " ".join(page.tables)
+    for other in ("Layers:", "Regressions", "Output head", "Text kept aside"):
+        assert other not in captions
+    assert "each layer's router was fitted" in page.words
+    assert "nothing else was fitted. Shares are measured on text kept aside" in page.words
+    assert "weights were fitted" not in page.words and "steps were kept" not in page.words
+    assert "Not in this report" not in page.words
+
+
+def test_shares_that_are_coloured_have_their_legend_once() -> None:
+    for metrics in (sample_metrics(), without("routing"), without("refit")):
+        assert rendered(metrics).count('class="legend"') == 1
+    assert 'class="legend"' not in rendered(without("routing", "refit"))
+
+
+def test_the_fit_shows_the_largest_condition_of_every_layer_and_that_no_ridge_was_raised() -> None:
+    metrics = sample_metrics()
+    metrics["refit"]["layers"][2]["attention"]["condition"]["o"] = 3.14e7
+    page = Page(rendered(metrics))
+    assert page.table("Regressions") == [
+        ["Layer", "condition", "of"],
+        ["0", "1,069", "down_proj of general"],
+        ["1", "1,069", "down_proj of general"],
+        ["2", "3.1e+07", "o"],
+        ["3", "1,069", "down_proj of general"],
+        ["head", "2,101", "output head"],
+    ]
+    assert "was enough in all 33 regressions: none was raised." in page.words
+
+
+def test_the_fit_shows_where_a_ridge_was_raised_above_the_recipe_s() -> None:
+    metrics = sample_metrics()
+    layers = metrics["refit"]["layers"]
+    layers[1]["experts"]["ridge"]["down_proj of maths"] = 0.1
+    layers[1]["attention"]["ridge"]["o"] = 10.0
+    for key in ("condition", "ridge"):  # nothing could be solved for
+        layers[3]["experts"][key]["input map of code"] = None
+    metrics["refit"]["head"]["closed form"]["ridge"]["output head"] = 1.0
+    page = Page(rendered(metrics))
+    rows = page.table("Regressions")
+    assert rows[0] == ["Layer", "condition", "of", "ridge raised to"]
+    assert [row[-1] for row in rows[1:]] == [
+        "",
+        "o: 10, down_proj of maths: 0.1",
+        "",
+        "input map of code: none was enough, left as it was",
+        "output head: 1",
+    ]
+    assert rows[4][1:3] == ["not finite", "input map of code"]
+    assert "in 4 of 33 regressions it was raised tenfold" in page.words
+    # Beside a recipe that asks for as much, none of these was raised.
+    recipe = sample_recipe()
+    recipe["refit"]["ridge"] = 0.1
+    for note in (note for layer in layers for note in layer.values() if "ridge" in note):
+        note["ridge"] = dict.fromkeys(note["ridge"], 0.1)
+    metrics["refit"]["head"]["closed form"]["ridge"]["output head"] = 0.1
+    assert "none was raised" in Page(render(metrics, sample_plan(), recipe)).words
+
+
+def test_the_fit_says_in_words_what_the_temperature_does() -> None:
+    metrics = sample_metrics()
+    words = Page(rendered(metrics)).words
+    assert "its logits are divided by 1.25, which is what sampling at temperature 1.25" in words
+    # 100 ** (1 / 1.25)
+    assert "A token that was 100 times as likely as another is now 40 times as likely." in words
+    assert "The divergence may rise by 5 per cent for this" in words
+    note = {"error": [0.591, 0.591], "kept": False, "temperature": 1.0}
+    metrics["refit"]["head"]["softened"] = note
+    page = Page(rendered(metrics))
+    assert "The head was not softened" in page.words and "divided by" not in page.words
+    # It did not fail: no other temperature was near enough.
+    assert not page.struck and "Struck through" not in page.words
+
+
+def test_the_fit_says_what_text_it_was_judged_by() -> None:
+    documents = "text kept aside: documents of their own, on which no weight was fitted."
+    metrics = sample_metrics()
+    words = Page(rendered(metrics)).words
+    assert documents in words
+    assert "They decided which steps were kept and how much the head was softened." in words
+    router, recipe = router_only()
+    assert documents in Page(render(router, sample_plan(), recipe)).words
+    words = Page(rendered(metrics | {"refit": old_refit()})).words
+    assert "windows of that text kept aside, on which no weight was fitted." in words
+    assert "documents of their own" not in words
+
+
+def test_the_fit_of_an_older_build_renders_with_what_it_noted() -> None:
+    page = Page(rendered(sample_metrics() | {"refit": old_refit()}))
+    assert page.table("Regressions")[:2] == [
+        ["Layer", "condition", "of"],
+        ["0", "1,069", "experts"],
+    ]
+    assert page.table("Output head")[0] == ["before", "closed form", "refinement"]
+    assert page.table("Layers")[2] == ["0", "0.5000", "0.4500", "0.3900", "0.3000", "0.1600"]
+    assert page.table("Balance")[-1][-1] == "81.5"
+    assert not any(caption.startswith("Text kept aside") for caption in page.tables)
+    for absent in ("was raised", "softened"):
+        assert absent not in page.words.split("Recipe")[0]
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,17 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import make_text, make_tokenizer
+from symphony_moe.calibrate import aside_windows, calibration_windows
 from symphony_moe.errors import TextError
-from symphony_moe.recipe import HubData
+from symphony_moe.recipe import HubData, Refit, Router, resolve_recipe
+from symphony_moe.sources import open_sources
 from symphony_moe.text import (
     check_data_exists,
     draw_windows,
     is_held_out,
     pack_windows,
     read_documents,
+    split_aside,
 )
 
 CHAT = [{"role": "user", "content": "alpha?"}, {"role": "assistant", "content": "beta."}]
@@ -403,3 +406,71 @@ def test_bundled_texts_have_names() -> None:
     check_data_exists("x", "bundled:python")
     with pytest.raises(TextError, match=r"no bundled text 'bundled:cooking'; there is: english,"):
         check_data_exists("x", "bundled:cooking")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 100])
+def test_documents_set_aside_are_some_and_never_all(count: int) -> None:
+    """An eighth of them, at least one of two or more; every document is on one side, in the order
+    given, and which side does not depend on that order."""
+    documents = [f"document {number}" for number in range(count)]
+    fitted, aside = split_aside(documents, 1 / 8)
+    expected = 0 if count < 2 else max(1, round(count / 8))
+    assert len(aside) == expected and len(fitted) == count - expected
+    assert sorted(fitted + aside) == sorted(documents) and not set(fitted) & set(aside)
+    for part in (fitted, aside):
+        assert part == [document for document in documents if document in part]
+    again = split_aside(documents[::-1], 1 / 8)
+    assert [sorted(part) for part in again] == [sorted(fitted), sorted(aside)]
+
+
+def test_the_text_kept_aside_is_of_documents_of_its_own() -> None:
+    """Bundled text: no window that a fit is judged by shares a line with one that is fitted on, and
+    together they are as much as was asked for; a method that fits nothing uses all of it."""
+    sources = {
+        name: {"model": f"bundled:strangers/{name}", "data": f"bundled:{name}"}
+        for name in ("arithmetic", "records")
+    }
+    content = {
+        "sources": sources,
+        "method": "harmonized",
+        "calibration": {"tokens": 2 * 40 * 64, "sequence_length": 64},
+    }
+    recipe = resolve_recipe(content, Path(), "x")
+    opened = open_sources(recipe)
+    fitted, aside = calibration_windows(recipe, opened), aside_windows(recipe, opened)
+    for source in opened:
+        spec = recipe.sources[source.name]
+        documents = read_documents("x", spec.data, spec.column, source.tokenizer)
+        documents = [d for d in documents if not is_held_out(d, recipe.evaluation.holdout)]
+        sides = split_aside(documents, 1 / 8)
+        for windows, own, other in ((fitted, *sides), (aside, *sides[::-1])):
+            # Packed text of one side holds a window's tokens in sequence; the other's does not.
+            streams = [
+                spelled(pack_windows(side, source.tokenizer, 1).flatten().tolist())
+                for side in (own, other)
+            ]
+            pieces = [
+                spelled(piece)
+                for window in windows[source.name].tolist()
+                for piece in pieces_of_one_document(window, source.tokenizer.bos_token_id)
+            ]
+            assert pieces and all(piece in streams[0] for piece in pieces)
+            assert sum(piece in streams[1] for piece in pieces) < len(pieces) / 10
+        assert len(fitted[source.name]) == 36 and len(aside[source.name]) == 4
+    plain = recipe.model_copy(update={"refit": Refit(), "router": Router()})
+    assert all(len(text) == 40 for text in calibration_windows(plain, opened).values())
+
+
+def pieces_of_one_document(window: list[int], bos: int) -> list[list[int]]:
+    """What a packed window holds of single documents, where that is long enough to tell."""
+    pieces: list[list[int]] = [[]]
+    for token in window:
+        if token == bos:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return [piece for piece in pieces if len(piece) >= 24]
+
+
+def spelled(tokens: list[int]) -> str:
+    return f" {' '.join(map(str, tokens))} "

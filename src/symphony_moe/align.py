@@ -9,7 +9,7 @@ Everything here is statistics and what follows from them; `symmetry.py` applies 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -290,24 +290,32 @@ def _check_finite(statistics: Tensor, who: str) -> None:
 
 
 def settle(
-    found: Mapping[str, Tensor], sources: Sequence[str], num_layers: int
+    names: Collection[str], read: Callable[[str], Tensor], sources: Sequence[str], num_layers: int
 ) -> dict[str, Tensor]:
     """What `alignment.safetensors` holds, from all layers' findings (`<source>.layers.<l>.<kind>`):
     one residual basis for all layers, and maps only of sources that gain MIN_GAIN by them.
-    `sources`: all but the anchor."""
-    record = {key: tensor for key, tensor in found.items() if not key.endswith(".covariance")}
+    `sources`: all but the anchor.
+
+    `read`: name of a finding -> tensor. A covariance (hidden x hidden) is read twice, for the sum
+    over the layers and for its cosine in the basis that follows, and not kept: memory does not grow
+    with depth.
+    """
+    record = {name: read(name) for name in names if not name.endswith(".covariance")}
     for source in sources:
         prefixes = [f"{source}.layers.{layer}." for layer in range(num_layers)]
-        if f"{prefixes[0]}covariance" in found:
-            covariances = [found[f"{prefix}covariance"] for prefix in prefixes]
-            residual = residual_basis(torch.stack(covariances).sum(dim=0))
-            cosines = [(mean_cosine(c, None), mean_cosine(c, residual)) for c in covariances]
+        if f"{prefixes[0]}covariance" in names:
+            covariances = [f"{prefix}covariance" for prefix in prefixes]
+            residual = residual_basis(sum(map(read, covariances), torch.tensor(0.0)))
+            cosines = [
+                (mean_cosine(one, None), mean_cosine(one, residual))
+                for one in map(read, covariances)
+            ]
             for prefix, pair in zip(prefixes, cosines, strict=True):
                 record[f"{prefix}cosine"] = torch.tensor(pair)
             if _gain(torch.tensor(cosines)) >= MIN_GAIN:
                 record[f"{source}.residual"] = residual.float()
-        if f"{prefixes[0]}heads.order" in found:
-            pairs = torch.stack([found[f"{prefix}heads.correlation"] for prefix in prefixes])
+        if f"{prefixes[0]}heads.order" in names:
+            pairs = torch.stack([record[f"{prefix}heads.correlation"] for prefix in prefixes])
             if _gain(pairs) < MIN_GAIN:
                 for prefix in prefixes:
                     for part in ("order", "phases", "values"):

@@ -16,33 +16,80 @@ from symphony_moe.align import (
     NeuronCorrelation,
     ResidualCovariance,
 )
+from symphony_moe.errors import TextError
 from symphony_moe.families import EMBEDDING, head_dim
 from symphony_moe.forward import device, load_dense_layer, observe, run_layer
 from symphony_moe.recipe import Recipe
 from symphony_moe.sources import TABLE_ROWS, Source
 from symphony_moe.streams import Streams, Windows
-from symphony_moe.text import draw_windows, is_held_out, read_documents
+from symphony_moe.text import draw_windows, is_held_out, read_documents, split_aside
+
+_ASIDE_DOCUMENTS = 1 / 8
+"""Share of a source's documents that a fit is judged by."""
 
 
 def calibration_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Windows]:
     """Source -> calibration text of its domain (Sec. 3.2): the same number of tokens each, held-out
-    documents left out."""
-    share = recipe.calibration.tokens // len(sources)
+    documents left out, and where something is fitted, those of `aside_windows`."""
     windows = {}
     for source in sources:
-        spec = recipe.sources[source.name]
-        who = f"calibration text of {source.name}"
-        documents = read_documents(who, spec.data, spec.column, source.tokenizer)
-        documents = [d for d in documents if not is_held_out(d, recipe.evaluation.holdout)]
-        windows[source.name] = draw_windows(
-            who,
-            documents,
-            source.tokenizer,
-            tokens=share,
-            sequence_length=recipe.calibration.sequence_length,
-            seed=recipe.calibration.seed,
-        )
+        wanted = max(1, _windows_each(recipe) - (_aside_each(recipe) if recipe.fits else 0))
+        fitted, _ = _documents(recipe, source)
+        windows[source.name] = _draw(recipe, source, "calibration text", fitted, wanted)
     return windows
+
+
+def aside_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Windows]:
+    """Source -> text of its domain that a fit is judged by: of documents of their own.
+
+    One window in 16 of what `calibration.tokens` asks for; four where that is fewer, but no more
+    than one in four. Raises TextError where a source has a single document.
+    """
+    windows = {}
+    for source in sources:
+        _, aside = _documents(recipe, source)
+        if not aside:
+            raise TextError(
+                f"calibration text of {source.name}: a single document; a fit is judged by "
+                "documents that it has not seen, so give text in several (or refit.method: none "
+                "and router.init: random)"
+            )
+        what = "calibration text kept aside"
+        windows[source.name] = _draw(recipe, source, what, aside, _aside_each(recipe))
+    return windows
+
+
+def _windows_each(recipe: Recipe) -> int:
+    settings = recipe.calibration
+    return max(1, settings.tokens // len(recipe.sources) // settings.sequence_length)
+
+
+def _aside_each(recipe: Recipe) -> int:
+    windows = _windows_each(recipe)
+    return max(windows // 16, min(4, windows // 4), 1)
+
+
+def _documents(recipe: Recipe, source: Source) -> tuple[list[str], list[str]]:
+    """(to fit on, to judge a fit by); where nothing is fitted, the former are all."""
+    spec = recipe.sources[source.name]
+    who = f"calibration text of {source.name}"
+    documents = read_documents(who, spec.data, spec.column, source.tokenizer)
+    documents = [d for d in documents if not is_held_out(d, recipe.evaluation.holdout)]
+    return split_aside(documents, _ASIDE_DOCUMENTS) if recipe.fits else (documents, [])
+
+
+def _draw(
+    recipe: Recipe, source: Source, what: str, documents: Sequence[str], windows: int
+) -> Windows:
+    length = recipe.calibration.sequence_length
+    return draw_windows(
+        f"{what} of {source.name}",
+        documents,
+        source.tokenizer,
+        tokens=windows * length,
+        sequence_length=length,
+        seed=recipe.calibration.seed,
+    )
 
 
 def embedding_blocks(source: Source) -> Iterator[tuple[int, Tensor]]:

@@ -183,7 +183,7 @@ def _build(options: argparse.Namespace) -> Result:
             before, after = (sum(values[key]) / len(values[key]) for key in ("before", "after"))
             unused = "" if values["used"] else "; too little to use"
             text += f"\n{source}: {what} {before:.3f} before, {after:.3f} after{unused}"
-    if "refit" in metrics:
+    if "loss" in metrics.get("refit", {}):
         text += (
             "\n"
             + ", ".join(f"{name} {loss:.3f}" for name, loss in metrics["refit"]["loss"].items())

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import json
 import logging
+import math
 import platform
 import resource
 import shutil
@@ -39,7 +40,12 @@ from symphony_moe.assemble import (
     fused_final_norm,
     fused_tables,
 )
-from symphony_moe.calibrate import calibration_windows, compare_layer, embedding_blocks
+from symphony_moe.calibrate import (
+    aside_windows,
+    calibration_windows,
+    compare_layer,
+    embedding_blocks,
+)
 from symphony_moe.errors import RecipeError, RunFolderError
 from symphony_moe.evaluate import continuations, evaluate_run, held_out_windows
 from symphony_moe.families import (
@@ -60,7 +66,7 @@ from symphony_moe.refit import (
     calibrate_plain,
     fit_layer,
 )
-from symphony_moe.refit_head import fit_head, next_token_loss
+from symphony_moe.refit_head import fit_head, next_token_losses
 from symphony_moe.report import render
 from symphony_moe.run_folder import (
     RunFolder,
@@ -113,6 +119,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     sources = open_sources(recipe)
     planned = make_plan(recipe, sources)
     windows = calibration_windows(recipe, sources) if recipe.aligns or recipe.fits else {}
+    aside = aside_windows(recipe, sources) if recipe.fits else {}
     recipe = _with_hashes(recipe, sources)
 
     folder = start_run(out, recipe, resume=resume, overwrite=overwrite)
@@ -123,7 +130,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
         return folder
     with log_to(folder):
         folder.update_json(folder.plan, planned.to_json())
-        text = _digest(windows)
+        text = _digest(*windows.values(), *aside.values())
         record = _align(recipe, sources, windows, folder, text)
         if recipe.refit.method != "none":
             record |= _count_tokens(windows, sources[0].config.vocab_size)
@@ -131,7 +138,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
             folder.staged_checkpoint, planned.tensors, planned.dtype, recipe.output.max_shard_bytes
         )
         _write_tables(recipe, sources, record, writer, planned.tensors)
-        calibration = _begin_fit(recipe, sources, record, windows, folder)
+        calibration = _begin_fit(recipe, sources, record, windows, aside, folder)
         num_layers = sources[0].config.num_hidden_layers
         for layer in range(num_layers):
             _build_layer(recipe, sources, layer, record, calibration, writer, folder, text)
@@ -139,9 +146,14 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
             seconds = time.monotonic() - started
             log.info("layer %d of %d, %.0f s", layer + 1, num_layers, seconds)
         fitting: dict[str, Any] = {}
-        if recipe.refit.method != "none":
-            assert calibration is not None
-            fitting, record = _finish_fit(recipe, sources, record, calibration, writer, folder)
+        if calibration is not None:
+            fitting["layers"] = [
+                json.loads((_noted(folder.layer_done(layer)) or {})["note"])
+                for layer in range(num_layers)
+            ]
+            if recipe.refit.method != "none":
+                more, record = _finish_fit(recipe, sources, record, calibration, writer, folder)
+                fitting |= more
 
         tensor_hashes = writer.finish()
         write_companions(folder.staged_checkpoint, planned, recipe, sources)
@@ -154,7 +166,9 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
                 "timing": {
                     "build_seconds": round(time.monotonic() - started, 2),
                     "build_peak_rss_bytes": peak_rss_bytes(),
-                    "calibration_tokens": sum(text.numel() for text in windows.values()),
+                    "calibration_tokens": sum(
+                        text.numel() for text in (*windows.values(), *aside.values())
+                    ),
                 },
             },
         )
@@ -263,10 +277,10 @@ def _with_hashes(recipe: Recipe, sources: Sequence[Source]) -> Recipe:
     return recipe.model_copy(update={"sources": pinned})
 
 
-def _digest(windows: Mapping[str, Tensor]) -> str:
+def _digest(*windows: Tensor) -> str:
     """SHA-256 of the calibration text."""
     digest = hashlib.sha256()
-    for text in windows.values():
+    for text in windows:
         digest.update(text.numpy().tobytes())
     return digest.hexdigest()
 
@@ -292,25 +306,46 @@ def _align(
             table = embedding_blocks(source)
             streams.embed({source.name: together}, source.config.hidden_size, table)
         for layer in range(num_layers):
-            weights = {source.name: source.read_layer(layer) for source in sources}
-            found = compare_layer(
-                recipe, sources, layer, weights, streams, statistics=not compared[layer]
-            )
-            if not compared[layer]:
-                measured = {}
-                for name, comparison in found.items():
-                    who = f"{name} (or the anchor, {recipe.anchor}): layer {layer}"
-                    for kind, tensor in match(comparison, sources[0].family, who).items():
-                        measured[f"{name}.layers.{layer}.{kind}"] = tensor
-                write_bytes(folder.layer_compared(layer), save(measured, {"text": text}))
+            path = None if compared[layer] else folder.layer_compared(layer)
+            _compare(recipe, sources, layer, streams, path, text)
             log.info("compared layer %d of %d", layer + 1, num_layers)
             release_freed_memory()
         streams.release()
-    found_in_layers: dict[str, Tensor] = {}
+    where: dict[str, Path] = {}
     for layer in range(num_layers):
-        found_in_layers |= load_file(folder.layer_compared(layer))
+        with safetensors.safe_open(folder.layer_compared(layer), framework="pt") as file:
+            where |= dict.fromkeys(file.keys(), folder.layer_compared(layer))
+
+    def read(name: str) -> Tensor:
+        with safetensors.safe_open(where[name], framework="pt") as file:
+            # A copy: while one tensor of a file is in use, all of it stays mapped.
+            return file.get_tensor(name).clone()
+
     others = [source.name for source in sources if source.name != recipe.anchor]
-    return settle(found_in_layers, others, num_layers)
+    return settle(where, read, others, num_layers)
+
+
+def _compare(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    layer: int,
+    streams: Streams,
+    path: Path | None,
+    text: str,
+) -> None:
+    """Bring all sources' streams past one layer. `path`: where to record how it compares with the
+    anchor's; None where that is known."""
+    weights = {source.name: source.read_layer(layer) for source in sources}
+    statistics = path is not None
+    found = compare_layer(recipe, sources, layer, weights, streams, statistics=statistics)
+    if path is None:
+        return
+    tensors = {}
+    for name, comparison in found.items():
+        who = f"{name} (or the anchor, {recipe.anchor}): layer {layer}"
+        for kind, tensor in match(comparison, sources[0].family, who).items():
+            tensors[f"{name}.layers.{layer}.{kind}"] = tensor
+    write_bytes(path, save(tensors, {"text": text}))
 
 
 def _is_compared(path: Path, text: str) -> bool:
@@ -348,23 +383,26 @@ def _begin_fit(
     sources: Sequence[Source],
     record: dict[str, Tensor],
     windows: Mapping[str, Tensor],
+    aside: Mapping[str, Tensor],
     folder: RunFolder,
 ) -> Calibration | None:
-    """All streams of the fit at their token embeddings; None where nothing is fitted."""
+    """All streams of the fit at their token embeddings; None where nothing is fitted. `aside`: the
+    text that it is judged by."""
     if not recipe.fits:
         return None
     anchor = anchor_of(recipe, sources)
     in_memory = streams_in_memory(recipe, anchor.config, len(sources))
     streams = Streams(None if in_memory else folder.work)
-    by_name = dict(sorted(windows.items()))
+    by_name = {name: torch.cat((aside[name], windows[name])) for name in sorted(windows)}
+    counts = {name: len(text) for name, text in aside.items()}
     configs = {source.name: source.config for source in sources}
-    calibration = Calibration(recipe, anchor.family, configs, anchor.name, by_name, streams)
+    calibration = Calibration(recipe, anchor.family, configs, anchor.name, by_name, counts, streams)
     hidden = anchor.config.hidden_size
     new = {f"new/{name}": text for name, text in by_name.items()}
     streams.embed(new, hidden, _embedding_blocks(recipe, sources, record))
     if recipe.refit.method != "none":
         for source in sources:
-            own = {f"source/{source.name}": windows[source.name]}
+            own = {f"source/{source.name}": by_name[source.name]}
             streams.embed(own, hidden, aligned_table(recipe, source, EMBEDDING, record))
         some = {
             f"plain/{name}": text[: calibration.plain_windows(name)]
@@ -452,35 +490,40 @@ def _finish_fit(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fit and write the output head; then, where the plain mean of the sources loses less on the
     text kept aside, write that instead. What was measured, and the record of what is used."""
-    config = sources[0].config
-    notes = [
-        json.loads((_noted(folder.layer_done(layer)) or {})["note"])
-        for layer in range(config.num_hidden_layers)
-    ]
     start = _whole_head(recipe, sources, record)
     own = {s.name: torch.cat([rows for _, rows in aligned_table(recipe, s, HEAD, record)])
            for s in sources}  # fmt: skip
     head, head_note = fit_head(calibration, start, own)
     writer.write(HEAD, head)
     plain_head = _whole_head(recipe, sources, {})
-    losses = {
-        "harmonized": next_token_loss(calibration, "new", writer.read(HEAD)),
-        "plain mean": next_token_loss(
-            calibration, "plain", plain_head.to(getattr(torch, writer.dtype)).float()
-        ),
+    plain = plain_head.to(getattr(torch, writer.dtype)).float()
+    by_source = {
+        "harmonized": next_token_losses(calibration, "new", writer.read(HEAD)),
+        "plain mean": next_token_losses(calibration, "plain", plain),
     }
+    losses = {which: sum(of.values()) / len(of) for which, of in by_source.items()}
     # A loss that is no number is not better than anything.
-    better = losses["harmonized"] <= losses["plain mean"]
-    chosen = "harmonized" if better else "plain mean"
+    worth = {which: loss if math.isfinite(loss) else math.inf for which, loss in losses.items()}
+    chosen = min(worth, key=lambda which: worth[which])  # the first, where they are equal
     log.info(
         "text kept aside: %.3f nats per token, the plain mean %.3f; writing the %s",
         losses["harmonized"], losses["plain mean"],
         "plain mean" if chosen == "plain mean" else "fitted model",
     )  # fmt: skip
+    for name in by_source["harmonized"] if chosen == "harmonized" else ():
+        fitted, mean = (of[name] for of in by_source.values())
+        if mean < fitted:
+            log.warning(
+                "on the text of %s kept aside the plain mean of the sources loses less (%.3f nats "
+                "per token) than the fitted model (%.3f)", name, mean, fitted,
+            )  # fmt: skip
     if chosen == "plain mean":
         record = measured(record)
         _write_plain(recipe, sources, calibration, writer, folder, plain_head)
-    return {"layers": notes, "head": head_note, "loss": losses, "chosen": chosen}, record
+    fitting = {
+        "head": head_note, "loss": losses, "loss_by_source": by_source, "chosen": chosen,
+    }  # fmt: skip
+    return fitting, record
 
 
 def _write_plain(

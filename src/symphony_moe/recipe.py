@@ -123,9 +123,17 @@ class Refit(Section):
     epochs: float = Field(8.0, ge=0)
     """Passes over the calibration text in which each layer (and the head) is refined by local
     gradient steps, after the closed form. 0: the closed form alone."""
-    learning_rate: float = Field(0.06, gt=0)
+    learning_rate: float = Field(0.06, gt=0, le=10)
     """Peak learning rate of the refinement (Adam, cosine), as a share of each tensor's root mean
     square."""
+    pull: float = Field(0.1, ge=0, allow_inf_nan=False)
+    """Pull of the refinement toward the aligned weights: a step takes a tensor this many times the
+    learning rate of the way back. More of it fits the calibration text less, and keeps more of what
+    the sources know of other text."""
+    soften: float = Field(0.05, ge=0, le=1, allow_inf_nan=False)
+    """How much farther from the sources' distributions (KL divergence on the text kept aside, as a
+    share of itself) the fitted head's logits may be divided down: what a fitted model is too sure
+    of on text of no source's domain. 0: not at all."""
 
 
 class Router(Section):

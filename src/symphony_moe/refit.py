@@ -53,12 +53,10 @@ log = logging.getLogger(__name__)
 _INPUT_NORM, _MIDDLE_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
 _PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OUTPUT = "self_attn.o_proj.weight"
-_ASIDE = 16
-"""One calibration window in so many is kept aside, to judge by."""
 _ROUTER_TOKENS = 32768
 """Router inputs that a calibrated router is fitted on, of all sources together."""
-_WARMUP = 20
-"""Steps in which the refinement's learning rate rises."""
+_WARMUP, _WARMUP_SHARE = 20, 5
+"""Steps in which the refinement's learning rate rises, and at most one in so many of all."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,14 @@ class Calibration:
     """Each source's own."""
     anchor: str
     windows: Mapping[str, Windows]
-    """Source -> calibration text of its domain, sorted by name. The first `aside(name)` windows of
-    each are kept aside."""
+    """Source -> calibration text of its domain: first what is kept aside, to judge by, then what
+    is fitted on."""
+    kept_aside: Mapping[str, int]
+    """Source -> number of windows kept aside."""
     streams: Streams
     """`source/<name>`: the aligned source on its own text. `new/<name>`: the new model on it.
     `plain/<name>`: the plain mean on some of it."""
-    warned: set[str] = field(default_factory=set)
+    warned: set[tuple[str, str]] = field(default_factory=set)
     """What has been said, and need not be said of every layer."""
 
     @property
@@ -89,18 +89,24 @@ class Calibration:
         """The sources in the order in which everything here goes through them."""
         return sorted(self.windows)
 
-    def aside(self, name: str) -> int:
-        """Number of windows kept aside of a source's text."""
-        return max(1, len(self.windows[name]) // _ASIDE)
+    def aside(self, name: str) -> slice:
+        """The windows of a source's text that are kept aside."""
+        return slice(0, self.kept_aside[name])
 
-    def first_to_fit(self, name: str) -> int:
-        """The first window that is fitted on (a text of one window is fitted on and judged by)."""
-        count = self.aside(name)
-        return count if count < len(self.windows[name]) else 0
+    def fitted(self, name: str) -> slice:
+        """The windows that are fitted on."""
+        return slice(self.kept_aside[name], len(self.windows[name]))
 
     def plain_windows(self, name: str) -> int:
-        """Windows that the plain mean runs on: those kept aside, and as many for its router."""
-        return min(len(self.windows[name]), 2 * self.aside(name))
+        """Windows that the plain mean runs on: those kept aside, and what its router is calibrated
+        on."""
+        return min(len(self.windows[name]), self.kept_aside[name] + self.router_windows(name))
+
+    def router_windows(self, name: str) -> int:
+        """Windows of a source's text that a router is calibrated on."""
+        windows, sequence = self.windows[name].shape
+        wanted = max(1, _ROUTER_TOKENS // len(self.windows) // sequence)
+        return min(wanted, windows - self.kept_aside[name])
 
 
 def fit_layer(
@@ -130,7 +136,7 @@ def fit_layer(
     if refits:
         moe, note["experts"] = _fit_experts(calibration, layer, moe)
         if recipe.refit.epochs > 0:
-            moe, note["refinement"] = _refine(calibration, layer, moe)
+            moe, note["refinement"] = _refine(calibration, layer, moe, start)
         for name in calibration.names:
             calibration.streams.swap(f"source/{name}", f"after/{name}")
     note["routing"] = _routing(calibration, layer, moe)
@@ -145,7 +151,7 @@ def _routing(calibration: Calibration, layer: int, moe: MoELayer) -> dict[str, A
     top_k = calibration.recipe.router.top_k
     chosen, right = torch.zeros(len(calibration.names)), 0.0
     for number, name in enumerate(calibration.names):
-        new = calibration.streams[f"new/{name}"][: calibration.aside(name)]
+        new = calibration.streams[f"new/{name}"][calibration.aside(name)]
         counts, own = torch.zeros_like(chosen), 0
         for window in new.split(1):
             middle = run_layer(attention, window)
@@ -205,8 +211,7 @@ def calibrate_plain(calibration: Calibration, layer: int, plain: MoELayer) -> Te
     inputs = []
     for name in calibration.names:
         rows = []
-        first = calibration.first_to_fit(name)
-        for hidden in calibration.streams[f"plain/{name}"][first:].split(1):
+        for hidden in calibration.streams[f"plain/{name}"][calibration.kept_aside[name] :].split(1):
             middle = run_layer(attention, hidden)
             rows.append(_normed(calibration.config, plain.shared, _MIDDLE_NORM, middle))
         inputs.append(torch.cat(rows).flatten(0, 1))
@@ -257,8 +262,8 @@ def to_fit(
     """(source, a batch of each of some streams) over the text that is fitted on: all sources', or
     that of `only` one."""
     for name in calibration.names if only is None else [only]:
-        first = calibration.first_to_fit(name)
-        streams = [calibration.streams[f"{part}/{name}"][first:] for part in parts]
+        rows = calibration.fitted(name)
+        streams = [calibration.streams[f"{part}/{name}"][rows] for part in parts]
         size = windows_at_once(streams[0].shape[1])
         for batches in zip(*(stream.split(size) for stream in streams), strict=True):
             yield name, tuple(batch.to(device()) for batch in batches)
@@ -303,7 +308,7 @@ def _fit_attention(
     for candidate in (start, fitted):
         run = partial(run_layer, load_attention(config, layer, candidate))
         errors.append(_error(calibration, "middle", run))
-    note = judged(errors) | {"condition": max(fit.condition, second.condition)}
+    note = judged(errors) | described({"q, k and v": fit, "o": second})
     return (fitted if note["kept"] else dict(start)), note
 
 
@@ -341,9 +346,8 @@ def _router_inputs(
     """For each source, the new model's router inputs on windows spread over its text."""
     inputs = []
     for name in calibration.names:
-        middle = calibration.streams[f"{stream}/{name}"][calibration.first_to_fit(name) :]
-        wanted = max(1, _ROUTER_TOKENS // len(calibration.names) // middle.shape[1])
-        middle = middle[:: max(1, len(middle) // wanted)]
+        middle = calibration.streams[f"{stream}/{name}"][calibration.fitted(name)]
+        middle = middle[:: max(1, len(middle) // calibration.router_windows(name))]
         inputs.append(_normed(calibration.config, shared, _MIDDLE_NORM, middle).flatten(0, 1))
     return inputs
 
@@ -361,7 +365,8 @@ def _fit_experts(
     config = calibration.config
     hidden, activation = config.hidden_size, ACT2FN[config.hidden_act]
     identity = torch.eye(hidden, device=device())
-    experts, conditions = [], []
+    experts: list[dict[str, Tensor]] = []
+    fits: dict[str, Fit] = {}
     for name, expert in zip(calibration.names, start.experts, strict=True):
         expert = {key: tensor.to(device()) for key, tensor in expert.items()}
         inputs = LeastSquares(hidden, hidden, device=device())
@@ -374,6 +379,7 @@ def _fit_experts(
             inputs.update(*(x.flatten(0, 1) for x in rows))
         bend = solve(calibration, inputs, identity, f"input map of {name}")
         expert |= {key: expert[key] @ bend.weight for key in (GATE, UP)}
+        fits[f"input map of {name}"] = bend
 
         outputs = LeastSquares(config.intermediate_size, hidden, device=device())
         for _, (new, after) in to_fit(calibration, "new-middle", "after", only=name):
@@ -381,11 +387,19 @@ def _fit_experts(
             outputs.update(gated_neurons(expert, x, activation), (after - new).flatten(0, 1))
         down = solve(calibration, outputs, expert[DOWN], f"down_proj of {name}")
         expert[DOWN] = down.weight
+        fits[f"down_proj of {name}"] = down
         experts.append({key: tensor.cpu() for key, tensor in expert.items()})
-        conditions += [bend.condition, down.condition]
     fitted = MoELayer(start.shared, experts, start.router)
     note = judged(_layer_errors(calibration, layer, start, fitted))
-    return (fitted if note["kept"] else start), note | {"condition": max(conditions)}
+    return (fitted if note["kept"] else start), note | described(fits)
+
+
+def described(fits: Mapping[str, Fit]) -> dict[str, Any]:
+    """For `metrics.json`: the condition and the ridge of each regression, by what it fits."""
+    return {
+        "condition": {what: fit.condition for what, fit in fits.items()},
+        "ridge": {what: fit.ridge for what, fit in fits.items()},
+    }
 
 
 def solve(
@@ -398,24 +412,28 @@ def solve(
     """The fit, with a warning (once for every `what`) where the text does not determine it."""
     ridge = calibration.recipe.refit.ridge
     fit = sums.solve(start, ridge, intercept)
-    problem = ""
+    problems = {}
     if sums.is_underdetermined():
-        problem = (
+        problems["text"] = (
             f"{sums.count:,} calibration tokens for {len(sums.gram):,} unknowns per output; what "
             "they leave open stays as it was. Raise calibration.tokens"
         )
-    elif fit.ridge != ridge:
-        problem = f"ill-conditioned; the ridge was raised to {fit.ridge:.0e}"
-    if problem and what not in calibration.warned:
-        calibration.warned.add(what)
-        log.warning("fit of %s: %s", what, problem)
+    if fit.ridge != ridge:
+        problems["ridge"] = (
+            f"ill-conditioned; the ridge was raised to {fit.ridge:.0e} (other layers: metrics.json)"
+        )
+    for kind, problem in problems.items():
+        if (what, kind) not in calibration.warned:
+            calibration.warned.add((what, kind))
+            log.warning("fit of %s: %s", what, problem)
     return fit
 
 
 def _refine(
-    calibration: Calibration, layer: int, start: MoELayer
+    calibration: Calibration, layer: int, start: MoELayer, aligned: MoELayer
 ) -> tuple[MoELayer, dict[str, Any]]:
-    """Gradient steps on one layer's weights, toward the sources' streams after it."""
+    """Gradient steps on one layer's weights, toward the sources' streams after it; pulled toward
+    the `aligned` ones, where the fit began."""
     shared = {name: tensor.clone() for name, tensor in start.shared.items()}
     attention = load_attention(calibration.config, layer, shared)
     family = calibration.family
@@ -430,7 +448,13 @@ def _refine(
                  start.router.clone()),
     )  # fmt: skip
     parameters = [*learned.values(), mixture.router]
-    parameters += [tensor for expert in mixture.experts for tensor in expert.values()]
+    toward = [
+        *(aligned.shared[name] for name in learned),
+        None,
+    ]  # the router has no aligned weights
+    for expert, own in zip(mixture.experts, aligned.experts, strict=True):
+        parameters += list(expert.values())
+        toward += [own[name] for name in expert]
     for parameter in parameters:
         parameter.requires_grad_(True)
     gain = start.shared[_MIDDLE_NORM]
@@ -442,7 +466,7 @@ def _refine(
         x = rms_norm(middle, gain.to(middle), calibration.config.rms_norm_eps)
         return _relative_error(middle + mixture(x), wanted)
 
-    steps = descend(calibration, parameters, ("new", "after"), step, seed=layer)
+    steps = descend(calibration, parameters, toward, ("new", "after"), step, seed=layer)
     refined = MoELayer(
         {**start.shared, **{name: tensor.detach().cpu() for name, tensor in learned.items()}},
         [{k: v.detach().cpu() for k, v in expert.items()} for expert in mixture.experts],
@@ -455,6 +479,7 @@ def _refine(
 def descend(
     calibration: Calibration,
     parameters: Sequence[Tensor],
+    toward: Sequence[Tensor | None],
     parts: tuple[str, str],
     loss_of: Callable[[Sequence[tuple[str, Tensor, Tensor]]], Tensor | None],
     *,
@@ -462,29 +487,35 @@ def descend(
 ) -> int:
     """Adam with a cosine learning rate over `refit.epochs` passes of the text; the number of steps.
 
-    A step takes the same number of windows from every source. `loss_of`: (source, input, target)
-    batches -> loss (or None, where it has set the gradients itself).
+    A step takes the same number of windows from every source, and each tensor `refit.pull` times
+    the learning rate of the way to its counterpart in `toward` (decoupled from the gradient, as
+    AdamW's decay is). Adam moves an entry that hardly matters on this text as far as any other; the
+    pull takes those back, and keeps what the aligned weights know of other text. `loss_of`:
+    (source, input, target) batches -> loss (or None, where it has set the gradients itself).
     """
     settings = calibration.recipe.refit
     names = calibration.names
-    rows = {name: len(calibration.windows[name]) - calibration.first_to_fit(name) for name in names}
+    first = calibration.kept_aside
+    rows = {name: len(calibration.windows[name]) - first[name] for name in names}
     sequence = calibration.windows[names[0]].shape[1]
     each = max(1, WINDOWS_TOKENS // (sequence * len(names)))
-    num_steps = math.ceil(settings.epochs * max(rows.values()) / each)
+    num_steps = math.ceil(settings.epochs * sum(rows.values()) / (each * len(names)))
     generator = torch.Generator().manual_seed(calibration.recipe.calibration.seed + seed)
     draws = {name: _draw(rows[name], each, generator) for name in names}
     # A step is a share of what a tensor's entries are worth, whatever the scale of the model.
     sizes = [float(tensor.detach().square().mean().sqrt()) for tensor in parameters]
     groups = [{"params": [tensor]} for tensor in parameters]
+    toward = [None if tensor is None else tensor.to(device()) for tensor in toward]
+    warmup = min(_WARMUP, math.ceil(num_steps / _WARMUP_SHARE))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     for number in range(num_steps):
         rate = 0.5 * (1 + math.cos(math.pi * number / num_steps))
-        rate *= min(1.0, (number + 1) / _WARMUP)
+        rate *= settings.learning_rate * min(1.0, (number + 1) / warmup)
         for group, size in zip(optimizer.param_groups, sizes, strict=True):
-            group["lr"] = settings.learning_rate * rate * size
+            group["lr"] = rate * size
         batch = []
         for name in names:
-            chosen = next(draws[name]) + calibration.first_to_fit(name)
+            chosen = next(draws[name]) + first[name]
             new, wanted = (calibration.streams[f"{part}/{name}"][chosen] for part in parts)
             batch.append((name, new.to(device()), wanted.to(device())))
         optimizer.zero_grad()
@@ -492,6 +523,10 @@ def descend(
         if loss is not None:
             loss.backward()
         optimizer.step()
+        with torch.no_grad():
+            for tensor, home in zip(parameters, toward, strict=True):
+                if home is not None:
+                    tensor.lerp_(home, min(1.0, settings.pull * rate))
     return num_steps
 
 
@@ -532,11 +567,11 @@ def _error(calibration: Calibration, target: str, run: Callable[[Tensor], Tensor
     the new model's stream, against the source's stream `target`."""
     errors = []
     for name in calibration.names:
-        count, total = calibration.aside(name), 0.0
-        streams = (calibration.streams[f"{part}/{name}"][:count] for part in ("new", target))
+        rows, total = calibration.aside(name), 0.0
+        streams = (calibration.streams[f"{part}/{name}"][rows] for part in ("new", target))
         for new, wanted in zip(*(stream.split(1) for stream in streams), strict=True):
             total += float(_relative_error(run(new), wanted.to(device())))
-        errors.append(total / count)
+        errors.append(total / calibration.kept_aside[name])
     return sum(errors) / len(errors)
 
 

@@ -4,6 +4,8 @@ Closed form first: ridge regression from the new model's last stream to the logi
 source. Logits are never formed: what a source's head makes of its stream is linear, so it is enough
 to regress onto the streams. Then gradient steps on the head alone, on the KL divergence from the
 source's distribution, which is what a squared distance between logits misses (docs/lab-log.md).
+Last, the logits are softened a little: a fitted model is surer of itself on text that nobody fitted
+it to than it has reason to be.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symphony_moe.forward import LOGITS_AT_ONCE, device, rms_norm
-from symphony_moe.least_squares import LeastSquares
-from symphony_moe.refit import Calibration, descend, judged, solve, to_fit
+from symphony_moe.least_squares import Fit, LeastSquares
+from symphony_moe.refit import Calibration, descend, described, judged, solve, to_fit
 
 Head = Float[Tensor, "vocabulary hidden"]
+
+_TEMPERATURES = [1.02**power for power in range(36)]
+"""What the logits may be divided by: 1 to 2."""
 
 
 def fit_head(
@@ -29,36 +34,45 @@ def fit_head(
     heads = {name: head.to(device()) for name, head in heads.items()}
     divergences = [_divergence(calibration, start, heads)]
     chosen, notes = start, {}
-    steps = [("closed form", _closed_form)]
-    if calibration.recipe.refit.epochs > 0:
-        steps.append(("refinement", _refine))
-    for what, step in steps:
-        head = step(calibration, chosen, heads)
+    for what in ("closed form", "refinement"):
+        if what == "closed form":
+            head, fit = _closed_form(calibration, chosen, heads)
+        elif calibration.recipe.refit.epochs > 0:
+            head = _refine(calibration, chosen, start, heads)
+        else:
+            break
         divergences.append(_divergence(calibration, head, heads))
         notes[what] = judged(divergences[-2:])
         if notes[what]["kept"]:
             chosen = head
         else:
             divergences[-1] = divergences[-2]
-    return chosen.cpu(), notes
+    notes["closed form"] |= described({"output head": fit})
+    temperature, softened = _soften(calibration, chosen, heads)
+    notes["softened"] = {
+        "error": [round(divergences[-1], 6), round(softened, 6)],
+        "kept": temperature > 1,
+        "temperature": round(temperature, 6),
+    }
+    return (chosen / temperature).cpu(), notes
 
 
 @torch.no_grad()
-def next_token_loss(calibration: Calibration, stream: str, head: Head) -> float:
-    """Nats per token on the text kept aside, mean over the sources' domains, of the model whose
-    last streams are `<stream>/<name>`."""
+def next_token_losses(calibration: Calibration, stream: str, head: Head) -> dict[str, float]:
+    """Source -> nats per token on its text kept aside, of the model whose last streams are
+    `<stream>/<name>`."""
     head = head.to(device())
-    losses = []
+    losses = {}
     for name in calibration.names:
         total, predicted = 0.0, 0
-        for number in range(calibration.aside(name)):
+        for number in range(calibration.kept_aside[name]):
             rows = _normed(calibration, calibration.streams[f"{stream}/{name}"][number])
             tokens = calibration.windows[name][number].to(device())
             for x, wanted in zip(_chunks(rows[:-1], head), _chunks(tokens[1:], head), strict=True):
                 loss = torch.nn.functional.cross_entropy(x @ head.T, wanted, reduction="sum")
                 total, predicted = total + float(loss), predicted + len(wanted)
-        losses.append(total / predicted)
-    return sum(losses) / len(losses)
+        losses[name] = total / predicted
+    return losses
 
 
 def _normed(calibration: Calibration, hidden: Tensor) -> Tensor:
@@ -73,7 +87,9 @@ def _chunks(rows: Tensor, head: Tensor) -> Sequence[Tensor]:
 
 
 @torch.no_grad()
-def _closed_form(calibration: Calibration, start: Head, heads: Mapping[str, Head]) -> Head:
+def _closed_form(
+    calibration: Calibration, start: Head, heads: Mapping[str, Head]
+) -> tuple[Head, Fit]:
     """Ridge regression of the logits, from hidden x hidden matrices alone: with `B_i` the
     regression of source i's stream (zero on other sources' text) and `B` that of the input itself,
     the solution is `sum H_i B_i + H_0 (I - B)`."""
@@ -91,10 +107,12 @@ def _closed_form(calibration: Calibration, start: Head, heads: Mapping[str, Head
     head = start - start @ same
     for name, regression in zip(names, maps, strict=True):
         head += heads[name] @ regression
-    return head
+    return head, fit
 
 
-def _refine(calibration: Calibration, start: Head, heads: Mapping[str, Head]) -> Head:
+def _refine(
+    calibration: Calibration, start: Head, aligned: Head, heads: Mapping[str, Head]
+) -> Head:
     """Gradient steps on the KL divergence; the gradient of softmax is written out, so that memory
     holds no more than one piece of two models' logits."""
     head = start.clone()
@@ -112,22 +130,49 @@ def _refine(calibration: Calibration, start: Head, heads: Mapping[str, Head]) ->
 
     with torch.no_grad():
         layers = calibration.config.num_hidden_layers
-        descend(calibration, [head], ("new", "source"), gradient, seed=layers)
+        descend(calibration, [head], [aligned], ("new", "source"), gradient, seed=layers)
     return head
 
 
-@torch.no_grad()
+def _soften(calibration: Calibration, head: Head, heads: Mapping[str, Head]) -> tuple[float, float]:
+    """The largest temperature at which the divergence from the sources is no more than
+    `refit.soften` of itself above that of temperature 1; and the divergence there.
+
+    Relative, so that a model which equals its sources stays as it is.
+    """
+    soften = calibration.recipe.refit.soften
+    temperatures = _TEMPERATURES if soften > 0 else _TEMPERATURES[:1]
+    divergences = _divergences(calibration, head, heads, temperatures)
+    limit = divergences[0] * (1 + soften)
+    within = list(zip(temperatures, divergences, strict=True))
+    return max([within[0], *(pair for pair in within if pair[1] < limit)])
+
+
 def _divergence(calibration: Calibration, head: Head, heads: Mapping[str, Head]) -> float:
-    """KL divergence from each source's distribution on the text kept aside, mean over sources."""
+    return _divergences(calibration, head, heads, [1.0])[0]
+
+
+@torch.no_grad()
+def _divergences(
+    calibration: Calibration,
+    head: Head,
+    heads: Mapping[str, Head],
+    temperatures: Sequence[float],
+) -> list[float]:
+    """KL divergence of the logits, divided by each temperature, from each source's distribution on
+    the text kept aside, mean over sources."""
     found = []
     for name in calibration.names:
-        count, total, tokens = calibration.aside(name), 0.0, 0
-        parts = (calibration.streams[f"{part}/{name}"][:count] for part in ("new", "source"))
+        where, total, tokens = calibration.aside(name), [0.0] * len(temperatures), 0
+        parts = (calibration.streams[f"{part}/{name}"][where] for part in ("new", "source"))
         rows = (_normed(calibration, part).flatten(0, 1) for part in parts)
         for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
-            ours = torch.log_softmax(x @ head.T, dim=-1)
+            logits = x @ head.T
             theirs = torch.log_softmax(wanted @ heads[name].T, dim=-1)
-            total += float((theirs.exp() * (theirs - ours)).sum())
+            share = theirs.exp()
+            for place, temperature in enumerate(temperatures):
+                ours = torch.log_softmax(logits / temperature, dim=-1)
+                total[place] += float((share * (theirs - ours)).sum())
             tokens += len(x)
-        found.append(total / tokens)
-    return sum(found) / len(found)
+        found.append([value / tokens for value in total])
+    return [sum(of) / len(found) for of in zip(*found, strict=True)]

@@ -40,6 +40,9 @@ _KINDS = {
 _PLAIN = "plain mean"
 """What a build writes where its fit does not pay."""
 
+_SOFTENED = "softened"
+"""The last step of the head. It is the one that may raise the error, so it is never struck out."""
+
 Number = int | float
 
 
@@ -112,17 +115,46 @@ class AlignmentTable:
 
 
 @dataclass(frozen=True)
+class Balance:
+    """How a layer's router spreads text of all sources' domains over the experts, in per cent."""
+
+    experts: list[str]
+    rows: list[tuple[str, list[tuple[str, str, int]], str]]
+    """(layer or "mean", cells: as of `shade`, tokens whose first choice is their text's source)"""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How well the text determines what was solved for."""
+
+    rows: list[tuple[str, str, str, str]]
+    """(layer or "head", largest condition number, of which regression, ridges that were raised)"""
+    num_raised: int
+    """Ridges that were raised."""
+    num_ridges: int
+    """Ridges that were noted: an older build's metrics have none."""
+
+
+@dataclass(frozen=True)
 class Fit:
     """How far the new model is from the sources, step by step."""
 
     verdict: list[str]
     """What the whole model loses, and which was written."""
+    documents: bool
+    """Whether the text kept aside is of documents of its own."""
+    losses: tuple[list[str], list[tuple[str, bool, list[Cell]]]]
+    """(sources, rows: model, whether it was written, its loss on the text of each)"""
     groups: list[tuple[str, list[str]]]
     """(where the error is measured, columns)"""
     rows: list[tuple[str, list[Cell]]]
     """(layer or "mean", cells of all columns)"""
+    conditions: Conditions | None
+    balance: Balance | None
     head: list[tuple[str, Cell]]
     """(step, divergence after it), from the head as fused."""
+    softened: str
+    """What the last step made of the head, in words."""
     dropped: list[str]
     """Steps that were not kept, in words."""
 
@@ -161,7 +193,7 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
             if routing.get(model)
         ],
         alignment=alignment_tables(metrics.get("alignment") or {}, recipe),
-        fit=fit_tables(metrics.get("refit") or {}),
+        fit=fit_tables(metrics.get("refit") or {}, recipe),
         plain_written=(metrics.get("refit") or {}).get("chosen") == _PLAIN,
         differences=plan["differences"],
         notes=other_notes(plan),
@@ -217,8 +249,11 @@ def missing_sections(
     unaligned = [_KINDS[kind][0] for kind in asked if asked[kind] and not measured.get(kind)]
     if unaligned:
         missing.append((f"No alignment of: {', '.join(unaligned)}", build))
-    if recipe["refit"]["method"] != "none" and not metrics.get("refit"):
-        missing.append(("No errors of the fit", build))
+    if not metrics.get("refit"):
+        if recipe["refit"]["method"] != "none":
+            missing.append(("No errors of the fit", build))
+        elif recipe["router"]["init"] != "random":
+            missing.append(("No balance of the fitted router", build))
     if not metrics.get("timing"):
         missing.append(("No time and memory", build))
     return missing
@@ -488,8 +523,9 @@ def alignment_tables(
     return tables
 
 
-def fit_tables(refit: Mapping[str, Any]) -> Fit | None:
-    """The errors of every layer before and after each step, and those of the head. None where
+def fit_tables(refit: Mapping[str, Any], recipe: Mapping[str, Any]) -> Fit | None:
+    """What was measured of every layer and of the head, step by step; what is not there (the whole
+    of it where only a router was fitted, some in an older build's metrics) is left out. None where
     nothing was fitted."""
     if not refit:
         return None
@@ -514,7 +550,8 @@ def fit_tables(refit: Mapping[str, Any]) -> Fit | None:
                 ),
             )
         )  # fmt: skip
-    head = {name: _Step.of(note) for name, note in (refit.get("head") or {}).items()}
+    notes = refit.get("head") or {}
+    head = {name: _Step.of(note, drops=name != _SOFTENED) for name, note in notes.items()}
     dropped = [
         f"{name} in {count} of {len(table)} layers"
         for index, name in enumerate(names)
@@ -523,15 +560,21 @@ def fit_tables(refit: Mapping[str, Any]) -> Fit | None:
     dropped += [f"{name} of the head" for name, step in head.items() if step.cell.dropped]
     return Fit(
         verdict=fit_verdict(refit),
+        # Builds that did not note the loss per source kept windows of the fitted documents aside.
+        documents=bool(refit.get("loss_by_source")) or recipe["refit"]["method"] == "none",
+        losses=losses_kept_aside(refit, recipe["sources"]),
         groups=[
             ("after attention", ["before", "attention"]),
             ("after the layer", ["before", *names[1:]]),
         ],
-        rows=rows,
+        rows=rows if any(name in layer for layer in layers for name in names) else [],
+        conditions=fit_conditions(layers, notes, recipe["refit"]["ridge"]),
+        balance=fit_balance(layers, recipe),
         head=[
             *(("before", Cell(error_text(step.before))) for step in list(head.values())[:1]),
             *((name, step.cell) for name, step in head.items()),
         ],
+        softened=softening_text(notes.get(_SOFTENED) or {}, recipe["refit"].get("soften")),
         dropped=dropped,
     )
 
@@ -539,18 +582,18 @@ def fit_tables(refit: Mapping[str, Any]) -> Fit | None:
 @dataclass(frozen=True)
 class _Step:
     """One step of the fit: the error before it, after it (as shown), and what it left: the latter
-    is the former where the step was not kept."""
+    is the former where the step was not kept (`drops`)."""
 
     before: float | None
     cell: Cell
     left: float | None
 
     @classmethod
-    def of(cls, note: Mapping[str, Any] | None) -> "_Step":
+    def of(cls, note: Mapping[str, Any] | None, *, drops: bool = True) -> "_Step":
         if not note or not note.get("error"):
             return cls(None, Cell(MISSING), None)
         before, after = (_number(value) for value in note["error"])
-        if note.get("kept") is False:
+        if drops and note.get("kept") is False:
             return cls(before, Cell(error_text(after), "not kept", dropped=True), before)
         return cls(before, Cell(error_text(after)), after)
 
@@ -568,6 +611,136 @@ def error_text(error: float | None) -> str:
     return f"{error:.4f}" if abs(error) < 1000 else f"{error:.2e}".replace("nan", "NaN")
 
 
+def losses_kept_aside(
+    refit: Mapping[str, Any], sources: Iterable[str]
+) -> tuple[list[str], list[tuple[str, bool, list[Cell]]]]:
+    """(sources, rows: model, whether it was written, its loss on the text of each)"""
+    by_model = refit.get("loss_by_source") or {}
+    names = _in_order(sources, *by_model.values())
+    columns = [[_number(loss[name]) if name in loss else None for loss in by_model.values()]
+               for name in names]  # fmt: skip
+    best = [_lowest(column) for column in columns]
+    rows = [
+        (
+            model,
+            model == refit.get("chosen"),
+            [
+                Cell(loss_text(loss), perplexity_text(loss), best=loss_text(loss) == lowest)
+                for loss, lowest in zip(row, best, strict=True)
+            ],
+        )
+        for model, row in zip(by_model, zip(*columns, strict=True), strict=False)
+    ]
+    return names, rows
+
+
+def _in_order(known: Iterable[str], *found: Iterable[str]) -> list[str]:
+    """The names that were found: the known ones in their order, then the others."""
+    names = {name: None for row in found for name in row}
+    return list({name: None for name in known if name in names} | names)
+
+
+def fit_conditions(
+    layers: Sequence[Mapping[str, Any]], head: Mapping[str, Any], ridge: Number
+) -> Conditions | None:
+    """The worst-conditioned regression of each layer and of the head, and the ridges that are not
+    `ridge`, the recipe's. None where no condition was noted."""
+    rows, ridges, num_raised = [], 0, 0
+    for place, steps in [*((str(n), layer) for n, layer in enumerate(layers)), ("head", head)]:
+        regressions = _regressions(steps)
+        if not regressions:
+            continue
+        condition, worst = max((condition, what) for what, condition, _ in regressions)
+        raised = [
+            f"{what}: {used:g}"
+            if math.isfinite(used)
+            else f"{what}: none was enough, left as it was"
+            for what, _, used in regressions
+            if used not in (None, ridge)
+        ]
+        ridges += sum(used is not None for _, _, used in regressions)
+        num_raised += len(raised)
+        rows.append((place, condition_text(condition), worst, ", ".join(raised)))
+    return Conditions(rows, num_raised, ridges) if rows else None
+
+
+def _regressions(steps: Mapping[str, Any]) -> list[tuple[str, float, float | None]]:
+    """(what was solved for, its condition number, the ridge in the end) of all steps in one
+    place."""
+    found = []
+    for step, note in steps.items():
+        conditions, ridges = note.get("condition", {}), note.get("ridge") or {}
+        if not isinstance(conditions, Mapping):  # an older build's: one number for the whole step
+            conditions = {step: conditions}
+        found += [
+            (what, _or_infinite(value), _or_infinite(ridges[what]) if what in ridges else None)
+            for what, value in conditions.items()
+        ]
+    return found
+
+
+def _or_infinite(value: Number | None) -> float:
+    return math.inf if value is None or math.isnan(value) else float(value)
+
+
+def condition_text(condition: float) -> str:
+    """A condition number to its leading digits."""
+    if not math.isfinite(condition):
+        return "not finite"
+    return count(condition) if condition < 1e6 else f"{condition:.1e}"
+
+
+def fit_balance(layers: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> Balance | None:
+    """Every layer's balance between the experts, and the mean over layers. None where none was
+    measured."""
+    notes = {
+        str(number): layer["routing"] for number, layer in enumerate(layers) if layer.get("routing")
+    }
+    experts = _in_order(recipe["sources"], *(note["share"] for note in notes.values()))
+    if not experts:
+        return None
+    rows = {
+        layer: [
+            *(_number(note["share"].get(name)) for name in experts),
+            _number(note.get("first_choice_is_source")),
+        ]
+        for layer, note in notes.items()
+    }
+    rows["mean"] = [sum(column) / len(rows) for column in zip(*rows.values(), strict=True)]
+    uniform = 1 / len(experts)
+    ceiling = ceiling_share(len(experts), recipe["router"]["top_k"])
+    return Balance(
+        experts,
+        [
+            (
+                layer,
+                [shade(share, uniform, ceiling) for share in shares],
+                shade(first, uniform, ceiling)[0],
+            )
+            for layer, (*shares, first) in rows.items()
+        ],
+    )
+
+
+def softening_text(note: Mapping[str, Any], allowed: float | None) -> str:
+    """What dividing the head's logits by a temperature does, for those who have never done it.
+    `allowed`: the recipe's `refit.soften`."""
+    temperature = _number(note.get("temperature"))
+    if not math.isfinite(temperature):
+        return ""
+    if not note.get("kept"):
+        return "The head was not softened: its logits are as they were (temperature 1)."
+    limit = ""
+    if allowed is not None:
+        limit = f" The divergence may rise by {100 * allowed:g} per cent for this (refit.soften)."
+    return (
+        f"The head was softened: its logits are divided by {temperature:.2f}, which is what "
+        f"sampling at temperature {temperature:.2f} does. A token that was 100 times as likely as "
+        f"another is now {100 ** (1 / temperature):.0f} times as likely. On text that it was not "
+        f"fitted to, a fitted model is surer of itself than it has reason to be.{limit}"
+    )
+
+
 def fit_verdict(refit: Mapping[str, Any]) -> list[str]:
     """Sentences: what the whole model loses beside the plain mean, and which was written."""
     losses, chosen = refit.get("loss") or {}, refit.get("chosen")
@@ -580,7 +753,8 @@ def fit_verdict(refit: Mapping[str, Any]) -> list[str]:
         )
     if chosen == _PLAIN:
         verdict.append(
-            "The plain mean was written: what is measured below is not in the checkpoint."
+            "The plain mean was written. The errors, the regressions, the balance between experts "
+            "and the head below are those of the fitted model, which is not in the checkpoint."
         )
     elif chosen is not None:
         verdict.append(f"The {chosen} model was written.")

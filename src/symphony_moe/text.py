@@ -41,6 +41,23 @@ def is_held_out(document: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+def split_aside(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]:
+    """(documents to fit on, documents to judge a fit by), each in the order given.
+
+    Those with the smallest hashes are set aside, `share` of them and at least one, but never the
+    only one. Whole documents: windows of one document know one another.
+    """
+
+    def place(index: int) -> bytes:
+        text = f"aside/{documents[index]}".encode("utf-8", "surrogatepass")
+        return hashlib.sha256(text).digest()
+
+    count = min(max(1, round(share * len(documents))), len(documents) - 1)
+    chosen = set(sorted(range(len(documents)), key=place)[: max(0, count)])
+    fitted = [d for index, d in enumerate(documents) if index not in chosen]
+    return fitted, [documents[index] for index in sorted(chosen)]
+
+
 def pack_windows(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
 ) -> Int[Tensor, "windows sequence"]:
