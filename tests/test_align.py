@@ -580,6 +580,78 @@ def test_a_comparison_says_what_was_asked_for(parts: tuple[str, ...]) -> None:
     )
 
 
+def noise(config: PreTrainedConfig, seed: int, tokens: int) -> Comparison:
+    """Two models that have nothing to do with each other, on few tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    comparison = Comparison(
+        residual=ResidualCovariance(config.hidden_size), heads=HeadCorrelation(config)
+    )
+    assert comparison.residual is not None and comparison.heads is not None
+    size = head_dim(config)
+    counts = config.num_attention_heads, config.num_key_value_heads, config.num_attention_heads
+    comparison.residual.update(*torch.randn(2, tokens, config.hidden_size, generator=generator))
+    comparison.heads.update(
+        *(
+            HeadActivity(*(torch.randn(tokens, n, size, generator=generator) for n in counts))
+            for _ in range(2)
+        )
+    )
+    return comparison
+
+
+def test_maps_are_judged_on_text_that_they_were_not_found_on() -> None:
+    """What noise gains by the best maps it gains on its own tokens alone: with others to judge by,
+    nothing is used. The maps are those of the one text, the measurements those of the other."""
+    family, config = config_of("llama")
+    own: dict[str, Tensor] = {}
+    judged: dict[str, Tensor] = {}
+    for layer in range(2):
+        comparison = noise(config, layer, 40)
+        found = match(comparison, family, "who")
+        own |= {f"b.layers.{layer}.{key}": tensor for key, tensor in found.items()}
+        comparison.aside = noise(config, 100 + layer, 40)
+        apart = match(comparison, family, "who")
+        judged |= {f"b.layers.{layer}.{key}": tensor for key, tensor in apart.items()}
+        assert set(apart) == set(found) | {"covariance.aside"}
+        for key in ("covariance", "heads.order", "heads.phases", "heads.values"):
+            assert torch.equal(apart[key], found[key])
+        assert comparison.aside.residual is not None and comparison.aside.heads is not None
+        assert torch.equal(apart["covariance.aside"], comparison.aside.residual.result())
+        again, before, after = match_heads(comparison.aside.heads, "any")
+        assert after > 0.2 > float(apart["heads.correlation"][1])
+        assert float(apart["heads.correlation"][0]) == pytest.approx(before, abs=1e-7)
+        assert not torch.equal(again.values.float(), apart["heads.values"])
+    records = [settle(found, found.__getitem__, ["b"], 2) for found in (own, judged)]
+    basis = residual_basis(own["b.layers.0.covariance"] + own["b.layers.1.covariance"])
+    for layer in range(2):
+        pair = [mean_cosine(judged[f"b.layers.{layer}.covariance.aside"], q) for q in (None, basis)]
+        assert records[1][f"b.layers.{layer}.cosine"].tolist() == pytest.approx(pair, abs=1e-7)
+    used = [
+        [describe_alignment(record)[kind]["b"]["used"] for kind in ("residual", "heads")]
+        for record in records
+    ]
+    assert used == [[True, True], [False, False]]
+    assert not any("covariance" in key for key in records[1])
+
+
+def test_a_map_that_holds_on_other_text_is_used() -> None:
+    """Two models that are the same but for their coordinates, on either text."""
+    family, config = config_of("llama")
+    layer = random_layer(config, 1)
+    drawn = random_heads(family, config, torch.Generator().manual_seed(3))
+    other = transform_layer(family, config, layer, heads=drawn)
+    comparison = Comparison(aside=Comparison())
+    assert comparison.aside is not None
+    for seed, part in enumerate((comparison, comparison.aside)):
+        hidden = random_stream(config, seed)
+        part.heads = compare_heads(
+            config, activity(config, layer, hidden), activity(config, other, hidden)
+        )
+    found = match(comparison, family, "who")
+    before, after = found["heads.correlation"].tolist()
+    assert before < 0.3 and after > 0.999
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("kind", ["residual", "outputs", "queries", "keys", "neurons"])
 def test_activations_that_are_not_finite_are_refused_by_name(kind: str, value: float) -> None:
@@ -603,6 +675,18 @@ def test_activations_that_are_not_finite_are_refused_by_name(kind: str, value: f
         getattr(heads[1], kind)[3, 1, 5] = value
         comparison.heads = HeadCorrelation(config)
         comparison.heads.update(*heads)
+    with pytest.raises(SourceError, match=r"^b: layer 7 puts out values that are not finite"):
+        match(comparison, family, "b: layer 7")
+
+
+@pytest.mark.parametrize("kind", ["residual", "heads"])
+def test_activations_kept_aside_that_are_not_finite_are_refused(kind: str) -> None:
+    family, config = config_of("llama")
+    comparison = noise(config, 0, 20)
+    aside = comparison.aside = noise(config, 1, 20)
+    assert aside.residual is not None and aside.heads is not None
+    statistics = aside.residual.products if kind == "residual" else aside.heads.outputs
+    statistics[2, 3] = math.nan
     with pytest.raises(SourceError, match=r"^b: layer 7 puts out values that are not finite"):
         match(comparison, family, "b: layer 7")
 
@@ -738,6 +822,6 @@ def test_what_is_settled_from_is_read_when_asked_for_and_keeps_no_file_mapped(
 
     monkeypatch.setattr(pipeline, "settle", look)
     windows = {name: torch.randint(256, (2, 64)) for name in recipe.sources}
-    record = pipeline._align(recipe, open_sources(recipe), windows, folder, "text")
+    record = pipeline._align(recipe, open_sources(recipe), windows, {}, folder, "text")
     assert settled == [(["b", "c"], 2)]
     assert "b.layers.1.cosine" in record

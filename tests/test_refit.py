@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from conftest import SIZES, VARIANTS, make_recipe
-from symphony_moe import refit, refit_head
+from symphony_moe import refit, refit_head, route
 from symphony_moe.assemble import aligned_layer, aligned_table, assemble_layer, fused_tables
 from symphony_moe.calibrate import aside_windows, calibration_windows
 from symphony_moe.errors import SourceError
@@ -649,7 +649,7 @@ def test_the_plain_mean_runs_on_what_is_kept_aside_and_what_its_router_needs(
     windows: int, router: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many router inputs as any router gets, and no window more."""
-    monkeypatch.setattr(refit, "_ROUTER_TOKENS", 2 * 8 * 32)
+    monkeypatch.setattr(route, "ROUTER_TOKENS", 2 * 8 * 32)
     calibration = by_hand({"a": windows, "b": 3})
     kept = calibration.kept_aside["a"]
     assert calibration.aside("a") == slice(0, kept)

@@ -81,6 +81,7 @@ def sample_plan() -> dict[str, Any]:
         "total_parameters": 1_124_618_240,
         "active_parameters": 860_377_088,
         "disk_bytes": 2_249_236_480,
+        "work_bytes": 812_000_000,
         "shards": 1,
         "peak_memory_bytes": 3_512_000_000,
         "seconds": 312.0,

@@ -592,6 +592,8 @@ def test_streams_of_a_fit_that_do_not_fit_the_disk_are_a_message(
     streams of each source take 985 KB beside the 213 KB of weights."""
     monkeypatch.setattr(plan, "STREAMS_IN_MEMORY", 0)
     disk.leave(free)
+    usage = shutil.disk_usage(disk.path)  # refused before it begins, were it known
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
     out = disk.path / "out"
     more = ["--set", "method=harmonized", "--set", "refit.epochs=1"]
     assert main(["build", str(recipes("llama")), "--out", str(out), *more]) == 2
@@ -601,6 +603,8 @@ def test_streams_of_a_fit_that_do_not_fit_the_disk_are_a_message(
     run = RunFolder(out)
     assert run.layer_compared(1).is_file() is fitting and not run.checkpoint.exists()
     assert (run.work / "stream-a.bin").exists() is not fitting, "in the way of the fit's"
+    monkeypatch.undo()
+    monkeypatch.setattr(plan, "STREAMS_IN_MEMORY", 0)
     (disk.path / "filler").unlink()
     assert main(["build", str(recipes("llama")), "--out", str(out), "--resume", *more]) == 0
     assert main(["verify", str(out)]) == 0

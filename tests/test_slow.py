@@ -55,6 +55,28 @@ def test_peak_memory_does_not_grow_with_depth(method: str, tmp_path: Path) -> No
     assert abs(peaks[20] / peaks[10] - 1) < 0.03
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"vocab_size": 60_000, "hidden_size": 256},
+        {"hidden_size": 256, "intermediate_size": 4096},
+        FAT,
+    ],
+    ids=["tables", "experts", "layers"],
+)
+@pytest.mark.parametrize("method", ["symphony", "harmonized"])
+def test_peak_memory_is_as_planned(method: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    """Never more than planned by a tenth, and no plan that frightens for nothing."""
+    recipe = make_recipe(tmp_path, "llama", count=4, output={"dtype": "bfloat16"})
+    for name in "abcd":
+        make_model(tmp_path / "models" / name, "llama", seed=ord(name), **sizes)
+    measured = _peak_of_build(recipe, tmp_path / "run", f"method={method}", "refit.epochs=0.5")
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
+    planned = plan["peak_memory_bytes"]
+    print(f"\n{method}: {measured / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB")
+    assert 0.5 < measured / planned < 1.1
+
+
 OLD_READER = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM

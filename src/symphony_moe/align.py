@@ -29,6 +29,9 @@ shares the anchor's coordinates already (branches of one base), and a map found 
 would only add its own error: docs/lab-log.md, "Alignment alone"."""
 
 
+ASIDE = "covariance.aside"
+
+
 class NeuronCorrelation:
     """Correlation of every anchor neuron with every neuron of a source, from one pass over batches.
 
@@ -178,12 +181,25 @@ class HeadCorrelation:
         """(query heads, KV heads), source x anchor: how alike two heads can be made, each term from
         0 to 1. A query head counts its outputs under the best rotation (nuclear norm) and its
         queries under the best phases; a KV head its keys."""
-        heads = len(self.energies["queries"][0])
-        blocks = self.outputs.unflatten(0, (heads, -1)).unflatten(2, (heads, -1)).transpose(1, 2)
-        nuclear = torch.linalg.svdvals(blocks.cpu()).sum(dim=-1)
+        nuclear = torch.linalg.svdvals(self.output_blocks()).sum(dim=-1)
         queries = self.queries.abs().sum(dim=0) / self._scale("queries")
         keys = self.keys.abs().sum(dim=0) / self._scale("keys")
         return nuclear / self._scale("outputs").cpu() + queries.cpu(), keys.cpu()
+
+    def output_blocks(self) -> Float[Tensor, "heads heads head_dim head_dim"]:
+        """Products of the heads' outputs, source x anchor, block by block."""
+        heads = len(self.energies["queries"][0])
+        blocks = self.outputs.cpu().unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
+        return blocks.transpose(1, 2)
+
+    def correlation(self, found: HeadMap | None) -> float:
+        """Of all head outputs, the source's under a map (None: as they are), with the anchor's."""
+        total = math.sqrt(math.prod(float(energy.sum()) for energy in self.energies["outputs"]))
+        if found is None:
+            return float(self.outputs.trace()) / max(total, 1e-300)
+        blocks = self.output_blocks()[found.order, torch.arange(len(found.order))]
+        rotations = found.values.repeat_interleave(len(blocks) // len(found.values), dim=0)
+        return float((blocks * rotations).sum()) / max(total, 1e-300)
 
 
 def _complex(rows: Float[Tensor, "tokens heads head_dim"]) -> Complex[Tensor, "half tokens heads"]:
@@ -192,13 +208,16 @@ def _complex(rows: Float[Tensor, "tokens heads head_dim"]) -> Complex[Tensor, "h
 
 
 def match_heads(
-    statistics: HeadCorrelation, phases: Literal["any", "half-turns"]
+    statistics: HeadCorrelation,
+    phases: Literal["any", "half-turns"],
+    aside: HeadCorrelation | None = None,
 ) -> tuple[HeadMap, float, float]:
     """(map, correlation before, correlation after) of a source's heads with the anchor's.
 
     Two assignments: KV groups to KV groups, where what a pair of groups is worth is the best
     assignment of their query heads. Then value rotations by Procrustes on the outputs, and phases
-    from the complex products of q and k. The correlation is that of all head outputs.
+    from the complex products of q and k. The correlation is that of all head outputs, measured on
+    `aside` (statistics of other text) where that is given.
     """
     scores, group_scores = statistics.scores()
     groups = len(group_scores)
@@ -215,8 +234,7 @@ def match_heads(
             worth[source, anchor] += matched_correlation(block.T, inside[source, anchor])
     group_order = assign(worth)
     order, values, turned = [], [], []
-    outputs = statistics.outputs.cpu().unflatten(0, (len(scores), -1))
-    outputs = outputs.unflatten(2, (len(scores), -1)).transpose(1, 2)
+    outputs = statistics.output_blocks()
     for anchor, source in enumerate(group_order.tolist()):
         heads = source * per_group + inside[source, anchor]
         places = anchor * per_group + torch.arange(per_group)
@@ -228,12 +246,8 @@ def match_heads(
             product.angle() if phases == "any" else torch.where(product.real < 0, math.pi, 0.0)
         )
     found = HeadMap(torch.cat(order), torch.stack(turned).double(), torch.stack(values))
-    total = math.sqrt(math.prod(float(energy.sum()) for energy in statistics.energies["outputs"]))
-    places = torch.arange(len(scores))
-    before = float(statistics.outputs.trace()) / max(total, 1e-300)
-    rotations = found.values.repeat_interleave(per_group, dim=0)
-    after = float((outputs[found.order, places] * rotations).sum()) / max(total, 1e-300)
-    return found, before, after
+    judge = aside or statistics
+    return found, judge.correlation(None), judge.correlation(found)
 
 
 def assign(scores: Float[Tensor, "source anchor"]) -> Int[Tensor, " anchor"]:
@@ -251,22 +265,30 @@ class Comparison:
     residual: ResidualCovariance | None = None
     heads: HeadCorrelation | None = None
     neurons: NeuronCorrelation | None = None
+    aside: "Comparison | None" = None
+    """The same on text that no map is found on: a map of residual stream or heads is judged there.
+    None where no text is kept aside."""
 
 
 def match(comparison: Comparison, family: Family, who: str) -> dict[str, Tensor]:
-    """What one layer's statistics say: `covariance` of the residual stream, `heads.*` (order,
-    phases, values, correlation before and after), `neurons` (order) and their `correlation`.
+    """What one layer's statistics say: `covariance` of the residual stream (`covariance.aside`: on
+    the text kept aside), `heads.*` (order, phases, values, correlation before and after), `neurons`
+    (order) and their `correlation`.
 
     Raises SourceError for activations that are not finite; `who` names the source in it.
     """
     found: dict[str, Tensor] = {}
-    if comparison.residual is not None:
-        found["covariance"] = comparison.residual.result().cpu()
-        _check_finite(found["covariance"], who)
+    aside = comparison.aside or Comparison()
+    for kind, residual in (("covariance", comparison.residual), (ASIDE, aside.residual)):
+        if residual is not None:
+            found[kind] = residual.result().cpu()
+            _check_finite(found[kind], who)
     if comparison.heads is not None:
-        for products in (comparison.heads.outputs, comparison.heads.queries, comparison.heads.keys):
-            _check_finite(products, who)
-        heads, before, after = match_heads(comparison.heads, family.symmetries.phases)
+        for statistics in (comparison.heads, aside.heads or comparison.heads):
+            for products in (statistics.outputs, statistics.queries, statistics.keys):
+                _check_finite(products, who)
+        phases = family.symmetries.phases
+        heads, before, after = match_heads(comparison.heads, phases, aside.heads)
         found["heads.order"] = heads.order
         found["heads.phases"], found["heads.values"] = heads.phases.float(), heads.values.float()
         found["heads.correlation"] = torch.tensor([before, after])
@@ -293,22 +315,24 @@ def settle(
     names: Collection[str], read: Callable[[str], Tensor], sources: Sequence[str], num_layers: int
 ) -> dict[str, Tensor]:
     """What `alignment.safetensors` holds, from all layers' findings (`<source>.layers.<l>.<kind>`):
-    one residual basis for all layers, and maps only of sources that gain MIN_GAIN by them.
-    `sources`: all but the anchor.
+    one residual basis for all layers, and maps only of sources that gain MIN_GAIN by them, on the
+    text kept aside where there is some. `sources`: all but the anchor.
 
-    `read`: name of a finding -> tensor. A covariance (hidden x hidden) is read twice, for the sum
-    over the layers and for its cosine in the basis that follows, and not kept: memory does not grow
-    with depth.
+    `read`: name of a finding -> tensor. Covariances (hidden x hidden) are read one after another,
+    for the sum over the layers and for the cosines in the basis that follows, and not kept: memory
+    does not grow with depth.
     """
-    record = {name: read(name) for name in names if not name.endswith(".covariance")}
+    covariance_like = (".covariance", f".{ASIDE}")
+    record = {name: read(name) for name in names if not name.endswith(covariance_like)}
     for source in sources:
         prefixes = [f"{source}.layers.{layer}." for layer in range(num_layers)]
         if f"{prefixes[0]}covariance" in names:
             covariances = [f"{prefix}covariance" for prefix in prefixes]
             residual = residual_basis(sum(map(read, covariances), torch.tensor(0.0)))
+            judges = [f"{prefix}{ASIDE}" for prefix in prefixes]
+            judges = judges if judges[0] in names else covariances
             cosines = [
-                (mean_cosine(one, None), mean_cosine(one, residual))
-                for one in map(read, covariances)
+                (mean_cosine(one, None), mean_cosine(one, residual)) for one in map(read, judges)
             ]
             for prefix, pair in zip(prefixes, cosines, strict=True):
                 record[f"{prefix}cosine"] = torch.tensor(pair)

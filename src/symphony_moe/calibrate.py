@@ -5,6 +5,7 @@ inside it to the accumulators of `align.py`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from symphony_moe.families import EMBEDDING, head_dim
 from symphony_moe.forward import device, load_dense_layer, observe, run_layer
 from symphony_moe.recipe import Recipe
 from symphony_moe.sources import TABLE_ROWS, Source
-from symphony_moe.streams import Streams, Windows
+from symphony_moe.streams import Streams, Windows, windows_at_once
 from symphony_moe.text import draw_windows, is_held_out, read_documents, split_aside
 
 _ASIDE_DOCUMENTS = 1 / 8
@@ -33,7 +34,7 @@ def calibration_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, 
     documents left out, and where something is fitted, those of `aside_windows`."""
     windows = {}
     for source in sources:
-        wanted = max(1, _windows_each(recipe) - (_aside_each(recipe) if recipe.fits else 0))
+        wanted = max(1, recipe.windows_each - recipe.windows_aside)
         fitted, _ = _documents(recipe, source)
         windows[source.name] = _draw(recipe, source, "calibration text", fitted, wanted)
     return windows
@@ -42,8 +43,7 @@ def calibration_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, 
 def aside_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Windows]:
     """Source -> text of its domain that a fit is judged by: of documents of their own.
 
-    One window in 16 of what `calibration.tokens` asks for; four where that is fewer, but no more
-    than one in four. Raises TextError where a source has a single document.
+    Raises TextError where a source has a single document.
     """
     windows = {}
     for source in sources:
@@ -55,18 +55,8 @@ def aside_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Window
                 "and router.init: random)"
             )
         what = "calibration text kept aside"
-        windows[source.name] = _draw(recipe, source, what, aside, _aside_each(recipe))
+        windows[source.name] = _draw(recipe, source, what, aside, recipe.windows_aside)
     return windows
-
-
-def _windows_each(recipe: Recipe) -> int:
-    settings = recipe.calibration
-    return max(1, settings.tokens // len(recipe.sources) // settings.sequence_length)
-
-
-def _aside_each(recipe: Recipe) -> int:
-    windows = _windows_each(recipe)
-    return max(windows // 16, min(4, windows // 4), 1)
 
 
 def _documents(recipe: Recipe, source: Source) -> tuple[list[str], list[str]]:
@@ -105,6 +95,7 @@ def compare_layer(
     layer: int,
     weights: Mapping[str, Mapping[str, Tensor]],
     streams: Streams,
+    aside: int,
     *,
     statistics: bool,
 ) -> dict[str, Comparison]:
@@ -113,7 +104,8 @@ def compare_layer(
 
     Returns, for every source but the anchor, how it compares with the anchor on the same tokens
     (nothing where `statistics` is false). The residual stream is compared before the layer, between
-    attention and FFN, and after the last layer. `weights`: source -> its layer's tensors.
+    attention and FFN, and after the last layer. `weights`: source -> its layer's tensors. `aside`:
+    windows at the beginning of the streams that are compared apart, to judge by.
     """
     ordered = sorted(sources, key=lambda source: source.name != recipe.anchor)  # the anchor first
     config = ordered[0].config
@@ -121,11 +113,18 @@ def compare_layer(
     is_last = layer == config.num_hidden_layers - 1
     found = {}
     if statistics:
-        found = {source.name: _blank(recipe, source) for source in ordered[1:]}
-    for number in range(len(streams.batches(recipe.anchor))):
+        found = {source.name: _blank(recipe, source, aside) for source in ordered[1:]}
+    sequence = streams[recipe.anchor].shape[1]
+    ends = [0, aside, len(streams[recipe.anchor])]
+    batches = [
+        slice(first, min(first + windows_at_once(sequence), end))
+        for begin, end in pairwise(ends)
+        for first in range(begin, end, windows_at_once(sequence))
+    ]
+    for batch in batches:
         reference: dict[str, Tensor] = {}
         for source in ordered:
-            hidden = streams.batches(source.name)[number]
+            hidden = streams[source.name][batch]
             before = hidden.to(device(), copy=True)
             with observe(models[source.name]) as seen:
                 after = run_layer(models[source.name], before)
@@ -135,19 +134,31 @@ def compare_layer(
                 reference = seen
             elif statistics:
                 places = ("before", "middle", "after") if is_last else ("before", "middle")
-                _add(found[source.name], reference, seen, places, head_dim(config))
+                comparison = found[source.name]
+                if batch.start < aside:
+                    comparison = comparison.aside or comparison
+                _add(comparison, reference, seen, places, head_dim(config))
     return found
 
 
-def _blank(recipe: Recipe, source: Source) -> Comparison:
+def _blank(recipe: Recipe, source: Source, aside: int) -> Comparison:
+    """Statistics of nothing yet. `aside`: windows to judge the maps by, which neurons' order, being
+    used in any case, is not."""
     config = source.config
-    comparison = Comparison()
-    if recipe.align.residual == "orthogonal":
-        comparison.residual = ResidualCovariance(config.hidden_size, device())
-    if recipe.align.heads == "all":
-        comparison.heads = HeadCorrelation(config, device())
+
+    def blank() -> Comparison:
+        comparison = Comparison()
+        if recipe.align.residual == "orthogonal":
+            comparison.residual = ResidualCovariance(config.hidden_size, device())
+        if recipe.align.heads == "all":
+            comparison.heads = HeadCorrelation(config, device())
+        return comparison
+
+    comparison = blank()
     if recipe.aligns_neurons:
         comparison.neurons = NeuronCorrelation(config.intermediate_size, device())
+    if aside:
+        comparison.aside = blank()
     return comparison
 
 

@@ -299,7 +299,8 @@ def describe_plan(plan: "Plan") -> str:
     lines = [
         f"{len(plan.sources)} x {plan.family} -> {plan.architecture}",
         f"  parameters  {total:,} in total, {active:,} active per token",
-        f"  on disk     {plan.disk_bytes / 1e9:.3f} GB in {plan.dtype}, {plan.shards} file(s)",
+        f"  on disk     {plan.disk_bytes / 1e9:.3f} GB in {plan.dtype}, {plan.shards} file(s); "
+        f"{plan.work_bytes / 1e9:.3f} GB more until stage 1 ends",
         f"  memory      about {plan.peak_memory_bytes / 1e9:.1f} GB at the peak of stage 1",
         f"  time        about {_duration(plan.seconds)} for stage 1 on this machine",
         "sources",

@@ -73,6 +73,7 @@ from symphony_moe.run_folder import (
     log_to,
     publish,
     refuse_existing,
+    require_room,
     start_run,
     to_json,
     write_bytes,
@@ -121,6 +122,8 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     windows = calibration_windows(recipe, sources) if recipe.aligns or recipe.fits else {}
     aside = aside_windows(recipe, sources) if recipe.fits else {}
     recipe = _with_hashes(recipe, sources)
+    if overwrite or not RunFolder(out).checkpoint.is_dir():
+        require_room(out, planned.disk_bytes + planned.work_bytes, planned.work_bytes)
 
     folder = start_run(out, recipe, resume=resume, overwrite=overwrite)
     if folder.checkpoint.is_dir():
@@ -131,7 +134,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     with log_to(folder):
         folder.update_json(folder.plan, planned.to_json())
         text = _digest(*windows.values(), *aside.values())
-        record = _align(recipe, sources, windows, folder, text)
+        record = _align(recipe, sources, windows, aside, folder, text)
         if recipe.refit.method != "none":
             record |= _count_tokens(windows, sources[0].config.vocab_size)
         writer = CheckpointWriter(
@@ -289,11 +292,13 @@ def _align(
     recipe: Recipe,
     sources: Sequence[Source],
     windows: Mapping[str, Tensor],
+    aside: Mapping[str, Tensor],
     folder: RunFolder,
     text: str,
 ) -> dict[str, Tensor]:
-    """One sweep of all sources over the whole calibration text; what `alignment.safetensors` will
-    hold. Layers that an interrupted build has compared are not compared again."""
+    """One sweep of all sources over the whole calibration text, that of `aside` first; what
+    `alignment.safetensors` will hold. Layers that an interrupted build has compared are not
+    compared again."""
     if not recipe.aligns:
         return {}
     num_layers = sources[0].config.num_hidden_layers
@@ -301,13 +306,15 @@ def _align(
     if not all(compared):
         in_memory = streams_in_memory(recipe, sources[0].config, len(sources))
         streams = Streams(None if in_memory else folder.work)
-        together = torch.cat([windows[name] for name in sorted(windows)])
+        parts = [aside[name] for name in sorted(aside)]
+        num_aside = sum(map(len, parts))
+        together = torch.cat([*parts, *(windows[name] for name in sorted(windows))])
         for source in sources:
             table = embedding_blocks(source)
             streams.embed({source.name: together}, source.config.hidden_size, table)
         for layer in range(num_layers):
             path = None if compared[layer] else folder.layer_compared(layer)
-            _compare(recipe, sources, layer, streams, path, text)
+            _compare(recipe, sources, layer, streams, num_aside, path, text)
             log.info("compared layer %d of %d", layer + 1, num_layers)
             release_freed_memory()
         streams.release()
@@ -330,14 +337,15 @@ def _compare(
     sources: Sequence[Source],
     layer: int,
     streams: Streams,
+    aside: int,
     path: Path | None,
     text: str,
 ) -> None:
     """Bring all sources' streams past one layer. `path`: where to record how it compares with the
-    anchor's; None where that is known."""
+    anchor's; None where that is known. `aside`: windows of the streams to judge by."""
     weights = {source.name: source.read_layer(layer) for source in sources}
     statistics = path is not None
-    found = compare_layer(recipe, sources, layer, weights, streams, statistics=statistics)
+    found = compare_layer(recipe, sources, layer, weights, streams, aside, statistics=statistics)
     if path is None:
         return
     tensors = {}

@@ -27,6 +27,7 @@ from symphony_moe.families import (
 )
 from symphony_moe.forward import LOGITS_AT_ONCE, WINDOWS_TOKENS
 from symphony_moe.recipe import Recipe
+from symphony_moe.route import windows_for_router
 from symphony_moe.shards import BYTES, assign_shards
 from symphony_moe.sources import (
     TABLE_ROWS,
@@ -40,9 +41,6 @@ from symphony_moe.sources import (
 
 STREAMS_IN_MEMORY = 2 * 1024**3
 """Residual streams of the calibration text larger than this (bytes) wait in memory-mapped files."""
-
-_PLAIN_SHARE = 1 / 8
-"""Share of the text that the plain mean runs on beside the fitted model."""
 
 _PROCESS = 600 * 1024**2
 """Memory of the interpreter and the libraries, in bytes."""
@@ -75,6 +73,8 @@ class Plan:
     disk_bytes: int
     """Size of the output's weights."""
     shards: int
+    work_bytes: int
+    """Disk space that stage 1 needs beside the weights and gives back at its end."""
     peak_memory_bytes: int
     """Estimate for stage 1."""
     seconds: float
@@ -127,6 +127,7 @@ def make_plan(recipe: Recipe, sources: Sequence[Source]) -> Plan:
         active_parameters=active,
         disk_bytes=disk,
         shards=len(assign_shards(tensors, recipe.output.dtype, recipe.output.max_shard_bytes)),
+        work_bytes=_work(recipe, anchor.config, len(sources)),
         peak_memory_bytes=_peak_memory(recipe, anchor.config, len(sources)),
         seconds=_seconds(recipe, sources, anchor.config),
         notes=_notes(recipe, sources, differences),
@@ -169,17 +170,40 @@ def output_tensors(
 def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
     """Size of the residual streams that wait between layers, at the larger of two moments: all
     sources on the whole text while they are aligned; and, while the new model is fitted, on each
-    source's own text, the source's stream at three places of a layer and the new model's at two."""
-    aligning = num_sources if recipe.aligns else 0
-    refitting = 5.0 + _PLAIN_SHARE if recipe.refit.method != "none" else 0
-    fitting = max(refitting, 2 if recipe.fits else 0)
-    tokens = recipe.calibration.tokens
-    return int(max(aligning, fitting) * tokens * config.hidden_size * 4)
+    source's own text, the source's stream at three places of a layer, the new model's at two and
+    the plain mean's on some."""
+    windows = recipe.windows_each
+    to_fit = max(1, windows - recipe.windows_aside)
+    whole = to_fit + recipe.windows_aside
+    aligning = num_sources * whole if recipe.aligns else 0
+    fitting = 2 * whole if recipe.fits else 0
+    if recipe.refit.method != "none":
+        router = windows_for_router(num_sources, recipe.calibration.sequence_length, to_fit)
+        fitting = 5 * whole + recipe.windows_aside + router
+    tokens = num_sources * max(aligning, fitting) * recipe.calibration.sequence_length
+    return tokens * config.hidden_size * 4
 
 
 def streams_in_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> bool:
     """Whether the residual streams wait in memory between layers, or in memory-mapped files."""
     return streams_bytes(recipe, config, num_sources) <= STREAMS_IN_MEMORY
+
+
+def _work(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
+    """What lies under `work/` at once: how every layer compares with the anchor's (float64 for the
+    residual stream, float32 for heads, int64 for neurons), and streams that wait in files."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    one_layer = 0
+    if recipe.align.residual != "none":
+        one_layer += hidden**2 * 8 * (2 if recipe.fits else 1)
+    if recipe.align.heads != "none":
+        size, groups = head_dim(config), config.num_key_value_heads
+        one_layer += config.num_attention_heads * 8 + groups * (size // 2 + size**2) * 4
+    if recipe.aligns_neurons:
+        one_layer += ffn * 8
+    records = (num_sources - 1) * config.num_hidden_layers * one_layer
+    in_memory = streams_in_memory(recipe, config, num_sources)
+    return records + (0 if in_memory else streams_bytes(recipe, config, num_sources))
 
 
 def _peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
@@ -201,10 +225,12 @@ def _peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> 
     if recipe.aligns_neurons:
         statistics += (num_sources - 1) * ffn * ffn * 4
         matching = ffn * ffn * 24
+    texts = 2 if recipe.fits else 1  # maps are judged on text of its own
     if recipe.align.residual != "none":
-        statistics += (num_sources - 1) * hidden * hidden * 8
+        statistics += texts * (num_sources - 1) * hidden * hidden * 8
     if recipe.align.heads != "none":
-        statistics += (num_sources - 1) * (config.num_attention_heads * head_dim(config)) ** 2 * 8
+        width = config.num_attention_heads * head_dim(config)
+        statistics += texts * (num_sources - 1) * width**2 * 8
     activations = batch * (ffn * 20 + hidden * 40)
     fusing = (num_sources + 2) * largest * 8
     reordered = num_sources * 3 * hidden * ffn * 4

@@ -288,6 +288,20 @@ class Recipe(Section):
         total = sum(weights.values())
         return [weights[name] / total for name in self.sources]
 
+    @property
+    def windows_each(self) -> int:
+        """Windows of calibration text of every source, those kept aside included."""
+        settings = self.calibration
+        return max(1, settings.tokens // len(self.sources) // settings.sequence_length)
+
+    @property
+    def windows_aside(self) -> int:
+        """Windows of every source's calibration text that a fit is judged by: one in 16; four where
+        that is fewer, but no more than one in four."""
+        if not self.fits:
+            return 0
+        return max(self.windows_each // 16, min(4, self.windows_each // 4), 1)
+
     def to_yaml(self) -> str:
         """The resolved recipe: every setting spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -45,7 +45,7 @@ from symphony_moe.forward import (
 )
 from symphony_moe.least_squares import Fit, LeastSquares
 from symphony_moe.recipe import Recipe
-from symphony_moe.route import hidden_router, regression_router
+from symphony_moe.route import hidden_router, regression_router, windows_for_router
 from symphony_moe.streams import Streams, Windows, windows_at_once
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,6 @@ log = logging.getLogger(__name__)
 _INPUT_NORM, _MIDDLE_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
 _PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OUTPUT = "self_attn.o_proj.weight"
-_ROUTER_TOKENS = 32768
-"""Router inputs that a calibrated router is fitted on, of all sources together."""
 _WARMUP, _WARMUP_SHARE = 20, 5
 """Steps in which the refinement's learning rate rises, and at most one in so many of all."""
 
@@ -105,8 +103,7 @@ class Calibration:
     def router_windows(self, name: str) -> int:
         """Windows of a source's text that a router is calibrated on."""
         windows, sequence = self.windows[name].shape
-        wanted = max(1, _ROUTER_TOKENS // len(self.windows) // sequence)
-        return min(wanted, windows - self.kept_aside[name])
+        return windows_for_router(len(self.windows), sequence, windows - self.kept_aside[name])
 
 
 def fit_layer(

@@ -8,8 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 STANDARD_DEVIATION = 0.02
+ROUTER_TOKENS = 32768
+"""Router inputs that a calibrated router is fitted on, of all sources together."""
 _ITERATIONS = 60
 _DECAY = 1e-4
+
+
+def windows_for_router(num_sources: int, sequence_length: int, available: int) -> int:
+    """Windows of every source's text that a calibrated router is fitted on."""
+    return min(max(1, ROUTER_TOKENS // num_sources // sequence_length), available)
 
 
 def random_router(

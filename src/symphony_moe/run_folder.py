@@ -184,6 +184,21 @@ def refuse_existing(root: Path, *, resume: bool, overwrite: bool) -> None:
         raise RunFolderError(f"{root}: nothing to resume there (no recipe.yaml)")
 
 
+def require_room(root: Path, needed: int, passing: int) -> None:
+    """RunFolderError where the disk under `root` has not `needed` bytes, `passing` of which are
+    given back at the end; what an earlier build has taken there counts as room."""
+    there = next(path for path in (root, *root.absolute().parents) if path.is_dir())
+    taken = 0
+    if there == root:
+        taken = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    free = shutil.disk_usage(there).free + taken
+    if needed > free:
+        raise RunFolderError(
+            f"{root}: the build needs {needed / 1e9:.2f} GB ({passing / 1e9:.2f} GB of it until it "
+            f"ends), the disk has {free / 1e9:.2f} GB free; make room or choose another --out"
+        )
+
+
 def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     """Make the folder of a new build, or take up one that was cut short.
 

@@ -1,0 +1,169 @@
+"""What a plan says a build will take, against what it takes."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from symphony_moe import pipeline, plan
+from symphony_moe.cli import main
+from symphony_moe.plan import streams_bytes
+from symphony_moe.recipe import load_recipe
+from symphony_moe.run_folder import RunFolder
+from symphony_moe.shards import CheckpointWriter
+from symphony_moe.streams import Streams
+
+Recipes = Callable[[str], Path]
+
+SETTINGS = {
+    "nothing": ["method=symphony", "backbone.attention=linear", "align.neurons=none"],
+    "a router": ["method=symphony", "align.neurons=none", "router.init=regression"],
+    "the paper's": ["method=symphony"],
+    "the paper's and a router": ["method=symphony", "router.init=hidden"],
+    "alignment": ["method=harmonized", "refit.method=none", "router.init=random"],
+    "a fit": ["method=harmonized", "refit.epochs=0"],
+    "a fit of strangers to nothing": [
+        "method=harmonized", "refit.epochs=0", "align.residual=none", "align.heads=none",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def largest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of all streams at once, each time that one is made."""
+    sizes = [0]
+    make = Streams.new
+
+    def new(self: Streams, *arguments: Any) -> Tensor:
+        stream = make(self, *arguments)
+        sizes.append(sum(one.numel() * one.element_size() for one in self._streams.values()))
+        return stream
+
+    monkeypatch.setattr(Streams, "new", new)
+    return sizes
+
+
+@pytest.mark.parametrize("tokens", [200, 1536, 6000])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_streams_take_what_was_planned(
+    settings: str, tokens: int, recipes: Recipes, tmp_path: Path, largest: list[int]
+) -> None:
+    """To the byte: one window a source, as many as a router reads at most, and more."""
+    recipe = load_recipe(
+        recipes("llama"),
+        [*SETTINGS[settings], f"calibration.tokens={tokens}", "calibration.sequence_length=32"],
+    )
+    sources = pipeline.open_sources(recipe)
+    planned = streams_bytes(recipe, sources[0].config, len(sources))
+    pipeline.build(recipe, tmp_path / "run")
+    assert max(largest) == planned
+    assert (planned == 0) is (settings == "nothing")
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_work_takes_what_was_planned(
+    settings: str, recipes: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where streams wait in files: what was planned, and the headers of the records and the notes
+    of the finished layers (a few KB a layer), which are not."""
+    monkeypatch.setattr(plan, "STREAMS_IN_MEMORY", 0)
+    recipe = load_recipe(recipes("llama"), [*SETTINGS[settings], "calibration.tokens=6000"])
+    planned = pipeline.plan(recipe)
+    run = RunFolder(tmp_path / "run")
+    sizes = [0]
+
+    def measure() -> None:
+        files = [path for path in run.work.rglob("*") if path.is_file()]
+        weights = set(run.staged_checkpoint.glob("*"))
+        sizes.append(sum(path.stat().st_size for path in files if path not in weights))
+
+    release, finish = Streams.release, CheckpointWriter.finish
+
+    def released(self: Streams) -> None:
+        measure()
+        release(self)
+
+    def finished(self: CheckpointWriter) -> dict[str, str]:
+        measure()
+        return finish(self)
+
+    monkeypatch.setattr(Streams, "release", released)
+    monkeypatch.setattr(CheckpointWriter, "finish", finished)
+    pipeline.build(recipe, run.root)
+    assert planned.work_bytes <= max(sizes) <= planned.work_bytes + 20_000
+    assert (planned.work_bytes == 0) is (settings == "nothing")
+
+
+def test_a_disk_without_room_for_the_work_is_refused_before_anything_is_made(
+    recipes: Recipes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Room for the weights alone is not enough; what an earlier build has taken counts as room."""
+    monkeypatch.setattr(plan, "STREAMS_IN_MEMORY", 0)
+    settings = ["method=harmonized", "refit.epochs=0"]
+    planned = pipeline.plan(load_recipe(recipes("llama"), settings))
+    needed = planned.disk_bytes + planned.work_bytes
+    usage = shutil.disk_usage(tmp_path)
+    free = [needed - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    out = tmp_path / "new" / "out"
+    arguments = ["build", str(recipes("llama")), "--out", str(out)]
+    for setting in settings:
+        arguments += ["--set", setting]
+    assert planned.work_bytes > 0
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "the disk has" in error and "until it ends" in error and "Traceback" not in error
+    assert not out.parent.exists()
+
+    out.mkdir(parents=True)
+    (out / "work").mkdir()
+    (out / "work" / "half").write_bytes(b"x")
+    (out / "recipe.yaml").write_text("")
+    assert main([*arguments, "--overwrite"]) == 0
+    # Finished, it needs no room at all.
+    free[0] = 0
+    assert main([*arguments, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("settings", ["alignment", "a fit"])
+def test_the_peak_counts_what_a_fit_holds(settings: str, recipes: Recipes) -> None:
+    """Where tables are large: all sources' heads and six more of float32. Where experts are large:
+    three matrices ffn x ffn of float64. A build that fits nothing holds neither."""
+    recipe = load_recipe(recipes("llama"), SETTINGS[settings])
+    config = pipeline.open_sources(recipe)[0].config
+
+    def peak(**sizes: int) -> int:
+        changed = copy.deepcopy(config)
+        for name, size in sizes.items():
+            setattr(changed, name, size)
+        return plan._peak_memory(recipe, changed, len(recipe.sources))
+
+    tables = peak(vocab_size=10**7) - peak(vocab_size=10**6)
+    experts = peak(intermediate_size=2 * 10**5) - peak(intermediate_size=10**5)
+    wanted = 3 * (2 * 10**5) ** 2 * 8 - 3 * (10**5) ** 2 * 8
+    if settings == "a fit":
+        assert tables == 9 * (10**6 - 10**5) * 10 * config.hidden_size * 4
+        assert wanted < experts < 1.1 * wanted
+    else:
+        assert tables == 0
+        assert experts < 0.02 * wanted
+
+
+def test_plans_are_printed_and_written(
+    recipes: Recipes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(recipes("llama")), "--set", "method=harmonized"]
+    assert main([*arguments, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert f"{planned['work_bytes'] / 1e9:.3f} GB more until stage 1 ends" in shown
+    assert f"about {planned['peak_memory_bytes'] / 1e9:.1f} GB at the peak" in shown
