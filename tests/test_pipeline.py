@@ -942,9 +942,10 @@ def test_verify_deep_builds_again(built: Callable[[str], RunFolder], tmp_path: P
 def test_the_recorded_recipe_pins_the_sources(
     recipes: Callable[[str], Path], built: Callable[[str], RunFolder]
 ) -> None:
-    """Every source with the SHA-256 of its weights, so that a run says what it was made of."""
+    """Every source with the SHA-256 of its files, so that a run says what it was made of."""
     recipe: Recipe = built("llama").read_recipe()
     for name in "abc":
         spec = recipe.sources[name]
-        assert spec.sha256 is not None and list(spec.sha256) == ["model.safetensors"]
+        assert spec.sha256 is not None
+        assert {"model.safetensors", "config.json", "tokenizer.json"} <= spec.sha256.keys()
         assert Path(spec.model) == models_of(recipes("llama")) / name

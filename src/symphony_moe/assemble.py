@@ -7,13 +7,14 @@ records, so `build` writes it (or fits it further, see `refit.py`) and `verify` 
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, MoELayer
 from symphony_moe.fuse import linear_mean, selective_linear, slerp
 from symphony_moe.recipe import Recipe
 from symphony_moe.route import random_router
-from symphony_moe.sources import TABLE_ROWS, Source, anchor_of
+from symphony_moe.sources import Source, anchor_of
 from symphony_moe.symmetry import (
     HeadMap,
     NeuronMap,
@@ -57,8 +58,7 @@ def aligned_table(
     residual = record.get(f"{source.name}.residual")
     gain = gain_of(source.family, source.read(FINAL_NORM))
     stored = EMBEDDING if name == EMBEDDING else source.head_name
-    for first in range(0, source.headers[stored].shape[0], TABLE_ROWS):
-        rows = source.read(stored, slice(first, first + TABLE_ROWS))
+    for first, rows in source.table(stored):
         if name == HEAD and recipe.folds:
             yield first, transform_head(rows, gain, residual)
         else:
@@ -84,14 +84,20 @@ def fused_tables(
             if method != "selective-linear":
                 yield name, first, linear_mean(blocks, shares)
                 continue
-            # The plan refuses sources whose vocabularies differ: every source knows every token.
-            knowledge = torch.ones(len(blocks), len(blocks[0]))
+            rows = slice(first, first + len(blocks[0]))
+            knowledge = torch.stack([_knows(source, rows) for source in sources])
             counts = [record.get(f"{source.name}.tokens") for source in sources]
             if name == EMBEDDING and None not in counts:
-                rows = slice(first, first + len(blocks[0]))
                 # One more of each: a token in nobody's text gets the plain mean.
-                knowledge = torch.stack([c[rows] + 1.0 for c in counts if c is not None])
+                knowledge *= torch.stack([c[rows] + 1.0 for c in counts if c is not None])
             yield name, first, selective_linear(blocks, knowledge, shares)
+
+
+def _knows(source: Source, rows: slice) -> Float[Tensor, " rows"]:
+    """1 for the tokens that a source has, 0 for the others."""
+    if source.known is None:
+        return torch.ones(rows.stop - rows.start)
+    return source.known[rows].float()
 
 
 def fused_final_norm(recipe: Recipe, sources: Sequence[Source]) -> Tensor:

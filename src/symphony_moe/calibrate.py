@@ -21,7 +21,7 @@ from symphony_moe.errors import TextError
 from symphony_moe.families import EMBEDDING, head_dim
 from symphony_moe.forward import device, load_dense_layer, observe, run_layer
 from symphony_moe.recipe import Recipe
-from symphony_moe.sources import TABLE_ROWS, Source
+from symphony_moe.sources import Source
 from symphony_moe.streams import Streams, Windows, windows_at_once
 from symphony_moe.text import draw_windows, is_held_out, read_documents, split_aside
 
@@ -63,7 +63,7 @@ def _documents(recipe: Recipe, source: Source) -> tuple[list[str], list[str]]:
     """(to fit on, to judge a fit by); where nothing is fitted, the former are all."""
     spec = recipe.sources[source.name]
     who = f"calibration text of {source.name}"
-    documents = read_documents(who, spec.data, spec.column, source.tokenizer)
+    documents = read_documents(who, spec.data, spec.column, source.own_tokenizer)
     documents = [d for d in documents if not is_held_out(d, recipe.evaluation.holdout)]
     return split_aside(documents, _ASIDE_DOCUMENTS) if recipe.fits else (documents, [])
 
@@ -84,8 +84,7 @@ def _draw(
 
 def embedding_blocks(source: Source) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows) of a source's own token embeddings."""
-    for first in range(0, source.headers[EMBEDDING].shape[0], TABLE_ROWS):
-        yield first, source.read(EMBEDDING, slice(first, first + TABLE_ROWS))
+    yield from source.table(EMBEDDING)
 
 
 @torch.inference_mode()

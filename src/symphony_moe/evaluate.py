@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +18,7 @@ from symphony_moe.forward import WINDOWS_TOKENS
 from symphony_moe.recipe import Recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import Source, anchor_of
-from symphony_moe.stock import load_stock
+from symphony_moe.stock import load_source, load_stock
 from symphony_moe.text import draw_windows, is_held_out, read_documents
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def evaluate_run(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> d
     metrics: dict[str, Any] = {"sources": {}, "routing": {}}
     names = [source.name for source in sources]
     for source in sources:
-        losses, _ = losses_and_routing(load_stock(source.folder), windows)
+        losses, _ = losses_and_routing(load_source(source), windows, source.known)
         metrics["sources"][source.name] = losses
         log.info("evaluated source %s: %s", source.name, _spell(losses))
     for stage, folder in (("built", run.checkpoint), ("trained", run.trained)):
@@ -68,7 +68,7 @@ def held_out_windows(
         settings.extra.items()
     ):
         spec = recipe.sources.get(name)
-        tokenizer = next((s.tokenizer for s in sources if s.name == name), anchor.tokenizer)
+        tokenizer = next((s.own_tokenizer for s in sources if s.name == name), anchor.tokenizer)
         who = f"held-out text of {name}"
         documents = read_documents(who, data, spec.column if spec else "text", tokenizer)
         if spec:
@@ -76,7 +76,7 @@ def held_out_windows(
         windows[name] = draw_windows(
             who,
             documents,
-            tokenizer,
+            anchor.tokenizer,
             tokens=settings.tokens,
             sequence_length=settings.sequence_length,
             seed=recipe.seed,
@@ -86,23 +86,30 @@ def held_out_windows(
 
 @torch.inference_mode()
 def losses_and_routing(
-    model: PreTrainedModel, windows: Mapping[str, Int[Tensor, "windows sequence"]]
+    model: PreTrainedModel,
+    windows: Mapping[str, Int[Tensor, "windows sequence"]],
+    known: Bool[Tensor, " vocabulary"] | None = None,
 ) -> tuple[dict[str, float], dict[str, list[list[float]]]]:
     """Domain -> nats per token; and, for an MoE, domain -> layer -> expert -> share of the token's
-    choices (each layer sums to one; no entries for a dense model)."""
+    choices (each layer sums to one; no entries for a dense model).
+
+    `known`: the tokens that the model has, where the vocabulary has others (None: all). It gives no
+    probability to the others, and where the text has one, it is not asked.
+    """
     losses, shares = {}, {}
     top_k = getattr(model.config, "num_experts_per_tok", None)
     for domain, text in windows.items():
-        total = 0.0
+        total, predicted = 0.0, 0
         counts: Tensor | None = None
         for batch in text.to(model.device).split(max(1, WINDOWS_TOKENS // text.shape[1])):
             arguments = {} if top_k is None else {"output_router_logits": True}
             output = model(input_ids=batch, use_cache=False, **arguments)
-            total += float(negative_log_likelihood(output.logits, batch).double().sum())
+            nats = negative_log_likelihood(output.logits, batch, known)
+            total, predicted = total + float(nats.double().sum()), predicted + len(nats)
             if top_k is not None:
                 chosen = torch.stack([_choices(logits, top_k) for logits in output.router_logits])
                 counts = chosen if counts is None else counts + chosen
-        losses[domain] = total / (text.shape[0] * (text.shape[1] - 1))
+        losses[domain] = total / max(predicted, 1)
         if counts is not None:
             share = counts.double() / counts.sum(dim=1, keepdim=True)
             shares[domain] = [[round(value, 6) for value in layer] for layer in share.tolist()]
@@ -110,12 +117,17 @@ def losses_and_routing(
 
 
 def negative_log_likelihood(
-    logits: Float[Tensor, "windows sequence vocabulary"], tokens: Int[Tensor, "windows sequence"]
+    logits: Float[Tensor, "windows sequence vocabulary"],
+    tokens: Int[Tensor, "windows sequence"],
+    known: Bool[Tensor, " vocabulary"] | None = None,
 ) -> Float[Tensor, " predicted"]:
-    """Nats of every token but each window's first."""
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
-    )
+    """Nats of every token but each window's first (of those that are `known`)."""
+    logits, wanted = logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()
+    if known is not None:
+        known = known.to(logits.device)
+        asked = known[wanted]
+        logits, wanted = logits[asked].masked_fill(~known, -torch.inf), wanted[asked]
+    return torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
 
 
 def _choices(logits: Float[Tensor, "tokens experts"], top_k: int) -> Int[Tensor, " experts"]:

@@ -272,9 +272,7 @@ def _check_text(recipe: Recipe) -> None:
 def _with_hashes(recipe: Recipe, sources: Sequence[Source]) -> Recipe:
     """The recipe with every source pinned to the weights that it has now."""
     pinned = {
-        source.name: recipe.sources[source.name].model_copy(
-            update={"sha256": source.hash_weights()}
-        )
+        source.name: recipe.sources[source.name].model_copy(update={"sha256": source.hash_files()})
         for source in sources
     }
     return recipe.model_copy(update={"sources": pinned})
@@ -404,7 +402,10 @@ def _begin_fit(
     by_name = {name: torch.cat((aside[name], windows[name])) for name in sorted(windows)}
     counts = {name: len(text) for name, text in aside.items()}
     configs = {source.name: source.config for source in sources}
-    calibration = Calibration(recipe, anchor.family, configs, anchor.name, by_name, counts, streams)
+    known = {source.name: source.known for source in sources}
+    calibration = Calibration(
+        recipe, anchor.family, configs, anchor.name, by_name, counts, streams, known
+    )
     hidden = anchor.config.hidden_size
     new = {f"new/{name}": text for name, text in by_name.items()}
     streams.embed(new, hidden, _embedding_blocks(recipe, sources, record))

@@ -89,7 +89,7 @@ class Plan:
 
 def make_plan(recipe: Recipe, sources: Sequence[Source]) -> Plan:
     """Plan a build. Raises SourceMismatch or RecipeError where it cannot be done."""
-    differences = compare_sources(sources, recipe.anchor)
+    differences = compare_sources(sources, recipe.anchor, recipe.output.chat)
     refuse_mismatch(differences)
     anchor = anchor_of(recipe, sources)
     family = anchor.family
@@ -114,6 +114,8 @@ def make_plan(recipe: Recipe, sources: Sequence[Source]) -> Plan:
         tied=tied,
         dtype=recipe.output.dtype,
     )
+    if anchor.vocabulary is not None:
+        config |= anchor.vocabulary.settings
     disk = total * BYTES[recipe.output.dtype]
     return Plan(
         architecture=family.moe,

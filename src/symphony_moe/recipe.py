@@ -153,6 +153,9 @@ class Output(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     max_shard_size: str = "5GB"
     """Size of a weights file at most, as `5GB`, `500MB` or `20KB`."""
+    chat: str | None = None
+    """The source whose chat template, end and padding tokens and generation config the output has;
+    the anchor where it is not given."""
     head_bias: bool = True
     """Write the zero head bias of targets that have one (Qwen2's): without it transformers reports
     a missing tensor, with it llama.cpp's converter refuses the checkpoint. No effect elsewhere."""
@@ -227,6 +230,8 @@ class Recipe(Section):
                 raise ValueError(f"the name {name!r} is what the result is called; choose another")
         if self.anchor not in names:
             raise ValueError(f"anchor: {self.anchor!r} is no source; sources are {names}")
+        if self.output.chat is not None and self.output.chat not in names:
+            raise ValueError(f"output.chat: {self.output.chat!r} is no source; sources are {names}")
         for name in self.backbone.weights or ():
             if name not in names:
                 raise ValueError(f"backbone.weights: {name!r} is no source; sources are {names}")

@@ -74,6 +74,8 @@ class Calibration:
     streams: Streams
     """`source/<name>`: the aligned source on its own text. `new/<name>`: the new model on it.
     `plain/<name>`: the plain mean on some of it."""
+    known: Mapping[str, Tensor | None] = field(default_factory=dict)
+    """Source -> which tokens of the shared vocabulary it has; None (or no entry): all."""
     warned: set[tuple[str, str]] = field(default_factory=set)
     """What has been said, and need not be said of every layer."""
 

@@ -124,7 +124,7 @@ def _refine(
             rows = (_normed(calibration, x).flatten(0, 1) for x in (new, source))
             for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
                 surplus = torch.softmax(x @ head.T, dim=-1)
-                surplus -= torch.softmax(wanted @ heads[name].T, dim=-1)
+                surplus -= torch.softmax(_wanted(calibration, name, wanted, heads), dim=-1)
                 total.addmm_(surplus.T, x, alpha=1 / tokens)
         head.grad = total
 
@@ -132,6 +132,15 @@ def _refine(
         layers = calibration.config.num_hidden_layers
         descend(calibration, [head], [aligned], ("new", "source"), gradient, seed=layers)
     return head
+
+
+def _wanted(
+    calibration: Calibration, name: str, rows: Tensor, heads: Mapping[str, Head]
+) -> Float[Tensor, "tokens vocabulary"]:
+    """A source's logits. It never says a token that it does not have."""
+    logits = rows @ heads[name].T
+    known = calibration.known.get(name)
+    return logits if known is None else logits.masked_fill(~known.to(logits.device), -torch.inf)
 
 
 def _soften(calibration: Calibration, head: Head, heads: Mapping[str, Head]) -> tuple[float, float]:
@@ -168,8 +177,9 @@ def _divergences(
         rows = (_normed(calibration, part).flatten(0, 1) for part in parts)
         for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
             logits = x @ head.T
-            theirs = torch.log_softmax(wanted @ heads[name].T, dim=-1)
+            theirs = torch.log_softmax(_wanted(calibration, name, wanted, heads), dim=-1)
             share = theirs.exp()
+            theirs = theirs.masked_fill(share == 0, 0.0)  # not 0 times minus infinity
             for place, temperature in enumerate(temperatures):
                 ours = torch.log_softmax(logits / temperature, dim=-1)
                 total[place] += float((share * (theirs - ours)).sum())

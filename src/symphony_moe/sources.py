@@ -4,17 +4,19 @@
 `compare_sources` names every difference between the sources and says what it means for the build.
 """
 
+import copy
 import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -31,6 +33,7 @@ from symphony_moe.families import EMBEDDING, FAMILIES, FINAL_NORM, HEAD, Family,
 from symphony_moe.forward import decoder_layer, one_layer_model
 from symphony_moe.recipe import BUNDLED, Recipe, SourceSpec
 from symphony_moe.shards import sha256_of
+from symphony_moe.vocabulary import TOKENIZER_FILES, Owner, Vocabulary, is_needed, merge
 
 GENERATION = "generation_config.json"
 TABLE_ROWS = 8192
@@ -64,6 +67,9 @@ class Source:
     config: PreTrainedConfig
     headers: Mapping[str, Header]
     """Tensor name -> header."""
+    vocabulary: Vocabulary | None = None
+    """What it shares with the other sources, where theirs is not its own; `config.vocab_size` is
+    the size of that then."""
 
     @property
     def family(self) -> Family:
@@ -75,6 +81,16 @@ class Source:
         return EMBEDDING if self.config.tie_word_embeddings else HEAD
 
     @property
+    def own_rows(self) -> int:
+        """Rows of its embedding table."""
+        return self.headers[EMBEDDING].shape[0]
+
+    @property
+    def known(self) -> Bool[Tensor, " vocabulary"] | None:
+        """Which tokens of the shared vocabulary it has; None where it has all."""
+        return None if self.vocabulary is None else self.vocabulary.tables[self.name].known
+
+    @property
     def num_parameters(self) -> int:
         return sum(math.prod(header.shape) for header in self.headers.values())
 
@@ -83,9 +99,14 @@ class Source:
         """The model without the machine's paths: a hub id, or a folder's own name."""
         return self.folder.name if Path(self.model).is_absolute() else self.model
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises SourceError where the folder's tokenizer files cannot be read, and where it knows
+        """What makes tokens of text for all sources of a build."""
+        return self.own_tokenizer if self.vocabulary is None else self.vocabulary.tokenizer
+
+    @cached_property
+    def own_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's own. Raises SourceError where its files cannot be read, and where it knows
         tokens that the model does not."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
@@ -95,10 +116,10 @@ class Source:
             raise SourceError(
                 f"{self.name}: no usable tokenizer in {self.folder}: {_first_line(error)}"
             ) from None
-        if num_tokens > self.config.vocab_size:
+        if num_tokens > self.own_rows:
             raise SourceError(
                 f"{self.name}: the tokenizer in {self.folder} has {num_tokens} tokens, the model "
-                f"embeddings for {self.config.vocab_size}; is it another model's tokenizer? "
+                f"embeddings for {self.own_rows}; is it another model's tokenizer? "
                 "Otherwise remove the tokens that have no embedding"
             )
         return tokenizer
@@ -124,6 +145,41 @@ class Source:
             )
         return tensor
 
+    def table(self, name: str) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
+        """(first row, rows) of its token embeddings or output head in the shared vocabulary, block
+        by block. A token that it lacks is the mean of the pieces that it makes of the token's text;
+        a padding row that it lacks is zero."""
+        if self.vocabulary is None:
+            for first in range(0, self.headers[name].shape[0], TABLE_ROWS):
+                yield first, self.read(name, slice(first, first + TABLE_ROWS))
+            return
+        where = self.vocabulary.tables[self.name]
+        for first in range(0, self.vocabulary.size, TABLE_ROWS):
+            wanted = where.rows[first : first + TABLE_ROWS]
+            pieces = {
+                number: where.pieces[number]
+                for number in range(first, first + len(wanted))
+                if number in where.pieces
+            }
+            parts = torch.tensor([row for rows in pieces.values() for row in rows]).long()
+            rows = self._rows(name, torch.cat((wanted, parts)))
+            block, means = rows[: len(wanted)], rows[len(wanted) :]
+            for number, these in pieces.items():
+                block[number - first] = means[: len(these)].mean(dim=0)
+                means = means[len(these) :]
+            yield first, block
+
+    def _rows(self, name: str, wanted: Int[Tensor, " rows"]) -> Float[Tensor, "rows hidden"]:
+        """Rows of a table by number, zeros for -1; read in blocks, so that no table is ever whole
+        in memory."""
+        rows = torch.zeros(len(wanted), self.headers[name].shape[1])
+        for block in (wanted[wanted >= 0] // TABLE_ROWS).unique().tolist():
+            begin = block * TABLE_ROWS
+            inside = (wanted >= begin) & (wanted < begin + TABLE_ROWS)
+            part = self.read(name, slice(begin, begin + TABLE_ROWS))
+            rows[inside] = part[wanted[inside] - begin]
+        return rows
+
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Every tensor of a decoder layer, by its name within the layer."""
         prefix = f"model.layers.{layer}."
@@ -131,15 +187,38 @@ class Source:
         names = [*family.shared, *family.expert]
         return {name: self.read(prefix + name) for name in names}
 
-    def hash_weights(self) -> dict[str, str]:
-        """File name -> SHA-256, for every file that holds weights."""
-        files = sorted({header.file for header in self.headers.values()})
+    def hash_files(self) -> dict[str, str]:
+        """File name -> SHA-256, for every file that a build reads: weights, config, tokenizer."""
+        weights = sorted({header.file for header in self.headers.values()})
+        others = ("config.json", GENERATION, *TOKENIZER_FILES)
+        files = weights + [file for file in others if (self.folder / file).is_file()]
         return {file: sha256_of(self.folder / file) for file in files}
 
 
 def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
-    """Open every source of a recipe, in its order. See `open_source`."""
-    return [open_source(name, spec, download=download) for name, spec in recipe.sources.items()]
+    """Open every source of a recipe, in its order, in one vocabulary. See `open_source`."""
+    sources = [open_source(name, spec, download=download) for name, spec in recipe.sources.items()]
+    return share_vocabulary(sources, recipe.anchor, recipe.output.chat or recipe.anchor)
+
+
+def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[Source]:
+    """The sources in the union of their vocabularies; as they are where they have one already, and
+    where none can be found (`compare_sources` says why)."""
+    if len({source.config.model_type for source in sources}) > 1:
+        return list(sources)
+    owners = [Owner(s.name, s.folder, s.own_tokenizer, s.own_rows) for s in sources]
+    if not is_needed(owners, anchor, chat) or len({owner.kind for owner in owners}) > 1:
+        return list(sources)
+    vocabulary = merge(owners, anchor, chat)
+    shared = []
+    for source in sources:
+        config = copy.deepcopy(source.config)
+        config.vocab_size = vocabulary.size
+        changed = replace(source, config=config, vocabulary=vocabulary)
+        # Loaded once: a copy of a frozen dataclass would begin without.
+        changed.__dict__["own_tokenizer"] = source.own_tokenizer
+        shared.append(changed)
+    return shared
 
 
 def anchor_of(recipe: Recipe, sources: Sequence[Source]) -> Source:
@@ -356,11 +435,14 @@ def _check_generation_config(source: Source) -> None:
 
 
 def _check_hashes(source: Source, expected: Mapping[str, str]) -> None:
-    for file, digest in source.hash_weights().items():
-        if expected.get(file) != digest:
+    weights = {header.file for header in source.headers.values()}
+    found = source.hash_files()
+    # A recipe may pin the weights alone.
+    for file in [*expected, *(weights - expected.keys())]:
+        if expected.get(file) != found.get(file):
             raise SourceError(
-                f"{source.name}: {source.folder / file} has SHA-256 {digest[:16]}..., "
-                f"the recipe says {str(expected.get(file))[:16]}...: the weights have changed"
+                f"{source.name}: {source.folder / file} has SHA-256 {str(found.get(file))[:16]}, "
+                f"the recipe says {str(expected.get(file))[:16]}: the source has changed"
             )
 
 
@@ -397,11 +479,6 @@ _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
     ("num_key_value_heads", "error", _EXPERTS_ALIKE),
     ("head_dim", "error", _EXPERTS_ALIKE),
     ("hidden_act", "error", "the MoE has one activation function for all experts"),
-    (
-        "vocab_size",
-        "error",
-        "merging vocabularies is not supported; use sources with one tokenizer",
-    ),
     ("rms_norm_eps", "warning", _ANCHOR_WINS),
     (
         "rope_parameters",
@@ -410,16 +487,17 @@ _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
     ),
     ("sliding_window", "warning", _ANCHOR_WINS),
     ("max_position_embeddings", "warning", _ANCHOR_WINS),
-    ("bos_token_id", "warning", _ANCHOR_WINS),
-    ("eos_token_id", "warning", _ANCHOR_WINS),
-    ("pad_token_id", "warning", _ANCHOR_WINS),
 )
 """(config field, verdict where sources differ, consequence)."""
 
 
-def compare_sources(sources: Sequence[Source], anchor: str) -> list[Difference]:
-    """Every difference between the sources, from configs, headers and tokenizers."""
-    found = []
+def compare_sources(
+    sources: Sequence[Source], anchor: str, chat: str | None = None
+) -> list[Difference]:
+    """Every difference between the sources, from configs, headers and tokenizers. `chat`: the
+    source whose chat conventions the result has, where that is not the anchor."""
+    found: list[Difference] = []
+    chat = chat or anchor
 
     def differ(what: str, values: Mapping[str, Any], verdict: Verdict, consequence: str) -> None:
         spelled = {name: _spell(value) for name, value in values.items()}
@@ -438,11 +516,21 @@ def compare_sources(sources: Sequence[Source], anchor: str) -> list[Difference]:
         "warning",
         "the output's head is untied; a tied source lends its embeddings as its head",
     )
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        theirs = _ANCHOR_WINS if field == "bos_token_id" else _of_chat(chat, anchor)
+        differ(field, {s.name: _special_ids(s, field) for s in sources}, "warning", theirs)
     differ(
         "generation config",
         {s.name: _generation_settings(s) for s in sources},
         "warning",
-        _ANCHOR_WINS,
+        _of_chat(chat, anchor),
+    )
+    rows = max((s.vocabulary.size for s in sources if s.vocabulary), default=sources[0].own_rows)
+    differ(
+        "vocab_size",
+        {s.name: s.own_rows for s in sources},
+        "fine",
+        f"rows are matched by their tokens; the output has {rows:,}",
     )
     differ(
         "dtype",
@@ -452,7 +540,7 @@ def compare_sources(sources: Sequence[Source], anchor: str) -> list[Difference]:
     )
     if any(d.what == "model_type" for d in found):
         return found  # tokenizers of different families differ in every way; one message is enough
-    found += _compare_tokenizers(sources, anchor)
+    found += _compare_tokenizers(sources, anchor, chat)
     return found
 
 
@@ -464,58 +552,117 @@ def _generation_settings(source: Source) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in ignored}
 
 
-def _compare_tokenizers(sources: Sequence[Source], anchor: str) -> list[Difference]:
-    tokenizers = {s.name: s.tokenizer for s in sources}
-    found = []
-    vocabularies = {name: tokenizer.get_vocab() for name, tokenizer in tokenizers.items()}
-    for name, vocabulary in vocabularies.items():
-        if vocabulary != vocabularies[anchor]:
-            differing = sorted(vocabulary.items() ^ vocabularies[anchor].items())
-            shown = ", ".join(f"{token!r} = {number}" for token, number in differing[:4])
-            sizes = {
-                anchor: f"{len(vocabularies[anchor])} tokens",
-                name: f"{len(vocabulary)} tokens",
-            }
-            found.append(
-                Difference(
-                    "tokenizer vocabulary",
-                    sizes,
-                    "error",
-                    f"{len(differing)} entries differ, such as {shown}; merging vocabularies is "
-                    "not supported, use sources with one tokenizer",
-                )
-            )
+def _special_ids(source: Source, field: str) -> Any:
+    """A setting of special tokens, in the tokens' words: numbers of different vocabularies say
+    nothing."""
+    numbers = getattr(source.config, field, None)
+    if numbers is None or source.vocabulary is None:
+        return numbers
+    listed = numbers if isinstance(numbers, list) else [numbers]
+    return [str(source.own_tokenizer.convert_ids_to_tokens(number)) for number in listed]
+
+
+def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> list[Difference]:
+    found = _compare_vocabularies(sources, anchor)
+    common = set.intersection(*(set(s.own_tokenizer.get_vocab()) for s in sources))
     rules: dict[str, dict[str, str]] = {
         "tokenizer merges and normalization": {},
         "special tokens": {},
         "chat template": {},
     }
-    for name, tokenizer in tokenizers.items():
-        rules["tokenizer merges and normalization"][name] = _segmentation_digest(tokenizer)
-        rules["special tokens"][name] = _spell(
+    for source in sources:
+        tokenizer = source.own_tokenizer
+        digest = _segmentation_digest(tokenizer, common)
+        rules["tokenizer merges and normalization"][source.name] = digest
+        rules["special tokens"][source.name] = _spell(
             {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())}
         )
         template = getattr(tokenizer, "chat_template", None)
-        rules["chat template"][name] = (
+        rules["chat template"][source.name] = (
             "none" if not template else "sha256 " + _digest(str(template))
         )
+    consequences = {"chat template": _of_chat(chat, anchor)}
+    if chat != anchor:
+        consequences["special tokens"] = (
+            f"the anchor's, but for the end and padding tokens, which are {chat}'s (output.chat)"
+        )
     found += [
-        Difference(what, values, "warning", _ANCHOR_WINS)
+        Difference(what, values, "warning", consequences.get(what, _ANCHOR_WINS))
         for what, values in rules.items()
         if len(set(values.values())) > 1
     ]
     return found
 
 
-def _segmentation_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of what turns text into tokens, apart from the vocabulary itself."""
+def _of_chat(chat: str, anchor: str) -> str:
+    return _ANCHOR_WINS if chat == anchor else f"{chat}'s is used for the whole model (output.chat)"
+
+
+def _compare_vocabularies(sources: Sequence[Source], anchor: str) -> list[Difference]:
+    """How each source's tokens differ from the anchor's, and what becomes of them."""
+    by_name = {source.name: source for source in sources}
+    vocabularies = {s.name: s.own_tokenizer.get_vocab() for s in sources}
+    found = []
+    for name, vocabulary in vocabularies.items():
+        if vocabulary == vocabularies[anchor]:
+            continue
+        sizes = {n: f"{len(vocabularies[n])} tokens" for n in (anchor, name)}
+        merged = by_name[name].vocabulary
+        if merged is None:
+            kinds = [
+                Owner(s.name, s.folder, s.own_tokenizer, s.own_rows).kind
+                for s in (by_name[anchor], by_name[name])
+            ]
+            why = f"the one is {kinds[0]}, the other {kinds[1]}: no tokenizer can be both"
+            found.append(Difference("tokenizer vocabulary", sizes, "error", why))
+            continue
+        found.append(
+            Difference("tokenizer vocabulary", sizes, "warning", _fate(merged, name, anchor))
+        )
+    return found
+
+
+def _fate(merged: Vocabulary, name: str, anchor: str) -> str:
+    """What becomes of a source's tokens in the union."""
+    parts = []
+    added, lost = merged.added[name], merged.lost[name]
+    lacking = len(merged.tables[name].pieces)
+    if added:
+        first, last = (merged.tokenizer.get_vocab()[token] for token in (added[0], added[-1]))
+        parts.append(
+            f"{len(added)} of {name}'s come after the anchor's, as {first} to {last}: "
+            + _some(added)
+        )
+    if lost:
+        parts.append(
+            f"{len(lost)} need merges of {name}'s own and are lost (text is cut as by {anchor}): "
+            + _some(lost)
+        )
+    if lacking:
+        parts.append(f"{name} lacks {lacking} of the others' and reads their pieces instead")
+    return "; ".join(parts) or "the same tokens under other numbers; matched by what they say"
+
+
+def _some(tokens: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, tokens[:4]))
+    return shown if len(tokens) <= 4 else shown + ", ..."
+
+
+def _segmentation_digest(tokenizer: PreTrainedTokenizerBase, common: set[str]) -> str:
+    """Digest of what turns text into tokens, apart from the vocabulary itself. `common`: tokens
+    that all sources have."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return type(tokenizer).__name__
     content = json.loads(backend.to_str())
     model = {k: v for k, v in content.get("model", {}).items() if k != "vocab"}
-    stages = ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")
-    parts = [model, *(content.get(stage) for stage in stages)]
+    stages = ("normalizer", "pre_tokenizer")
+    added = [
+        {key: value for key, value in token.items() if key != "id"}
+        for token in content.get("added_tokens", [])
+        if token["content"] in common
+    ]
+    parts = [model, *(content.get(stage) for stage in stages), added]
     return "sha256 " + _digest(json.dumps(parts, sort_keys=True))
 
 

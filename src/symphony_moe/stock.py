@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from symphony_moe.errors import VerificationError
-from symphony_moe.families import HEAD_BIAS
+from symphony_moe.families import EMBEDDING, HEAD_BIAS
 from symphony_moe.forward import device
+from symphony_moe.sources import Source
 
 
 def load_stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -29,3 +31,20 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     if wrong:
         raise VerificationError(f"{folder} does not load cleanly in transformers: {wrong}")
     return model.eval().to(device())
+
+
+def load_source(source: Source) -> PreTrainedModel:
+    """A source as everyone else loads it, its tables in the vocabulary that the sources share."""
+    model = load_stock(source.folder)
+    if source.vocabulary is None:
+        return model
+    embedding, head = (
+        torch.cat([rows for _, rows in source.table(name)]).to(model.device)
+        for name in (EMBEDDING, source.head_name)
+    )
+    model.set_input_embeddings(nn.Embedding.from_pretrained(embedding))
+    output = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
+    output.weight = nn.Parameter(head, requires_grad=False)
+    model.set_output_embeddings(output)
+    model.config.vocab_size = len(embedding)
+    return model

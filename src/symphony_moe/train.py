@@ -142,7 +142,7 @@ def training_windows(recipe: Recipe, sources: Sequence[Source]) -> Int[Tensor, "
     for source in sources:
         spec = recipe.sources[source.name]
         who = f"training text of {source.name}"
-        documents = read_documents(who, spec.data, spec.column, source.tokenizer)
+        documents = read_documents(who, spec.data, spec.column, source.own_tokenizer)
         windows = draw_windows(
             who,
             [d for d in documents if not is_held_out(d, recipe.evaluation.holdout)],

@@ -30,7 +30,8 @@ from symphony_moe.symmetry import (
     transform_head,
     transform_layer,
 )
-from symphony_moe.write import TOKENIZER_FILES, write_json
+from symphony_moe.vocabulary import TOKENIZER_FILES
+from symphony_moe.write import write_json
 
 _SHARD_BYTES = 5_000_000_000
 

@@ -15,30 +15,30 @@ import yaml
 
 from symphony_moe.plan import Plan
 from symphony_moe.recipe import BUNDLED, Recipe
-from symphony_moe.run_folder import sync_folder, write_text
+from symphony_moe.run_folder import sync_folder, write_bytes, write_text
 from symphony_moe.sources import GENERATION, Source, anchor_of
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+from symphony_moe.vocabulary import TOKENIZER_FILES
 
 
 def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> None:
-    """Write config, tokenizer and chat template (the anchor's), generation config and model
-    card."""
+    """Write config, tokenizer, chat template and generation config (the anchor's, or those of the
+    union of vocabularies) and model card."""
     config = plan.config | {"transformers_version": transformers.__version__}
     write_json(folder / "config.json", config)
     anchor = anchor_of(recipe, sources)
+    vocabulary = anchor.vocabulary
     for name in TOKENIZER_FILES:
-        if (anchor.folder / name).is_file():
+        if vocabulary is not None and name in vocabulary.files:
+            write_bytes(folder / name, vocabulary.files[name])
+        elif vocabulary is None and (anchor.folder / name).is_file():
             shutil.copyfile(anchor.folder / name, folder / name)
+    settings = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = anchor.folder / GENERATION
-    settings = (
-        json.loads(generation.read_text(encoding="utf-8"))
-        if generation.is_file()
-        else {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    )
+    if recipe.output.chat not in (None, recipe.anchor):
+        assert vocabulary is not None
+        settings = dict(vocabulary.generation or settings)
+    elif generation.is_file():
+        settings = json.loads(generation.read_text(encoding="utf-8"))
     settings.pop("_from_model_config", None)
     write_json(
         folder / GENERATION,

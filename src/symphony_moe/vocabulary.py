@@ -1,0 +1,319 @@
+"""One vocabulary for sources that have different ones: the union of their tokens (Sec. 3.2).
+
+The anchor's tokenizer stays what it is, ids and segmentation included. Added tokens of the others
+(special tokens, mostly) that it lacks come after its own: text is cut otherwise than by the anchor
+only where such a token is in it. What the others can only spell by merges of their own (BPE) is not
+taken over, as new merges would cut ordinary text otherwise: it is *lost*, and said to be.
+
+Everything is matched by what a token says, never by its number. `merge` works on the tokenizer's
+files, so that what is written is what was used, byte for byte.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from symphony_moe.errors import SourceError
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_ID_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A tokenizer and the tables that go with it."""
+
+    name: str
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    rows: int
+    """Rows of the model's embedding table (more than tokens, where it is padded)."""
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """Token -> its number, added tokens included."""
+        return dict(self.tokenizer.get_vocab())
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """The tokenizer as its library writes it; empty for a tokenizer in Python."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return {} if backend is None else dict(json.loads(backend.to_str()))
+
+    @property
+    def kind(self) -> str:
+        """How it makes tokens of text. Only tokenizers of one kind can be merged."""
+        model = self.content.get("model", {})
+        if model.get("type") != "BPE":
+            return str(model.get("type", type(self.tokenizer).__name__))
+        stages = json.dumps([self.content.get("pre_tokenizer"), self.content.get("decoder")])
+        return "byte-level BPE" if '"ByteLevel"' in stages else "SentencePiece BPE"
+
+    def pieces(self, token: str, *, added: bool) -> list[int]:
+        """What this tokenizer makes of a token that it does not have. `added`: the token is text as
+        a user writes it; others are spelled in the alphabet of BPE."""
+        backend = self.tokenizer.backend_tokenizer
+        if added:
+            return list(backend.encode(token, add_special_tokens=False).ids)
+        return [piece.id for piece in backend.model.tokenize(token)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where one source has the merged vocabulary's tokens."""
+
+    rows: Int[Tensor, " vocabulary"]
+    """Its row for each; -1 where it has none."""
+    pieces: Mapping[int, list[int]] = field(default_factory=dict)
+    """Token that it lacks -> its rows of what it makes of the token's text."""
+
+    @property
+    def known(self) -> Bool[Tensor, " vocabulary"]:
+        return self.rows >= 0
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What sources with different vocabularies have in common."""
+
+    tokenizer: PreTrainedTokenizerBase
+    files: Mapping[str, bytes]
+    """The tokenizer's files, by name."""
+    size: int
+    """Rows of the new model's tables: the anchor's, or more where the tokens do not fit."""
+    tables: Mapping[str, Table]
+    """By source."""
+    added: Mapping[str, list[str]]
+    """Source -> tokens that the anchor lacked and that come from it, in the order of their ids."""
+    lost: Mapping[str, list[str]]
+    """Source -> tokens that its tokenizer can make and the merged one cannot."""
+    settings: Mapping[str, Any]
+    """What the config says of special tokens, where it is not the anchor's."""
+    generation: Mapping[str, Any] | None
+    """The generation config, where it is not the anchor's."""
+
+
+def is_needed(owners: Sequence[Owner], anchor: str, chat: str) -> bool:
+    """Whether the anchor's own tokenizer and tables would not do."""
+    return chat != anchor or any(
+        (owner.tokens, owner.rows) != (owners[0].tokens, owners[0].rows) for owner in owners[1:]
+    )
+
+
+def merge(owners: Sequence[Owner], anchor: str, chat: str) -> Vocabulary:
+    """The union. `chat`: the source whose chat template, end and padding tokens and generation
+    config the result has.
+
+    Raises SourceError for tokenizers of different kinds, an anchor without tokenizer.json, and a
+    `chat` source whose special tokens are none of the union's.
+    """
+    by_name = {owner.name: owner for owner in owners}
+    first = by_name[anchor]
+    kinds = {owner.name: owner.kind for owner in owners}
+    if len(set(kinds.values())) > 1:
+        spelled = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+        raise SourceError(f"tokenizers of different kinds cannot be merged ({spelled})")
+    tokens = dict(first.tokens)
+    new: list[dict[str, Any]] = []
+    added: dict[str, list[str]] = {}
+    lost: dict[str, list[str]] = {}
+    # By name: ids do not depend on the order of the recipe.
+    for owner in sorted(owners, key=lambda owner: owner.name):
+        if owner is first:
+            continue
+        added[owner.name] = []
+        for token in sorted(owner.content.get("added_tokens", []), key=lambda t: t["id"]):
+            if token["content"] not in tokens:
+                number = max(tokens.values()) + 1
+                tokens[token["content"]] = number
+                new.append({"id": number, "content": token["content"]} | _flags(token))
+                added[owner.name].append(token["content"])
+        lost[owner.name] = _lost(owner, tokens)
+    files = _files(first, new, by_name[chat])
+    tokenizer = _load(files, tokens, anchor)
+    size = max(first.rows, max(tokens.values()) + 1)
+    as_text = {token["content"] for token in [*first.content["added_tokens"], *new]}
+    tables = {owner.name: _table(owner, tokens, as_text, size) for owner in owners}
+    settings: dict[str, Any] = {}
+    generation = None
+    if chat != anchor:
+        settings = _settings_of(by_name[chat], tokens)
+        generation = _generation_of(by_name[chat], tokens)
+    return Vocabulary(tokenizer, files, size, tables, added, lost, settings, generation)
+
+
+def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
+    return {flag: bool(token[flag]) for flag in _FLAGS}
+
+
+def _lost(owner: Owner, tokens: Mapping[str, int]) -> list[str]:
+    """Tokens that no other vocabulary can spell and that the owner's merges do lead to."""
+    model = owner.content.get("model", {})
+    made = {
+        "".join(merge if isinstance(merge, list) else merge.split(" ", 1))
+        for merge in model.get("merges", [])
+    }
+    missing = (token for token in owner.tokens if token not in tokens)
+    return sorted(t for t in missing if t in made or len(t) == 1)
+
+
+def _table(owner: Owner, tokens: Mapping[str, int], as_text: set[str], size: int) -> Table:
+    """Where the owner has each token; a row that is no token's, here and in the union, is padding,
+    and known as such. `as_text`: the union's added tokens."""
+    rows = torch.full((size,), -1, dtype=torch.int64)
+    free = torch.ones(size, dtype=torch.bool)
+    own = torch.tensor(sorted(owner.tokens.values()))
+    for numbers in (own[own < size], torch.tensor(sorted(tokens.values()))):
+        free[numbers] = False
+    padding = torch.where(free[: owner.rows])[0]
+    rows[padding] = padding
+    pieces = {}
+    for token, number in tokens.items():
+        if token in owner.tokens:
+            rows[number] = owner.tokens[token]
+        else:
+            found = owner.pieces(token, added=token in as_text)
+            pieces[number] = found or _unknown(owner, token)
+    return Table(rows, pieces)
+
+
+def _unknown(owner: Owner, token: str) -> list[int]:
+    """The row that stands for what a tokenizer cannot spell."""
+    number = owner.tokenizer.unk_token_id
+    if number is None:
+        raise SourceError(
+            f"{owner.name}: its tokenizer makes nothing of the token {token!r}, which another "
+            "source has; there is nothing to read it as"
+        )
+    return [int(number)]
+
+
+def _files(anchor: Owner, new: Sequence[Mapping[str, Any]], chat: Owner) -> dict[str, bytes]:
+    """The anchor's tokenizer files with the new tokens, and with the chat owner's conventions."""
+    files = {
+        name: (anchor.folder / name).read_bytes()
+        for name in TOKENIZER_FILES
+        if (anchor.folder / name).is_file()
+    }
+    if "tokenizer.json" not in files:
+        raise SourceError(
+            f"{anchor.name}: {anchor.folder} has no tokenizer.json, which merging vocabularies "
+            "needs; load the tokenizer with transformers' AutoTokenizer and save_pretrained it "
+            "there"
+        )
+    contents: dict[str, Any] = {
+        name: json.loads(files[name])
+        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+        if name in files
+    }
+    contents["tokenizer.json"].setdefault("added_tokens", []).extend(map(dict, new))
+    config = contents.setdefault("tokenizer_config.json", {})
+    for token in new:
+        if "added_tokens_decoder" in config:
+            config["added_tokens_decoder"][str(token["id"])] = {
+                key: value for key, value in token.items() if key != "id"
+            }
+        if "added_tokens.json" in contents:
+            contents["added_tokens.json"][token["content"]] = token["id"]
+    if chat is not anchor:
+        contents |= _chat_conventions(files, config, chat)
+    dumped = {
+        name: json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+        for name, content in contents.items()
+    }
+    return files | dumped
+
+
+def _chat_conventions(files: dict[str, bytes], config: dict[str, Any], chat: Owner) -> Any:
+    """Put the chat owner's template, end and padding tokens in the place of the anchor's; returns
+    further JSON files that change."""
+    template = getattr(chat.tokenizer, "chat_template", None)
+    config.pop("chat_template", None)
+    for name in ("chat_template.jinja", "chat_template.json"):
+        files.pop(name, None)
+    if isinstance(template, str):
+        files["chat_template.jinja"] = template.encode()
+    elif template:
+        config["chat_template"] = [
+            {"name": name, "template": text} for name, text in template.items()
+        ]
+    changed = {}
+    named = {"eos_token": chat.tokenizer.eos_token, "pad_token": chat.tokenizer.pad_token}
+    config |= named
+    if "special_tokens_map.json" in files:
+        changed["special_tokens_map.json"] = json.loads(files["special_tokens_map.json"]) | {
+            key: value for key, value in named.items() if value is not None
+        }
+    return changed
+
+
+def _load(
+    files: Mapping[str, bytes], tokens: Mapping[str, int], anchor: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that the files make, proved to have the tokens."""
+    with tempfile.TemporaryDirectory(prefix="symphony-tokenizer-") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            # The loaders behind AutoTokenizer raise whatever their parser raised.
+            raise SourceError(
+                f"{anchor}: its tokenizer with the others' tokens is not usable: {error}"
+            ) from None
+    found = tokenizer.get_vocab()
+    if found != tokens:
+        wrong = sorted(found.items() ^ tokens.items())[:3]
+        raise SourceError(
+            f"{anchor}: transformers gives the added tokens other numbers than follow its own "
+            f"({', '.join(f'{token!r} = {number}' for token, number in wrong)}, ...)"
+        )
+    return tokenizer
+
+
+def _settings_of(chat: Owner, tokens: Mapping[str, int]) -> dict[str, Any]:
+    """Config settings of the end and padding tokens."""
+    return {
+        "eos_token_id": _number(chat, chat.tokenizer.eos_token, tokens),
+        "pad_token_id": _number(chat, chat.tokenizer.pad_token, tokens),
+    }
+
+
+def _number(chat: Owner, token: str | None, tokens: Mapping[str, int]) -> int | None:
+    if token is not None and token not in tokens:
+        raise SourceError(
+            f"{chat.name}: its special token {token!r} is not in the merged vocabulary; leave "
+            "output.chat to another source"
+        )
+    return None if token is None else tokens[token]
+
+
+def _generation_of(chat: Owner, tokens: Mapping[str, int]) -> dict[str, Any] | None:
+    """The chat owner's generation config, its token numbers being those of the union."""
+    path = chat.folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    spelled = {number: token for token, number in chat.tokens.items()}
+
+    def renumbered(numbers: Any) -> Any:
+        if isinstance(numbers, list):
+            return [renumbered(number) for number in numbers]
+        return None if numbers is None else _number(chat, spelled.get(numbers), tokens)
+
+    return {
+        key: renumbered(value) if key in _ID_SETTINGS else value for key, value in settings.items()
+    }

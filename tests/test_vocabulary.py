@@ -1,0 +1,543 @@
+"""The union of vocabularies: ids, segmentation, round trips and rows as promised."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from conftest import WORDS, make_model, make_recipe
+from symphony_moe import pipeline
+from symphony_moe.assemble import fused_tables
+from symphony_moe.cli import main
+from symphony_moe.errors import SourceError
+from symphony_moe.evaluate import losses_and_routing, negative_log_likelihood
+from symphony_moe.families import EMBEDDING, HEAD
+from symphony_moe.recipe import load_recipe
+from symphony_moe.sources import Source, open_source, open_sources
+from symphony_moe.stock import load_source, load_stock
+from symphony_moe.vocabulary import Owner, is_needed, merge
+
+ADDED = [f"<|{word}|>" for word in ("fim", "im_start", "im_end", "tool", "pad", "x1", "x2", "x3")]
+
+
+def add_tokens(
+    content: dict[str, Any], tokens: Sequence[str], *, special: bool = True, **flags: bool
+) -> None:
+    """Put added tokens after all others of a tokenizer.json's content."""
+    number = 1 + max(
+        [*content["model"]["vocab"].values(), *(t["id"] for t in content["added_tokens"])]
+    )
+    for place, token in enumerate(tokens):
+        content["added_tokens"].append(
+            {
+                "id": number + place, "content": token, "single_word": False, "lstrip": False,
+                "rstrip": False, "normalized": False, "special": special,
+            } | flags
+        )  # fmt: skip
+
+
+def drop_merges(content: dict[str, Any], count: int) -> list[str]:
+    """Take the last merges and what they make out of a tokenizer; the numbers close up."""
+    model = content["model"]
+    gone = ["".join(merge) for merge in model["merges"][-count:]] if count else []
+    model["merges"] = model["merges"][: len(model["merges"]) - count]
+    kept = [token for token in model["vocab"] if token not in gone]
+    kept.sort(key=model["vocab"].__getitem__)
+    numbers = {token: number for number, token in enumerate(kept)}
+    model["vocab"] = numbers
+    for token in content["added_tokens"]:
+        token["id"] = numbers.get(token["content"], token["id"])
+    return gone
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 300 tokens."""
+    return make_model(tmp_path_factory.mktemp("template") / "model", "llama", 0)
+
+
+def owner(
+    name: str,
+    folder: Path,
+    template: Path,
+    change: Callable[[dict[str, Any]], Any],
+    rows: int | None = None,
+) -> Owner:
+    """A tokenizer that is the template's, changed."""
+    folder.mkdir(parents=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((template / file).read_bytes())
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Owner(name, folder, tokenizer, rows or max(tokenizer.get_vocab().values()) + 1)
+
+
+TEXTS = st.lists(
+    st.sampled_from([*WORDS, *ADDED, " ", "\n", "é", "日本", "1", "<|", "|>", "alphabeta", "x"]),
+    max_size=12,
+).map("".join)
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> Mapping[str, Any]:
+    """What sets a tokenizer apart from the template."""
+    return {
+        "special": draw(st.lists(st.sampled_from(ADDED[:5]), unique=True, max_size=4)),
+        "plain": draw(st.lists(st.sampled_from(ADDED[5:]), unique=True, max_size=2)),
+        "merges": draw(st.integers(0, 6)),
+        "padding": draw(st.integers(0, 9)),
+    }
+
+
+def changed(name: str, folder: Path, template: Path, how: Mapping[str, Any]) -> Owner:
+    def change(content: dict[str, Any]) -> None:
+        drop_merges(content, how["merges"])
+        add_tokens(content, how["special"])
+        add_tokens(content, how["plain"], special=False)
+
+    made = owner(name, folder, template, change)
+    return Owner(name, made.folder, made.tokenizer, made.rows + how["padding"])
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@settings(
+    max_examples=300, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(
+    how=st.lists(changes(), min_size=2, max_size=3),
+    anchor=st.integers(0, 1),
+    texts=st.lists(TEXTS, min_size=1, max_size=4),
+)
+def test_any_conflict_is_merged_as_promised(
+    how: list[Mapping[str, Any]],
+    anchor: int,
+    texts: list[str],
+    template: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    root = tmp_path_factory.mktemp("conflict")
+    owners = [changed("abc"[i], root / "abc"[i], template, one) for i, one in enumerate(how)]
+    first = owners[anchor]
+    union = merge(owners, first.name, first.name)
+    tokens = union.tokenizer.get_vocab()
+
+    # The anchor's ids stay; the others' added tokens follow without a gap; nothing else is there.
+    assert all(tokens[token] == number for token, number in first.tokens.items())
+    theirs = {t for o in owners for t in (*how[owners.index(o)]["special"],
+                                          *how[owners.index(o)]["plain"])}  # fmt: skip
+    new = sorted(set(tokens) - set(first.tokens), key=tokens.__getitem__)
+    assert set(new) == theirs - set(first.tokens)
+    start = max(first.tokens.values()) + 1
+    assert [tokens[token] for token in new] == list(range(start, start + len(new)))
+    assert sorted(t for of in union.added.values() for t in of) == sorted(new)
+    assert union.size == max(first.rows, start + len(new))
+    # What others can only make by merges is lost, by name.
+    for other in owners:
+        if other is not first:
+            missing = set(other.tokens) - set(tokens)
+            assert set(union.lost[other.name]) == missing
+
+    # Segmentation: the anchor's, where the text has no token that only others have.
+    for text in texts:
+        ids = encode(union.tokenizer, text)
+        assert union.tokenizer.decode(ids) == text
+        if not any(token in text for token in new):
+            assert ids == encode(first.tokenizer, text)
+        else:
+            assert any(number >= start for number in ids)
+
+    # Rows: each token is found where its owner has it, by what it says.
+    for one in owners:
+        table = union.tables[one.name]
+        for token, number in tokens.items():
+            assert int(table.rows[number]) == one.tokens.get(token, -1)
+            assert (number in table.pieces) is (token not in one.tokens)
+        for number, pieces in table.pieces.items():
+            token = next(t for t, n in tokens.items() if n == number)
+            spelled = encode(one.tokenizer, token) if token in theirs else None
+            assert pieces and (spelled is None or pieces == spelled)
+            assert "".join(one.tokenizer.convert_ids_to_tokens(pieces)) == token
+        rest = set(range(union.size)) - set(tokens.values())
+        own = set(one.tokens.values())
+        assert {n for n in rest if table.known[n]} == {n for n in rest if n < one.rows} - own
+
+
+# Whole builds
+
+
+def rewrite(model: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = model / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def a_pair(root: Path, variant: str = "llama", **sections: Any) -> Path:
+    """A recipe of `a` and `b`: b has four more special tokens (of which its text makes use) in a
+    table padded to 310 rows, and lacks one of a's."""
+    path = make_recipe(root, variant, count=2, **sections)
+    rewrite(root / "models" / "a", lambda content: add_tokens(content, ["<|only_a|>"]))
+    make_model(root / "models" / "a", variant, 0, vocab_size=301)
+    rewrite(root / "models" / "a", lambda content: add_tokens(content, ["<|only_a|>"]))
+    make_model(root / "models" / "b", variant, 1, vocab_size=310)
+    rewrite(root / "models" / "b", lambda content: add_tokens(content, ADDED[:4]))
+    lines = (root / "b.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"].replace(" alpha", " <|fim|>alpha") for line in lines]
+    (root / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return a_pair(tmp_path_factory.mktemp("pair"))
+
+
+def table(sources: Sequence[Source], name: str, tensor: str) -> Tensor:
+    source = next(source for source in sources if source.name == name)
+    return torch.cat([rows for _, rows in source.table(tensor)])
+
+
+def test_a_table_in_the_union_has_each_row_in_its_place(pair: Path) -> None:
+    """Rows by content; the mean of its pieces for a token that a source lacks; zeros for padding
+    that it has not."""
+    sources = open_sources(load_recipe(pair))
+    alone = {s.name: open_source(s.name, load_recipe(pair).sources[s.name]) for s in sources}
+    tokens = sources[0].tokenizer.get_vocab()
+    assert sources[0].config.vocab_size == sources[1].config.vocab_size == 305
+    assert [tokens[token] for token in ADDED[:4]] == [301, 302, 303, 304]
+    for tensor in (EMBEDDING, HEAD):
+        a, b = alone["a"].read(tensor), alone["b"].read(tensor)
+        assert torch.equal(table(sources, "a", tensor)[:301], a)
+        ours = table(sources, "b", tensor)
+        assert torch.equal(ours[:300], b[:300]) and torch.equal(ours[301:], b[300:304])
+        pieces = encode(alone["b"].tokenizer, "<|only_a|>")
+        assert len(pieces) > 2
+        torch.testing.assert_close(ours[300], b[pieces].mean(dim=0))
+        pieces = encode(alone["a"].tokenizer, "<|fim|>")
+        torch.testing.assert_close(table(sources, "a", tensor)[301], a[pieces].mean(dim=0))
+    assert sources[0].known is not None and sources[1].known is not None
+    assert sources[0].known.tolist() == [True] * 301 + [False] * 4
+    assert sources[1].known.tolist() == [True] * 300 + [False] + [True] * 4
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8192])
+def test_a_table_is_the_same_in_blocks_of_any_size(
+    rows: int, pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = open_sources(load_recipe(pair))
+    whole = table(sources, "b", EMBEDDING)
+    monkeypatch.setattr("symphony_moe.sources.TABLE_ROWS", rows)
+    blocks = list(next(s for s in sources if s.name == "b").table(EMBEDDING))
+    assert [first for first, _ in blocks] == list(range(0, 305, rows))
+    assert torch.equal(torch.cat([block for _, block in blocks]), whole)
+
+
+def test_padding_is_kept_where_it_is_and_zero_where_there_is_none(tmp_path: Path) -> None:
+    """Of 301 and 310 rows for the same 300 tokens the output has the anchor's number; a padding row
+    of both is the mean, and of the anchor alone the anchor's."""
+    path = make_recipe(tmp_path, "llama", count=2)
+    make_model(tmp_path / "models" / "a", "llama", 0, vocab_size=301)
+    make_model(tmp_path / "models" / "b", "llama", 1, vocab_size=310)
+    for anchor, size in (("a", 301), ("b", 310)):
+        sources = open_sources(load_recipe(path, [f"anchor={anchor}"]))
+        recipe = load_recipe(path, [f"anchor={anchor}"])
+        ours = {s.name: open_source(s.name, recipe.sources[s.name]).read(HEAD) for s in sources}
+        fused = torch.cat([rows for _, _, rows in fused_tables(recipe, sources, [HEAD], {})])
+        assert len(fused) == size
+        torch.testing.assert_close(fused[:301], (ours["a"] + ours["b"][:301]) / 2)
+        assert torch.equal(fused[301:], ours["b"][301:size])
+    assert not table(sources, "a", HEAD)[301:].any()
+
+
+@pytest.mark.parametrize("method", ["symphony", "harmonized"])
+@pytest.mark.parametrize("variant", ["llama", "llama-tied-rope3", "qwen2"])
+def test_different_vocabularies_build_verify_and_load(
+    method: str, variant: str, tmp_path: Path
+) -> None:
+    """By both methods, tied and not, in shards: stock transformers loads it, its tokenizer has the
+    union, and what one source alone has is exactly that source's."""
+    path = a_pair(tmp_path, variant, output={"dtype": "float32", "max_shard_size": "50KB"})
+    recipe = load_recipe(path, [f"method={method}", "refit.epochs=0.5"])
+    run = pipeline.run(recipe, tmp_path / "run")
+    for folder in (run.checkpoint, run.trained):
+        assert weight_of(load_stock(folder).get_input_embeddings()).shape == (305, 32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert {t: tokenizer.get_vocab()[t] for t in ("<|only_a|>", "<|fim|>")} == {
+            "<|only_a|>": 300, "<|fim|>": 301,
+        }  # fmt: skip
+        assert encode(tokenizer, "alpha<|fim|>beta") == encode(recipe_tokenizer(recipe),
+                                                               "alpha<|fim|>beta")  # fmt: skip
+    sources = open_sources(recipe)
+    embeddings = weight_of(load_stock(run.checkpoint).get_input_embeddings())
+    if method == "symphony":
+        assert torch.equal(embeddings[300], table(sources, "a", EMBEDDING)[300])
+        assert torch.equal(embeddings[301:], table(sources, "b", EMBEDDING)[301:])
+    losses = run.read_json(run.metrics)
+    for stage in ("built", "trained"):
+        assert all(0 < loss < 20 for loss in losses[stage].values())
+    planned = run.read_json(run.plan)
+    assert planned["config"]["vocab_size"] == 305
+
+
+def recipe_tokenizer(recipe: Any) -> PreTrainedTokenizerBase:
+    return open_sources(recipe)[0].tokenizer
+
+
+def test_the_order_of_the_sources_does_not_change_the_ids(tmp_path: Path) -> None:
+    """Law 4 with three vocabularies."""
+    path = make_recipe(tmp_path, "llama", count=3)
+    for place, name in enumerate("bc"):
+        make_model(tmp_path / "models" / name, "llama", 7 + place, vocab_size=303 + place)
+        new = ADDED[place : place + 3 + place]
+        rewrite(tmp_path / "models" / name, partial(add_tokens, tokens=new))
+    recipe = load_recipe(path, ["anchor=a"])
+    turned = recipe.model_copy(
+        update={"sources": {name: recipe.sources[name] for name in reversed(recipe.sources)}}
+    )
+    one, other = (open_sources(r)[0].vocabulary for r in (recipe, turned))
+    assert one is not None and other is not None
+    assert one.files == other.files and one.added == other.added
+    tables = [
+        torch.cat([rows for _, _, rows in fused_tables(r, open_sources(r), [EMBEDDING], {})])
+        for r in (recipe, turned)
+    ]
+    assert torch.equal(*tables)
+
+
+def test_numbers_say_nothing(tmp_path: Path) -> None:
+    """The same model with its tokens under other numbers and its rows moved along gives the same
+    checkpoint, tensor by tensor, by either method."""
+    made = []
+    for shuffled in (False, True):
+        root = tmp_path / str(shuffled)
+        path = make_recipe(root, "llama", count=2, anchor="a")
+        if shuffled:
+            _shuffle(root / "models" / "b")
+        for method in ("symphony", "harmonized"):
+            recipe = load_recipe(path, [f"method={method}", "refit.epochs=0.5"])
+            run = pipeline.build(recipe, root / method)
+            made.append(run.read_json(run.manifest)["tensors"]["checkpoint"])
+    assert made[:2] == made[2:]
+
+
+def weight_of(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight
+    return weight
+
+
+def _shuffle(model: Path) -> None:
+    """Renumber every token but the special ones."""
+    generator = torch.Generator().manual_seed(0)
+    old = torch.cat((torch.randperm(256, generator=generator), torch.arange(256, 300)))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        for layer in (loaded.get_input_embeddings(), loaded.get_output_embeddings()):
+            weight = weight_of(layer)
+            weight.copy_(weight[old].clone())
+    loaded.save_pretrained(model)
+    new = torch.argsort(old).tolist()
+
+    def renumber(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        content["model"]["vocab"] = {token: new[n] for token, n in vocabulary.items()}
+
+    rewrite(model, renumber)
+
+
+def test_a_source_is_evaluated_on_the_tokens_that_it_has(pair: Path) -> None:
+    """In the union's numbers a source computes what it computes in its own; it gives nothing to
+    tokens that it lacks, and where the text has one, it is not asked."""
+    sources = open_sources(load_recipe(pair))
+    alone = load_stock(open_source("b", load_recipe(pair).sources["b"]).folder)
+    model = load_source(next(s for s in sources if s.name == "b"))
+    own = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    own[0, 5], own[1, 7] = 300, 303  # <|fim|> and another of b's own
+    union = torch.where(own >= 300, own + 1, own)
+    with torch.no_grad():
+        ours, theirs = model(union).logits, alone(own).logits
+    assert torch.equal(ours[..., :300], theirs[..., :300])
+    assert torch.equal(ours[..., 301:], theirs[..., 300:304])
+
+    known = next(s for s in sources if s.name == "b").known
+    expected = cross_entropy(
+        theirs[:, :-1, :304].flatten(0, 1), own[:, 1:].flatten(), reduction="none"
+    )
+    nats = negative_log_likelihood(ours, union, known)
+    torch.testing.assert_close(nats, expected)
+    text = {"x": torch.cat((union, torch.full((2, 1), 300), union[:, :1]), dim=1)}
+    losses, _ = losses_and_routing(model, text, known)
+    with torch.no_grad():
+        logits = model(text["x"]).logits
+    asked = torch.ones(2, 21, dtype=torch.bool)
+    asked[:, 19] = False  # <|only_a|> is not its own
+    logits[..., 300] = -torch.inf
+    wanted = text["x"][:, 1:]
+    each = cross_entropy(logits[:, :-1][asked], wanted[asked])
+    assert losses["x"] == pytest.approx(float(each), rel=1e-6)
+
+
+def test_chats_go_through_the_template_of_their_own_source(tmp_path: Path) -> None:
+    """And what the template says is cut by the union's tokenizer."""
+    path = a_pair(tmp_path)
+    (tmp_path / "models" / "b" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    chats = [
+        {"messages": [{"role": "user", "content": f"{number} alpha beta gamma delta"}]}
+        for number in range(400)
+    ]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    recipe = load_recipe(path, ["method=harmonized", "refit.epochs=0"])
+    sources = open_sources(recipe)
+    windows = pipeline.calibration_windows(recipe, sources)["b"]
+    start, end = (sources[0].tokenizer.get_vocab()[f"<|im_{x}|>"] for x in ("start", "end"))
+    assert (windows == start).any() and (windows == end).any()
+
+
+def test_the_chat_conventions_may_be_another_sources(tmp_path: Path) -> None:
+    """Template, end and padding token, generation config: named by output.chat, their numbers the
+    union's. Else all are the anchor's."""
+    path = a_pair(tmp_path)
+    b = tmp_path / "models" / "b"
+    (b / "chat_template.jinja").write_text("{{ messages }}<|im_end|>")
+    config = json.loads((b / "tokenizer_config.json").read_text())
+    config |= {"eos_token": "<|im_end|>", "pad_token": "<|tool|>"}
+    (b / "tokenizer_config.json").write_text(json.dumps(config))
+    generation = {"eos_token_id": [302, 257], "pad_token_id": 303, "temperature": 0.5,
+                  "do_sample": True}  # fmt: skip
+    (b / "generation_config.json").write_text(json.dumps(generation))
+    for chat in ("a", "b"):
+        run = pipeline.build(load_recipe(path, [f"output.chat={chat}"]), tmp_path / chat)
+        tokenizer = AutoTokenizer.from_pretrained(run.checkpoint)
+        settings = json.loads((run.checkpoint / "generation_config.json").read_text())
+        config = json.loads((run.checkpoint / "config.json").read_text())
+        end = 303 if chat == "b" else 257
+        assert (tokenizer.eos_token_id, config["eos_token_id"]) == (end, end)
+        assert tokenizer.bos_token_id == config["bos_token_id"] == 256
+        assert tokenizer.chat_template == ("{{ messages }}<|im_end|>" if chat == "b" else None)
+        if chat == "b":
+            assert settings["eos_token_id"] == [303, 257] and settings["temperature"] == 0.5
+            assert settings["pad_token_id"] == config["pad_token_id"] == tokenizer.pad_token_id
+            assert tokenizer.pad_token == "<|tool|>"
+        else:
+            assert "temperature" not in settings
+        pipeline.verify(run)
+
+
+def test_the_chat_conventions_may_differ_where_the_vocabulary_does_not(tmp_path: Path) -> None:
+    path = make_recipe(tmp_path, "llama", count=2)
+    (tmp_path / "models" / "b" / "chat_template.jinja").write_text("{{ messages }}")
+    run = pipeline.build(load_recipe(path, ["output.chat=b"]), tmp_path / "run")
+    assert AutoTokenizer.from_pretrained(run.checkpoint).chat_template == "{{ messages }}"
+    other = pipeline.build(load_recipe(path), tmp_path / "other")
+    manifests = [r.read_json(r.manifest)["tensors"]["checkpoint"] for r in (run, other)]
+    assert manifests[0] == manifests[1]
+
+
+# What cannot be merged
+
+
+def test_tokenizers_of_different_kinds_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_recipe(tmp_path, "llama", count=2)
+
+    def metaspace(content: dict[str, Any]) -> None:
+        content["pre_tokenizer"] = {
+            "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False,
+        }  # fmt: skip
+        content["decoder"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
+        add_tokens(content, ["<|x|>"])
+
+    make_model(tmp_path / "models" / "b", "llama", 1, vocab_size=301)
+    rewrite(tmp_path / "models" / "b", metaspace)
+    assert main(["plan", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "tokenizer vocabulary (a: 300 tokens; b: 301 tokens)" in error
+    assert "byte-level BPE" in error and "SentencePiece BPE" in error and "Traceback" not in error
+    sources = [open_source(n, load_recipe(path).sources[n]) for n in "ab"]
+    owners = [Owner(s.name, s.folder, s.own_tokenizer, s.own_rows) for s in sources]
+    with pytest.raises(SourceError, match="tokenizers of different kinds cannot be merged"):
+        merge(owners, "a", "a")
+
+
+def test_an_anchor_whose_tokenizer_has_no_json_is_refused(template: Path, tmp_path: Path) -> None:
+    one = owner("a", tmp_path / "a", template, lambda content: None)
+    two = owner("b", tmp_path / "b", template, lambda content: add_tokens(content, ["<|x|>"]))
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match=r"a: .* has no tokenizer.json"):
+        merge([one, two], "a", "a")
+    merge([one, two], "b", "b")
+
+
+def test_a_chat_source_that_is_none_is_refused(
+    pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(pair), "--set", "output.chat=c"]) == 2
+    assert "output.chat: 'c' is no source" in capsys.readouterr().err
+
+
+def test_special_tokens_that_are_lost_cannot_be_chats(template: Path, tmp_path: Path) -> None:
+    one = owner("a", tmp_path / "a", template, lambda content: drop_merges(content, 5))
+    two = owner("b", tmp_path / "b", template, lambda content: None)
+    lost = merge([one, two], "a", "a").lost["b"]
+    (two.folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": two.tokens[lost[0]]})
+    )
+    with pytest.raises(SourceError, match=r"b: its special token .* is not in the merged"):
+        merge([one, two], "a", "b")
+
+
+def test_a_plan_says_what_becomes_of_every_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = a_pair(tmp_path)
+    b = tmp_path / "models" / "b"
+
+    def more(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        vocabulary["alphabeta"] = max(t["id"] for t in content["added_tokens"]) + 1
+        content["model"]["merges"].append(["alpha", "beta"])
+
+    rewrite(b, more)
+    assert main(["plan", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "4 of b's come after the anchor's, as 301 to 304: '<|fim|>'" in out
+    assert "1 need merges of b's own and are lost (text is cut as by a): 'alphabeta'" in out
+    assert "b lacks 1 of the others' and reads their pieces instead" in out
+    assert (
+        "vocab_size (a: 301; b: 310): rows are matched by their tokens; the output has 305" in out
+    )
+
+
+def test_one_vocabulary_needs_no_union(template: Path, tmp_path: Path) -> None:
+    one, two = (owner(n, tmp_path / n, template, lambda content: None) for n in "ab")
+    assert not is_needed([one, two], "a", "a") and is_needed([one, two], "a", "b")
+    assert is_needed([one, Owner("b", two.folder, two.tokenizer, two.rows + 1)], "a", "a")
+
+
+def test_characters_that_the_anchor_cannot_spell_are_lost(template: Path, tmp_path: Path) -> None:
+    def drop(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        last = max(vocabulary, key=vocabulary.__getitem__)
+        vocabulary[last] = vocabulary.pop("~")
+
+    one = owner("a", tmp_path / "a", template, drop)
+    two = owner("b", tmp_path / "b", template, lambda content: None)
+    union = merge([one, two], "a", "a")
+    assert union.lost == {"b": ["~"]} and not union.added["b"]
