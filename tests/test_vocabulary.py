@@ -541,3 +541,42 @@ def test_characters_that_the_anchor_cannot_spell_are_lost(template: Path, tmp_pa
     two = owner("b", tmp_path / "b", template, lambda content: None)
     union = merge([one, two], "a", "a")
     assert union.lost == {"b": ["~"]} and not union.added["b"]
+
+
+def test_added_tokens_are_written_wherever_the_anchor_lists_them(
+    template: Path, tmp_path: Path
+) -> None:
+    """Older files list them twice more, and transformers believes the configuration: a token that
+    is missing there would be lost."""
+    one = owner("a", tmp_path / "a", template, lambda content: add_tokens(content, ADDED[:1]))
+    two = owner("b", tmp_path / "b", template, lambda content: add_tokens(content, ADDED[:3]))
+    path = one.folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    listed = {"300": {"content": ADDED[0], "special": True, **flags}}
+    path.write_text(json.dumps(config | {"added_tokens_decoder": listed}))
+    (one.folder / "added_tokens.json").write_text(json.dumps({ADDED[0]: 300}))
+    union = merge([one, two], "a", "a")
+    assert [union.tokenizer.get_vocab()[token] for token in ADDED[:3]] == [300, 301, 302]
+    written = {name: json.loads(union.files[name]) for name in union.files if "json" in name}
+    decoder = written["tokenizer_config.json"]["added_tokens_decoder"]
+    assert {number: token["content"] for number, token in decoder.items()} == {
+        "300": ADDED[0], "301": ADDED[1], "302": ADDED[2],
+    }  # fmt: skip
+    assert written["added_tokens.json"] == dict(zip(ADDED[:3], (300, 301, 302), strict=True))
+
+
+def test_numbers_that_transformers_would_not_give_are_refused(
+    template: Path, tmp_path: Path
+) -> None:
+    """An anchor with a hole in its numbers: its library counts on from the number of tokens."""
+
+    def hole(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        last = max(vocabulary, key=vocabulary.__getitem__)
+        vocabulary[last] += 50
+
+    one = owner("a", tmp_path / "a", template, hole)
+    two = owner("b", tmp_path / "b", template, lambda content: add_tokens(content, ADDED[:1]))
+    with pytest.raises(SourceError, match=r"a: transformers gives the added tokens other numbers"):
+        merge([one, two], "a", "a")

@@ -71,6 +71,14 @@ class SourceSpec(Section):
     """Local folder, hub id, or `bundled:<family>/<domain>`."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """The GGUF file in `model` (a folder or hub id) that holds it."""
+    allow_pickle: bool = False
+    """Read `pytorch_model*.bin` where there are no safetensors (by torch's weights-only loader)."""
+    adapter: str | None = None
+    """LoRA adapter (folder or hub id, as `peft` saves it) that is merged into the model."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit of the adapter on the hub."""
     data: Data
     """Text of the domain that this source knows: for calibration, training and evaluation."""
     column: str = "text"
@@ -441,11 +449,12 @@ def _absolute_source(spec: Any, folder: Path, where: str) -> Any:
     if not isinstance(spec, dict):
         return spec
     spec = dict(spec)
-    model = spec.get("model")
-    if isinstance(model, str) and not model.startswith(BUNDLED):
-        local = _absolute(model, folder, f"{where}.model")
-        looks_local = model.startswith((".", "/", "~")) or local.exists()
-        spec["model"] = str(local) if looks_local else model
+    for key in ("model", "adapter"):
+        value = spec.get(key)
+        if isinstance(value, str) and not value.startswith(BUNDLED):
+            local = _absolute(value, folder, f"{where}.{key}")
+            looks_local = value.startswith((".", "/", "~")) or local.exists()
+            spec[key] = str(local) if looks_local else value
     if "data" in spec:
         spec["data"] = _absolute_data(spec["data"], folder, f"{where}.data")
     return spec

@@ -27,7 +27,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from symphony_moe.adapter import FILES as ADAPTER_FILES
+from symphony_moe.adapter import Adapter, open_adapter
 from symphony_moe.bundled import source_folder
+from symphony_moe.convert import from_gguf, from_pickle, pickles_of
 from symphony_moe.errors import SourceError, SourceMismatch
 from symphony_moe.families import EMBEDDING, FAMILIES, FINAL_NORM, HEAD, Family, head_dim
 from symphony_moe.forward import decoder_layer, one_layer_model
@@ -67,6 +70,8 @@ class Source:
     config: PreTrainedConfig
     headers: Mapping[str, Header]
     """Tensor name -> header."""
+    adapter: Adapter | None = None
+    """LoRA that is merged into its tensors as they are read."""
     vocabulary: Vocabulary | None = None
     """What it shares with the other sources, where theirs is not its own; `config.vocab_size` is
     the size of that then."""
@@ -125,10 +130,19 @@ class Source:
         return tokenizer
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor (or some of its first axis) as float32.
+        """One tensor (or some of its first axis) as float32, with the adapter in it.
+
+        Raises SourceError for a file that cannot be read and for values that are not finite.
+        """
+        if self.adapter is None or not self.adapter.touches(name):
+            return self._read(name, rows)
+        whole = self.adapter.merge(name, self._read(name, None))
+        return whole if rows is None else whole[rows]
+
+    def _read(self, name: str, rows: slice | None) -> Tensor:
+        """One tensor of the model's own files.
 
         The file is mapped only while this runs, so that what was read does not stay in memory.
-        Raises SourceError for a file that cannot be read and for values that are not finite.
         """
         path = self.folder / self.headers[name].file
         try:
@@ -192,7 +206,11 @@ class Source:
         weights = sorted({header.file for header in self.headers.values()})
         others = ("config.json", GENERATION, *TOKENIZER_FILES)
         files = weights + [file for file in others if (self.folder / file).is_file()]
-        return {file: sha256_of(self.folder / file) for file in files}
+        found = {file: sha256_of(self.folder / file) for file in files}
+        if self.adapter is not None:
+            adapted = self.adapter.folder
+            found |= {f"adapter/{file}": sha256_of(adapted / file) for file in ADAPTER_FILES}
+        return found
 
 
 def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
@@ -238,10 +256,20 @@ def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source
     if spec.model.startswith(BUNDLED):
         folder = source_folder(spec.model.removeprefix(BUNDLED))
     else:
-        folder = _fetch(name, spec, download) if from_hub else Path(spec.model)
+        patterns = [*_SMALL_FILES, "*.safetensors"] if download else list(_SMALL_FILES)
+        if spec.gguf_file is not None:
+            patterns.append(spec.gguf_file)  # everything is in it
+        elif spec.allow_pickle:
+            patterns.append("*.bin")
+        folder = Path(spec.model)
+        if from_hub:
+            folder = _fetch(name, spec.model, spec.revision, patterns)
     if not folder.is_dir():
         raise SourceError(f"{name}: no such model folder: {folder}")
+    folder = _as_safetensors(name, spec, folder, download=download)
     config = _read_config(name, folder)
+    if spec.gguf_file is not None and not download:
+        return _described(name, spec, folder, config)
     remote = from_hub and not download and not _has_weights(folder)
     headers = _hub_headers(name, spec) if remote else _read_headers(name, folder)
     headers = {k: v for k, v in headers.items() if not k.endswith(_IGNORED)}
@@ -251,24 +279,60 @@ def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source
     source = Source(name, spec.model, folder, config, headers)
     _check_tensors(source)
     _check_generation_config(source)
+    if spec.adapter is not None:
+        source = replace(source, adapter=_open_adapter(name, spec, spec.adapter, config))
     if spec.sha256 is not None and download:
         _check_hashes(source, spec.sha256)
     return source
 
 
-def _fetch(name: str, spec: SourceSpec, download: bool) -> Path:
-    """The local snapshot of a hub id (taken from the cache where it is there)."""
+def _as_safetensors(name: str, spec: SourceSpec, folder: Path, *, download: bool) -> Path:
+    """The folder, or what other formats in it were converted to."""
+    if spec.gguf_file is not None:
+        return from_gguf(name, folder, spec.gguf_file, weights=download)
+    pickles = pickles_of(folder)
+    if pickles and not spec.allow_pickle:
+        raise SourceError(
+            f"{name}: {folder} has no .safetensors weights, only {pickles[0].name}, which is "
+            f"pickled; set sources.{name}.allow_pickle: true to have it read (tensors alone) and "
+            "converted"
+        )
+    return from_pickle(name, folder, pickles) if pickles else folder
+
+
+def _described(name: str, spec: SourceSpec, folder: Path, config: PreTrainedConfig) -> Source:
+    """A GGUF model before its weights are converted: what its config promises."""
+    headers = {
+        tensor: Header(str(spec.gguf_file), shape, "F32")
+        for tensor, shape in expected_shapes(config).items()
+    }
+    return Source(name, spec.model, folder, config, headers)
+
+
+def _open_adapter(name: str, spec: SourceSpec, adapter: str, config: PreTrainedConfig) -> Adapter:
+    """The recipe's adapter. It is small: from the hub it is fetched whole, for a plan too."""
+    folder = Path(adapter)
+    if not folder.is_absolute():
+        folder = _fetch(f"{name}: adapter", adapter, spec.adapter_revision, list(ADAPTER_FILES))
+    if not folder.is_dir():
+        raise SourceError(f"{name}: no such adapter folder: {folder}")
+    return open_adapter(name, folder, expected_shapes(config))
+
+
+def _fetch(name: str, hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The local snapshot of a hub id (taken from the cache where it is there). A token comes from
+    the client's own login or HF_TOKEN; HF_HUB_OFFLINE=1 asks the cache alone."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_SMALL_FILES, "*.safetensors"] if download else _SMALL_FILES
     try:
-        return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=patterns))
+        found = snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns))
+        return Path(found)
     except HFValidationError:
-        raise SourceError(f"{name}: {spec.model!r} is neither a folder nor a hub id") from None
+        raise SourceError(f"{name}: {hub_id!r} is neither a folder nor a hub id") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(
-            f"{name}: {spec.model!r} is no folder here, and as a hub id it cannot be fetched: "
+            f"{name}: {hub_id!r} is no folder here, and as a hub id it cannot be fetched: "
             f"{_first_line(error)}"
         ) from None
 

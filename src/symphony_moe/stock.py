@@ -34,8 +34,13 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 
 def load_source(source: Source) -> PreTrainedModel:
-    """A source as everyone else loads it, its tables in the vocabulary that the sources share."""
+    """A source as everyone else loads it, with its adapter, and its tables in the vocabulary that
+    the sources share."""
     model = load_stock(source.folder)
+    if source.adapter is not None:
+        with torch.no_grad():
+            for name in filter(source.adapter.touches, source.headers):
+                model.get_parameter(name).copy_(source.read(name))
     if source.vocabulary is None:
         return model
     embedding, head = (

@@ -1,0 +1,153 @@
+"""Checkpoints in other formats, as safetensors folders in a cache: converted once.
+
+GGUF files go through `transformers`, which undoes their quantization; the whole model is in memory
+meanwhile. Pickled `pytorch_model*.bin` files, where the recipe allows them by name, are read with
+torch's weights-only loader, file by file. The cache is `$SYMPHONY_CACHE`, or `symphony-moe` in the
+user's cache folder; an entry is named after the file's path, size and time of change.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from symphony_moe.errors import SourceError
+from symphony_moe.families import HEAD
+
+_SMALL = (".json", ".jinja", ".model", ".txt")
+_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+def cache() -> Path:
+    """Where converted checkpoints lie."""
+    if named := os.environ.get("SYMPHONY_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "symphony-moe"
+
+
+def pickles_of(folder: Path) -> list[Path]:
+    """The pickled weights of a model folder; none where it has safetensors."""
+    if any(folder.glob("*.safetensors")):
+        return []
+    index = folder / _BIN_INDEX
+    if index.is_file():
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / file for file in sorted(set(listed))]
+    return [folder / _BIN] if (folder / _BIN).is_file() else []
+
+
+def from_gguf(name: str, folder: Path, file: str, *, weights: bool) -> Path:
+    """A model folder of a GGUF file. `weights=False`: config and tokenizer alone.
+
+    Raises SourceError for a file that is not there or that transformers cannot read.
+    """
+    path = folder / file
+    if not path.is_file():
+        raise SourceError(f"{name}: no such GGUF file: {path}")
+
+    def describe(out: Path) -> None:
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        _forget_quantization(config)
+        config.save_pretrained(out)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        tokenizer.save_pretrained(out)
+
+    def convert(out: Path) -> None:
+        describe(out)
+        # float32 holds exactly what the quantized weights stand for.
+        read = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.float32, local_files_only=True
+        )
+        # The model still says how it was quantized, and would not be saved.
+        config = AutoConfig.from_pretrained(out, local_files_only=True)
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(read.state_dict())
+        plain.save_pretrained(out)
+
+    kind, make = ("gguf", convert) if weights else ("gguf-described", describe)
+    return _once(name, kind, [path], make)
+
+
+def from_pickle(name: str, folder: Path, files: Sequence[Path]) -> Path:
+    """A model folder with safetensors in the place of pickled weights.
+
+    Raises SourceError for files that are missing, or hold more than tensors.
+    """
+    for path in files:
+        if not path.is_file():
+            raise SourceError(f"{name}: {path} is in the index, but is not there")
+
+    def convert(out: Path) -> None:
+        for path in folder.iterdir():
+            if path.suffix in _SMALL and path.name != _BIN_INDEX:
+                shutil.copyfile(path, out / path.name)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        where: dict[str, str] = {}
+        for number, path in enumerate(files, start=1):
+            tensors = _tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            if config.get("tie_word_embeddings"):
+                tensors.pop(HEAD, None)
+            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            save_file(tensors, out / file, {"format": "pt"})
+            where |= dict.fromkeys(tensors, file)
+        index = {"metadata": {}, "weight_map": where}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+    return _once(name, "pickle", files, convert)
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError("it holds something other than named tensors")
+    # Copies: tensors may share their memory in there, which safetensors refuses.
+    return {str(key): value.contiguous().clone() for key, value in content.items()}
+
+
+def _forget_quantization(config: Any) -> None:
+    config.__dict__.pop("quantization_config", None)
+
+
+def _once(name: str, kind: str, files: Sequence[Path], make: Callable[[Path], None]) -> Path:
+    """The cache's entry for some files; made, and put there by one rename, where it is missing."""
+    digest = hashlib.sha256(kind.encode())
+    for path in files:
+        state = path.stat()
+        digest.update(f"\0{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}".encode())
+    entry = cache() / f"{kind}-{digest.hexdigest()[:24]}"
+    if entry.is_dir():
+        return entry
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=entry.parent) as making:
+            out = Path(making) / "model"
+            out.mkdir()
+            make(out)
+            if not entry.is_dir():  # another process may have been faster
+                out.rename(entry)
+    except pickle.UnpicklingError as error:
+        raise SourceError(
+            f"{name}: {files[0]} holds more than tensors, and is not read: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    except ImportError as error:
+        raise SourceError(
+            f"{name}: {files[0]}: reading GGUF needs the package gguf: "
+            f"pip install 'symphony-moe[gguf]' ({error})"
+        ) from None
+    except OSError:
+        raise
+    except Exception as error:
+        # Readers of foreign formats fail in their own ways; the file is the user's.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise SourceError(f"{name}: {files[0]} cannot be converted: {reason}") from None
+    return entry

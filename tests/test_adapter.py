@@ -1,0 +1,197 @@
+"""LoRA adapters: what is read is what peft itself makes of model and adapter."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from conftest import make_model, make_recipe
+from symphony_moe import pipeline
+from symphony_moe.adapter import FILES
+from symphony_moe.cli import main
+from symphony_moe.errors import SourceError
+from symphony_moe.evaluate import held_out_windows, losses_and_routing
+from symphony_moe.recipe import SourceSpec, load_recipe
+from symphony_moe.sources import open_source, open_sources
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "model", "qwen2-untied", 0)
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    """A random adapter, saved by peft."""
+    torch.manual_seed(7)
+    config: dict[str, Any] = {
+        "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "init_lora_weights": False,
+    } | settings  # fmt: skip
+    model = peft.get_peft_model(loaded(base), peft.LoraConfig(**config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name or name.endswith("bias"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(str(folder))
+    return folder
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {
+        "rank_pattern": {"layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"v_proj": 5},
+    },
+    "everywhere": {"target_modules": "all-linear"},
+    "one layer": {"layers_to_transform": [1]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "whole tables": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "biases": {"bias": "all"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_is_what_peft_makes_of_it(kind: str, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", **KINDS[kind])
+    spec = SourceSpec(model=str(base), data="x.txt", adapter=str(adapter))
+    source = open_source("a", spec)
+    merged = peft.PeftModel.from_pretrained(loaded(base), adapter).merge_and_unload().state_dict()
+    own = loaded(base).state_dict()
+    changed = 0
+    for name in source.headers:
+        found = source.read(name)
+        torch.testing.assert_close(found, merged[name], atol=1e-6, rtol=1e-6, msg=name)
+        assert torch.equal(source.read(name, slice(3, 9)), found[3:9])
+        changed += not torch.equal(found, own[name])
+    assert changed >= {"one layer": 3, "head": 3}.get(kind, 6)
+    assert torch.equal(merged[Q], own[Q]) is False
+
+
+def test_a_run_with_an_adapter_is_a_run_with_the_merged_model(base: Path, tmp_path: Path) -> None:
+    """Same tensors, same losses; its files are pinned."""
+    path = make_recipe(tmp_path, "qwen2-untied", count=2)
+    shutil.copytree(base, tmp_path / "models" / "b", dirs_exist_ok=True)
+    adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    merged: Any = peft.PeftModel.from_pretrained(loaded(base), adapter).merge_and_unload()
+    runs = []
+    content = json.loads(path.read_text())
+    content["sources"]["b"]["adapter"] = "adapter"
+    path.write_text(json.dumps(content))
+    recipe = load_recipe(path)
+    assert recipe.sources["b"].adapter == str(adapter)
+    windows = held_out_windows(recipe, open_sources(recipe))
+    expected, _ = losses_and_routing(merged, windows)
+    runs.append(pipeline.build(recipe, tmp_path / "with-adapter"))
+    pipeline.verify(runs[0])
+    found = pipeline.evaluate(runs[0])["sources"]["b"]
+    assert found == pytest.approx(expected, rel=1e-6)
+    sha256 = runs[0].read_recipe().sources["b"].sha256
+    assert sha256 is not None and "adapter/adapter_model.safetensors" in sha256
+
+    merged.save_pretrained(tmp_path / "models" / "b")
+    del content["sources"]["b"]["adapter"]
+    path.write_text(json.dumps(content))
+    runs.append(pipeline.build(load_recipe(path), tmp_path / "merged"))
+    hashes = [run.read_json(run.manifest)["tensors"]["checkpoint"] for run in runs]
+    assert hashes[0] == hashes[1]
+
+    tensors = load_file(adapter / FILES[1])
+    save_file({k: v * 2 for k, v in tensors.items()}, adapter / FILES[1])
+    with pytest.raises(SourceError, match=r"b: .*adapter.* has changed"):
+        pipeline.verify(runs[0])
+
+
+def without_weights(adapter: Path) -> None:
+    (adapter / FILES[1]).rename(adapter / "adapter_model.bin")
+
+
+def other_method(adapter: Path) -> None:
+    config = json.loads((adapter / FILES[0]).read_text())
+    (adapter / FILES[0]).write_text(json.dumps(config | {"peft_type": "IA3"}))
+
+
+def no_json(adapter: Path) -> None:
+    (adapter / FILES[0]).write_text("{")
+
+
+def cut_short(adapter: Path) -> None:
+    (adapter / FILES[1]).write_bytes((adapter / FILES[1]).read_bytes()[:100])
+
+
+def change(adapter: Path, how: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(adapter / FILES[1])
+    how(tensors)
+    save_file(tensors, adapter / FILES[1])
+
+
+def another_layer(adapter: Path) -> None:
+    def move(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "layers.1." in name]:
+            tensors[name.replace("layers.1.", "layers.7.")] = tensors.pop(name)
+
+    change(adapter, move)
+
+
+def another_size(adapter: Path) -> None:
+    change(adapter, lambda t: t.update({k: torch.zeros(4, 31) for k in t if "lora_A" in k}))
+
+
+def not_finite(adapter: Path) -> None:
+    change(adapter, lambda t: [tensor.fill_(torch.nan) for tensor in t.values()])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "no such adapter folder"),
+        (without_weights, "has no adapter_model.safetensors (found: README.md, adapter_config"),
+        (other_method, "is of type 'IA3'; expected 'LORA'"),
+        (no_json, "adapter_config.json is not usable"),
+        (cut_short, "is not readable"),
+        (another_layer, "which the model has not"),
+        (another_size, "is [4, 31], for a tensor of"),
+        (not_finite, "NaN or infinite"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_a_message(
+    damage: Callable[[Path], Any],
+    message: str,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Named before anything is built, but for values that only reading shows."""
+    path = make_recipe(tmp_path, "qwen2-untied", count=2)
+    damage(make_adapter(base, tmp_path / "adapter"))
+    content = json.loads(path.read_text())
+    content["sources"]["b"]["adapter"] = "./adapter"
+    path.write_text(json.dumps(content))
+    command = "build" if damage is not_finite else "plan"
+    out = ["--out", str(tmp_path / "out")] if command == "build" else []
+    assert main([command, str(path), *out]) == 2
+    error = capsys.readouterr().err
+    assert "symphony: error: b: " in error and message in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_an_adapter_of_a_tied_head_is_refused(tmp_path: Path) -> None:
+    """The head is the embeddings there: to change one alone unties them."""
+    base = make_model(tmp_path / "model", "qwen2", 0)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    change(adapter, lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(300, 32)}))
+    with pytest.raises(SourceError, match=r"lm_head.weight, which the model has not"):
+        open_source("a", SourceSpec(model=str(base), data="x.txt", adapter=str(adapter)))
