@@ -366,9 +366,12 @@ def test_an_index_that_is_none_is_refused(index: str, model: Path) -> None:
 
 
 def test_weights_in_another_format_are_refused_with_what_is_there(model: Path) -> None:
-    (model / WEIGHTS).rename(model / "pytorch_model.bin")
+    (model / WEIGHTS).rename(model / "weights.h5")
     message = refusal(model)
-    assert "pytorch_model.bin" in message and "save_pretrained" in message
+    assert "weights.h5" in message and "save_pretrained" in message
+    (model / "weights.h5").rename(model / "pytorch_model.bin")
+    message = refusal(model)
+    assert "pytorch_model.bin" in message and "sources.a.allow_pickle: true" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"not json", b"[]", b"3", b"null", b"\xff\xfe\x00"])

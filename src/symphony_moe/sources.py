@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -681,18 +681,23 @@ def _compare_vocabularies(sources: Sequence[Source], anchor: str) -> list[Differ
             found.append(Difference("tokenizer vocabulary", sizes, "error", why))
             continue
         found.append(
-            Difference("tokenizer vocabulary", sizes, "warning", _fate(merged, name, anchor))
+            Difference(
+                "tokenizer vocabulary", sizes, "warning", _fate(merged, name, anchor, vocabulary)
+            )
         )
     return found
 
 
-def _fate(merged: Vocabulary, name: str, anchor: str) -> str:
+def _fate(merged: Vocabulary, name: str, anchor: str, own: Collection[str]) -> str:
     """What becomes of a source's tokens in the union."""
     parts = []
-    added, lost = merged.added[name], merged.lost[name]
-    lacking = len(merged.tables[name].pieces)
+    lost, lacking = merged.lost[name], len(merged.tables[name].pieces)
+    # Whoever brought them, if several sources have them.
+    numbers = merged.tokenizer.get_vocab()
+    new = {token for tokens in merged.added.values() for token in tokens}
+    added = sorted(new.intersection(own), key=numbers.__getitem__)
     if added:
-        first, last = (merged.tokenizer.get_vocab()[token] for token in (added[0], added[-1]))
+        first, last = numbers[added[0]], numbers[added[-1]]
         parts.append(
             f"{len(added)} of {name}'s come after the anchor's, as {first} to {last}: "
             + _some(added)

@@ -1,0 +1,286 @@
+"""The recipes for released models, planned at full shape: configs and headers as published, without
+a weight behind them, in the layout of the hub's cache."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+from transformers import AutoConfig
+
+from symphony_moe import pipeline
+from symphony_moe.plan import Plan
+from symphony_moe.recipe import load_recipe
+from symphony_moe.sources import expected_shapes
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+LLAMA2 = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+CODE_LLAMA = LLAMA2 | {
+    "vocab_size": 32016, "max_position_embeddings": 16384, "rope_theta": 1000000.0,
+}  # fmt: skip
+QWEN = {
+    "model_type": "qwen2", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0, "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
+SMALL = QWEN | {
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+MEDIUM = SMALL | {
+    "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+}  # fmt: skip
+LARGE = QWEN | {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+MATH = {"max_position_embeddings": 4096, "rope_theta": 10000.0}
+LLAMA32 = {
+    "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0, "tie_word_embeddings": True, "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "rope_scaling": {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3",
+    },
+}  # fmt: skip
+
+QWEN2_ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN25_ADDED = [
+    *QWEN2_ADDED, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
+    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>",
+    "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+]  # fmt: skip
+INFILLING = ["▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"]
+
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "meta-llama/Llama-2-7b-chat-hf": (LLAMA2, "llama2"),
+    "codellama/CodeLlama-7b-hf": (CODE_LLAMA, "code"),
+    "codellama/CodeLlama-7b-Instruct-hf": (CODE_LLAMA, "code"),
+    "codellama/CodeLlama-7b-Python-hf": (CODE_LLAMA | {"vocab_size": 32000}, "llama2"),
+    "meta-llama/Llama-3.2-1B": (LLAMA32, "llama3"),
+    "meta-llama/Llama-3.2-1B-Instruct": (LLAMA32 | {"eos_token_id": [128001, 128008, 128009]},
+                                         "llama3-chat"),
+    "Qwen/Qwen2.5-0.5B-Instruct": (SMALL, "qwen2.5"),
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": (SMALL, "qwen2.5"),
+    "Qwen/Qwen2-0.5B-Instruct": (SMALL, "qwen2"),
+    "Qwen/Qwen2.5-1.5B-Instruct": (MEDIUM, "qwen2.5"),
+    "Qwen/Qwen2.5-Coder-1.5B-Instruct": (MEDIUM, "qwen2.5"),
+    "Qwen/Qwen2.5-Math-1.5B-Instruct": (MEDIUM | MATH, "qwen2.5"),
+    "Qwen/Qwen2-1.5B-Instruct": (MEDIUM, "qwen2"),
+    "Qwen/Qwen2.5-7B-Instruct": (LARGE, "qwen2.5"),
+    "Qwen/Qwen2.5-Coder-7B-Instruct": (LARGE, "qwen2.5"),
+    "Qwen/Qwen2.5-Math-7B-Instruct": (LARGE | MATH, "qwen2.5"),
+    "Qwen/Qwen2-7B-Instruct": (LARGE, "qwen2"),
+}  # fmt: skip
+
+
+def tokenizer_files(kind: str) -> dict[str, Any]:
+    """A tokenizer with the published numbers of tokens; what its merges make is of no interest."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    added: list[str]
+    if kind.startswith(("llama2", "code")):
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        added, count = tokens[:3], 32000
+    elif kind.startswith("llama3"):
+        tokens, count = list(alphabet), 128000
+        added = ["<|begin_of_text|>", "<|end_of_text|>",
+                 *(f"<|reserved_special_token_{n}|>" for n in range(254))]  # fmt: skip
+        added[8:10] = ["<|eom_id|>", "<|eot_id|>"]
+    else:
+        tokens, count = list(alphabet), 151643
+        added = QWEN2_ADDED if kind == "qwen2" else QWEN25_ADDED
+    merges: list[list[str]] = []
+    first = len(tokens)
+    tokens += [f"unused{number}" for number in range(first, count)]
+    if kind == "code":
+        # Of its sixteen tokens twelve are pieces that merges make.
+        merges = [[f"unused{number}", f"unused{number + 1}"] for number in range(500, 524, 2)]
+        pieces = ["".join(merge) for merge in merges]
+        tokens += pieces[:7] + INFILLING + pieces[7:]
+        added = [*added, *INFILLING]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    for token in added:
+        vocabulary.setdefault(token, len(vocabulary))
+    sentencepiece = kind.startswith(("llama2", "code"))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    model = {token: n for token, n in vocabulary.items() if n < len(tokens)}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}  # fmt: skip
+    content = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": vocabulary[t], "content": t, "special": True, **flags}
+                         for t in sorted(added, key=vocabulary.__getitem__)],
+        "normalizer": None, "post_processor": None,
+        "pre_tokenizer": None if sentencepiece else byte_level,
+        "decoder": {"type": "ByteFallback"} if sentencepiece else byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>" if sentencepiece else None,
+                  "fuse_unk": sentencepiece, "byte_fallback": sentencepiece, "vocab": model,
+                  "merges": merges},
+    }  # fmt: skip
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {
+        "llama2": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "code": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+        "llama3-chat": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>",
+                        "chat_template": "{{ bos_token }}{{ messages }}<|eot_id|>"},
+        "qwen2": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        "qwen2.5": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+                    "chat_template": "<|im_start|>{{ messages }}<|im_end|>"},
+    }[kind]  # fmt: skip
+    return {"tokenizer.json": content, "tokenizer_config.json": config}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with every model: config, tokenizer, and a file of the weights' size that is a header
+    and a hole."""
+    cache = tmp_path_factory.mktemp("hub")
+    tokenizers: dict[str, dict[str, Any]] = {}
+    for model, (settings, kind) in MODELS.items():
+        entry = cache / f"models--{model.replace('/', '--')}"
+        folder = entry / "snapshots" / ("0" * 40)
+        folder.mkdir(parents=True)
+        (entry / "refs").mkdir()
+        (entry / "refs" / "main").write_text("0" * 40)
+        (folder / "config.json").write_text(json.dumps(settings | {"torch_dtype": "bfloat16"}))
+        files = tokenizers.setdefault(kind, tokenizer_files(kind))
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content), encoding="utf-8")
+        write_hole(folder / "model.safetensors", AutoConfig.from_pretrained(folder))
+    return cache
+
+
+def write_hole(path: Path, config: Any) -> None:
+    header: dict[str, Any] = {}
+    position = 0
+    for name, shape in expected_shapes(config).items():
+        size = 2 * math.prod(shape)
+        places = [position, position + size]
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": places}
+        position += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + position)
+
+
+@pytest.fixture
+def planned(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    return lambda name, *overrides: pipeline.plan(load_recipe(RECIPES / name, overrides))
+
+
+PUBLISHED = {
+    "llama2-codellama-7b.yaml": {"chat": 6_738_415_616, "code": 6_738_546_688,
+                                 "instruct": 6_738_546_688, "python": 6_738_415_616},
+    "qwen2.5-0.5b.yaml": dict.fromkeys(("general", "code", "older"), 494_032_768),
+    "qwen2.5-1.5b.yaml": dict.fromkeys(("general", "code", "math", "older"), 1_543_714_304),
+    "qwen2.5-7b.yaml": dict.fromkeys(("general", "code", "math", "older"), 7_615_616_512),
+    "llama3.2-1b.yaml": dict.fromkeys(("base", "chat"), 1_235_814_400),
+}  # fmt: skip
+"""Parameters as the models' cards say."""
+
+FOUND: Mapping[str, set[str]] = {
+    "llama2-codellama-7b.yaml": {
+        "rope_parameters", "max_position_embeddings", "vocab_size", "tokenizer vocabulary",
+        "tokenizer merges and normalization",
+    },
+    "qwen2.5-0.5b.yaml": {"tokenizer vocabulary", "chat template"},
+    "qwen2.5-1.5b.yaml": {
+        "tokenizer vocabulary", "chat template", "rope_parameters", "max_position_embeddings",
+    },
+    "qwen2.5-7b.yaml": {
+        "tokenizer vocabulary", "chat template", "rope_parameters", "max_position_embeddings",
+    },
+    "llama3.2-1b.yaml": {"eos_token_id", "special tokens", "chat template"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_released_models_are_planned_as_published(name: str, planned: Callable[..., Plan]) -> None:
+    """Parameters, shapes, disk and every difference; nothing else differs."""
+    plan = planned(name)
+    assert {s["name"]: s["parameters"] for s in plan.sources} == PUBLISHED[name]
+    assert {difference.what for difference in plan.differences} == FOUND[name]
+    recipe = load_recipe(RECIPES / name)
+    settings = MODELS[recipe.sources[recipe.anchor].model][0]
+    count, layers = len(recipe.sources), settings["num_hidden_layers"]
+    hidden, ffn = settings["hidden_size"], settings["intermediate_size"]
+    rows = plan.tensors["model.embed_tokens.weight"][0]
+    assert rows == plan.config["vocab_size"]
+    dense = next(iter(PUBLISHED[name].values()))
+    # Of the dense anchor: an untied head (harmonized), the further experts, and the routers.
+    total = dense + (count - 1) * 3 * hidden * ffn * layers + count * hidden * layers
+    total += (rows - settings["vocab_size"]) * hidden * 2
+    if settings["tie_word_embeddings"]:
+        total += rows * hidden
+    extra = plan.total_parameters - total
+    if settings["model_type"] == "llama":
+        assert extra == 0
+    else:
+        # Ernie's score correction (one number an expert and layer), bias of o, and head bias.
+        assert extra == count * layers + hidden * layers + rows
+    spared = (count - recipe.router.top_k) * 3 * hidden * ffn * layers
+    assert plan.active_parameters == plan.total_parameters - spared
+    assert plan.disk_bytes == 2 * plan.total_parameters
+    assert plan.shards >= plan.disk_bytes // 5_000_000_000
+    # All layers of all sources would be more; one layer of each and the head's tables are not.
+    assert plan.peak_memory_bytes > 1e9
+    if hidden > 3000:
+        assert plan.peak_memory_bytes < sum(PUBLISHED[name].values()) * 4
+
+
+def test_code_llamas_tokens_come_after_llama_2s(planned: Callable[..., Plan]) -> None:
+    plan = planned("llama2-codellama-7b.yaml")
+    assert plan.tensors["model.embed_tokens.weight"] == (32004, 4096)
+    said = [str(d) for d in plan.differences if d.what == "tokenizer vocabulary"]
+    assert len(said) == 2  # python has Llama 2's own
+    assert "4 of code's come after the anchor's, as 32000 to 32003: '▁<PRE>'" in said[0]
+    assert "4 of instruct's come after the anchor's, as 32000 to 32003" in said[1]
+    assert all("12 need merges of" in line and "are lost" in line for line in said)
+    rope = next(d for d in plan.differences if d.what == "rope_parameters")
+    assert "rope_theta 10000.0" in str(rope) and "rope_theta 1000000.0" in str(rope)
+    # Named as anchor, a Code Llama keeps its own numbers, and Llama 2 lacks some.
+    plan = planned("llama2-codellama-7b.yaml", "anchor=code")
+    assert plan.tensors["model.embed_tokens.weight"] == (32016, 4096)
+    said = [str(d) for d in plan.differences if d.what == "tokenizer vocabulary"]
+    assert any("chat lacks 16 of the others'" in line for line in said)
+
+
+def test_qwen2_reads_the_tokens_of_qwen2_5_in_pieces(planned: Callable[..., Plan]) -> None:
+    plan = planned("qwen2.5-7b.yaml")
+    assert plan.tensors["model.embed_tokens.weight"] == (152064, 3584)
+    said = [str(d) for d in plan.differences if d.what == "tokenizer vocabulary"]
+    assert len(said) == 1 and "older lacks 19 of the others'" in said[0]
+    plan = planned("qwen2.5-7b.yaml", "anchor=older")
+    added = next(str(d) for d in plan.differences if d.what == "tokenizer vocabulary")
+    assert "come after the anchor's, as 151646 to 151664: '<|object_ref_start|>'" in added
+    assert plan.tensors["model.embed_tokens.weight"] == (152064, 3584), "the padding has room"
+
+
+def test_the_chat_models_conventions_are_taken_where_asked_for(
+    planned: Callable[..., Plan],
+) -> None:
+    plan = planned("llama3.2-1b.yaml")
+    assert plan.config["eos_token_id"] == 128009 and plan.config["bos_token_id"] == 128000
+    said = {d.what: d.consequence for d in plan.differences}
+    assert "chat's is used for the whole model (output.chat)" in said["chat template"]
