@@ -41,7 +41,7 @@ from symphony_moe.text import is_held_out, pack_windows
 
 HOLDOUT = 0.05
 SEQUENCE_LENGTH, BATCH_WINDOWS = 256, 16
-BASE_TOKENS, TUNING_TOKENS = 1_500_000, 750_000
+BASE_TOKENS, TUNING_TOKENS = 1_000_000, 500_000
 SHAPE: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,

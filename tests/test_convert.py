@@ -118,7 +118,7 @@ def test_a_gguf_file_is_the_model_that_it_holds(
 
 
 def test_a_gguf_source_builds_as_the_model_that_it_was_made_of(
-    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llama: Path, tmp_path: Path, cache: Path
 ) -> None:
     path = make_recipe(tmp_path, "llama", count=2)
     shutil.copytree(llama, tmp_path / "models" / "b", dirs_exist_ok=True)
@@ -133,6 +133,14 @@ def test_a_gguf_source_builds_as_the_model_that_it_was_made_of(
     pipeline.evaluate(runs[1])
     hashes = [run.read_json(run.manifest)["tensors"]["checkpoint"] for run in runs]
     assert hashes[0] == hashes[1]
+    # What is pinned is what the user has, not what the cache makes of it.
+    sha256 = runs[1].read_recipe().sources["b"].sha256
+    assert sha256 is not None and list(sha256) == ["b.gguf"]
+    shutil.rmtree(cache)
+    pipeline.verify(runs[1])
+    write_gguf(llama, tmp_path / "models" / "b.gguf", gguf.GGMLQuantizationType.Q8_0)
+    with pytest.raises(SourceError, match=r"b: .*b.gguf has SHA-256 .* has changed"):
+        pipeline.verify(runs[1])
 
 
 def test_gguf_files_that_are_none_are_messages(
@@ -185,6 +193,8 @@ def test_pickled_weights_are_read_where_the_recipe_says_so(
         for name, tensor in load_file(llama / WEIGHTS).items():
             assert torch.equal(source.read(name), tensor)
     assert len({header.file for header in source.headers.values()}) == shards
+    hashed = [file for file in source.hash_files() if file.startswith("pytorch_model")]
+    assert len(hashed) == shards and "config.json" in source.hash_files()
     assert source.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(llama).get_vocab()
 
 

@@ -70,6 +70,10 @@ class Source:
     config: PreTrainedConfig
     headers: Mapping[str, Header]
     """Tensor name -> header."""
+    origin: Path | None = None
+    """The folder with the files that `folder` was converted from, where it was."""
+    converted: tuple[str, ...] = ()
+    """Those of them that hold weights."""
     adapter: Adapter | None = None
     """LoRA that is merged into its tensors as they are read."""
     vocabulary: Vocabulary | None = None
@@ -102,7 +106,7 @@ class Source:
     @property
     def public_name(self) -> str:
         """The model without the machine's paths: a hub id, or a folder's own name."""
-        return self.folder.name if Path(self.model).is_absolute() else self.model
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -201,12 +205,17 @@ class Source:
         names = [*family.shared, *family.expert]
         return {name: self.read(prefix + name) for name in names}
 
+    @property
+    def _weights(self) -> list[str]:
+        """The files that hold its weights, as the user has them."""
+        return sorted(self.converted or {header.file for header in self.headers.values()})
+
     def hash_files(self) -> dict[str, str]:
         """File name -> SHA-256, for every file that a build reads: weights, config, tokenizer."""
-        weights = sorted({header.file for header in self.headers.values()})
+        folder = self.origin or self.folder
         others = ("config.json", GENERATION, *TOKENIZER_FILES)
-        files = weights + [file for file in others if (self.folder / file).is_file()]
-        found = {file: sha256_of(self.folder / file) for file in files}
+        files = self._weights + [file for file in others if (folder / file).is_file()]
+        found = {file: sha256_of(folder / file) for file in files}
         if self.adapter is not None:
             adapted = self.adapter.folder
             found |= {f"adapter/{file}": sha256_of(adapted / file) for file in ADAPTER_FILES}
@@ -266,17 +275,21 @@ def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source
             folder = _fetch(name, spec.model, spec.revision, patterns)
     if not folder.is_dir():
         raise SourceError(f"{name}: no such model folder: {folder}")
-    folder = _as_safetensors(name, spec, folder, download=download)
+    origin = folder
+    folder, converted = _as_safetensors(name, spec, folder, download=download)
     config = _read_config(name, folder)
-    if spec.gguf_file is not None and not download:
-        return _described(name, spec, folder, config)
     remote = from_hub and not download and not _has_weights(folder)
-    headers = _hub_headers(name, spec) if remote else _read_headers(name, folder)
+    if spec.gguf_file is not None and not download:
+        headers = _described(spec.gguf_file, config)
+    else:
+        headers = _hub_headers(name, spec) if remote else _read_headers(name, folder)
     headers = {k: v for k, v in headers.items() if not k.endswith(_IGNORED)}
     if config.tie_word_embeddings:
         # Some tied checkpoints carry their head a second time.
         headers.pop(HEAD, None)
     source = Source(name, spec.model, folder, config, headers)
+    if converted:
+        source = replace(source, origin=origin, converted=converted)
     _check_tensors(source)
     _check_generation_config(source)
     if spec.adapter is not None:
@@ -286,10 +299,13 @@ def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source
     return source
 
 
-def _as_safetensors(name: str, spec: SourceSpec, folder: Path, *, download: bool) -> Path:
-    """The folder, or what other formats in it were converted to."""
+def _as_safetensors(
+    name: str, spec: SourceSpec, folder: Path, *, download: bool
+) -> tuple[Path, tuple[str, ...]]:
+    """(the folder, or what other formats in it were converted to; the files that were)"""
     if spec.gguf_file is not None:
-        return from_gguf(name, folder, spec.gguf_file, weights=download)
+        described = from_gguf(name, folder, spec.gguf_file, weights=download)
+        return described, (spec.gguf_file,)
     pickles = pickles_of(folder)
     if pickles and not spec.allow_pickle:
         raise SourceError(
@@ -297,16 +313,14 @@ def _as_safetensors(name: str, spec: SourceSpec, folder: Path, *, download: bool
             f"pickled; set sources.{name}.allow_pickle: true to have it read (tensors alone) and "
             "converted"
         )
-    return from_pickle(name, folder, pickles) if pickles else folder
+    if not pickles:
+        return folder, ()
+    return from_pickle(name, folder, pickles), tuple(path.name for path in pickles)
 
 
-def _described(name: str, spec: SourceSpec, folder: Path, config: PreTrainedConfig) -> Source:
+def _described(file: str, config: PreTrainedConfig) -> dict[str, Header]:
     """A GGUF model before its weights are converted: what its config promises."""
-    headers = {
-        tensor: Header(str(spec.gguf_file), shape, "F32")
-        for tensor, shape in expected_shapes(config).items()
-    }
-    return Source(name, spec.model, folder, config, headers)
+    return {name: Header(file, shape, "F32") for name, shape in expected_shapes(config).items()}
 
 
 def _open_adapter(name: str, spec: SourceSpec, adapter: str, config: PreTrainedConfig) -> Adapter:
@@ -499,13 +513,13 @@ def _check_generation_config(source: Source) -> None:
 
 
 def _check_hashes(source: Source, expected: Mapping[str, str]) -> None:
-    weights = {header.file for header in source.headers.values()}
     found = source.hash_files()
     # A recipe may pin the weights alone.
-    for file in [*expected, *(weights - expected.keys())]:
+    for file in [*expected, *(file for file in source._weights if file not in expected)]:
         if expected.get(file) != found.get(file):
+            path = (source.origin or source.folder) / file
             raise SourceError(
-                f"{source.name}: {source.folder / file} has SHA-256 {str(found.get(file))[:16]}, "
+                f"{source.name}: {path} has SHA-256 {str(found.get(file))[:16]}, "
                 f"the recipe says {str(expected.get(file))[:16]}: the source has changed"
             )
 

@@ -64,7 +64,7 @@ def model_card(plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> str:
     }
     rows = "\n".join(
         f"| {number} | {source.name}{' (anchor)' if source.name == recipe.anchor else ''} | "
-        f"{source.public_name} |"
+        f"{source.public_name}{' with a LoRA' if source.adapter else ''} |"
         for number, source in enumerate(sources)
     )
     shown = recipe.model_dump(mode="json", exclude={"train", "evaluation"})
