@@ -39,6 +39,7 @@ from symphony_moe.align import (
     residual_basis,
     settle,
 )
+from symphony_moe.calibrate import compare_layer, embedding_blocks
 from symphony_moe.errors import SourceError
 from symphony_moe.families import DOWN, FAMILIES, GATE, UP, Family, head_dim
 from symphony_moe.forward import (
@@ -51,6 +52,7 @@ from symphony_moe.forward import (
 from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import open_sources
+from symphony_moe.streams import Streams
 from symphony_moe.symmetry import (
     HeadMap,
     NeuronMap,
@@ -825,3 +827,51 @@ def test_what_is_settled_from_is_read_when_asked_for_and_keeps_no_file_mapped(
     record = pipeline._align(recipe, open_sources(recipe), windows, {}, folder, "text")
     assert settled == [(["b", "c"], 2)]
     assert "b.layers.1.cosine" in record
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_streams_are_compared_at_every_place(layer: int, recipes: Callable[[str], Path]) -> None:
+    """Before the layer, between attention and FFN, and after the last layer; the text kept aside
+    apart from the rest."""
+    recipe = load_recipe(recipes("llama"), ["method=harmonized"])
+    sources = open_sources(recipe)
+    text = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
+    streams, own = Streams(), {}
+    weights = {source.name: source.read_layer(layer) for source in sources}
+    for source in sources:
+        streams.embed({source.name: text}, 32, embedding_blocks(source))
+        model = load_dense_layer(source.config, layer, weights[source.name])
+        before = streams[source.name].clone()
+        with observe(model) as seen, torch.no_grad():
+            after = run_layer(model, before)
+        own[source.name] = [before, seen["middle"]] + ([after] if layer == 1 else [])
+    found = compare_layer(recipe, sources, layer, weights, streams, 1, statistics=True)["b"]
+    for rows, one in ((slice(1, None), found), (slice(0, 1), found.aside)):
+        expected = ResidualCovariance(32)
+        for a, b in zip(own["a"], own["b"], strict=True):
+            expected.update(a[rows].flatten(0, 1), b[rows].flatten(0, 1))
+        assert one is not None and one.residual is not None
+        assert one.residual.count == expected.count
+        torch.testing.assert_close(one.residual.result(), expected.result(), atol=1e-6, rtol=0)
+
+
+def test_heads_are_scored_by_the_phases_that_the_family_allows() -> None:
+    """Where only half turns are, a quarter turn makes two heads strangers."""
+    _, config = config_of("qwen3")
+    size = head_dim(config)
+    counts = config.num_attention_heads, config.num_key_value_heads, config.num_attention_heads
+    generator = torch.Generator().manual_seed(0)
+    ours = HeadActivity(*(torch.randn(50, n, size, generator=generator) for n in counts))
+    queries, keys = (
+        torch.cat((-x[..., size // 2 :], x[..., : size // 2]), dim=-1)
+        for x in (ours.queries, ours.keys)
+    )
+    statistics = compare_heads(config, ours, HeadActivity(queries, keys, ours.outputs))
+    any_phase, half_turns = (statistics.scores(phases) for phases in ("any", "half-turns"))
+    torch.testing.assert_close(any_phase[0].diagonal(), torch.full((counts[0],), 2.0).double(),
+                               atol=1e-5, rtol=0)  # fmt: skip
+    torch.testing.assert_close(any_phase[1].diagonal(), torch.ones(counts[1]).double(),
+                               atol=1e-5, rtol=0)  # fmt: skip
+    assert float(half_turns[1].diagonal().max()) < 0.6
+    for part in (0, 1):
+        assert bool((half_turns[part] <= any_phase[part] + 1e-9).all())

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from symphony_moe.bundled import FAMILIES, source_folder
+from symphony_moe import pipeline
+from symphony_moe.bundled import FAMILIES, demo_recipe, source_folder
 from symphony_moe.bundled.corpus import DOMAINS, OUT_OF_DOMAIN, documents
 from symphony_moe.errors import SourceError, TextError
+from symphony_moe.recipe import load_recipe
 from symphony_moe.text import is_held_out, pack_windows
 
 SOURCES = [f"{family}/{domain}" for family in FAMILIES for domain in DOMAINS]
@@ -118,3 +121,18 @@ def test_each_source_knows_its_own_domain_best(family: str) -> None:
     for domain, by_source in losses.items():
         own = by_source.pop(domain)
         assert own + 0.1 < min(by_source.values())
+
+
+def test_strangers_are_usable_before_any_training(tmp_path: Path) -> None:
+    """The reason to exist, at a small budget: measured 3.76 against the plain mean's 5.26 nats on
+    text kept aside, the sources' own losses being 1.9."""
+    recipe = load_recipe(
+        demo_recipe(), ["calibration.tokens=16384", "refit.epochs=1", "train.tokens=2048"]
+    )
+    run = pipeline.build(recipe, tmp_path / "run")
+    metrics = run.read_json(run.metrics)
+    loss = metrics["refit"]["loss"]
+    assert loss["harmonized"] < loss["plain mean"] - 1.2
+    assert metrics["refit"]["chosen"] == "harmonized"
+    for kind in ("residual", "heads"):
+        assert [of["used"] for of in metrics["alignment"][kind].values()] == [True] * 3

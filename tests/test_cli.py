@@ -635,3 +635,32 @@ def test_losses_that_are_no_numbers_are_json_and_a_table(
     rows = cli.loss_table(metrics).splitlines()
     assert rows[1].split() == ["a", "1.000", "nan", "1.000", "nan"]
     assert rows[2].split() == ["built", "nan", "2.000", "nan", "2.000"]
+
+
+def test_the_demo_shows_both_methods_and_goes_on_where_it_was_cut_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`symphony demo`, on less text: two run folders, one table, a prompt to try."""
+    out = tmp_path / "demo"
+    small = ["calibration.tokens=8192", "refit.epochs=0.25", "train.tokens=4096",
+             "evaluation.tokens=2048"]  # fmt: skip
+    sets = [word for setting in small for word in ("--set", setting)]
+    assert main(["demo", "--out", str(out), *sets]) == 0
+    shown = capsys.readouterr().out
+    for row in ("built", "trained", "paper's, built", "paper's, trained"):
+        assert any(line.strip().startswith(row) for line in shown.splitlines()), row
+    assert f"report: {out / 'report.html'}" in shown and "pipeline('text-generation'" in shown
+    ours, paper = RunFolder(out), RunFolder(tmp_path / "demo-paper")
+    assert ours.read_recipe().method == "harmonized" and paper.read_recipe().method == "symphony"
+    assert ours.report.is_file() and paper.trained.is_dir()
+
+    assert main(["demo", "--out", str(out), *sets]) == 2
+    assert "exists" in capsys.readouterr().err
+    # Cut short before the paper's began: that one is made, ours is kept.
+    made = ours.trained.stat().st_mtime_ns
+    shutil.rmtree(paper.root)
+    assert main(["demo", "--out", str(out), "--resume", "--json", *sets]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["paper"]) == {"built", "trained", "paths"}
+    assert len(result["continuations"]) == 3
+    assert ours.trained.stat().st_mtime_ns == made and paper.trained.is_dir()

@@ -1080,7 +1080,7 @@ def test_sources_may_have_different_amounts_of_text(
     with caplog.at_level(logging.WARNING, logger="symphony_moe"):
         run = build(project / "recipe.yaml", tmp_path / "run", "calibration.tokens=6144")
     assert "calibration text of b: 1,792 tokens asked for" in caplog.text
-    assert "calibration text kept aside of b: 256 tokens asked for" in caplog.text
+    assert "kept aside (an eighth of the documents) of b: 256 tokens asked for" in caplog.text
     lengths = {name: len(text) for name, text in windows_of(run.recipe).items()}
     assert lengths["a"] == 28 and lengths["b"] < 8
     assert all(1 <= len(text) <= 4 for text in kept_aside(run.recipe).values())
@@ -1191,3 +1191,23 @@ def test_the_whole_way_with_tied_sources(recipes: Recipes, tmp_path: Path) -> No
     assert metrics["refit"]["chosen"] == "harmonized"
     assert run.report.stat().st_size > 1000
     pipeline.verify(run)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_the_plain_means_router_is_of_its_own_inputs(
+    variant: str, recipes: Recipes, fallen_back: Runs
+) -> None:
+    """Where the logistic regression of its own router inputs has its optimum, the gradient there
+    is nothing."""
+    model = load_clean(fallen_back(variant).checkpoint)
+    windows = windows_of(recipes(variant))
+    inputs = {name: router_inputs(model, text) for name, text in windows.items()}
+    for layer in range(2):
+        router = dict(model.state_dict())[f"model.layers.{layer}.mlp.gate.weight"].double()
+        gradient = 2e-4 * router
+        for number, name in enumerate("abc"):
+            x = inputs[name][layer]
+            shares = torch.softmax(x @ router.T, dim=-1)
+            shares[:, number] -= 1
+            gradient += shares.T @ x / len(x) / 3
+        assert float(gradient.abs().max()) < 3e-3

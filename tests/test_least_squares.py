@@ -250,3 +250,16 @@ def test_the_condition_is_a_lower_bound_of_the_true_one(seed: int, ridge: float)
     matrix = sums.gram + ridge * sums.gram.diagonal().mean() * torch.eye(7)
     condition = sums.solve(start, ridge).condition
     assert 1 <= condition <= float(torch.linalg.cond(matrix)) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("start", [1e-16, 1e-15])
+def test_the_ridge_rises_no_further_than_it_must(start: float) -> None:
+    """By tens: a tenth of what was used would have left the matrix ill-conditioned."""
+    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x[:, 3:] = x[:, :3]
+    sums = LeastSquares(6, 3)
+    sums.update(x, x[:, :3])
+    fit = sums.solve(torch.zeros(3, 6), start)
+    less = 0.1 * fit.ridge * sums.gram.diagonal().mean() * torch.eye(6)
+    edge = torch.linalg.cholesky(sums.gram + less).diagonal()
+    assert float((edge.max() / edge.min()) ** 2) > MAX_CONDITION

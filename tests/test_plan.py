@@ -167,3 +167,28 @@ def test_plans_are_printed_and_written(
     shown = capsys.readouterr().out
     assert f"{planned['work_bytes'] / 1e9:.3f} GB more until stage 1 ends" in shown
     assert f"about {planned['peak_memory_bytes'] / 1e9:.1f} GB at the peak" in shown
+
+
+def test_the_peak_counts_the_statistics_of_both_texts(recipes: Recipes) -> None:
+    """Of two sources beside the anchor, a matrix (heads x head_dim) squared of float64; of the text
+    kept aside another, where something is fitted."""
+
+    def peak(*settings: str) -> int:
+        recipe = load_recipe(recipes("llama"), ["method=harmonized", *settings])
+        config = copy.deepcopy(pipeline.open_sources(recipe)[0].config)
+        config.head_dim = 20_000
+        return plan._peak_memory(recipe, config, 3)
+
+    for router, texts in (("random", 1), ("regression", 2)):
+        settings = ["refit.method=none", f"router.init={router}"]
+        heads = peak(*settings) - peak(*settings, "align.heads=none")
+        assert heads == pytest.approx(texts * 2 * (4 * 20_000) ** 2 * 8, rel=0.01)
+
+
+def test_more_epochs_take_more_time(recipes: Recipes) -> None:
+    def seconds(epochs: int) -> float:
+        recipe = load_recipe(recipes("llama"), ["method=harmonized", f"refit.epochs={epochs}"])
+        return pipeline.plan(recipe).seconds
+
+    first, second, third = (seconds(epochs) for epochs in (0, 1000, 2000))
+    assert second > first + 0.5 and third - second == pytest.approx(second - first)

@@ -18,6 +18,7 @@ from symphony_moe.recipe import (
     PRESETS,
     HubData,
     Recipe,
+    Refit,
     SourceSpec,
     load_recipe,
     parse_size,
@@ -664,3 +665,10 @@ def test_text_junk_is_refused_as_a_mistake(text: str, override: str, tmp_path: P
         load_recipe(path, [override])
     except RecipeError as error:
         assert "Traceback" not in str(error)
+
+
+def test_the_defaults_of_the_fit_are_those_that_were_measured() -> None:
+    """docs/lab-log.md; another one changes every published number."""
+    refit = Refit()
+    measured = (refit.ridge, refit.epochs, refit.learning_rate, refit.pull, refit.soften)
+    assert measured == (1e-2, 8.0, 0.06, 0.1, 0.05)

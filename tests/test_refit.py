@@ -644,11 +644,12 @@ def random_heads(calibration: Calibration) -> dict[str, Tensor]:
     return {name: torch.randn(20, 8, generator=generator) for name in [*calibration.names, ""]}
 
 
-@pytest.mark.parametrize(("windows", "router"), [(2, 1), (9, 8), (40, 32), (400, 32)])
+@pytest.mark.parametrize(("windows", "router"), [(2, 1), (9, 8), (40, 38), (400, 35), (4096, 32)])
 def test_the_plain_mean_runs_on_what_is_kept_aside_and_what_its_router_needs(
     windows: int, router: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many router inputs as any router gets, and no window more."""
+    """As many router inputs as the new model's router gets (ROUTER_TOKENS, here 32 windows, or more
+    where every second window would be too few), and no window more."""
     monkeypatch.setattr(route, "ROUTER_TOKENS", 2 * 8 * 32)
     calibration = by_hand({"a": windows, "b": 3})
     kept = calibration.kept_aside["a"]
@@ -1066,3 +1067,107 @@ def test_a_source_that_overflows_is_named(harmonized: Callable[[str], Path]) -> 
     begun.layers[1]["b"] |= broken
     with pytest.raises(SourceError, match=r"^b: layer 1 puts out values that are not finite"):
         begun.fit(1)
+
+
+def test_the_router_is_not_pulled(
+    harmonized: Callable[[str], Path], everything_is_kept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no aligned weights to be pulled to; all else has. A layer's number is its seed."""
+    seen = []
+    real = refit.descend
+
+    def spy(
+        calibration: Calibration, parameters: Sequence[Tensor], toward: Any, *rest: Any, seed: int
+    ) -> int:
+        homes = {tuple(p.shape): home for p, home in zip(parameters, toward, strict=True)}
+        seen.append((seed, sum(home is None for home in toward), homes[(3, 32)]))
+        return real(calibration, parameters, toward, *rest, seed=seed)
+
+    monkeypatch.setattr(refit, "descend", spy)
+    begun = begin(load_recipe(harmonized("qwen2"), ["refit.epochs=0.1"]))
+    for layer in range(2):
+        moe, _ = begun.fit(layer)
+        advance_new(begun.calibration, layer, moe)
+    assert seen == [(0, 1, None), (1, 1, None)]
+
+
+def test_the_refinements_loss_is_the_error_that_it_is_judged_by(
+    harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begin(load_recipe(harmonized("qwen2"), ["refit.epochs=1"]))
+    c = begun.calibration
+    losses = []
+
+    def once(
+        calibration: Calibration, parameters: Any, toward: Any, parts: Any, loss_of: Any, **_: Any
+    ) -> int:
+        with torch.no_grad():
+            each = [
+                loss_of([(name, *(c.streams[f"{part}/{name}"][c.aside(name)] for part in parts))])
+                for name in c.names
+            ]
+        losses.append(float(sum(each)) / len(each))
+        return 1
+
+    monkeypatch.setattr(refit, "descend", once)
+    _, note = begun.fit()
+    assert losses[0] == pytest.approx(note["refinement"]["error"][0], rel=1e-5)
+
+
+def test_a_head_gain_of_zero_leaves_finite_targets(harmonized: Callable[[str], Path]) -> None:
+    """A source's normed queries in terms of a gain of zero would be infinite."""
+    begun = begin(load_recipe(harmonized("qwen3")))
+    for part in "qk":
+        begun.starts[0].shared[f"self_attn.{part}_norm.weight"][3] = 0.0
+    moe, note = begun.fit()
+    assert all(bool(torch.isfinite(tensor).all()) for _, tensor in tensors(moe))
+    assert note["attention"]["kept"] and math.isfinite(note["attention"]["error"][1])
+
+
+def test_router_inputs_are_spread_over_the_text(
+    harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third of six windows that are fitted on, and no window that is kept aside."""
+    monkeypatch.setattr(route, "ROUTER_TOKENS", 3 * 64 * 2)
+    begun = begin(load_recipe(harmonized("llama"), ["refit.method=none"]))
+    c = begun.calibration
+    assert c.router_windows("a") == 2
+    for name in c.names:
+        numbers = torch.eye(8, 32)[:, None, :].expand(8, 64, 32)
+        c.streams[f"new-middle/{name}"].copy_(numbers)
+    for rows in refit._router_inputs(c, begun.starts[0].shared, "new-middle"):
+        seen = rows.view(-1, 64, 32)[:, 0].abs().argmax(dim=-1).tolist()
+        assert seen == [2, 5]
+
+
+def test_the_plain_means_router_has_as_much_text(
+    harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the new model's, whatever the steps between its windows."""
+    for wanted in (1, 2, 4, 5, 6, 7):
+        monkeypatch.setattr(route, "ROUTER_TOKENS", 3 * 64 * wanted)
+        begun = begin(load_recipe(harmonized("llama")))
+        c = begun.calibration
+        counts = {
+            stream: {len(rows) for rows in refit._router_inputs(c, begun.starts[0].shared, stream)}
+            for stream in ("new", "plain")
+        }
+        assert counts["new"] == counts["plain"] == {64 * c.router_windows("a")}
+
+
+def test_a_stream_too_large_for_float32_is_named(
+    harmonized: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    begun = begin(load_recipe(harmonized("llama"), ["refit.epochs=0"]))
+    begun.layers[0]["b"]["self_attn.o_proj.weight"] *= 1e25
+    begun.fit()
+    named = [r.getMessage() for r in caplog.records if "too large to be compared" in r.getMessage()]
+    assert len(named) == 1 and named[0].startswith("b: ")
+
+
+def test_inputs_that_are_all_zero_are_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
+    calibration = by_hand({"a": 3, "b": 3})
+    sums = LeastSquares(8, 4)
+    sums.update(torch.zeros(100, 8), torch.ones(100, 4))
+    refit.solve(calibration, sums, torch.ones(4, 8), "o")
+    assert "fit of o: its inputs are all zero" in caplog.text and "inf" not in caplog.text

@@ -474,3 +474,12 @@ def pieces_of_one_document(window: list[int], bos: int) -> list[list[int]]:
 
 def spelled(tokens: list[int]) -> str:
     return f" {' '.join(map(str, tokens))} "
+
+
+def test_copies_of_a_document_stay_on_one_side() -> None:
+    """Or text would be judged by that was fitted on."""
+    assert split_aside(["x"] * 200, 1 / 8) == (["x"] * 200, [])
+    documents = [f"text {number % 20}" for number in range(200)]
+    fitted, aside = split_aside(documents, 1 / 8)
+    assert not set(fitted) & set(aside) and len(fitted) + len(aside) == 200
+    assert len(set(aside)) == 2 and len(aside) == 20

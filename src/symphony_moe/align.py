@@ -177,13 +177,17 @@ class HeadCorrelation:
         anchor, source = self.energies[part]
         return torch.outer(source, anchor).sqrt().clamp_min(1e-300)
 
-    def scores(self) -> tuple[Float[Tensor, "heads heads"], Float[Tensor, "groups groups"]]:
+    def scores(
+        self, phases: Literal["any", "half-turns"] = "any"
+    ) -> tuple[Float[Tensor, "heads heads"], Float[Tensor, "groups groups"]]:
         """(query heads, KV heads), source x anchor: how alike two heads can be made, each term from
         0 to 1. A query head counts its outputs under the best rotation (nuclear norm) and its
-        queries under the best phases; a KV head its keys."""
+        queries under the best of the `phases` that the family allows; a KV head its keys."""
         nuclear = torch.linalg.svdvals(self.output_blocks()).sum(dim=-1)
-        queries = self.queries.abs().sum(dim=0) / self._scale("queries")
-        keys = self.keys.abs().sum(dim=0) / self._scale("keys")
+        queries, keys = (
+            (products if phases == "any" else products.real).abs().sum(dim=0) / self._scale(part)
+            for part, products in (("queries", self.queries), ("keys", self.keys))
+        )
         return nuclear / self._scale("outputs").cpu() + queries.cpu(), keys.cpu()
 
     def output_blocks(self) -> Float[Tensor, "heads heads head_dim head_dim"]:
@@ -219,7 +223,7 @@ def match_heads(
     from the complex products of q and k. The correlation is that of all head outputs, measured on
     `aside` (statistics of other text) where that is given.
     """
-    scores, group_scores = statistics.scores()
+    scores, group_scores = statistics.scores(phases)
     groups = len(group_scores)
     per_group = len(scores) // groups
     worth = group_scores.clone()

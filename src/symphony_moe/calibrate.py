@@ -54,7 +54,7 @@ def aside_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Window
                 "documents that it has not seen, so give text in several (or refit.method: none "
                 "and router.init: random)"
             )
-        what = "calibration text kept aside"
+        what = "calibration text kept aside (an eighth of the documents)"
         windows[source.name] = _draw(recipe, source, what, aside, recipe.windows_aside)
     return windows
 

@@ -180,7 +180,7 @@ def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) ->
     aligning = num_sources * whole if recipe.aligns else 0
     fitting = 2 * whole if recipe.fits else 0
     if recipe.refit.method != "none":
-        router = windows_for_router(num_sources, recipe.calibration.sequence_length, to_fit)
+        router = len(windows_for_router(num_sources, recipe.calibration.sequence_length, to_fit))
         fitting = 5 * whole + recipe.windows_aside + router
     tokens = num_sources * max(aligning, fitting) * recipe.calibration.sequence_length
     return tokens * config.hidden_size * 4

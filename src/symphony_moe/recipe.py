@@ -90,7 +90,8 @@ class SourceSpec(Section):
 
 class Calibration(Section):
     tokens: int = Field(262_144, gt=0)
-    """Calibration text in tokens, in total; the same number from every source's data."""
+    """Calibration text in tokens, in total; the same number from every source's data, and no less
+    than a window of each (and one more to judge by, where something is fitted)."""
     sequence_length: int = Field(2048, ge=2)
     """Tokens in a window."""
     seed: Seed = 114514
@@ -148,7 +149,7 @@ class Router(Section):
     init: Literal["random", "regression", "hidden"] = "random"
     """`random`: normal with standard deviation 0.02. `regression`: logistic regression from the new
     model's own router inputs to the source. `hidden`: each source's mean router input."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=1e-6)
     """What a calibrated router's rows are divided by."""
     top_k: int = Field(2, ge=1)
     """Experts per token."""
@@ -310,7 +311,7 @@ class Recipe(Section):
     @property
     def windows_aside(self) -> int:
         """Windows of every source's calibration text that a fit is judged by: one in 16; four where
-        that is fewer, but no more than one in four."""
+        that is fewer, but no more than one in four, and at least one."""
         if not self.fits:
             return 0
         return max(self.windows_each // 16, min(4, self.windows_each // 4), 1)

@@ -105,7 +105,8 @@ class Calibration:
     def router_windows(self, name: str) -> int:
         """Windows of a source's text that a router is calibrated on."""
         windows, sequence = self.windows[name].shape
-        return windows_for_router(len(self.windows), sequence, windows - self.kept_aside[name])
+        fitted = windows - self.kept_aside[name]
+        return len(windows_for_router(len(self.windows), sequence, fitted))
 
 
 def fit_layer(
@@ -346,7 +347,8 @@ def _router_inputs(
     inputs = []
     for name in calibration.names:
         middle = calibration.streams[f"{stream}/{name}"][calibration.fitted(name)]
-        middle = middle[:: max(1, len(middle) // calibration.router_windows(name))]
+        chosen = windows_for_router(len(calibration.names), middle.shape[1], len(middle))
+        middle = middle[:: chosen.step]
         inputs.append(_normed(calibration.config, shared, _MIDDLE_NORM, middle).flatten(0, 1))
     return inputs
 
@@ -417,7 +419,14 @@ def solve(
             f"{sums.count:,} calibration tokens for {len(sums.gram):,} unknowns per output; what "
             "they leave open stays as it was. Raise calibration.tokens"
         )
-    if fit.ridge != ridge:
+    if fit.ridge == math.inf:
+        nothing = not bool(sums.gram.diagonal().any())
+        problems["ridge"] = (
+            "its inputs are all zero, so there is nothing to fit"
+            if nothing
+            else "ill-conditioned, whatever the ridge; it stays as it was"
+        )
+    elif fit.ridge != ridge:
         problems["ridge"] = (
             f"ill-conditioned; the ridge was raised to {fit.ridge:.0e} (other layers: metrics.json)"
         )
@@ -571,7 +580,20 @@ def _error(calibration: Calibration, target: str, run: Callable[[Tensor], Tensor
         for new, wanted in zip(*(stream.split(1) for stream in streams), strict=True):
             total += float(_relative_error(run(new), wanted.to(device())))
         errors.append(total / calibration.kept_aside[name])
+        _name_overflow(calibration, name, calibration.streams[f"{target}/{name}"][rows])
     return sum(errors) / len(errors)
+
+
+def _name_overflow(calibration: Calibration, name: str, stream: Tensor) -> None:
+    """Warn, once, of a source whose stream has no length in float32: no error is a number then."""
+    lengths = stream.square().sum(dim=-1)
+    if not bool(torch.isfinite(lengths).all()) and (name, "overflow") not in calibration.warned:
+        calibration.warned.add((name, "overflow"))
+        log.warning(
+            "%s: its residual stream is too large to be compared with in float32, so no fit is "
+            "kept; look at its weights",
+            name,
+        )
 
 
 def _relative_error(

@@ -194,6 +194,7 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
         ],
         alignment=alignment_tables(metrics.get("alignment") or {}, recipe),
         fit=fit_tables(metrics.get("refit") or {}, recipe),
+        judged_apart=recipe["refit"]["method"] != "none" or recipe["router"]["init"] != "random",
         plain_written=(metrics.get("refit") or {}).get("chosen") == _PLAIN,
         differences=plan["differences"],
         notes=other_notes(plan),

@@ -14,9 +14,11 @@ _ITERATIONS = 60
 _DECAY = 1e-4
 
 
-def windows_for_router(num_sources: int, sequence_length: int, available: int) -> int:
-    """Windows of every source's text that a calibrated router is fitted on."""
-    return min(max(1, ROUTER_TOKENS // num_sources // sequence_length), available)
+def windows_for_router(num_sources: int, sequence_length: int, available: int) -> range:
+    """Which of a source's `available` windows a calibrated router is fitted on: spread evenly,
+    ROUTER_TOKENS of all sources' together, and less than twice that, as steps are whole."""
+    wanted = max(1, ROUTER_TOKENS // num_sources // sequence_length)
+    return range(0, available, max(1, available // wanted))
 
 
 def random_router(

@@ -194,8 +194,8 @@ def require_room(root: Path, needed: int, passing: int) -> None:
     free = shutil.disk_usage(there).free + taken
     if needed > free:
         raise RunFolderError(
-            f"{root}: the build needs {needed / 1e9:.2f} GB ({passing / 1e9:.2f} GB of it until it "
-            f"ends), the disk has {free / 1e9:.2f} GB free; make room or choose another --out"
+            f"{root}: the build needs {needed / 1e6:,.1f} MB ({passing / 1e6:,.1f} MB of it until "
+            f"it ends), the disk has {free / 1e6:,.1f} MB free; make room or choose another --out"
         )
 
 

@@ -45,17 +45,16 @@ def split_aside(documents: Sequence[str], share: float) -> tuple[list[str], list
     """(documents to fit on, documents to judge a fit by), each in the order given.
 
     Those with the smallest hashes are set aside, `share` of them and at least one, but never the
-    only one. Whole documents: windows of one document know one another.
+    only one. Whole documents, with all their copies: windows of one document know one another.
     """
 
-    def place(index: int) -> bytes:
-        text = f"aside/{documents[index]}".encode("utf-8", "surrogatepass")
-        return hashlib.sha256(text).digest()
+    def place(document: str) -> bytes:
+        return hashlib.sha256(f"aside/{document}".encode("utf-8", "surrogatepass")).digest()
 
-    count = min(max(1, round(share * len(documents))), len(documents) - 1)
-    chosen = set(sorted(range(len(documents)), key=place)[: max(0, count)])
-    fitted = [d for index, d in enumerate(documents) if index not in chosen]
-    return fitted, [documents[index] for index in sorted(chosen)]
+    distinct = sorted(set(documents), key=place)
+    count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
+    chosen = set(distinct[: max(0, count)])
+    return [d for d in documents if d not in chosen], [d for d in documents if d in chosen]
 
 
 def pack_windows(
