@@ -580,3 +580,29 @@ def test_numbers_that_transformers_would_not_give_are_refused(
     two = owner("b", tmp_path / "b", template, lambda content: add_tokens(content, ADDED[:1]))
     with pytest.raises(SourceError, match=r"a: transformers gives the added tokens other numbers"):
         merge([one, two], "a", "a")
+
+
+def test_tokens_that_the_anchors_class_adds_by_itself_are_written_down(
+    template: Path, tmp_path: Path
+) -> None:
+    """Qwen2's adds <|endoftext|> where no file lists it; what comes after is numbered after it."""
+
+    def without(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        vocabulary["<other>"] = vocabulary.pop("<|endoftext|>")
+
+    folders = {}
+    lists: dict[str, list[str]] = {"a": [], "b": ADDED[:2]}
+    for name, more in lists.items():
+        made = owner(name, tmp_path / name, template, without)
+        rewrite(made.folder, partial(add_tokens, tokens=more))
+        (made.folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+        tokenizer = AutoTokenizer.from_pretrained(made.folder)
+        folders[name] = Owner(name, made.folder, tokenizer, 310)
+    one, two = folders["a"], folders["b"]
+    assert one.tokens["<|endoftext|>"] == 300
+    union = merge([one, two], "a", "a")
+    tokens = union.tokenizer.get_vocab()
+    assert [tokens[t] for t in ("<|endoftext|>", *ADDED[:2])] == [300, 301, 302]
+    listed = json.loads(union.files["tokenizer.json"])["added_tokens"]
+    assert [t["id"] for t in listed][-3:] == [300, 301, 302]

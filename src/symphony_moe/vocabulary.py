@@ -219,7 +219,14 @@ def _files(anchor: Owner, new: Sequence[Mapping[str, Any]], chat: Owner) -> dict
         for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
         if name in files
     }
-    contents["tokenizer.json"].setdefault("added_tokens", []).extend(map(dict, new))
+    listed = contents["tokenizer.json"].setdefault("added_tokens", [])
+    # Some classes add tokens when they load that no file lists; the new ones are numbered after.
+    vocabulary = contents["tokenizer.json"]["model"]["vocab"]
+    spelled = {entry if isinstance(entry, str) else entry[0] for entry in vocabulary}
+    spelled |= {token["content"] for token in listed}
+    implied = [t for t in anchor.content["added_tokens"] if t["content"] not in spelled]
+    new = [*({"id": t["id"], "content": t["content"]} | _flags(t) for t in implied), *new]
+    listed.extend(map(dict, new))
     config = contents.setdefault("tokenizer_config.json", {})
     for token in new:
         if "added_tokens_decoder" in config:
