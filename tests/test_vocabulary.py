@@ -606,3 +606,7 @@ def test_tokens_that_the_anchors_class_adds_by_itself_are_written_down(
     assert [tokens[t] for t in ("<|endoftext|>", *ADDED[:2])] == [300, 301, 302]
     listed = json.loads(union.files["tokenizer.json"])["added_tokens"]
     assert [t["id"] for t in listed][-3:] == [300, 301, 302]
+    # And text is cut as by that class (digits one by one), wherever the files are read.
+    assert type(union.tokenizer) is type(one.tokenizer)
+    for text in ("alpha 123 beta's", "x\n\n  y", "日本 42"):
+        assert encode(union.tokenizer, text) == encode(one.tokenizer, text)

@@ -28,6 +28,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes that do what tokenizer.json says."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _ID_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
@@ -228,6 +230,11 @@ def _files(anchor: Owner, new: Sequence[Mapping[str, Any]], chat: Owner) -> dict
     new = [*({"id": t["id"], "content": t["content"]} | _flags(t) for t in implied), *new]
     listed.extend(map(dict, new))
     config = contents.setdefault("tokenizer_config.json", {})
+    # Where the files do not name it, transformers takes the class of the model's family, which cuts
+    # text in its own way; the result is of another family.
+    named = type(anchor.tokenizer).__name__
+    if named not in _GENERIC:
+        config["tokenizer_class"] = named.removesuffix("Fast")
     for token in new:
         if "added_tokens_decoder" in config:
             config["added_tokens_decoder"][str(token["id"])] = {
