@@ -11,9 +11,12 @@ domain as Markdown. What is there already is kept.
 |---|---|---|
 | llama | 512 tokens, RoPE theta 1e4 | 528 tokens, theta 1e6 |
 | qwen2 | 600 tokens in 640 rows, tied, biases | 604 tokens in 672 rows, another end of text |
+
+The tokenizers are of the class that transformers loads for the family: it cuts text in its own way.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -34,6 +37,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
 )
 
 from symphony_moe.bundled.corpus import documents
@@ -58,7 +62,8 @@ class Kind:
     theta: float = 1e4
     rows: int | None = None
     """Rows of the tables, where they are padded."""
-    end: str = "</s>"
+    end: str | None = None
+    """The token that ends a text, where it is not the base's."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,11 @@ PAIRS = {
 }
 
 
-def train_tokenizer(size: int) -> Tokenizer:
+def train_tokenizer(family: str, size: int) -> PreTrainedTokenizerBase:
     """Byte-level BPE of English and Python."""
+    texts = itertools.chain(*(training_documents(domain) for domain in ("english", "python")))
+    if family == "qwen2":
+        return Qwen2Tokenizer().train_new_from_iterator(texts, size, show_progress=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -104,17 +112,16 @@ def train_tokenizer(size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [training_documents(domain) for domain in ("english", "python")]
-    tokenizer.train_from_iterator(itertools.chain(*texts), trainer)
-    return tokenizer
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def save_tokenizer(backend: Tokenizer, kind: Kind, folder: Path) -> None:
-    own = Tokenizer.from_str(backend.to_str())
-    own.add_special_tokens([AddedToken(token, normalized=False) for token in kind.tokens])
-    PreTrainedTokenizerFast(
-        tokenizer_object=own, bos_token="<s>", eos_token=kind.end
-    ).save_pretrained(folder)
+def save_tokenizer(base: PreTrainedTokenizerBase, kind: Kind, folder: Path) -> None:
+    own = copy.deepcopy(base)
+    own.add_tokens([AddedToken(t, normalized=False) for t in kind.tokens], special_tokens=True)
+    if kind.end is not None:
+        own.eos_token = kind.end
+    own.save_pretrained(folder)
 
 
 def training_documents(domain: str) -> list[str]:
@@ -199,8 +206,8 @@ def make_sources(out: Path, family: str) -> None:
     """The base and its descendants, as whole model folders in bfloat16."""
     pair = PAIRS[family]
     home = out / family
-    backend = train_tokenizer(pair.tokens)
-    save_tokenizer(backend, pair.chat, home / "tokenizer")
+    base_tokenizer = train_tokenizer(family, pair.tokens)
+    save_tokenizer(base_tokenizer, pair.chat, home / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(home / "tokenizer")
     both = [training_documents(domain) for domain in ("english", "python")]
     base = home / "base"
@@ -214,7 +221,7 @@ def make_sources(out: Path, family: str) -> None:
         folder = home / name.replace(" ", "-")
         if folder.is_dir():
             continue
-        save_tokenizer(backend, kind, home / f"tokenizer-{seed}")
+        save_tokenizer(base_tokenizer, kind, home / f"tokenizer-{seed}")
         tokenizer = AutoTokenizer.from_pretrained(home / f"tokenizer-{seed}")
         torch.manual_seed(seed)
         model = new_model(pair, kind, tokenizer)
@@ -225,7 +232,7 @@ def make_sources(out: Path, family: str) -> None:
         texts = both[0] if name == "chat" else texts_of(kind)
         train(model, batches([texts], tokenizer, seed), TUNING_TOKENS, 1.5e-3, f"{family} {name}")
         model.bfloat16().save_pretrained(folder)
-        save_tokenizer(backend, kind, folder)
+        save_tokenizer(base_tokenizer, kind, folder)
 
 
 def write_recipe(out: Path, family: str, code: str) -> Path:

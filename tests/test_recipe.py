@@ -260,7 +260,9 @@ def test_the_papers_method_is_the_default(tmp_path: Path) -> None:
 
 
 def test_the_methods_there_are() -> None:
-    assert list(PRESETS) == ["symphony", "harmonized"]
+    assert list(PRESETS) == [
+        "symphony", "harmonized", "btx", "drop-upcycling", "sparse-upcycling",
+    ]  # fmt: skip
 
 
 def test_harmonized_aligns_fits_and_calibrates(tmp_path: Path) -> None:

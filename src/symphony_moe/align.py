@@ -77,14 +77,19 @@ class NeuronCorrelation:
         return self.products * scale[0][:, None] * scale[1][None, :]
 
 
-def match_neurons(correlation: Float[Tensor, "ffn ffn"]) -> Int[Tensor, " ffn"]:
+def match_neurons(correlation: Float[Tensor, "ffn ffn"], share: float = 1.0) -> Int[Tensor, " ffn"]:
     """The order of the source's neurons that maximises the sum of matched correlations.
 
     Eq. 2: `min over P of ||A_1 - A_i P||_F^2` for activations normalised per neuron, a linear
     assignment problem. Entry j is the source's neuron that takes the place of the anchor's neuron
-    j.
+    j. Below 1, the `share` of the neurons that correlate most with their match are moved (Table 3);
+    the others fill the places that are left in their own order.
     """
-    return assign(correlation.T)
+    order = assign(correlation.T)
+    strength = correlation.cpu()[torch.arange(len(order)), order]
+    weakest = strength.argsort(stable=True)[: len(order) - round(share * len(order))]
+    order[weakest.sort().values] = order[weakest].sort().values
+    return order
 
 
 def matched_correlation(correlation: Float[Tensor, "ffn ffn"], order: Int[Tensor, " ffn"]) -> float:
@@ -269,6 +274,8 @@ class Comparison:
     residual: ResidualCovariance | None = None
     heads: HeadCorrelation | None = None
     neurons: NeuronCorrelation | None = None
+    neuron_share: float = 1.0
+    """Share of the neurons that are matched."""
     aside: "Comparison | None" = None
     """The same on text that no map is found on: a map of residual stream or heads is judged there.
     None where no text is kept aside."""
@@ -299,7 +306,7 @@ def match(comparison: Comparison, family: Family, who: str) -> dict[str, Tensor]
     if comparison.neurons is not None:
         correlation = comparison.neurons.result()
         _check_finite(correlation, who)
-        order = match_neurons(correlation)
+        order = match_neurons(correlation, comparison.neuron_share)
         correlation = correlation.cpu()
         own = matched_correlation(correlation, torch.arange(len(order)))
         found["neurons"] = order

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, MoELayer
-from symphony_moe.fuse import linear_mean, selective_linear, slerp
+from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, NEURON_AXIS, MoELayer
+from symphony_moe.fuse import drop_neurons, linear_mean, selective_linear, slerp
 from symphony_moe.recipe import Recipe
 from symphony_moe.route import random_router
 from symphony_moe.sources import Source, anchor_of
@@ -130,7 +130,11 @@ def assemble_layer(
     experts = []
     for source in sources:
         origin = recipe.anchor if recipe.experts.init == "copy" else source.name
-        experts.append({name: aligned[origin][name] for name in family.expert})
+        expert = {name: aligned[origin][name] for name in family.expert}
+        if recipe.experts.init == "drop":
+            key = f"{recipe.seed}/{layer}/{source.name}"
+            expert = drop_neurons(expert, NEURON_AXIS, recipe.experts.drop_share, key)
+        experts.append(expert)
     names = [source.name for source in sources]
     router = random_router(names, sources[0].config.hidden_size, layer, recipe.seed)
     return MoELayer(shared, experts, router)

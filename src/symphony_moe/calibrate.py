@@ -30,10 +30,11 @@ _ASIDE_DOCUMENTS = 1 / 8
 
 
 def calibration_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Windows]:
-    """Source -> calibration text of its domain (Sec. 3.2): the same number of tokens each, held-out
-    documents left out, and where something is fitted, those of `aside_windows`."""
+    """Source -> calibration text of its domain (Sec. 3.2), for those that give some: the same
+    number of tokens each, held-out documents left out, and where something is fitted, those of
+    `aside_windows`."""
     windows = {}
-    for source in sources:
+    for source in [source for source in sources if source.name in recipe.calibration_domains]:
         wanted = max(1, recipe.windows_each - recipe.windows_aside)
         fitted, _ = _documents(recipe, source)
         windows[source.name] = _draw(recipe, source, "calibration text", fitted, wanted)
@@ -156,6 +157,7 @@ def _blank(recipe: Recipe, source: Source, aside: int) -> Comparison:
     comparison = blank()
     if recipe.aligns_neurons:
         comparison.neurons = NeuronCorrelation(config.intermediate_size, device())
+        comparison.neuron_share = recipe.align.neuron_share
     if aside:
         comparison.aside = blank()
     return comparison

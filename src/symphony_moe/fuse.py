@@ -4,7 +4,8 @@ Section 3.2 of arXiv 2509.18542 ("layer-aware fusion"). Pure functions; computat
 angles or means of many are taken, the result is float32.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -112,3 +113,31 @@ def selective_linear(
     for table, share in zip(tables, shares / total, strict=True):
         result.addcmul_(table.double(), share[:, None])
     return result.float()
+
+
+def drop_neurons(
+    expert: Mapping[str, Float[Tensor, "rows columns"]],
+    neuron_axis: Mapping[str, int],
+    share: float,
+    key: str,
+) -> dict[str, Tensor]:
+    """An expert (its FFN matrices) of which a random share of the neurons is drawn anew
+    (Drop-Upcycling; the paper's baseline): the same neurons in every matrix, from a normal
+    distribution with the matrix's own mean and standard deviation.
+
+    `neuron_axis`: matrix -> the axis that counts its neurons. `key`: what the draws follow from,
+    and nothing else.
+    """
+    digest = hashlib.sha256(f"drop/{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    names = sorted(neuron_axis)
+    number = expert[names[0]].shape[neuron_axis[names[0]]]
+    drawn = torch.randperm(number, generator=generator)[: round(share * number)]
+    dropped = {}
+    for name in names:
+        matrix = expert[name].clone()
+        part = matrix.index_select(neuron_axis[name], drawn)
+        noise = torch.randn(part.shape, generator=generator)
+        fresh = matrix.double().mean() + noise.double() * matrix.double().std(correction=0)
+        dropped[name] = matrix.index_copy_(neuron_axis[name], drawn, fresh.to(matrix.dtype))
+    return {name: dropped[name] for name in expert}

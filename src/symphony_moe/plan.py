@@ -177,7 +177,7 @@ def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) ->
     windows = recipe.windows_each
     to_fit = max(1, windows - recipe.windows_aside)
     whole = to_fit + recipe.windows_aside
-    aligning = num_sources * whole if recipe.aligns else 0
+    aligning = len(recipe.calibration_domains) * whole if recipe.aligns else 0
     fitting = 2 * whole if recipe.fits else 0
     if recipe.refit.method != "none":
         router = len(windows_for_router(num_sources, recipe.calibration.sequence_length, to_fit))

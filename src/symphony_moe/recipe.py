@@ -26,6 +26,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 BUNDLED = "bundled:"
 """Prefix of models and texts that come with the package: `bundled:strangers/python`."""
 
+_PLAIN_MEAN: dict[str, dict[str, str]] = {
+    "backbone": {"attention": "linear", "embeddings": "selective-linear", "norms": "linear"},
+    "align": {"residual": "none", "heads": "none", "neurons": "none"},
+    "experts": {"init": "source"},
+    "refit": {"method": "none"},
+    "router": {"init": "random"},
+}
+
 PRESETS: dict[str, dict[str, dict[str, str]]] = {
     "symphony": {
         "backbone": {"attention": "slerp", "embeddings": "selective-linear", "norms": "linear"},
@@ -41,8 +49,16 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
         "refit": {"method": "least-squares"},
         "router": {"init": "regression"},
     },
+    "btx": _PLAIN_MEAN,
+    "drop-upcycling": _PLAIN_MEAN | {"experts": {"init": "drop"}},
+    "sparse-upcycling": _PLAIN_MEAN
+    | {
+        "backbone": {"attention": "anchor", "embeddings": "anchor", "norms": "anchor"},
+        "experts": {"init": "copy"},
+    },
 }
-"""method -> section -> setting. The paper's method is the first."""
+"""method -> section -> setting. The paper's method, the project's own, and the paper's baselines
+(appendix)."""
 
 
 class Section(BaseModel):
@@ -94,6 +110,9 @@ class Calibration(Section):
     than a window of each (and one more to judge by, where something is fitted)."""
     sequence_length: int = Field(2048, ge=2)
     """Tokens in a window."""
+    domains: list[str] | None = Field(None, min_length=1)
+    """The sources whose text the alignment sees. Default: all. Where something is fitted, text of
+    every source is needed."""
     seed: Seed = 114514
 
 
@@ -117,11 +136,18 @@ class Align(Section):
     neurons: Literal["none", "activations", "auto"] = "activations"
     """Order of each expert's hidden neurons: its own, or matched to the anchor's by activations.
     `auto`: matched only where neurons of several experts are mixed, which no method here does."""
+    neuron_share: float = Field(1.0, ge=0, le=1)
+    """Share of an expert's neurons that are matched: those that correlate most with their match.
+    The others fill the places that are left, in their own order (Table 3)."""
 
 
 class Experts(Section):
-    init: Literal["source", "copy"] = "source"
-    """Expert i is source i's FFN, or every expert is a copy of the anchor's."""
+    init: Literal["source", "drop", "copy"] = "source"
+    """`source`: expert i is source i's FFN. `drop`: the same, a share of its neurons drawn anew.
+    `copy`: every expert is a copy of the anchor's."""
+    drop_share: float = Field(0.5, ge=0, le=1)
+    """Share of each expert's neurons that `drop` draws anew, from a normal distribution with the
+    mean and the standard deviation of the matrix."""
 
 
 class Refit(Section):
@@ -258,6 +284,19 @@ class Recipe(Section):
         both = [name for name in self.evaluation.extra if name in names]
         if both:
             raise ValueError(f"evaluation.extra: {both} are sources' names; choose other names")
+        for name in self.calibration.domains or ():
+            if name not in names:
+                raise ValueError(f"calibration.domains: {name!r} is no source; sources are {names}")
+        if self.calibration.domains is not None and self.fits:
+            raise ValueError(
+                "calibration.domains: a fit (refit.method, or a calibrated router.init) needs text "
+                "of every source; leave calibration.domains out, or fit nothing"
+            )
+        if self.experts.init == "drop" and self.refit.method != "none":
+            raise ValueError(
+                "refit.method: fits each expert to its source, but experts.init drop draws a share "
+                "of its neurons anew; set it to none, or experts.init to source"
+            )
         if self.experts.init == "copy":
             of_sources = {
                 "align.residual": self.align.residual == "orthogonal",
@@ -276,7 +315,7 @@ class Recipe(Section):
     @property
     def aligns_neurons(self) -> bool:
         """Whether neurons are matched: only where the experts have different ones."""
-        return self.align.neurons == "activations" and self.experts.init == "source"
+        return self.align.neurons == "activations" and self.experts.init != "copy"
 
     @property
     def folds(self) -> bool:
@@ -303,10 +342,18 @@ class Recipe(Section):
         return [weights[name] / total for name in self.sources]
 
     @property
+    def calibration_domains(self) -> list[str]:
+        """The sources whose text calibrates, in the recipe's order."""
+        chosen = self.calibration.domains
+        return [name for name in self.sources if chosen is None or name in chosen]
+
+    @property
     def windows_each(self) -> int:
-        """Windows of calibration text of every source, those kept aside included."""
+        """Windows of calibration text of every source that gives some, those kept aside
+        included."""
         settings = self.calibration
-        return max(1, settings.tokens // len(self.sources) // settings.sequence_length)
+        domains = len(self.calibration_domains)
+        return max(1, settings.tokens // domains // settings.sequence_length)
 
     @property
     def windows_aside(self) -> int:
