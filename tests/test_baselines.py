@@ -25,7 +25,7 @@ BASELINES = ("btx", "drop-upcycling", "sparse-upcycling")
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         found |= load_file(path)
     return found
