@@ -21,7 +21,7 @@ from symphony_moe.recipe import Recipe, load_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import Source, open_sources
 from symphony_moe.text import is_held_out
-from symphony_moe.train import training_windows
+from symphony_moe.train import training_text
 
 
 def load(folder: Path) -> Any:
@@ -147,7 +147,7 @@ def test_held_out_text_is_for_evaluation_only(
     assert not evaluated["a"] & evaluated["b"]
     assert all(len(tokens) > 5 for tokens in evaluated.values())
     calibrated = torch.cat(list(calibration_windows(recipe, sources).values()))
-    for windows in (calibrated, training_windows(recipe, sources)):
+    for windows in (calibrated, training_text(recipe, sources).windows):
         seen = without_bos(windows)
         assert not seen & held_out
         assert len(seen) > 40

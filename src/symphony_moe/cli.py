@@ -38,8 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _log(options.verbose)
     try:
+        _refuse_processes(options)
         result, text = options.command(options)
-        print(_json(result) if options.json else text)
+        if _process() == 0:
+            print(_json(result) if options.json else text)
         return 0
     except SymphonyError as error:
         return _fail(options, str(error), 2)
@@ -70,6 +72,20 @@ def _is_machines_state(error: Exception) -> bool:
     return os.strerror(errno.ENOSPC) in str(error)
 
 
+def _process() -> int:
+    """The number of this process among those that a launcher has started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _refuse_processes(options: argparse.Namespace) -> None:
+    """Two processes of anything but a training would write the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.command is not _train:
+        raise RecipeError(
+            "only `symphony train` runs in several processes; start this command without "
+            "`torchrun` or `accelerate launch`"
+        )
+
+
 def _fail(options: argparse.Namespace, message: str, code: int) -> int:
     if options.json:
         print(_json({"error": message}))
@@ -80,6 +96,8 @@ def _fail(options: argparse.Namespace, message: str, code: int) -> int:
 def _log(verbose: bool) -> None:
     package = logging.getLogger("symphony_moe")
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
+    if _process() > 0:
+        package.setLevel(logging.WARNING)  # the first process speaks for all
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname).1s %(message)s"))
     package.handlers = [handler]

@@ -47,7 +47,12 @@ from symphony_moe.calibrate import (
     embedding_blocks,
 )
 from symphony_moe.errors import RecipeError, RunFolderError
-from symphony_moe.evaluate import continuations, evaluate_run, held_out_windows
+from symphony_moe.evaluate import (
+    continuations,
+    evaluate_run,
+    held_out_windows,
+    losses_and_routing,
+)
 from symphony_moe.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -207,7 +212,15 @@ def train(
     recipe = folder.read_recipe(overrides, sections=("train",))
     folder.require_checkpoint()
     with log_to(folder):
-        train_run(folder, recipe, open_sources(recipe), resume=resume, overwrite=overwrite)
+        sources = open_sources(recipe)
+        measure = None
+        if recipe.train.evaluations:
+            windows = held_out_windows(recipe, sources)
+
+            def measure(model: Any) -> dict[str, float]:
+                return losses_and_routing(model, windows)[0]
+
+        train_run(folder, recipe, sources, resume=resume, overwrite=overwrite, measure=measure)
 
 
 def evaluate(folder: RunFolder, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -221,6 +221,24 @@ class Train(Section):
     """Batches in a step."""
     checkpoints: int = Field(4, ge=1)
     """How many times to save, evenly over the training, for resuming."""
+    evaluations: int = Field(0, ge=0)
+    """How many times to measure the held-out losses, evenly over the training."""
+    teacher: Literal["none", "sources"] = "none"
+    """`sources`: every window's own source teaches its distribution over the next token."""
+    teacher_weight: float = Field(0.7, ge=0, le=1)
+    """Weight of the KL divergence from the teacher; the language-model loss has the rest."""
+    teacher_temperature: float = Field(1.0, gt=0)
+    """What both sides' logits are divided by in the divergence."""
+    teacher_loading: Literal["auto", "together", "in-turn"] = "auto"
+    """All teachers in memory, or one after the other; `auto`: together where they fit."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the forward pass computes in; weights learn in float32. `auto`: bfloat16 on a GPU that
+    has it."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, more time."""
+    report_to: str | list[str] = "none"
+    """Where the Trainer's log goes besides `metrics.json`: `tensorboard`, `wandb`, ... (each a
+    package to install)."""
 
 
 class Evaluation(Section):

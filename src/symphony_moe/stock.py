@@ -33,10 +33,10 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     return model.eval().to(device())
 
 
-def load_source(source: Source) -> PreTrainedModel:
+def load_source(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A source as everyone else loads it, with its adapter, and its tables in the vocabulary that
     the sources share."""
-    model = load_stock(source.folder)
+    model = load_stock(source.folder, dtype)
     if source.adapter is not None:
         with torch.no_grad():
             for name in filter(source.adapter.touches, source.headers):
@@ -44,7 +44,7 @@ def load_source(source: Source) -> PreTrainedModel:
     if source.vocabulary is None:
         return model
     embedding, head = (
-        torch.cat([rows for _, rows in source.table(name)]).to(model.device)
+        torch.cat([rows for _, rows in source.table(name)]).to(model.device, dtype)
         for name in (EMBEDDING, source.head_name)
     )
     model.set_input_embeddings(nn.Embedding.from_pretrained(embedding))

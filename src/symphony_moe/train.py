@@ -6,17 +6,20 @@ gradient norm 1.0. The loop is `transformers.Trainer`; the text is the sources' 
 shares, held-out documents left out.
 """
 
+import hashlib
 import json
 import logging
 import math
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from jaxtyping import Int
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -37,6 +40,7 @@ from symphony_moe.run_folder import RunFolder, publish, retire, write_text
 from symphony_moe.shards import CheckpointWriter, hash_folder
 from symphony_moe.sources import Source
 from symphony_moe.stock import load_stock
+from symphony_moe.teach import Teachers, divergence, fit_in_memory
 from symphony_moe.text import draw_windows, is_held_out, read_documents
 
 log = logging.getLogger(__name__)
@@ -46,48 +50,97 @@ _EXPERT = re.compile(r"\.experts\.")
 
 
 def train_run(
-    run: RunFolder, recipe: Recipe, sources: Sequence[Source], *, resume: bool, overwrite: bool
+    run: RunFolder,
+    recipe: Recipe,
+    sources: Sequence[Source],
+    *,
+    resume: bool,
+    overwrite: bool,
+    measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
 ) -> None:
-    """Train `checkpoint/` into `trained/`, which appears when it is whole.
+    """Train `checkpoint/` into `trained/`, which appears when it is whole. Under `accelerate
+    launch` or `torchrun`, every process calls this, and the first writes.
 
-    Raises RunFolderError where there is no checkpoint, where `trained/` exists (unless
-    `overwrite`), and where the loss stops being a number.
+    `measure`: model -> held-out losses, for `train.evaluations`. Raises RunFolderError where there
+    is no checkpoint, where `trained/` exists (unless `overwrite`), where memory does not suffice,
+    and where the loss stops being a number.
     """
     run.require_checkpoint()
     if run.trained.is_dir() and not overwrite:
         raise RunFolderError(f"{run.trained}: exists; --overwrite trains the checkpoint again")
+    processes = PartialState(cpu=not torch.cuda.is_available())
     settings = recipe.train
-    windows = training_windows(recipe, sources)
-    if not resume:
-        shutil.rmtree(run.work, ignore_errors=True)
-    run.training.mkdir(parents=True, exist_ok=True)
-    _note_settings(run.training / "settings.json", recipe)
+    text = training_text(recipe, sources)
+    with processes.main_process_first():
+        if processes.is_main_process:
+            if not resume:
+                shutil.rmtree(run.work, ignore_errors=True)
+            run.training.mkdir(parents=True, exist_ok=True)
+        _note_settings(run.training / "settings.json", recipe)
     started = time.monotonic()
 
     saved = _last_saved(run.training) if resume else None
-    model = load_stock(saved or run.checkpoint)
+    sharded = saved is not None and any(saved.glob("pytorch_model_fsdp*"))
+    model = load_stock(run.checkpoint if saved is None or sharded else saved)
     num_trained = choose_parameters(model, settings.scope)
     log.info("training %s: %s parameters", settings.scope, f"{num_trained:,}")
-    model.config.output_router_logits = settings.balance_weight > 0
-    trainer = _make_trainer(model, windows, settings, recipe.seed, run.training)
+    model.config.output_router_logits = True  # for the balance loss, and to report the balance
+    trainer = _make_trainer(model, text, recipe, sources, run.training, num_trained, measure)
     # The Trainer divides the language-model loss by the tokens of all of a step's batches and adds
     # the batches up; the balance loss comes with each batch, and is divided here.
     batches = settings.gradient_accumulation * trainer.args.world_size * max(1, trainer.args.n_gpu)
     # The coefficient is read from the config when a model is made, so the model has its own copy.
     setattr(model, "router_aux_loss_coef", settings.balance_weight / batches)  # noqa: B010
-    trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+    try:
+        trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise RunFolderError(
+            f"training ran out of memory at step {trainer.state.global_step + 1}: lower "
+            "train.batch_size (and raise train.gradient_accumulation), or set "
+            "train.gradient_checkpointing: true. The checkpoint is untouched; what was saved of "
+            "the training last can be resumed with the same settings"
+        ) from None
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if processes.is_main_process:
+        _refuse_broken(weights, trainer.state.global_step)
+        _publish(run, recipe, model, weights, trainer, text, num_trained, started)
+    processes.wait_for_everyone()
 
-    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = "can't allocate memory"  # torch on the CPU has no class for it
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or words in str(error)
+
+
+def _refuse_broken(weights: Mapping[str, Tensor], step: int) -> None:
+    """RunFolderError for weights that are no numbers."""
+    broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise RunFolderError(
-            f"training diverged: {broken[0]} holds values that are no numbers. Lower "
-            "train.learning_rate; the checkpoint is untouched"
+            f"training diverged by step {step}: {broken[0]} holds values that are no numbers. "
+            "Lower train.learning_rate; the checkpoint is untouched"
         )
+
+
+def _publish(
+    run: RunFolder,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    trainer: Trainer,
+    text: "TrainingText",
+    num_trained: int,
+    started: float,
+) -> None:
+    """Write `trained/`, and everything that is said of it before it appears: a kill must not leave
+    it without its hashes."""
+    settings = recipe.train
     model.config.output_router_logits = False
-    hashes = _write_trained(run, recipe, model)
+    hashes = _write_trained(run, recipe, model, weights)
     if run.trained.is_dir():
         retire(run, run.trained)
-    # Everything is said of it before it appears: a kill must not leave it without its hashes.
     manifest = run.read_json(run.manifest)
     run.update_json(
         run.manifest,
@@ -105,7 +158,9 @@ def train_run(
         "seconds": round(time.monotonic() - started, 2),
         "learning_rate": settings.learning_rate,
         "trained_parameters": num_trained,
+        "text": text.digest(),
         "curve": _curve(trainer, settings),
+        "held_out": _held_out_curve(trainer, settings),
     }
     # What was measured of an earlier training is not true of this one.
     routing = {
@@ -120,7 +175,7 @@ def _note_settings(path: Path, recipe: Recipe) -> None:
     """Write down what is trained with; RunFolderError where a training that is resumed was begun
     with other settings."""
     settings = recipe.train.model_dump() | {"seed": recipe.seed}
-    if not path.is_file():
+    if not path.is_file():  # the first process comes first
         write_text(path, json.dumps(settings, indent=2))
         return
     begun = json.loads(path.read_text(encoding="utf-8"))
@@ -132,9 +187,22 @@ def _note_settings(path: Path, recipe: Recipe) -> None:
         )
 
 
-def training_windows(recipe: Recipe, sources: Sequence[Source]) -> Int[Tensor, "windows sequence"]:
-    """Windows in the order of training: equal shares of every source's text, shuffled together.
-    Text that is shorter than its share is repeated, each time in a new order."""
+@dataclass(frozen=True)
+class TrainingText:
+    """Packed windows in the order of training."""
+
+    windows: Int[Tensor, "windows sequence"]
+    owners: Int[Tensor, " windows"]
+    """The number of the source whose text each is."""
+
+    def digest(self) -> str:
+        """SHA-256 of the windows, in their order."""
+        return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+
+
+def training_text(recipe: Recipe, sources: Sequence[Source]) -> TrainingText:
+    """Equal shares of every source's text, shuffled together. Text that is shorter than its share
+    is repeated, each time in a new order."""
     settings = recipe.train
     share = max(1, settings.tokens // settings.sequence_length // len(sources))
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -157,7 +225,9 @@ def training_windows(recipe: Recipe, sources: Sequence[Source]) -> Int[Tensor, "
         orders = [torch.randperm(len(windows), generator=generator) for _ in range(repeats)]
         parts.append(windows[torch.cat(orders)[:share]])
     together = torch.cat(parts)
-    return together[torch.randperm(len(together), generator=generator)]
+    order = torch.randperm(len(together), generator=generator)
+    owners = torch.arange(len(sources)).repeat_interleave(share)
+    return TrainingText(together[order], owners[order])
 
 
 def choose_parameters(model: PreTrainedModel, scope: str) -> int:
@@ -185,26 +255,118 @@ def _last_saved(folder: Path) -> Path | None:
 
 
 class _Trainer(Trainer):
-    """The stock Trainer, given a model that holds the weights to go on from."""
+    """The stock Trainer, given a model that holds the weights to go on from, and teachers."""
+
+    teachers: Teachers | None = None
+    settings: Train
+    top_k: int
+    names: Sequence[str]
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         """Nothing: `load_stock` has loaded them. The stock method looks for fused experts in a file
-        of single ones, and only warns that it has found none."""
+        of single ones, and only warns that it has found none. (Shards of FSDP are its own.)"""
+        if self.is_fsdp_enabled and any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A state that cannot be gone on from does not take the place of one that can."""
+        _refuse_broken(dict(model.named_parameters()), self.state.global_step)
+        super()._save_checkpoint(model, trial)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The stock loss; with teachers, (1 - w) x language model + w x divergence + balance."""
+        numbers = inputs.pop("window").tolist()
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._note(balance=outputs.aux_loss.detach() / self.top_k)
+        chosen = torch.stack([rows.detach() for rows in outputs.router_logits]).topk(self.top_k)
+        counts = torch.bincount(chosen.indices.flatten(), minlength=len(self.names))
+        shares = counts / counts.sum()
+        self._note(**{f"share/{n}": s for n, s in zip(self.names, shares, strict=True)})
+        if self.teachers is not None:
+            assert num_items_in_batch is not None  # every model here takes it
+            weight, total = self.settings.teacher_weight, loss.new_zeros(())
+            for owner, (rows, theirs) in self.teachers.logits(numbers).items():
+                ours, labels = outputs.logits[rows], inputs["labels"][rows]
+                total = total + self._divergence(owner, ours, theirs, labels)
+            coefficient: Any = self.accelerator.unwrap_model(model).router_aux_loss_coef
+            # As the stock method does for its loss: over the tokens of all of a step's batches, and
+            # times the processes, as gradients are averaged over those.
+            processes = self.accelerator.num_processes
+            total = total / num_items_in_batch * processes
+            balance = coefficient * outputs.aux_loss * processes
+            loss = (1 - weight) * loss + weight * (total + balance)
+            self._note(divergence=total.detach() * self.current_gradient_accumulation_steps)
+        return (loss, outputs) if return_outputs else loss
+
+    def _divergence(self, owner: int, ours: Tensor, theirs: Tensor, labels: Tensor) -> Tensor:
+        """Sum over the tokens that are predicted; not where the next one is none of the
+        teacher's."""
+        assert self.teachers is not None
+        known, wanted = self.teachers.known[owner], labels[:, 1:].flatten()
+        asked = wanted != -100
+        if known is not None:
+            asked &= known[wanted.clamp(min=0)]
+        student, teacher = (x[:, :-1].flatten(0, 1)[asked] for x in (ours, theirs))
+        return divergence(student, teacher, known, self.settings.teacher_temperature).sum()
+
+    def _note(self, **values: Tensor) -> None:
+        """Remember values of this step for the next log."""
+        for name, value in values.items():
+            self.__dict__.setdefault("_seen", {}).setdefault(name, []).append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The stock log, with the means of what was noted since the last."""
+        seen = self.__dict__.pop("_seen", {})
+        if "loss" in logs:
+            logs |= {name: float(torch.stack(values).mean()) for name, values in seen.items()}
+        super().log(logs, start_time)
 
 
-class _Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
     """Packed windows as the Trainer wants them; labels are the tokens (the model shifts them)."""
 
-    def __init__(self, windows: Int[Tensor, "windows sequence"]) -> None:
-        self.windows = windows
+    def __init__(self, text: TrainingText) -> None:
+        self.text = text
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.text.windows)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tokens = self.text.windows[index]
+        return {"input_ids": tokens, "labels": tokens, "window": index}
+
+
+class _Measure(TrainerCallback):
+    """Held-out losses at some steps, into the Trainer's history."""
+
+    def __init__(self, measure: Callable[[PreTrainedModel], dict[str, float]], steps: int) -> None:
+        self.measure, self.steps = measure, steps
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        count = self.steps
+        done = [n * count // state.max_steps for n in (state.global_step - 1, state.global_step)]
+        if done[0] == done[1] or state.global_step == state.max_steps:
+            return  # the last is the trained model's, which is evaluated
+        model.eval()
+        losses = self.measure(model)
+        model.train()
+        history: list[Any] = state.log_history
+        history.append({"step": state.global_step, "held_out": losses})
 
 
 class _Progress(TrainerCallback):
@@ -249,12 +411,21 @@ class _Progress(TrainerCallback):
 
 
 def _make_trainer(
-    model: PreTrainedModel, windows: Tensor, settings: Train, seed: int, folder: Path
+    model: PreTrainedModel,
+    text: TrainingText,
+    recipe: Recipe,
+    sources: Sequence[Source],
+    folder: Path,
+    num_trained: int,
+    measure: Callable[[PreTrainedModel], dict[str, float]] | None,
 ) -> Trainer:
+    settings = recipe.train
     cuda = torch.cuda.is_available()
-    world = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
+    processes = PartialState()
+    world = processes.num_processes
     per_step = settings.batch_size * settings.gradient_accumulation * world
-    steps = max(1, len(windows) // per_step)
+    steps = max(1, len(text.windows) // per_step)
+    has_bfloat16 = cuda and torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -266,7 +437,9 @@ def _make_trainer(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch",
-        bf16=cuda and torch.cuda.is_bf16_supported(),
+        bf16={"auto": has_bfloat16, "float32": False, "bfloat16": True}[settings.precision],
+        ddp_find_unused_parameters=False,
+        activation_checkpointing=settings.gradient_checkpointing,
         use_cpu=not cuda,
         # The windows are in the order of training already.
         train_sampling_strategy="sequential",
@@ -275,20 +448,34 @@ def _make_trainer(
         save_strategy="steps",
         save_steps=max(1, math.ceil(steps / settings.checkpoints)),
         save_total_limit=2,
-        seed=seed,
-        report_to="none",
+        seed=recipe.seed,
+        report_to=settings.report_to,
+        remove_unused_columns=False,
         disable_tqdm=True,
     )
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=_Windows(windows),
+        train_dataset=_Windows(text),
         data_collator=default_data_collator,
         callbacks=[_Progress(per_step * settings.sequence_length)],
     )
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    if measure is not None and settings.evaluations:
+        trainer.add_callback(_Measure(measure, settings.evaluations))
+    trainer.settings, trainer.names = settings, [source.name for source in sources]
+    trainer.top_k = recipe.router.top_k
+    if settings.teacher == "sources":
+        together = settings.teacher_loading == "together" or (
+            settings.teacher_loading == "auto" and fit_in_memory(sources, num_trained)
+        )
+        log.info("teachers: %s", "all in memory" if together else "one after the other")
+        share = (settings.batch_size, processes.process_index, world)
+        trainer.teachers = Teachers(
+            sources, text.windows, None, text.owners, folder, together=together, share=share
+        )
     return trainer
 
 
@@ -298,27 +485,39 @@ def _tokens_per_step(trainer: Trainer, settings: Train) -> int:
 
 
 def _curve(trainer: Trainer, settings: Train) -> list[dict[str, int | float]]:
+    """What the Trainer has logged: the loss, with teachers the `divergence` from them, the load
+    `balance` (1 where every expert is chosen as often as any) and each expert's `share/<source>` of
+    the choices."""
     per_step = _tokens_per_step(trainer, settings)
+    kept = ("loss", "learning_rate", "divergence", "balance")
     return [
-        {
-            "step": entry["step"],
-            "tokens": entry["step"] * per_step,
-            "loss": entry["loss"],
-            "learning_rate": entry["learning_rate"],
-        }
+        {"step": entry["step"], "tokens": entry["step"] * per_step}
+        | {key: entry[key] for key in entry if key in kept or key.startswith("share/")}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
 
 
-def _write_trained(run: RunFolder, recipe: Recipe, model: PreTrainedModel) -> dict[str, str]:
+def _held_out_curve(trainer: Trainer, settings: Train) -> list[dict[str, Any]]:
+    """What was measured on the way (`train.evaluations`)."""
+    per_step = _tokens_per_step(trainer, settings)
+    return [
+        {"tokens": entry["step"] * per_step, "losses": entry["held_out"]}
+        for entry in trainer.state.log_history
+        if "held_out" in entry
+    ]
+
+
+def _write_trained(
+    run: RunFolder, recipe: Recipe, model: PreTrainedModel, weights: Mapping[str, Tensor]
+) -> dict[str, str]:
     """The trained weights under the names, shapes and dtype of `checkpoint/`; tensor hashes.
 
     `save_pretrained` restores the per-expert names, but adds tensors of its own (Ernie's zero head
     bias, which other readers refuse), so its output is streamed through our writer.
     """
     raw = run.work / "saved"
-    model.save_pretrained(raw)
+    model.save_pretrained(raw, state_dict=dict(weights))
     stored = {k: tuple(v) for k, v in run.read_json(run.plan)["tensors"].items()}
     writer = CheckpointWriter(
         run.staged_trained, stored, recipe.output.dtype, recipe.output.max_shard_bytes
