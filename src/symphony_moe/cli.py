@@ -130,6 +130,14 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--out", type=Path, required=True, metavar="DIR", help="run folder to make"
             )
+        if "methods" in takes:
+            command.add_argument(
+                "--methods", type=_words, metavar="A,B,...",
+                help="presets or compare.variants (default: compare.methods, or all presets)",
+            )  # fmt: skip
+            command.add_argument(
+                "--seeds", type=_seeds, metavar="1,2,...", help="default: compare.seeds"
+            )
         if "demo-out" in takes:
             command.add_argument("--out", type=Path, default=Path(DEMO_OUT), metavar="DIR",
                                  help=f"run folder to make (default: {DEMO_OUT})")  # fmt: skip
@@ -166,9 +174,25 @@ def _parser() -> argparse.ArgumentParser:
     add("evaluate", _evaluate, "held-out losses and routing into metrics.json", "dir")
     add("report", _report, "metrics.json to report.html", "dir")
     add("run", _run, "build, verify, train, evaluate and report", "recipe", "out", "again")
+    add("compare", _compare, "the same sources by several methods, into one table",
+        "recipe", "methods", "out", "again")  # fmt: skip
     add("verify", _verify, "check a finished run against its sources and stock transformers",
         "dir", "deep")  # fmt: skip
     return parser
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise argparse.ArgumentTypeError("expected names, such as symphony,harmonized")
+    return list(dict.fromkeys(words))
+
+
+def _seeds(text: str) -> list[int]:
+    words = _words(text)
+    if not all(word.isdecimal() and int(word) < 2**32 for word in words):
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,2,3, got {text!r}")
+    return [int(word) for word in words]
 
 
 Result = tuple[Any, str]
@@ -259,6 +283,24 @@ def _run(options: argparse.Namespace) -> Result:
     return (
         metrics | {"paths": _paths(folder)},
         f"{loss_table(metrics)}\n\nmodel:  {folder.trained}\nreport: {folder.report}",
+    )
+
+
+def _compare(options: argparse.Namespace) -> Result:
+    from symphony_moe.recipe import load_variants
+
+    recipe, variants = load_variants(
+        options.recipe, options.overrides, options.methods, options.seeds
+    )
+    from symphony_moe import pipeline
+    from symphony_moe.compare import describe
+
+    folder, entries, limits = pipeline.compare(
+        recipe, variants, options.out, resume=options.resume, overwrite=options.overwrite
+    )
+    paths = {"comparison": str(folder.comparison), "page": str(folder.page)}
+    return {"comparison": entries, "paths": paths}, (
+        f"{describe(entries, limits)}\n\ntable: {folder.comparison}\npage:  {folder.page}"
     )
 
 

@@ -4,6 +4,7 @@ Losses are nats per token: the mean negative log-likelihood of every token of a 
 first.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,12 @@ def evaluate_run(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> d
     run.require_checkpoint()
     started = time.monotonic()
     windows = held_out_windows(recipe, sources)
-    metrics: dict[str, Any] = {"sources": {}, "routing": {}}
+    digest = hashlib.sha256()
+    for text in windows.values():
+        digest.update(text.numpy().tobytes())
+    metrics: dict[str, Any] = {
+        "sources": {}, "routing": {}, "held_out": {"text": digest.hexdigest()},
+    }  # fmt: skip
     names = [source.name for source in sources]
     for source in sources:
         losses, _ = losses_and_routing(load_source(source), windows, source.known)
@@ -79,7 +85,7 @@ def held_out_windows(
             anchor.tokenizer,
             tokens=settings.tokens,
             sequence_length=settings.sequence_length,
-            seed=recipe.seed,
+            seed=recipe.seed if settings.seed is None else settings.seed,
         )
     return windows
 

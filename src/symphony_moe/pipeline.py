@@ -15,6 +15,7 @@ import math
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ import lap
 import safetensors
 import torch
 import transformers
+from accelerate import PartialState
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -46,6 +48,7 @@ from symphony_moe.calibrate import (
     compare_layer,
     embedding_blocks,
 )
+from symphony_moe.compare import entries_of, limits_of, mark_reached, refuse_different
 from symphony_moe.errors import RecipeError, RunFolderError
 from symphony_moe.evaluate import (
     continuations,
@@ -74,6 +77,7 @@ from symphony_moe.refit import (
 from symphony_moe.refit_head import fit_head, next_token_losses
 from symphony_moe.report import render
 from symphony_moe.run_folder import (
+    CompareFolder,
     RunFolder,
     log_to,
     publish,
@@ -221,6 +225,10 @@ def train(
                 return losses_and_routing(model, windows)[0]
 
         train_run(folder, recipe, sources, resume=resume, overwrite=overwrite, measure=measure)
+        if PartialState().is_main_process:
+            known = folder.read_json(folder.metrics).get("timing", {})
+            peak = {"train_peak_rss_bytes": peak_rss_bytes()}
+            folder.update_json(folder.metrics, {"timing": known | peak})
 
 
 def evaluate(folder: RunFolder, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -254,6 +262,98 @@ def report(folder: RunFolder) -> Path:
     )
     write_text(folder.report, html)
     return folder.report
+
+
+def compare(
+    recipe: Recipe,
+    variants: Mapping[str, Mapping[int, Recipe]],
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> tuple[CompareFolder, list[dict[str, Any]], dict[str, float | None]]:
+    """The same sources and text by several methods and seeds, each the whole way in a process of
+    its own, into one table: (where, the rows of `comparison.json`, the specialists' losses).
+    `variants`: method -> seed -> recipe (`recipe.load_variants`).
+
+    What is finished is kept with `resume`, and what was cut short goes on. Refuses (SymphonyError)
+    what any of the methods cannot build before the first begins, and to tabulate runs that differ
+    in sources, text, order of batches or number of trained tokens.
+    """
+    folder = CompareFolder(out)
+    _refuse_existing_runs(folder, variants, resume=resume, overwrite=overwrite)
+    for of_seeds in variants.values():
+        first = next(iter(of_seeds.values()))
+        plan(first)
+    held_out_windows(recipe, open_sources(recipe, download=False))
+    names = [(method, seed) for method, of_seeds in variants.items() for seed in of_seeds]
+    for number, (method, seed) in enumerate(names, start=1):
+        log.info("%d of %d: %s, seed %d", number, len(names), method, seed)
+        path = folder.recipe(method, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, variants[method][seed].to_yaml())
+        _run_apart(folder.run(method, seed), path, overwrite=overwrite)
+    runs = {name: folder.run(*name) for name in names}
+    metrics = {name: run.read_json(run.metrics) for name, run in runs.items()}
+    manifests = {name: run.read_json(run.manifest) for name, run in runs.items()}
+    refuse_different(metrics, manifests)
+    entries = entries_of(metrics, list(recipe.sources))
+    reference = recipe.compare.reference
+    reference = reference if reference in variants else next(iter(variants))
+    mark_reached(entries, reference)
+    limits = limits_of(metrics, list(recipe.sources))
+    write_text(folder.comparison, to_json(entries, indent=2) + "\n")
+    return folder, entries, limits
+
+
+def _refuse_existing_runs(
+    folder: CompareFolder,
+    variants: Mapping[str, Mapping[int, Recipe]],
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """RunFolderError for a folder that is there, unless `resume` or `overwrite` may use it, and for
+    a run in it that another recipe has made."""
+    if folder.root.is_dir() and any(folder.root.iterdir()) and not (resume or overwrite):
+        raise RunFolderError(
+            f"{folder.root}: exists; --resume keeps what is finished there and goes on, "
+            "--overwrite begins again; or choose another --out"
+        )
+    for method, of_seeds in variants.items():
+        for seed, recipe in of_seeds.items():
+            run = folder.run(method, seed)
+            if overwrite or not run.recipe.is_file():
+                continue
+            begun = _without_hashes(run.read_recipe())
+            if begun.to_yaml() != _without_hashes(recipe).to_yaml():
+                raise RunFolderError(
+                    f"{run.root}: was begun by another recipe; --overwrite begins again"
+                )
+
+
+def _without_hashes(recipe: Recipe) -> Recipe:
+    specs = {n: s.model_copy(update={"sha256": None}) for n, s in recipe.sources.items()}
+    return recipe.model_copy(update={"sources": specs})
+
+
+def _run_apart(run: RunFolder, recipe: Path, *, overwrite: bool) -> None:
+    """The whole way in a process of its own, so that its peak of memory is its own and what kills
+    it kills nothing else."""
+    if run.report.is_file() and not overwrite:
+        return  # the report comes last
+    begun = run.recipe.is_file()
+    if not begun:
+        shutil.rmtree(run.work, ignore_errors=True)  # of a run that was killed at its very start
+    again = ["--overwrite"] if overwrite and run.root.exists() else ["--resume"] if begun else []
+    command = [sys.executable, "-m", "symphony_moe", "run", str(recipe), "--out", str(run.root)]
+    code = subprocess.run([*command, *again], stdout=subprocess.DEVNULL, check=False).returncode
+    if code:
+        killed = f"was killed (signal {-code}; out of memory?)"
+        raise RunFolderError(
+            f"{run.root}: {killed if code < 0 else f'ended with {code}'}; what it said is above "
+            f"and in {run.log.name}. Finished runs stay: --resume goes on from there"
+        )
 
 
 def peak_rss_bytes() -> int:

@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -250,6 +250,20 @@ class Evaluation(Section):
     """Tokens in a window."""
     extra: dict[str, Data] = {}
     """Out-of-domain text: name -> data. Evaluated only."""
+    seed: Seed | None = None
+    """Seed of the held-out windows; the recipe's own where it is not given."""
+
+
+class Compare(Section):
+    methods: list[str] | None = Field(None, min_length=1)
+    """Presets, or names of `variants`, in the order of the table. Default: all presets."""
+    seeds: list[Seed] = Field([114514], min_length=1)
+    """Each method is built and trained once per seed (of calibration text, router and training)."""
+    reference: str = "symphony"
+    """The method whose final loss the others' way there is measured by."""
+    variants: dict[str, dict[str, Any]] = {}
+    """Name -> settings in the place of the recipe's, such as `{method: symphony, align: {neurons:
+    none}}`."""
 
 
 class Recipe(Section):
@@ -268,6 +282,8 @@ class Recipe(Section):
     output: Output = Output()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
+    compare: Compare = Compare()
+    """What `symphony compare` compares. It is no part of any one build."""
     seed: Seed = 114514
     """Seed of the router's and the training's random draws."""
 
@@ -382,8 +398,9 @@ class Recipe(Section):
         return max(self.windows_each // 16, min(4, self.windows_each // 4), 1)
 
     def to_yaml(self) -> str:
-        """The resolved recipe: every setting spelled out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved recipe of one build: every setting spelled out."""
+        content = self.model_dump(mode="json", exclude={"compare"})
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def parse_size(text: str) -> int:
@@ -403,6 +420,70 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises RecipeError for a file that is not there or not YAML, an unknown key or preset, a value
     of the wrong kind, and settings that contradict each other.
     """
+    return resolve_recipe(_read_content(path, overrides), path.resolve().parent, str(path))
+
+
+def load_variants(
+    path: Path,
+    overrides: Iterable[str] = (),
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> tuple[Recipe, dict[str, dict[int, Recipe]]]:
+    """(the recipe, method -> seed -> its recipe): what `symphony compare` compares.
+
+    `methods` and `seeds` take the place of the recipe's own. A method is a preset or one of
+    `compare.variants`; a variant's settings are put over the recipe's, section by section. Raises
+    RecipeError as `load_recipe` does, naming the method, and for a method that is neither.
+    """
+    content = _read_content(path, overrides)
+    folder = path.resolve().parent
+    recipe = resolve_recipe(content, folder, str(path))
+    settings = recipe.compare
+    chosen = list(methods or settings.methods or PRESETS)
+    known = [*PRESETS, *settings.variants]
+    found: dict[str, dict[int, Recipe]] = {}
+    for name in chosen:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"there is: {', '.join(known)}"
+            raise RecipeError(f"{path}: {name!r} is no method and no compare.variants; {hint}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            raise RecipeError(
+                f"{path}: compare.variants: the name {name!r} may hold letters, digits, '.', '_', "
+                "'+' and '-' only"
+            )
+        variant = settings.variants.get(name, {"method": name})
+        for seed in seeds or settings.seeds:
+            # All are measured on the same held-out text, whatever they are trained with.
+            held_out = recipe.seed if recipe.evaluation.seed is None else recipe.evaluation.seed
+            seeded = {
+                "seed": seed, "calibration": {"seed": seed}, "evaluation": {"seed": held_out},
+            }  # fmt: skip
+            own = _over(
+                _over({k: v for k, v in content.items() if k != "compare"}, seeded), variant
+            )
+            one = resolve_recipe(own, folder, f"{path}: {name}")
+            found.setdefault(name, {})[seed] = one
+    if settings.reference not in found and "reference" in settings.model_fields_set:
+        raise RecipeError(
+            f"{path}: compare.reference: {settings.reference!r} is not compared; compared are "
+            f"{', '.join(found)}"
+        )
+    return recipe, found
+
+
+def _over(settings: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Settings with others in their place, section by section."""
+    merged = dict(settings)
+    for key, value in others.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _over(old or {}, value) if both else value
+    return merged
+
+
+def _read_content(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
+    """What a recipe file says, with `a.b=c` overrides."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     try:
@@ -415,7 +496,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         )
     for override in overrides:
         _override(content, override)
-    return resolve_recipe(content, path.resolve().parent, str(path))
+    return content
 
 
 class _Loader(yaml.SafeLoader):

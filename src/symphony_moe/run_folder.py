@@ -156,6 +156,32 @@ class RunFolder:
         write_text(path, to_json(content | dict(values), indent=2) + "\n")
 
 
+@dataclass(frozen=True)
+class CompareFolder:
+    """Names inside the folder of a comparison."""
+
+    root: Path
+
+    @property
+    def comparison(self) -> Path:
+        return self.root / "comparison.json"
+
+    @property
+    def page(self) -> Path:
+        return self.root / "comparison.html"
+
+    def name(self, method: str, seed: int) -> str:
+        return f"{method}-seed{seed}"
+
+    def run(self, method: str, seed: int) -> RunFolder:
+        """The run folder of one method and seed."""
+        return RunFolder(self.root / self.name(method, seed))
+
+    def recipe(self, method: str, seed: int) -> Path:
+        """The recipe that it is made by."""
+        return self.root / "recipes" / f"{self.name(method, seed)}.yaml"
+
+
 def refuse_existing(root: Path, *, resume: bool, overwrite: bool) -> None:
     """RunFolderError for a folder that is there already, unless `resume` or `overwrite` may use
     it."""

@@ -1,0 +1,284 @@
+"""Several methods in one table: who may stand there, and what it says."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import make_recipe
+from symphony_moe import pipeline
+from symphony_moe.cli import main
+from symphony_moe.compare import (
+    describe,
+    entries_of,
+    limits_of,
+    mark_reached,
+    refuse_different,
+    tokens_to_reach,
+)
+from symphony_moe.errors import RecipeError, RunFolderError
+from symphony_moe.recipe import PRESETS, load_recipe, load_variants
+
+VARIANTS = {"btx+teachers": {"method": "btx", "train": {"teacher": "sources"}}}
+
+
+@pytest.fixture
+def recipe(recipes: Callable[[str], Path]) -> Path:
+    """The pico sources' recipe with a variant."""
+    path = recipes("llama").with_name("compare.yaml")
+    content = json.loads(recipes("llama").read_text())
+    path.write_text(json.dumps(content | {"compare": {"variants": VARIANTS}}))
+    return path
+
+
+# Pure functions
+
+
+def metrics(**changes: Any) -> dict[str, Any]:
+    """A finished run's, as `pipeline` writes them."""
+    return {
+        "sources": {"a": {"a": 1.0, "b": 3.0, "x": 5.0}, "b": {"a": 4.0, "b": 2.0, "x": 4.0}},
+        "built": {"a": 3.0, "b": 4.0, "x": 6.0},
+        "trained": {"a": 2.0, "b": 3.0, "x": 5.0},
+        "held_out": {"text": "h"},
+        "training": {
+            "text": "t", "tokens": 1000, "steps": 10, "seconds": 5.0,
+            "held_out": [{"tokens": 500, "losses": {"a": 2.5, "b": 3.5, "x": 5.5}}],
+        },
+        "timing": {
+            "calibration_tokens": 200, "build_seconds": 3.0, "build_peak_rss_bytes": 7,
+            "train_peak_rss_bytes": 8,
+        },
+    } | changes  # fmt: skip
+
+
+def test_two_rows_a_run() -> None:
+    built, trained = entries_of({("btx", 4): metrics()}, ["a", "b"])
+    assert built == {
+        "method": "btx", "seed": 4, "stage": "built", "tokens": 200,
+        "losses": {"a": 3.0, "b": 4.0, "x": 6.0}, "mean_in_domain": 3.5,
+        "mean_out_of_domain": 6.0, "seconds": 3.0, "peak_rss_bytes": 7,
+    }  # fmt: skip
+    assert (trained["tokens"], trained["seconds"], trained["peak_rss_bytes"]) == (1200, 8.0, 8)
+    assert (trained["mean_in_domain"], trained["mean_out_of_domain"]) == (2.5, 5.0)
+    point = {"tokens": 700, "mean_in_domain": 3.0, "mean_out_of_domain": 5.5}
+    assert trained["curve"] == [point]
+
+
+def test_a_loss_that_is_no_number_has_no_mean() -> None:
+    broken = metrics(trained={"a": None, "b": 3.0, "x": 5.0})
+    _, trained = entries_of({("btx", 4): broken}, ["a", "b"])
+    assert trained["mean_in_domain"] is None and trained["mean_out_of_domain"] == 5.0
+
+
+def test_the_specialists_are_each_on_its_own() -> None:
+    assert limits_of({("btx", 4): metrics()}, ["a", "b"]) == {
+        "in domain": 1.5, "out of domain": 4.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("points", "goal", "tokens"),
+    [
+        ([(100, 5.0), (200, 4.0), (300, 3.0)], 4.5, 150),
+        ([(100, 5.0), (200, 4.0), (300, 3.0)], 3.0, 300),
+        ([(100, 5.0), (200, 4.0), (300, 3.0)], 6.0, 100),
+        ([(100, 5.0), (200, 4.0), (300, 3.0)], 2.9, None),
+        ([(100, 5.0), (200, None), (300, 3.0)], 4.0, 200),
+        ([(100, 5.0), (200, 6.0), (300, 4.0), (400, 3.0)], 4.5, 275),
+        ([], 1.0, None),
+    ],
+)
+def test_the_way_to_a_loss(
+    points: list[tuple[int, float | None]], goal: float, tokens: int | None
+) -> None:
+    assert tokens_to_reach(points, goal) == tokens
+
+
+def test_every_method_is_measured_by_the_reference_of_its_seed() -> None:
+    runs = {
+        ("symphony", 1): metrics(trained={"a": 2.0, "b": 3.0, "x": 5.0}),
+        ("symphony", 2): metrics(trained={"a": 2.5, "b": 3.5, "x": 5.0}),
+        ("btx", 1): metrics(trained={"a": 1.0, "b": 2.0, "x": 5.0}),
+        ("btx", 2): metrics(trained={"a": 1.0, "b": 2.0, "x": 5.0}),
+    }
+    entries = entries_of(runs, ["a", "b"])
+    mark_reached(entries, "symphony")
+    reached = {(e["method"], e["seed"]): e["reaches"] for e in entries if "reaches" in e}
+    assert reached["symphony", 1] == {"tokens": None, "share": None}
+    # From 3.0 at 700 tokens to 1.5 at 1200: 2.5 after a third of the way, 3.0 at once.
+    assert reached["btx", 1] == {"tokens": 867, "share": round(867 / 1200, 4)}
+    assert reached["btx", 2] == {"tokens": 700, "share": round(700 / 1200, 4)}
+    text = describe(entries, limits_of(runs, ["a", "b"]))
+    assert "2.750 (2.500 to 3.000)" in text and "65 %" in text
+
+
+def manifest(**sources: str) -> dict[str, Any]:
+    return {"sources": {"a": {"model.safetensors": "1"}} | sources}
+
+
+@pytest.mark.parametrize(
+    ("what", "second"),
+    [
+        ("training text, or its order", {"training": metrics()["training"] | {"text": "u"}}),
+        ("number of trained tokens", {"training": metrics()["training"] | {"tokens": 999}}),
+        ("number of steps", {"training": metrics()["training"] | {"steps": 11}}),
+        ("held-out text", {"held_out": {"text": "other"}}),
+        ("held-out text", {"held_out": None}),
+    ],
+)
+def test_runs_that_differ_cannot_stand_side_by_side(what: str, second: dict[str, Any]) -> None:
+    runs = {("symphony", 1): metrics(), ("btx", 1): metrics(**second)}
+    manifests = dict.fromkeys(runs, manifest())
+    with pytest.raises(RunFolderError, match=rf"symphony \(seed 1\) and btx .*differ in: {what}"):
+        refuse_different(runs, manifests)
+
+
+def test_other_sources_cannot_stand_side_by_side() -> None:
+    runs = {("symphony", 1): metrics(), ("symphony", 2): metrics()}
+    manifests = {("symphony", 1): manifest(), ("symphony", 2): manifest(b="2")}
+    with pytest.raises(RunFolderError, match="differ in: sources"):
+        refuse_different(runs, manifests)
+
+
+def test_seeds_may_differ_in_their_training_text() -> None:
+    runs = {
+        ("symphony", 1): metrics(),
+        ("symphony", 2): metrics(training=metrics()["training"] | {"text": "u"}),
+    }
+    refuse_different(runs, dict.fromkeys(runs, manifest()))
+
+
+# Recipes
+
+
+def test_a_variant_is_the_recipe_with_other_settings(recipe: Path) -> None:
+    own, found = load_variants(recipe, [], ["symphony", "btx+teachers"], [3, 4])
+    assert list(found) == ["symphony", "btx+teachers"]
+    assert list(found["symphony"]) == [3, 4]
+    one = found["btx+teachers"][4]
+    assert (one.method, one.train.teacher, one.seed, one.calibration.seed) == (
+        "btx", "sources", 4, 4,
+    )  # fmt: skip
+    # What the variant does not name is the recipe's, also in a section that it names.
+    assert one.train.tokens == own.train.tokens == 2048
+    assert one.calibration.tokens == own.calibration.tokens
+    # One held-out text for all.
+    assert one.evaluation.seed == own.seed
+    # The presets, where nothing else is said.
+    assert list(load_variants(recipe)[1]) == list(PRESETS)
+
+
+def test_what_is_compared_is_no_part_of_a_build(recipe: Path) -> None:
+    assert "compare" not in load_recipe(recipe).to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("methods", "overrides", "message"),
+    [
+        (["symphonie"], [], "'symphonie' is no method.*did you mean symphony"),
+        (["qqq"], [], "'qqq' is no method.*there is: symphony"),
+        (None, ["compare.variants.x/y.method=btx", "compare.methods=[x/y]"], "x/y"),
+        (None, ["compare.variants.v.align.neuron=1", "compare.methods=[v]"],
+         r"v: unknown setting align\.neuron; did you mean align\.neurons"),
+        (None, ["compare.variants.v.method=nothing", "compare.methods=[v]"], "v: method"),
+        (["btx"], ["compare.reference=symphony"], "'symphony' is not compared"),
+        (None, ["compare.seeds=[]"], "compare.seeds"),
+        (None, ["compare.methods=[]"], "compare.methods"),
+        (None, ["compare.seed=[1]"], "did you mean compare.seeds"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(
+    methods: list[str] | None, overrides: list[str], message: str, recipe: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_variants(recipe, overrides, methods)
+
+
+# The whole way
+
+
+def run_compare(recipe: Path, out: Path, *arguments: str) -> int:
+    return main(["compare", str(recipe), "--out", str(out), *arguments])
+
+
+def test_a_comparison(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Stopped after the first run, it goes on with the second; then the table stands, and what is
+    finished is not run again."""
+    out = tmp_path / "out"
+    methods = ["--methods", "btx,btx+teachers", "--set", "train.evaluations=2"]
+    started: list[list[str]] = []
+    real = subprocess.run
+
+    def counted(command: list[str], **rest: Any) -> Any:
+        started.append(command)
+        if len(started) == 2:
+            return subprocess.CompletedProcess(command, -9)
+        return real(command, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.subprocess, "run", counted)
+        assert run_compare(recipe, out, *methods) == 2
+        message = capsys.readouterr().err
+        assert "btx+teachers-seed114514: was killed (signal 9; out of memory?)" in message
+        assert "--resume" in message and "Traceback" not in message
+        assert not (out / "comparison.json").exists()
+        assert run_compare(recipe, out, *methods) == 2
+        assert "--resume keeps what is finished" in capsys.readouterr().err
+        assert run_compare(recipe, out, *methods, "--resume") == 0
+        assert len(started) == 3 and "btx+teachers" in started[2][4]
+        assert run_compare(recipe, out, *methods, "--resume") == 0
+        assert len(started) == 3
+    printed = capsys.readouterr().out
+    entries = json.loads((out / "comparison.json").read_text())
+    assert [(e["method"], e["stage"]) for e in entries] == [
+        ("btx", "built"), ("btx", "trained"), ("btx+teachers", "built"),
+        ("btx+teachers", "trained"),
+    ]  # fmt: skip
+    plain, taught = entries[1], entries[3]
+    assert plain["losses"] != taught["losses"] and entries[0]["losses"] == entries[2]["losses"]
+    assert len(plain["curve"]) == 1 and set(plain["losses"]) == {"a", "b", "c", "other"}
+    assert plain["tokens"] == 1792 and plain["calibration_tokens"] == 0
+    assert f"{plain['mean_in_domain']:.3f}" in printed and "specialists" in printed
+    for entry in entries:
+        run = json.loads((out / f"{entry['method']}-seed114514" / "metrics.json").read_text())
+        assert run[entry["stage"]] == entry["losses"]
+    # Another recipe's runs are not taken over.
+    assert run_compare(recipe, out, *methods, "--resume", "--set", "train.tokens=1024") == 2
+    assert "was begun by another recipe" in capsys.readouterr().err
+    assert (out / "comparison.html").is_file()
+
+
+def test_a_method_that_cannot_be_built_is_refused_before_any_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_recipe(
+        tmp_path,
+        compare={"variants": {"wrong": {"method": "btx", "output": {"architecture": "bert"}}}},
+    )
+    assert run_compare(path, tmp_path / "out", "--methods", "btx,wrong") == 2
+    assert "output.architecture" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "1,x"], "expected numbers such as 1,2,3"),
+        (["--methods", ","], "expected names"),
+    ],
+)
+def test_words_that_are_no_list(
+    words: list[str], message: str, recipe: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        run_compare(recipe, tmp_path / "out", *words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
