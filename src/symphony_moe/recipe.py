@@ -250,6 +250,10 @@ class Evaluation(Section):
     """Tokens in a window."""
     extra: dict[str, Data] = {}
     """Out-of-domain text: name -> data. Evaluated only."""
+    thresholds: list[Annotated[float, Field(ge=0, le=1)]] = []
+    """Dynamic routing is tried at these: a token has every expert whose router probability is at
+    least the threshold, and its most probable one always. Beside them 1, 2, .. N experts per token
+    for all. Each is one more evaluation. Default: not tried."""
 
 
 class Recipe(Section):
