@@ -163,7 +163,7 @@ def _publish(
         "held_out": _held_out_curve(trainer, settings),
     }
     # What was measured of an earlier training is not true of this one.
-    true = {
+    true: dict[str, Any] = {
         key: {stage: found for stage, found in old[key].items() if stage != "trained"}
         for key in ("routing", "cka", "dynamic")
         if key in old
