@@ -17,6 +17,7 @@ from symphony_moe.report import (
     ceiling_share,
     compact,
     duration,
+    dynamic_curve,
     error_text,
     in_words,
     line_chart,
@@ -32,7 +33,10 @@ from symphony_moe.report import (
 
 SOURCES = ["general", "maths", "code"]
 DOMAINS = [*SOURCES, "medicine"]
-KEYS = ["sources", "built", "trained", "alignment", "refit", "routing", "training", "timing"]
+KEYS = [
+    "sources", "built", "trained", "alignment", "refit", "routing", "cka", "dynamic", "training",
+    "timing",
+]  # fmt: skip
 BUILD = "symphony build RECIPE --out DIR"
 
 
@@ -98,6 +102,12 @@ def sample_metrics() -> dict[str, Any]:
         "experts": SOURCES,
         "tokens": dict.fromkeys(DOMAINS, 65_536),
         "share": shares,
+        "entropy": {d: [0.9, 0.8, 0.7, 0.24 + 0.004 * i] for i, d in enumerate(DOMAINS)},
+        "mixed": {
+            "entropy_of_mean": [1.05, 1.04, 1.03, 1.02],
+            "balance": [1.0, 1.1, 1.2, 1.3],
+            "max_share": [0.3, 0.32, 0.34, 0.36],
+        },
     }
     losses = itertools.count(2101, 37)
     rows = {name: {d: next(losses) / 1000 for d in DOMAINS} for name in [*SOURCES, "b", "t"]}
@@ -122,6 +132,11 @@ def sample_metrics() -> dict[str, Any]:
         },
         "refit": sample_refit(),
         "routing": {"built": routing, "trained": copy.deepcopy(routing)},
+        "cka": {
+            name: sample_cka(start)
+            for name, start in (("sources", 0.1), ("built", 0.2), ("trained", 0.3))
+        },
+        "dynamic": {"built": sample_dynamic(), "trained": sample_dynamic()},
         "training": {
             "scope": "all",
             "tokens": 1_000_000,
@@ -136,6 +151,33 @@ def sample_metrics() -> dict[str, Any]:
             "calibration_tokens": 262_144,
             "evaluate_seconds": 81.7,
         },
+    }
+
+
+def sample_cka(start: float) -> dict[str, Any]:
+    layers = []
+    for layer in range(4):
+        one, two, three = (start + 0.1 * pair + 0.01 * layer for pair in range(3))
+        layers.append([[1.0, one, two], [one, 1.0, three], [two, three, 1.0]])
+    return {"experts": SOURCES, "tokens": 16_384, "layers": layers, "mean": start + 0.115}
+
+
+def sample_dynamic() -> dict[str, Any]:
+    return {
+        "fixed": [
+            {"experts": count, "losses": dict.fromkeys(SOURCES, loss) | {"medicine": loss + 1}}
+            for count, loss in ((1, 3.0), (2, 2.5), (3, 2.4))
+        ],
+        "threshold": [
+            {
+                "threshold": threshold,
+                "mean_experts": mean,
+                "experts_by_layer": [mean - 0.25, mean, mean, mean + 0.25],
+                "experts_by_domain": dict.fromkeys(SOURCES, mean) | {"medicine": 1.0},
+                "losses": dict.fromkeys(SOURCES, loss) | {"medicine": loss + 1},
+            }
+            for threshold, mean, loss in ((0.1, 2.5, 2.41), (0.3, 1.5, 2.7))
+        ],
     }
 
 
@@ -284,7 +326,8 @@ def test_the_full_page_has_every_section_and_says_what_was_built() -> None:
     text = " ".join(page.text)
     for heading in (
         "Losses", "Training", "Routing", "Alignment", "Residual stream", "Attention heads",
-        "FFN neurons", "Fit", "Time and memory", "Recipe",
+        "FFN neurons", "Dynamic routing", "How alike the experts are", "Fit",
+        "Time and memory", "Recipe",
     ):  # fmt: skip
         assert heading in page.text
     for fact in (
@@ -309,6 +352,7 @@ def test_the_full_page_has_every_section_and_says_what_was_built() -> None:
         ("trained", None, "symphony evaluate DIR"),
         ("training", "Training", "symphony train DIR"),
         ("routing", "Routing", "symphony evaluate DIR"),
+        ("cka", "How alike the experts are", "symphony evaluate DIR"),
         ("alignment", "Alignment", BUILD),
         ("refit", "Fit", BUILD),
         ("timing", "Time and memory", BUILD),
@@ -386,6 +430,7 @@ def test_names_are_escaped() -> None:
     recipe["sources"][evil] = recipe["sources"]["code"]
     recipe["anchor"] = evil
     metrics["routing"]["built"]["share"][evil] = [[1.0, 0.0, 0.0]]
+    metrics["cka"]["built"]["experts"] = [evil, *SOURCES[1:]]
     for kind in metrics["alignment"].values():
         kind[evil] = {"before": [0.1], "after": [0.2], "used": False}
     metrics["refit"] |= {"loss": {evil: 1.0}, "chosen": evil}
@@ -564,6 +609,77 @@ def test_routing_marks_own_experts_and_ends_with_the_mean_over_layers() -> None:
     assert page.row("mean") == ["48.5", "33.0", "18.5"]
     own = [attributes for tag, attributes in page.tags if attributes.get("class") == "own-expert"]
     assert len(own) == 2 * len(SOURCES)
+
+
+def test_routing_shows_how_sure_the_routers_are_and_how_even_the_load_is() -> None:
+    """Every layer's numbers and their means."""
+    page = Page(rendered(sample_metrics()))
+    rows = page.table("built: how sure the routers are (entropy in nats, 0 to 1.099)")
+    assert rows[1][1:5] == DOMAINS
+    assert rows[5][1:] == ["0.240", "0.244", "0.248", "0.252", "1.020", "1.300", "36.0"]
+    assert rows[6][1:] == ["0.660", "0.661", "0.662", "0.663", "1.035", "1.150", "33.0"]
+    older = sample_metrics()
+    for routing in older["routing"].values():
+        del routing["entropy"], routing["mixed"]
+    assert "how sure the routers are" not in Page(rendered(older)).words
+
+
+def test_likeness_is_shown_by_layer_and_by_pair() -> None:
+    """The mean over pairs of different experts for every layer and model, and the mean over layers
+    for every pair; a pair without a number has none."""
+    page = Page(rendered(sample_metrics()))
+    rows = page.table("CKA by layer")
+    assert rows[0] == ["Layer", "sources", "built", "trained"]
+    assert rows[2] == ["1", "0.210", "0.310", "0.410"]
+    assert rows[-1] == ["mean", "0.215", "0.315", "0.415"]
+    rows = page.table("CKA of built")
+    assert rows[1:] == [
+        ["general", "1.000", "0.215", "0.315"],
+        ["maths", "0.215", "1.000", "0.415"],
+        ["code", "0.315", "0.415", "1.000"],
+    ]
+    metrics = sample_metrics()
+    metrics["cka"]["built"]["layers"][0][0][1] = metrics["cka"]["built"]["layers"][0][1][0] = None
+    rows = Page(rendered(metrics)).table("CKA of built")
+    assert rows[1] == ["general", "1.000", MISSING, "0.315"]
+    del metrics["cka"]["trained"], metrics["cka"]["sources"]
+    assert Page(rendered(metrics)).table("CKA by layer")[0] == ["Layer", "built"]
+
+
+def test_dynamic_routing_is_compared_with_the_same_number_of_experts_for_all() -> None:
+    """At as many experts per token in domain, on the line between the two nearest fixed numbers;
+    every point is in the plot."""
+    page = Page(rendered(sample_metrics()))
+    rows = page.table("built: loss in nats")
+    assert rows[2] == ["2", "2.00", "", "2.500", "", "3.500"]
+    assert rows[4] == ["p ≥ 0.1", "2.50", "2.25 to 2.75", "2.410", "-0.040", "3.410"]
+    assert rows[5] == ["p ≥ 0.3", "1.50", "1.25 to 1.75", "2.700", "-0.050", "3.700"]
+    found = dynamic_curve(sample_dynamic(), sample_recipe())
+    assert [(kind, len(points)) for kind, _, points in found.lines] == [
+        ("fixed", 3), ("threshold", 2)
+    ]  # fmt: skip
+    assert all(0 <= number <= 100 for _, _, points in found.lines for p in points for number in p)
+    assert [x for x, _ in found.x_ticks] == [0, 50, 100]
+    assert found.lines[1][2][0][0] == 25, "sorted by the number of experts"
+
+
+@pytest.mark.parametrize("loss", [math.nan, None, math.inf])
+def test_a_dynamic_curve_that_is_not_finite_renders(loss: float | None) -> None:
+    """With the points that are."""
+    metrics = sample_metrics()
+    for row in metrics["dynamic"]["built"]["fixed"][1:]:
+        row["losses"] = dict.fromkeys(row["losses"], loss)
+    Page(rendered(metrics))
+    found = dynamic_curve(metrics["dynamic"]["built"], sample_recipe())
+    assert [len(points) for _, _, points in found.lines] == [1, 2]
+
+
+def test_dynamic_routing_is_missing_only_where_the_recipe_asks_for_it() -> None:
+    """It costs as much as several evaluations."""
+    recipe = sample_recipe()
+    assert "No dynamic routing" not in render(without("dynamic"), sample_plan(), recipe)
+    recipe["evaluation"]["thresholds"] = [0.1]
+    assert "No dynamic routing" in render(without("dynamic"), sample_plan(), recipe)
 
 
 def test_every_kind_of_alignment_has_a_table_in_the_order_of_the_recipe() -> None:

@@ -298,12 +298,14 @@ def test_training_again_forgets_what_was_measured_of_the_old_model(
 ) -> None:
     folder = copied("llama")
     pipeline.train(folder)
-    pipeline.evaluate(folder)
-    assert "trained" in folder.read_json(folder.metrics)["routing"]
+    pipeline.evaluate(folder, ["evaluation.thresholds=[0.4]"])
+    for key in ("routing", "cka", "dynamic"):
+        assert "trained" in folder.read_json(folder.metrics)[key]
     pipeline.train(folder, ["train.scope=router"], overwrite=True)
     metrics = folder.read_json(folder.metrics)
     assert metrics["training"]["scope"] == "router"
     assert "trained" not in metrics and list(metrics["routing"]) == ["built"]
+    assert list(metrics["cka"]) == ["sources", "built"] and list(metrics["dynamic"]) == ["built"]
 
 
 def test_only_the_training_may_change_after_the_build(copied: Callable[[str], RunFolder]) -> None:

@@ -1,4 +1,5 @@
-"""Held-out loss per domain of every model, and where the router sends each domain's tokens.
+"""Held-out loss per domain of every model, where the routers send each domain's tokens, and how
+alike the experts are.
 
 Losses are nats per token: the mean negative log-likelihood of every token of a window but its
 first.
@@ -8,6 +9,8 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,20 @@ from symphony_moe.forward import WINDOWS_TOKENS
 from symphony_moe.recipe import Recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import Source, anchor_of
+from symphony_moe.specialize import (
+    Routing,
+    at_least,
+    compare_experts,
+    compare_sources,
+    describe_cka,
+    describe_routing,
+    experts_by_rule,
+    fixed_experts,
+    mixed,
+    observe_routing,
+    routers,
+    shared_text,
+)
 from symphony_moe.stock import load_source, load_stock
 from symphony_moe.text import draw_windows, is_held_out, read_documents
 
@@ -26,40 +43,64 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_run(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
-    """Losses of the sources, the built and the trained model on every domain, into `metrics.json`.
+    """Losses of the sources, the built and the trained model on every domain, their routing and the
+    likeness of their experts, into `metrics.json`.
 
     Returns what was written. Raises TextError for a domain without held-out text.
     """
     run.require_checkpoint()
     started = time.monotonic()
     windows = held_out_windows(recipe, sources)
+    shared = shared_text(windows)
     digest = hashlib.sha256()
     for text in windows.values():
         digest.update(text.numpy().tobytes())
-    metrics: dict[str, Any] = {
-        "sources": {}, "routing": {}, "held_out": {"text": digest.hexdigest()},
-    }  # fmt: skip
     names = [source.name for source in sources]
+    metrics: dict[str, Any] = {
+        "sources": {}, "routing": {}, "cka": {}, "held_out": {"text": digest.hexdigest()},
+    }  # fmt: skip
     for source in sources:
         losses, _ = losses_and_routing(load_source(source), windows, source.known)
         metrics["sources"][source.name] = losses
         log.info("evaluated source %s: %s", source.name, _spell(losses))
+    metrics["cka"]["sources"] = describe_cka(
+        names, compare_sources(sources, shared), shared.numel()
+    )
     for stage, folder in (("built", run.checkpoint), ("trained", run.trained)):
         if not folder.is_dir():
             continue
-        losses, shares = losses_and_routing(load_stock(folder), windows)
+        losses, routing, dynamic = _evaluate_moe(folder, windows, recipe.evaluation.thresholds)
         metrics[stage] = losses
         metrics["routing"][stage] = {
             "experts": names,
             "tokens": {domain: text.numel() for domain, text in windows.items()},
-            "share": shares,
+            **describe_routing(routing, names),
         }
+        if dynamic:
+            metrics.setdefault("dynamic", {})[stage] = dynamic
+        alike = compare_experts(
+            folder, anchor_of(recipe, sources), len(sources), recipe.router.top_k, shared
+        )
+        metrics["cka"][stage] = describe_cka(names, alike, shared.numel())
         log.info("evaluated %s: %s", stage, _spell(losses))
     known = run.read_json(run.metrics) if run.metrics.is_file() else {}
     seconds = {"evaluate_seconds": round(time.monotonic() - started, 2)}
-    forget = [] if run.trained.is_dir() else ["trained"]
+    # What an earlier evaluation says of other text must not stand beside this one.
+    forget = [key for key in ("trained", "dynamic") if key not in metrics]
     run.update_json(run.metrics, metrics | {"timing": known.get("timing", {}) | seconds}, forget)
     return metrics
+
+
+def _evaluate_moe(
+    folder: Path,
+    windows: Mapping[str, Int[Tensor, "windows sequence"]],
+    thresholds: Sequence[float],
+) -> tuple[dict[str, float], dict[str, Routing], dict[str, Any]]:
+    """Losses and routing of a checkpoint, and its losses with other numbers of experts (nothing
+    without thresholds). The model is out of memory afterwards."""
+    model = load_stock(folder)
+    losses, routing = losses_and_routing(model, windows)
+    return losses, routing, dynamic_routing(model, windows, thresholds) if thresholds else {}
 
 
 def held_out_windows(
@@ -95,31 +136,56 @@ def losses_and_routing(
     model: PreTrainedModel,
     windows: Mapping[str, Int[Tensor, "windows sequence"]],
     known: Bool[Tensor, " vocabulary"] | None = None,
-) -> tuple[dict[str, float], dict[str, list[list[float]]]]:
-    """Domain -> nats per token; and, for an MoE, domain -> layer -> expert -> share of the token's
-    choices (each layer sums to one; no entries for a dense model).
+) -> tuple[dict[str, float], dict[str, Routing]]:
+    """Domain -> nats per token; and, for an MoE, domain -> its routing.
 
     `known`: the tokens that the model has, where the vocabulary has others (None: all). It gives no
     probability to the others, and where the text has one, it is not asked.
     """
-    losses, shares = {}, {}
-    top_k = getattr(model.config, "num_experts_per_tok", None)
+    losses, routing = {}, {}
+    is_moe = bool(routers(model))
     for domain, text in windows.items():
         total, predicted = 0.0, 0
-        counts: Tensor | None = None
-        for batch in text.to(model.device).split(max(1, WINDOWS_TOKENS // text.shape[1])):
-            arguments = {} if top_k is None else {"output_router_logits": True}
-            output = model(input_ids=batch, use_cache=False, **arguments)
-            nats = negative_log_likelihood(output.logits, batch, known)
-            total, predicted = total + float(nats.double().sum()), predicted + len(nats)
-            if top_k is not None:
-                chosen = torch.stack([_choices(logits, top_k) for logits in output.router_logits])
-                counts = chosen if counts is None else counts + chosen
+        with ExitStack() as stack:
+            so_far = stack.enter_context(observe_routing(model)) if is_moe else None
+            for batch in text.to(model.device).split(max(1, WINDOWS_TOKENS // text.shape[1])):
+                output = model(input_ids=batch, use_cache=False)
+                nats = negative_log_likelihood(output.logits, batch, known)
+                total, predicted = total + float(nats.double().sum()), predicted + len(nats)
         losses[domain] = total / max(predicted, 1)
-        if counts is not None:
-            share = counts.double() / counts.sum(dim=1, keepdim=True)
-            shares[domain] = [[round(value, 6) for value in layer] for layer in share.tolist()]
-    return losses, shares
+        if so_far is not None:
+            routing[domain] = so_far()
+    return losses, routing
+
+
+def dynamic_routing(
+    model: PreTrainedModel,
+    windows: Mapping[str, Int[Tensor, "windows sequence"]],
+    thresholds: Sequence[float],
+) -> dict[str, Any]:
+    """Losses of a stock MoE with 1 .. N experts per token, and with as many as reach each of the
+    `thresholds` (shares of 1) in the router's probabilities, beside the number of experts that
+    tokens then have: the mean over layers and domains alike, of each layer, of each domain."""
+    fixed, by_threshold = [], []
+    for count in range(1, len(routers(model)[0].weight) + 1):
+        with fixed_experts(model, count):
+            losses, _ = losses_and_routing(model, windows)
+        fixed.append({"experts": count, "losses": losses})
+    for threshold in thresholds:
+        with experts_by_rule(model, at_least(threshold)):
+            losses, routing = losses_and_routing(model, windows)
+        by_layer = mixed(list(routing.values())).used.sum(dim=1)
+        by_domain = {name: float(found.used.sum(dim=1).mean()) for name, found in routing.items()}
+        by_threshold.append(
+            {
+                "threshold": threshold,
+                "mean_experts": round(float(by_layer.mean()), 6),
+                "experts_by_layer": [round(count, 6) for count in by_layer.tolist()],
+                "experts_by_domain": {name: round(count, 6) for name, count in by_domain.items()},
+                "losses": losses,
+            }
+        )
+    return {"fixed": fixed, "threshold": by_threshold}
 
 
 def negative_log_likelihood(
@@ -134,12 +200,6 @@ def negative_log_likelihood(
         asked = known[wanted]
         logits, wanted = logits[asked].masked_fill(~known, -torch.inf), wanted[asked]
     return torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-
-
-def _choices(logits: Float[Tensor, "tokens experts"], top_k: int) -> Int[Tensor, " experts"]:
-    """How often each expert is among a token's top_k."""
-    chosen = logits.topk(top_k, dim=-1).indices.flatten()
-    return torch.bincount(chosen, minlength=logits.shape[1])
 
 
 def _spell(losses: Mapping[str, float]) -> str:

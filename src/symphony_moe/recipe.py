@@ -252,6 +252,10 @@ class Evaluation(Section):
     """Out-of-domain text: name -> data. Evaluated only."""
     seed: Seed | None = None
     """Seed of the held-out windows; the recipe's own where it is not given."""
+    thresholds: list[Annotated[float, Field(ge=0, le=1)]] = []
+    """Dynamic routing is tried at these: a token has every expert whose router probability is at
+    least the threshold, and its most probable one always. Beside them 1, 2, .. N experts per token
+    for all. Each is one more evaluation. Default: not tried."""
 
 
 class Compare(Section):

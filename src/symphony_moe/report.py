@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 MISSING = "\N{EN DASH}"
@@ -36,6 +37,9 @@ _KINDS = {
     ),
 }
 """Kind of alignment -> what is compared, how to read the numbers."""
+
+_ALIKE = ("sources", *_MODELS)
+"""Whose experts are compared: the originals, before they share a model; and the models."""
 
 _PLAIN = "plain mean"
 """What a build writes where its fit does not pay."""
@@ -96,6 +100,44 @@ class RoutingGrid:
     tokens: int
     rows: list[tuple[str, list[tuple[str, str, int]]]]
     """(layer or "mean", cells: as of `shade`)"""
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """How sure a model's routers are, in nats, and how even the load is."""
+
+    domains: list[str]
+    rows: list[tuple[str, list[str], list[str]]]
+    """(layer or "mean"; entropy of each domain; of the mixed text: entropy of the mean, balance,
+    largest share in per cent)"""
+    uniform: str
+    """Entropy of a router that knows nothing."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """CKA of the outputs of every two experts."""
+
+    layers: list[tuple[str, list[str]]]
+    """(layer or "mean", for every model the mean over pairs)"""
+    models: list[tuple[str, list[str], list[list[tuple[str, str, int]]]]]
+    """(model, experts, mean over layers of every pair: as of `likeness_shade`)"""
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """Loss against experts per token: the same number for all, and by threshold."""
+
+    rows: list[tuple[str, list[str]]]
+    """(fixed number or threshold; experts per token, its range over layers, loss in domain, how
+    far that is from the same number for all, loss out of domain)"""
+    lines: list[tuple[str, str, list[tuple[float, float]]]]
+    """(kind: fixed or threshold; SVG points in thousandths of the plot; the same in per cent)"""
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    out_of_domain: bool
+    summary: str
 
 
 @dataclass(frozen=True)
@@ -192,6 +234,15 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
             for model in _MODELS
             if routing.get(model)
         ],
+        measures={
+            model: routing_table(routing[model], recipe) for model in _MODELS if routing.get(model)
+        },
+        dynamic=[
+            (model, dynamic_curve(found, recipe))
+            for model in _MODELS
+            if (found := (metrics.get("dynamic") or {}).get(model))
+        ],
+        likeness=likeness_tables(metrics.get("cka") or {}),
         alignment=alignment_tables(metrics.get("alignment") or {}, recipe),
         fit=fit_tables(metrics.get("refit") or {}, recipe),
         judged_apart=recipe["refit"]["method"] != "none" or recipe["router"]["init"] != "random",
@@ -239,6 +290,10 @@ def missing_sections(
         missing.append((f"No losses of: {', '.join(lacking)}", evaluate))
     if not metrics.get("routing"):
         missing.append(("No routing", evaluate))
+    if not metrics.get("cka"):
+        missing.append(("No likeness of the experts (CKA)", evaluate))
+    if recipe["evaluation"].get("thresholds") and not metrics.get("dynamic"):
+        missing.append(("No dynamic routing", evaluate))
     align = recipe["align"]
     asked = {
         "residual": align["residual"] != "none",
@@ -486,6 +541,129 @@ def shade(share: float, uniform: float, ceiling: float) -> tuple[str, str, int]:
     else:
         side, strength = "more", (share - uniform) / max(ceiling - uniform, 1e-9)
     return f"{100 * share:.1f}", side, round(100 * min(strength, 1.0))
+
+
+def routing_table(routing: Mapping[str, Any], recipe: Mapping[str, Any]) -> RoutingTable | None:
+    """Entropies and balance of every layer, and their means. None in an older run's metrics."""
+    if not routing.get("entropy"):
+        return None
+    domains, together = list(routing["entropy"]), routing["mixed"]
+    columns = [
+        *(routing["entropy"][domain] for domain in domains),
+        *(together[name] for name in ("entropy_of_mean", "balance", "max_share")),
+    ]
+    table = [[_number(value) for value in column] for column in columns]
+    named = [(str(layer), list(row)) for layer, row in enumerate(zip(*table, strict=True))]
+    named.append(("mean", [_mean(column) for column in table]))
+    return RoutingTable(
+        domains,
+        [
+            (
+                label,
+                [loss_text(value) for value in row[: len(domains)]],
+                [loss_text(row[-3]), loss_text(row[-2]), f"{100 * row[-1]:.1f}"],
+            )
+            for label, row in named
+        ],
+        loss_text(math.log(len(routing["experts"]))),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def dynamic_curve(found: Mapping[str, Any], recipe: Mapping[str, Any]) -> Dynamic:
+    """In-domain loss (nats per token, mean of the domains) against experts per token on the same
+    text. What a threshold is worth is its distance from the straight line between the two nearest
+    fixed numbers of experts."""
+    domains = list(found["fixed"][0]["losses"])
+    inside = [name for name in domains if name in recipe["sources"]]
+    outside = [name for name in domains if name not in inside]
+
+    def losses(row: Mapping[str, Any]) -> tuple[float, float]:
+        """In domain, out of domain."""
+        means = (
+            _mean([_number(row["losses"][name]) for name in part]) for part in (inside, outside)
+        )
+        return next(means), next(means)
+
+    fixed, by_threshold, rows = [], [], []
+    for row in found["fixed"]:
+        loss, other = losses(row)
+        fixed.append((float(row["experts"]), loss))
+        texts = [f"{row['experts']:.2f}", "", loss_text(loss), "", loss_text(other)]
+        rows.append((str(row["experts"]), texts))
+    for row in found["threshold"]:
+        loss, other = losses(row)
+        experts = _mean([_number(row["experts_by_domain"][name]) for name in inside])
+        by_threshold.append((experts, loss))
+        layers = [_number(count) for count in row["experts_by_layer"]]
+        spread = f"{min(layers):.2f} to {max(layers):.2f}"
+        beside = f"{loss - _between(fixed, experts):+.3f}".replace("+nan", "NaN")
+        texts = [f"{experts:.2f}", spread, loss_text(loss), beside, loss_text(other)]
+        rows.append((f"p \N{GREATER-THAN OR EQUAL TO} {row['threshold']:g}", texts))
+
+    finite = [loss for _, loss in fixed + by_threshold if math.isfinite(loss)]
+    y_ticks = ticks(min(finite, default=0), max(finite, default=1))
+
+    def across(experts: float) -> float:
+        return 100 * (experts - 1) / (len(fixed) - 1)
+
+    def down(loss: float) -> float:
+        return 100 * (y_ticks[-1] - loss) / (y_ticks[-1] - y_ticks[0])
+
+    lines = []
+    for kind, points in (("fixed", fixed), ("threshold", sorted(by_threshold))):
+        placed = [(across(x), down(y)) for x, y in points if math.isfinite(x + y)]
+        lines.append((kind, " ".join(f"{10 * x:.1f},{10 * y:.1f}" for x, y in placed), placed))
+    decimals = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
+    return Dynamic(
+        rows,
+        lines,
+        [(across(experts), f"{experts:.0f}") for experts, _ in fixed],
+        [(down(loss), f"{loss:.{decimals}f}") for loss in y_ticks],
+        bool(outside),
+        f"Loss {loss_text(fixed[0][1])} with 1 expert per token, {loss_text(fixed[-1][1])} with "
+        f"{len(fixed)}",
+    )
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Height at x of the line through the points, which are sorted."""
+    for (left, low), (right, high) in pairwise(points):
+        if x <= right:
+            return low + (high - low) * (x - left) / (right - left)
+    return points[-1][1] if x >= points[-1][0] else math.nan
+
+
+def likeness_tables(cka: Mapping[str, Any]) -> Likeness | None:
+    """How alike the experts are, of the sources and of every model. None where it was not
+    measured."""
+    models = [name for name in _ALIKE if cka.get(name)]
+    if not models:
+        return None
+    columns, grids = [], []
+    for name in models:
+        experts, layers = cka[name]["experts"], cka[name]["layers"]
+        pairs = [(i, j) for i in range(len(experts)) for j in range(i)]
+        columns.append([_mean([_number(layer[i][j]) for i, j in pairs]) for layer in layers])
+        means = [
+            [_mean([_number(layer[i][j]) for layer in layers]) for j in range(len(experts))]
+            for i in range(len(experts))
+        ]
+        grids.append((name, experts, [[likeness_shade(value) for value in row] for row in means]))
+    rows = [(str(layer), list(row)) for layer, row in enumerate(zip(*columns, strict=True))]
+    rows.append(("mean", [_mean(column) for column in columns]))
+    texts = [(label, [loss_text(value) for value in row]) for label, row in rows]
+    return Likeness(texts, grids, cka[models[0]]["tokens"])
+
+
+def likeness_shade(value: float) -> tuple[str, str, int]:
+    """(CKA as text, class, strength of the colour from 0 to 100)."""
+    if not math.isfinite(value):
+        return MISSING, "", 0
+    return f"{value:.3f}", "more", round(100 * min(max(value, 0.0), 1.0))
 
 
 # Alignment and fit

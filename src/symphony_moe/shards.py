@@ -11,11 +11,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from symphony_moe.errors import RecipeError, RunFolderError
@@ -213,6 +214,21 @@ def tensor_hashes(
                     size -= len(chunk)
                 hashes[name] = digest.hexdigest()
     return hashes
+
+
+def tensor_reader(folder: Path) -> Callable[[str], Tensor]:
+    """Name -> tensor, as it is on disk, of the safetensors files in a folder."""
+    where: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            where |= dict.fromkeys(file.keys(), path)
+
+    def read(name: str) -> Tensor:
+        with safe_open(where[name], framework="pt") as file:
+            # A copy: while one tensor of a file is in use, all of it stays mapped.
+            return file.get_tensor(name).clone()
+
+    return read
 
 
 def hash_folder(folder: Path) -> dict[str, str]:

@@ -163,10 +163,12 @@ def _publish(
         "held_out": _held_out_curve(trainer, settings),
     }
     # What was measured of an earlier training is not true of this one.
-    routing = {
-        stage: share for stage, share in old.get("routing", {}).items() if stage != "trained"
+    true: dict[str, Any] = {
+        key: {stage: found for stage, found in old[key].items() if stage != "trained"}
+        for key in ("routing", "cka", "dynamic")
+        if key in old
     }
-    run.update_json(run.metrics, {"training": training, "routing": routing}, forget=["trained"])
+    run.update_json(run.metrics, {"training": training, **true}, forget=["trained"])
     publish(run.staged_trained, run.trained)
     shutil.rmtree(run.work)
 
