@@ -486,7 +486,7 @@ def _over(settings: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, A
     return merged
 
 
-def _read_content(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
+def _read_content(path: Path, overrides: Iterable[str]) -> dict[Any, Any]:
     """What a recipe file says, with `a.b=c` overrides."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
