@@ -17,6 +17,7 @@ from symphony_moe.errors import SourceError
 from symphony_moe.families import (
     FAMILIES,
     NEURON_AXIS,
+    TARGETS,
     MoELayer,
     head_dim,
     interleave_rotary,
@@ -100,22 +101,27 @@ def test_interleaving_moves_row_j_and_its_partner_together(
     assert torch.equal(undo_interleave_rotary(moved, size), rows)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_written_layer_is_read_back(variant: str, recipes: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("variant", "attention"),
+    [*((variant, "shared") for variant in VARIANTS), ("llama", "source")],
+)
+def test_a_written_layer_is_read_back(
+    variant: str, attention: str, recipes: Callable[[str], Path]
+) -> None:
     """What the target's names and row order hold is the layer in the dense family's own layout, bit
     for bit; and a selection of experts takes their router rows along."""
     folder = recipes(variant).parent / "models"
-    sources = [
-        open_source(name, SourceSpec(model=str(folder / name), data="unread.jsonl"))
-        for name in "abc"
-    ]
+    specs = {n: SourceSpec(model=str(folder / n), data="unread.jsonl") for n in "abc"}
+    sources = [open_source(name, spec, attention=attention) for name, spec in specs.items()]
     family, config = sources[0].family, sources[0].config
     layers = [source.read_layer(1) for source in sources]
-    router = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    router, other = torch.randn(2, 3, config.hidden_size, generator=generator)
     moe = MoELayer(
         {name: layers[0][name] for name in family.shared},
         [{name: layer[name] for name in family.expert} for layer in layers],
         router,
+        other if attention == "source" else None,
     )
     written = dict(layer_outputs(family, config, 1, moe))
     assert all(name.startswith("model.layers.1.") for name in written)
@@ -127,6 +133,8 @@ def test_a_written_layer_is_read_back(variant: str, recipes: Callable[[str], Pat
 
     chosen = moe.select([2, 0])
     assert torch.equal(chosen.router, router[[2, 0]])
+    if chosen.attention_router is not None:
+        assert torch.equal(chosen.attention_router, other[[2, 0]])
     for expert, layer in zip(chosen.experts, (layers[2], layers[0]), strict=True):
         assert all(torch.equal(expert[name], layer[name]) for name in family.expert)
     assert_same(moe.select([2, 0, 1]).select([1, 2, 0]), moe)
@@ -134,6 +142,11 @@ def test_a_written_layer_is_read_back(variant: str, recipes: Callable[[str], Pat
 
 def assert_same(found: MoELayer, expected: MoELayer) -> None:
     assert torch.equal(found.router, expected.router)
+    if expected.attention_router is None:
+        assert found.attention_router is None
+    else:
+        assert found.attention_router is not None
+        assert torch.equal(found.attention_router, expected.attention_router)
     parts = [(found.shared, expected.shared), *zip(found.experts, expected.experts, strict=True)]
     for ours, theirs in parts:
         assert ours.keys() == theirs.keys()
@@ -170,6 +183,7 @@ def test_the_target_accepts_the_planned_config(
 def test_every_family_is_tested() -> None:
     """A new row of the table needs a variant in conftest."""
     assert {settings["model_type"] for settings in VARIANTS.values()} == set(FAMILIES)
+    assert all(targets.keys() == FAMILIES.keys() for targets in TARGETS.values())
 
 
 @pytest.mark.parametrize(

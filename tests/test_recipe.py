@@ -261,7 +261,7 @@ def test_the_papers_method_is_the_default(tmp_path: Path) -> None:
 
 def test_the_methods_there_are() -> None:
     assert list(PRESETS) == [
-        "symphony", "harmonized", "btx", "drop-upcycling", "sparse-upcycling",
+        "symphony", "harmonized", "btx", "bam", "drop-upcycling", "sparse-upcycling",
     ]  # fmt: skip
 
 

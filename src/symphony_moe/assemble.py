@@ -10,11 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD, NEURON_AXIS, MoELayer
+from symphony_moe.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    NEURON_AXIS,
+    MoELayer,
+    stream_scale,
+)
 from symphony_moe.fuse import drop_neurons, linear_mean, selective_linear, slerp
 from symphony_moe.recipe import Recipe
 from symphony_moe.route import random_router
-from symphony_moe.sources import Source, anchor_of
+from symphony_moe.sources import Source, anchor_of, is_tied
 from symphony_moe.symmetry import (
     HeadMap,
     NeuronMap,
@@ -24,6 +31,7 @@ from symphony_moe.symmetry import (
     reorder_heads,
     reorder_neurons,
     rotate_residual,
+    scale_residual,
     transform_embedding,
     transform_head,
 )
@@ -75,22 +83,24 @@ def fused_tables(
     it.
     """
     method = recipe.backbone.embeddings
+    scale = _scale(recipe, sources)
     sources = _by_name(sources)
     shares = _shares(recipe, sources, method)
     for name in names:
         tables = (aligned_table(recipe, source, name, record) for source in sources)
         for parts in zip(*tables, strict=True):
             first, blocks = parts[0][0], [rows for _, rows in parts]
-            if method != "selective-linear":
-                yield name, first, linear_mean(blocks, shares)
-                continue
-            rows = slice(first, first + len(blocks[0]))
-            knowledge = torch.stack([_knows(source, rows) for source in sources])
-            counts = [record.get(f"{source.name}.tokens") for source in sources]
-            if name == EMBEDDING and None not in counts:
-                # One more of each: a token in nobody's text gets the plain mean.
-                knowledge *= torch.stack([c[rows] + 1.0 for c in counts if c is not None])
-            yield name, first, selective_linear(blocks, knowledge, shares)
+            if method == "selective-linear":
+                rows = slice(first, first + len(blocks[0]))
+                knowledge = torch.stack([_knows(source, rows) for source in sources])
+                counts = [record.get(f"{source.name}.tokens") for source in sources]
+                if name == EMBEDDING and None not in counts:
+                    # One more of each: a token in nobody's text gets the plain mean.
+                    knowledge *= torch.stack([c[rows] + 1.0 for c in counts if c is not None])
+                fused = selective_linear(blocks, knowledge, shares)
+            else:
+                fused = linear_mean(blocks, shares)
+            yield name, first, fused * scale if name == EMBEDDING else fused
 
 
 def _knows(source: Source, rows: slice) -> Float[Tensor, " rows"]:
@@ -105,9 +115,11 @@ def fused_final_norm(recipe: Recipe, sources: Sequence[Source]) -> Tensor:
     if recipe.folds:
         anchor = anchor_of(recipe, sources)
         return neutral_gain(anchor.family, anchor.read(FINAL_NORM))
-    sources = _by_name(sources)
-    shares = _shares(recipe, sources, recipe.backbone.norms)
-    return linear_mean([source.read(FINAL_NORM) for source in sources], shares)
+    ordered = _by_name(sources)
+    shares = _shares(recipe, ordered, recipe.backbone.norms)
+    fused = linear_mean([source.read(FINAL_NORM) for source in ordered], shares)
+    # A tied head is as much too large as the token embeddings.
+    return fused / _scale(recipe, sources) if is_tied(recipe, sources) else fused
 
 
 def assemble_layer(
@@ -116,10 +128,12 @@ def assemble_layer(
     layer: int,
     aligned: Mapping[str, Mapping[str, Tensor]],
 ) -> MoELayer:
-    """One layer of the new model before any fitting: the fused backbone, the experts, a random
-    router. `aligned`: source -> its layer, see `aligned_layer`."""
+    """One layer of the new model before any fitting: the fused backbone, the experts, random
+    routers. `aligned`: source -> its layer, see `aligned_layer`."""
     family = sources[0].family
     backbone = recipe.backbone
+    scale = _scale(recipe, sources)
+    aligned = {name: scale_residual(tensors, scale) for name, tensors in aligned.items()}
     shared: dict[str, Tensor] = {}
     ordered = _by_name(sources)
     for name in family.shared:
@@ -136,8 +150,18 @@ def assemble_layer(
             expert = drop_neurons(expert, NEURON_AXIS, recipe.experts.drop_share, key)
         experts.append(expert)
     names = [source.name for source in sources]
-    router = random_router(names, sources[0].config.hidden_size, layer, recipe.seed)
-    return MoELayer(shared, experts, router)
+    hidden = sources[0].config.hidden_size
+    router = random_router(names, hidden, layer, recipe.seed)
+    attention_router = None
+    if family.attention_router is not None:
+        attention_router = random_router(names, hidden, layer, recipe.seed, "attention-router")
+    return MoELayer(shared, experts, router, attention_router)
+
+
+def _scale(recipe: Recipe, sources: Sequence[Source]) -> float:
+    """How many times as large as the sources' the residual stream of the new model is."""
+    anchor = anchor_of(recipe, sources)
+    return stream_scale(anchor.family, anchor.config)
 
 
 def _by_name(sources: Sequence[Source]) -> list[Source]:

@@ -33,6 +33,7 @@ from symphony_moe.specialize import (
     fixed_experts,
     mixed,
     observe_routing,
+    router_matrix,
     routers,
     shared_text,
 )
@@ -73,6 +74,7 @@ def evaluate_run(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> d
         metrics[stage] = losses
         metrics["routing"][stage] = {
             "experts": names,
+            "routers": "ffn",
             "tokens": {domain: text.numel() for domain, text in windows.items()},
             **describe_routing(routing, names),
         }
@@ -137,7 +139,7 @@ def losses_and_routing(
     windows: Mapping[str, Int[Tensor, "windows sequence"]],
     known: Bool[Tensor, " vocabulary"] | None = None,
 ) -> tuple[dict[str, float], dict[str, Routing]]:
-    """Domain -> nats per token; and, for an MoE, domain -> its routing.
+    """Domain -> nats per token; and, for an MoE, domain -> the routing of its FFNs.
 
     `known`: the tokens that the model has, where the vocabulary has others (None: all). It gives no
     probability to the others, and where the text has one, it is not asked.
@@ -167,7 +169,7 @@ def dynamic_routing(
     `thresholds` (shares of 1) in the router's probabilities, beside the number of experts that
     tokens then have: the mean over layers and domains alike, of each layer, of each domain."""
     fixed, by_threshold = [], []
-    for count in range(1, len(routers(model)[0].weight) + 1):
+    for count in range(1, len(router_matrix(routers(model)[0])) + 1):
         with fixed_experts(model, count):
             losses, _ = losses_and_routing(model, windows)
         fixed.append({"experts": count, "losses": losses})

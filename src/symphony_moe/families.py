@@ -1,12 +1,15 @@
 """Model families as tables: what each tensor of a dense model is, and which stock
 Mixture-of-Experts architecture of `transformers` holds the family exactly.
 
-A new family is a new row in `FAMILIES` (and a test run over all rows picks it up). Tensor names are
-relative to `model.layers.{layer}.`; shapes are not in the table, they come from the family's own
-`transformers` module. What each row must get right was measured: docs/design.md, "Output formats".
+A new family is a new row in `FAMILIES` (and a test run over all rows picks it up); `TARGETS` has
+the rows for every kind of attention. Tensor names are relative to `model.layers.{layer}.`; shapes
+are not in the table, they come from the family's own `transformers` module. What each row must get
+right was measured: docs/design.md, "Output formats".
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,8 +28,10 @@ NEURON_AXIS = {GATE: 0, UP: 0, DOWN: 1}
 """The axis of each FFN matrix (stored out x in) that counts hidden neurons."""
 
 _ATTENTION = tuple(f"self_attn.{part}_proj.weight" for part in "qkvo")
+_Q, _K, _V, _O = _ATTENTION
 _ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+_JETMOE_EPS = 1e-6
 
 _SAME_IN_EVERY_TARGET = [
     "vocab_size",
@@ -82,7 +87,9 @@ class Family:
     router: str
     """Name of the router's matrix (experts x hidden)."""
     expert: Mapping[str, str]
-    """FFN matrix of a source -> name in the output, with `{expert}` for the expert's number."""
+    """Matrix of a source's that its expert keeps -> name in the output, with `{expert}` for the
+    expert's number. A name without it holds all experts' matrices, stacked; matrices of one name
+    lie below one another."""
     target_settings: Callable[[PreTrainedConfig, int, int], dict[str, Any]]
     """(dense config, number of experts, top_k) -> what the target's config needs besides the shared
     fields."""
@@ -104,11 +111,27 @@ class Family:
     `hidden` and `experts` (or numbers)."""
     has_head_bias: bool = False
     """The target has a bias in its output head, which the family lacks: zeros, see HEAD_BIAS."""
+    attention_router: str | None = None
+    """Name of the matrix (experts x hidden) that chooses attention experts, where q and o are in
+    `expert`."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Shared tensor -> name in the output, where that is another. Tensors of one name lie below one
+    another."""
+    repeats_kv: bool = False
+    """The target has a KV head for every query head: those of the family are repeated."""
+    norm_eps: float | None = None
+    """The only epsilon that the target's norms have; None where it is a setting. See
+    `stream_scale`."""
 
     @property
     def shared(self) -> tuple[str, ...]:
         """Every tensor of a layer that all experts share."""
         return self.norms + self.attention + self.vectors
+
+    @property
+    def stacks_experts(self) -> bool:
+        """Whether one tensor of the output holds a matrix of all experts."""
+        return not any("{expert}" in name for name in self.expert.values())
 
 
 def _per_expert(prefix: str, gate: str, up: str, down: str) -> dict[str, str]:
@@ -158,6 +181,22 @@ def _qwen3_moe(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[s
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "use_sliding_window": False,
+    }
+
+
+def _jetmoe(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str, Any]:
+    return {
+        "intermediate_size": config.intermediate_size,
+        "activation_function": config.hidden_act,
+        "attention_dropout": config.attention_dropout,
+        "kv_channels": head_dim(config),
+        "num_key_value_heads": config.num_attention_heads,
+        # Every chosen expert has all of a source's query heads.
+        "num_attention_heads": config.num_attention_heads * top_k,
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        # The final norm reads it; the others have this one, whatever the config says.
+        "rms_norm_eps": _JETMOE_EPS,
     }
 
 
@@ -235,9 +274,55 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_WITH_ATTENTION_EXPERTS: dict[str, Any] = {
+    "moe": "jetmoe",
+    "moe_class": "JetMoeForCausalLM",
+    "router": "mlp.router.layer.weight",
+    "attention_router": "self_attention.experts.router.layer.weight",
+    "expert": {
+        GATE: "mlp.input_linear.weight",
+        UP: "mlp.input_linear.weight",
+        DOWN: "mlp.output_linear.weight",
+        _Q: "self_attention.experts.input_linear.weight",
+        _O: "self_attention.experts.output_linear.weight",
+    },
+    "attention": (_K, _V),
+    "renamed": dict.fromkeys((_K, _V), "self_attention.kv_proj.weight"),
+    "repeats_kv": True,
+    "zeros": {"mlp.bias": "hidden", "self_attention.experts.bias": "hidden"},
+    "norm_eps": _JETMOE_EPS,
+    "target_settings": _jetmoe,
+}
+_JETMOE_LACKS = "experts.attention source: JetMoE has no {}; set it to shared"
+
+TARGETS: dict[str, dict[str, Family]] = {
+    "shared": FAMILIES,
+    "source": {
+        dense: replace(
+            FAMILIES[dense],
+            **_WITH_ATTENTION_EXPERTS,
+            refusals=(*FAMILIES[dense].refusals, (_JETMOE_LACKS.format(lacks), has)),
+        )
+        for dense, lacks, has in (
+            ("llama", "attention biases", lambda config: config.attention_bias),
+            ("mistral", "sliding window", lambda config: config.sliding_window is not None),
+            ("qwen2", "attention biases", lambda config: True),
+            ("qwen3", "norms of queries and keys", lambda config: True),
+        )
+    },
+}
+"""`experts.attention` -> `model_type` of the sources -> family. BAM's attention experts have a
+stock class for some variants of some families."""
+
+
 def head_dim(config: PreTrainedConfig) -> int:
     """Size of an attention head, spelled out in the config or implied by it."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def queries_per_kv(config: PreTrainedConfig) -> int:
+    """Query heads that share a KV head."""
+    return config.num_attention_heads // config.num_key_value_heads
 
 
 def target_config(
@@ -272,15 +357,22 @@ class MoELayer:
     shared: Mapping[str, Tensor]
     """`Family.shared` name -> tensor."""
     experts: Sequence[Mapping[str, Tensor]]
-    """For each expert, FFN matrix name -> tensor."""
+    """For each expert, `Family.expert` name -> tensor."""
     router: Tensor
     """experts x hidden."""
+    attention_router: Tensor | None = None
+    """experts x hidden, where the experts have attention matrices."""
 
     def select(self, order: Sequence[int]) -> "MoELayer":
         """The same layer with its experts in another order: entry i is the expert that becomes
         expert i."""
-        rows = self.router[list(order)]
-        return MoELayer(self.shared, [self.experts[number] for number in order], rows)
+        attention = self.attention_router
+        return MoELayer(
+            self.shared,
+            [self.experts[number] for number in order],
+            self.router[list(order)],
+            None if attention is None else attention[list(order)],
+        )
 
     def to(self, dtype: torch.dtype) -> "MoELayer":
         """The same layer, rounded to another dtype."""
@@ -288,6 +380,7 @@ class MoELayer:
             {name: tensor.to(dtype) for name, tensor in self.shared.items()},
             [{name: tensor.to(dtype) for name, tensor in e.items()} for e in self.experts],
             self.router.to(dtype),
+            None if self.attention_router is None else self.attention_router.to(dtype),
         )
 
 
@@ -307,6 +400,41 @@ def undo_interleave_rotary(
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
+def repeat_heads(
+    rows: Float[Tensor, "rows hidden"], head_size: int, times: int
+) -> Float[Tensor, "more_rows hidden"]:
+    """k or v with a KV head of its own for every query head: each head, `times` times in a row."""
+    heads = rows.view(-1, head_size, rows.shape[1])
+    return heads.repeat_interleave(times, dim=0).reshape(-1, rows.shape[1])
+
+
+def undo_repeat_heads(
+    rows: Float[Tensor, "rows hidden"], head_size: int, times: int
+) -> Float[Tensor, "fewer_rows hidden"]:
+    """The inverse of `repeat_heads`: the first of each `times` heads."""
+    heads = rows.view(-1, times, head_size, rows.shape[1])
+    return heads[:, 0].reshape(-1, rows.shape[1])
+
+
+def stream_scale(family: Family, config: PreTrainedConfig) -> float:
+    """What everything that writes the residual stream is multiplied by in the output, 1 for most
+    targets.
+
+    A norm with epsilon e gives the same as one with epsilon c^2 e whose input is c times as large:
+    so a target whose epsilon is fixed holds models with another one exactly.
+    """
+    return 1.0 if family.norm_eps is None else math.sqrt(family.norm_eps / config.rms_norm_eps)
+
+
+def moe_config(family: Family, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The dense config by which a `MoELayer` of the output runs."""
+    if family.norm_eps is None:
+        return config
+    changed = copy.deepcopy(config)
+    changed.rms_norm_eps = family.norm_eps
+    return changed
+
+
 def read_layer_outputs(
     family: Family,
     config: PreTrainedConfig,
@@ -316,17 +444,30 @@ def read_layer_outputs(
 ) -> MoELayer:
     """The inverse of `layer_outputs`. `read`: name in the checkpoint -> tensor."""
     prefix = f"model.layers.{layer}."
-    shared = {}
-    for name in family.shared:
-        tensor = read(prefix + name)
-        if family.interleaved_rotary and name.startswith(_ROTARY):
-            tensor = undo_interleave_rotary(tensor, head_dim(config))
-        shared[name] = tensor
-    experts = [
-        {dense: read(prefix + name.format(expert=number)) for dense, name in family.expert.items()}
-        for number in range(num_experts)
-    ]
-    return MoELayer(shared, experts, read(prefix + family.router))
+
+    def read_parts(names: Iterable[str], outputs: Mapping[str, str]) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = {}
+        for output, inside in _by_output(names, outputs).items():
+            whole = read(prefix + output)
+            rows = max(0, whole.ndim - 2)
+            parts |= zip(inside, whole.chunk(len(inside), dim=rows), strict=True)
+        return parts
+
+    shared = {
+        name: _from_target(family, config, name, tensor)
+        for name, tensor in read_parts(family.shared, family.renamed).items()
+    }
+    if family.stacks_experts:
+        stacked = read_parts(family.expert, family.expert)
+        experts = [{name: stacked[name][n] for name in family.expert} for n in range(num_experts)]
+    else:
+        experts = [
+            {dense: read(prefix + name.format(expert=n)) for dense, name in family.expert.items()}
+            for n in range(num_experts)
+        ]
+    chooser = family.attention_router
+    attention_router = None if chooser is None else read(prefix + chooser)
+    return MoELayer(shared, experts, read(prefix + family.router), attention_router)
 
 
 def layer_outputs(
@@ -335,16 +476,48 @@ def layer_outputs(
     """(name in the checkpoint, tensor) for everything that the target has in one layer."""
     prefix = f"model.layers.{layer}."
     num_experts, hidden = tensors.router.shape
-    for name in family.shared:
-        tensor = tensors.shared[name]
-        if family.interleaved_rotary and name.startswith(_ROTARY):
-            tensor = interleave_rotary(tensor, head_dim(config))
-        yield prefix + name, tensor
+    for output, names in _by_output(family.shared, family.renamed).items():
+        parts = [_to_target(family, config, name, tensors.shared[name]) for name in names]
+        yield prefix + output, parts[0] if len(parts) == 1 else torch.cat(parts)
     sizes = {"hidden": hidden, "experts": num_experts}
     for name, axes in family.zeros.items():
         shape = [sizes.get(axis) or int(axis) for axis in axes.split()]
         yield prefix + name, torch.zeros(shape, dtype=tensors.router.dtype)
     yield prefix + family.router, tensors.router
+    if family.attention_router is not None:
+        assert tensors.attention_router is not None
+        yield prefix + family.attention_router, tensors.attention_router
+    if family.stacks_experts:
+        for output, names in _by_output(family.expert, family.expert).items():
+            matrices = [expert[name] for expert in tensors.experts for name in names]
+            yield prefix + output, torch.cat(matrices).view(num_experts, -1, matrices[0].shape[1])
+        return
     for number, expert in enumerate(tensors.experts):
         for dense_name, name in family.expert.items():
             yield prefix + name.format(expert=number), expert[dense_name]
+
+
+def _by_output(names: Iterable[str], outputs: Mapping[str, str]) -> dict[str, list[str]]:
+    """Name in the output (a tensor's own, unless `outputs` has another) -> the tensors in it."""
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        grouped.setdefault(outputs.get(name, name), []).append(name)
+    return grouped
+
+
+def _to_target(family: Family, config: PreTrainedConfig, name: str, tensor: Tensor) -> Tensor:
+    """A shared tensor with its rows as the target has them."""
+    if family.interleaved_rotary and name.startswith(_ROTARY):
+        return interleave_rotary(tensor, head_dim(config))
+    if family.repeats_kv and name in (_K, _V):
+        return repeat_heads(tensor, head_dim(config), queries_per_kv(config))
+    return tensor
+
+
+def _from_target(family: Family, config: PreTrainedConfig, name: str, tensor: Tensor) -> Tensor:
+    """The inverse of `_to_target`."""
+    if family.interleaved_rotary and name.startswith(_ROTARY):
+        return undo_interleave_rotary(tensor, head_dim(config))
+    if family.repeats_kv and name in (_K, _V):
+        return undo_repeat_heads(tensor, head_dim(config), queries_per_kv(config))
+    return tensor

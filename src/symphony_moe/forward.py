@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from symphony_moe.families import DOWN, GATE, UP, MoELayer
+
+_ATTENTION = "self_attn."
 
 WINDOWS_TOKENS = 4096
 """Tokens run through a layer at once (whole windows, at least one)."""
@@ -63,12 +65,21 @@ def load_moe_layer(
     config: PreTrainedConfig, layer: int, tensors: MoELayer, top_k: int
 ) -> PreTrainedModel:
     """The new model's layer, ready to run: the dense family's attention and norms around a
-    mixture."""
+    mixture; or its norms around two, where experts have attention."""
     model = one_layer_model(config, layer)
-    decoder_layer(model).mlp = MixtureOfExperts(
-        tensors.experts, tensors.router, top_k, ACT2FN[config.hidden_act]
-    )
-    return _with_weights(model, tensors.shared)
+    block = decoder_layer(model)
+    block.mlp = MixtureOfExperts(tensors.experts, tensors.router, top_k, ACT2FN[config.hidden_act])
+    shared = dict(tensors.shared)
+    if tensors.attention_router is not None:
+        common = {name: shared.pop(name) for name in tensors.shared if name.startswith(_ATTENTION)}
+        own = [
+            {name: tensor for name, tensor in expert.items() if name.startswith(_ATTENTION)}
+            for expert in tensors.experts
+        ]
+        block.self_attn = MixtureOfAttention(
+            block.self_attn, [common | expert for expert in own], tensors.attention_router, top_k
+        )
+    return _with_weights(model, shared)
 
 
 def _with_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -168,14 +179,60 @@ class MixtureOfExperts(nn.Module):
         self, hidden: Float[Tensor, "windows sequence hidden"]
     ) -> Float[Tensor, "windows sequence hidden"]:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        gates, chosen = torch.topk(torch.softmax(flat @ self.router.T, dim=-1), self.top_k, dim=-1)
-        gates = gates / gates.sum(dim=-1, keepdim=True)
+        gates, chosen = route(flat, self.router, self.top_k)
         mixed = torch.zeros_like(flat)
         for number, expert in enumerate(self.experts):
             tokens, place = torch.where(chosen == number)
             neurons = gated_neurons(expert, flat[tokens], self.activation)
             mixed.index_add_(0, tokens, neurons @ expert[DOWN].T * gates[tokens, place, None])
         return mixed.view_as(hidden)
+
+
+def route(
+    hidden: Float[Tensor, "tokens hidden"], router: Float[Tensor, "experts hidden"], top_k: int
+) -> tuple[Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"]]:
+    """(gates, experts) of every token: softmax over all, the top_k of them, summing to one."""
+    gates, chosen = torch.topk(torch.softmax(hidden @ router.T, dim=-1), top_k, dim=-1)
+    return gates / gates.sum(dim=-1, keepdim=True), chosen
+
+
+class MixtureOfAttention(nn.Module):
+    """What JetMoE computes in place of attention: each expert's q and o around the k and v that all
+    share; the top_k of the experts' outputs are mixed as in `MixtureOfExperts`.
+
+    Here every expert is the dense family's own module and attends for every token, chosen or not.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        experts: Sequence[Mapping[str, Tensor]],
+        router: Tensor,
+        top_k: int,
+    ) -> None:
+        """`dense`: the family's module; `experts`: its weights for each, by name within the
+        layer."""
+        super().__init__()
+        where = device()
+        # A plain list: their weights are not the layer's, which are loaded by name.
+        self.experts = [copy.deepcopy(dense) for _ in experts]
+        for module, expert in zip(self.experts, experts, strict=True):
+            weights = {k.removeprefix(_ATTENTION): v.float().to(where) for k, v in expert.items()}
+            module.load_state_dict(weights, assign=True)
+        self.router = router.float().to(where)
+        self.top_k = top_k
+
+    def forward(
+        self, hidden_states: Float[Tensor, "windows sequence hidden"], **arguments: Any
+    ) -> tuple[Float[Tensor, "windows sequence hidden"], None]:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        gates, chosen = route(flat, self.router, self.top_k)
+        by_expert = gates.new_zeros(len(flat), len(self.experts)).scatter(1, chosen, gates)
+        mixed = torch.zeros_like(hidden_states)
+        for number, attention in enumerate(self.experts):
+            gate = by_expert[:, number].view(*hidden_states.shape[:-1], 1)
+            mixed += gate * attention(hidden_states=hidden_states, **arguments)[0]
+        return mixed, None
 
 
 def gated_neurons(

@@ -121,7 +121,7 @@ def drop_neurons(
     share: float,
     key: str,
 ) -> dict[str, Tensor]:
-    """An expert (its FFN matrices) of which a random share of the neurons is drawn anew
+    """An expert of which a random share of the neurons is drawn anew
     (Drop-Upcycling; the paper's baseline): the same neurons in every matrix, from a normal
     distribution with the matrix's own mean and standard deviation.
 
@@ -140,4 +140,4 @@ def drop_neurons(
         noise = torch.randn(part.shape, generator=generator)
         fresh = matrix.double().mean() + noise.double() * matrix.double().std(correction=0)
         dropped[name] = matrix.index_copy_(neuron_axis[name], drawn, fresh.to(matrix.dtype))
-    return {name: dropped[name] for name in expert}
+    return {**expert, **dropped}

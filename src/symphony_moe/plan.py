@@ -19,10 +19,13 @@ from symphony_moe.families import (
     FINAL_NORM,
     HEAD,
     HEAD_BIAS,
+    TARGETS,
     Family,
     MoELayer,
     head_dim,
     layer_outputs,
+    queries_per_kv,
+    stream_scale,
     target_config,
 )
 from symphony_moe.forward import LOGITS_AT_ONCE, WINDOWS_TOKENS
@@ -36,6 +39,7 @@ from symphony_moe.sources import (
     anchor_of,
     compare_sources,
     expected_shapes,
+    is_tied,
     refuse_mismatch,
 )
 
@@ -96,16 +100,16 @@ def make_plan(recipe: Recipe, sources: Sequence[Source]) -> Plan:
     wanted = recipe.output.architecture
     if wanted not in ("auto", family.moe):
         raise RecipeError(
-            f"output.architecture: {wanted!r} does not hold {family.dense} exactly; "
-            f"{family.moe!r} does (or write auto)"
+            f"output.architecture: {wanted!r} does not hold {family.dense} with "
+            f"experts.attention {recipe.experts.attention} exactly; {family.moe!r} does (or write "
+            "auto)"
         )
-    tied = all(source.config.tie_word_embeddings for source in sources) and not recipe.folds
+    tied = is_tied(recipe, sources)
     tensors = output_tensors(family, anchor.config, len(sources), tied=tied)
     if family.has_head_bias and recipe.output.head_bias:
         tensors[HEAD_BIAS] = (anchor.config.vocab_size,)
     total = sum(math.prod(shape) for shape in tensors.values())
-    one_expert = sum(math.prod(shape) for name, shape in tensors.items() if ".experts.0." in name)
-    active = total - one_expert * (len(sources) - recipe.router.top_k)
+    active = total - _one_expert(family, anchor.config) * (len(sources) - recipe.router.top_k)
     config = target_config(
         family,
         anchor.config,
@@ -158,15 +162,23 @@ def output_tensors(
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         blank = {name: torch.empty(shapes[prefix + name], device="meta") for name in family.shared}
-        ffn = {name: torch.empty(shapes[prefix + name], device="meta") for name in family.expert}
+        own = {name: torch.empty(shapes[prefix + name], device="meta") for name in family.expert}
         router = torch.empty(num_experts, config.hidden_size, device="meta")
-        moe = MoELayer(blank, [ffn] * num_experts, router)
+        attention_router = None if family.attention_router is None else router
+        moe = MoELayer(blank, [own] * num_experts, router, attention_router)
         for name, tensor in layer_outputs(family, config, layer, moe):
             tensors[name] = tuple(tensor.shape)
     tensors[FINAL_NORM] = shapes[FINAL_NORM]
     if not tied:
         tensors[HEAD] = shapes[EMBEDDING]
     return tensors
+
+
+def _one_expert(family: Family, config: PreTrainedConfig) -> int:
+    """Parameters of one expert, in all layers."""
+    shapes = expected_shapes(config)
+    one_layer = sum(math.prod(shapes[f"model.layers.0.{name}"]) for name in family.expert)
+    return one_layer * config.num_hidden_layers
 
 
 def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
@@ -213,6 +225,7 @@ def _peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> 
     source with its statistics, while they are aligned, fused or fitted; the output head while it is
     fitted. float32 where it waits, float64 where it is fused, matched or solved."""
     hidden, ffn = config.hidden_size, config.intermediate_size
+    family = TARGETS[recipe.experts.attention][config.model_type]
     shapes = expected_shapes(config)
     layer_shapes = {
         name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")
@@ -236,6 +249,11 @@ def _peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> 
     activations = batch * (ffn * 20 + hidden * 40)
     fusing = (num_sources + 2) * largest * 8
     reordered = num_sources * 3 * hidden * ffn * 4
+    if family.stacks_experts:
+        # Two FFN matrices of all experts in one tensor, and that rounded.
+        reordered += num_sources * 2 * hidden * ffn * (4 + BYTES[recipe.output.dtype])
+    if stream_scale(family, config) != 1:
+        reordered += num_sources * (hidden * ffn + largest) * 4
     moments = [
         TABLE_ROWS * hidden * (num_sources * 4 + 16),
         num_sources * layer * 4 + statistics + max(activations, matching, fusing + reordered),
@@ -314,7 +332,21 @@ def _notes(
             "every tensor; llama.cpp's converter refuses it: build with output.head_bias=false "
             "where you want to convert"
         )
-    context = anchor_of(recipe, sources).config.max_position_embeddings
+    anchor = anchor_of(recipe, sources)
+    grown = queries_per_kv(anchor.config)
+    if anchor.family.repeats_kv and grown > 1:
+        notes.append(
+            f"{anchor.family.moe} has a KV head for every query head: k and v, and the KV cache of "
+            f"the result, are {grown} times the sources'"
+        )
+    scale = stream_scale(anchor.family, anchor.config)
+    if scale != 1:
+        notes.append(
+            f"{anchor.family.moe}'s norms have a fixed epsilon of {anchor.family.norm_eps}, "
+            f"{anchor.name}'s {anchor.config.rms_norm_eps}: the residual stream is written "
+            f"{scale:.4g} times as large, which computes the same"
+        )
+    context = anchor.config.max_position_embeddings
     for section in ("calibration", "train", "evaluation"):
         length = getattr(recipe, section).sequence_length
         if length > context:

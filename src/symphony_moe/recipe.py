@@ -50,6 +50,7 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
         "router": {"init": "regression"},
     },
     "btx": _PLAIN_MEAN,
+    "bam": _PLAIN_MEAN | {"experts": {"init": "source", "attention": "source"}},
     "drop-upcycling": _PLAIN_MEAN | {"experts": {"init": "drop"}},
     "sparse-upcycling": _PLAIN_MEAN
     | {
@@ -145,6 +146,9 @@ class Experts(Section):
     init: Literal["source", "drop", "copy"] = "source"
     """`source`: expert i is source i's FFN. `drop`: the same, a share of its neurons drawn anew.
     `copy`: every expert is a copy of the anchor's."""
+    attention: Literal["shared", "source"] = "shared"
+    """`shared`: all of attention is fused. `source`: expert i has source i's q and o too, chosen by
+    a router of their own; only k and v are fused (BAM)."""
     drop_share: float = Field(0.5, ge=0, le=1)
     """Share of each expert's neurons that `drop` draws anew, from a normal distribution with the
     mean and the standard deviation of the matrix."""
@@ -335,6 +339,21 @@ class Recipe(Section):
                 "refit.method: fits each expert to its source, but experts.init drop draws a share "
                 "of its neurons anew; set it to none, or experts.init to source"
             )
+        if self.experts.attention == "source":
+            fits = "a fit knows only attention that all experts share"
+            refused = (
+                ("experts.init", self.experts.init == "copy", "source",
+                 "copies of one expert have no attention of their sources"),
+                ("refit.method", self.refit.method != "none", "none", fits),
+                ("router.init", self.router.init != "random", "random", fits),
+                ("train.gradient_checkpointing", self.train.gradient_checkpointing, "false",
+                 "the stock class of attention experts does not have it"),
+            )  # fmt: skip
+            for setting, is_set, instead, reason in refused:
+                if is_set:
+                    raise ValueError(
+                        f"{setting}: {reason}; set it to {instead}, or experts.attention to shared"
+                    )
         if self.experts.init == "copy":
             of_sources = {
                 "align.residual": self.align.residual == "orthogonal",

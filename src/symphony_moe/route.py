@@ -22,16 +22,17 @@ def windows_for_router(num_sources: int, sequence_length: int, available: int) -
 
 
 def random_router(
-    names: Sequence[str], hidden_size: int, layer: int, seed: int
+    names: Sequence[str], hidden_size: int, layer: int, seed: int, part: str = "router"
 ) -> Float[Tensor, "experts hidden"]:
     """A random linear router (Sec. 3.3): normal, standard deviation 0.02.
 
     Each row is drawn from the seed, the layer and the *name* of the expert's source, so that
-    reordering the sources reorders the rows and changes nothing else.
+    reordering the sources reorders the rows and changes nothing else. `part`: which of a layer's
+    routers it is; each has draws of its own.
     """
     rows = []
     for name in names:
-        digest = hashlib.sha256(f"router/{seed}/{layer}/{name}".encode()).digest()
+        digest = hashlib.sha256(f"{part}/{seed}/{layer}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
         rows.append(torch.randn(hidden_size, generator=generator) * STANDARD_DEVIATION)
     return torch.stack(rows)

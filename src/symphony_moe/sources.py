@@ -32,7 +32,15 @@ from symphony_moe.adapter import Adapter, open_adapter
 from symphony_moe.bundled import source_folder
 from symphony_moe.convert import from_gguf, from_pickle, pickles_of
 from symphony_moe.errors import SourceError, SourceMismatch
-from symphony_moe.families import EMBEDDING, FAMILIES, FINAL_NORM, HEAD, Family, head_dim
+from symphony_moe.families import (
+    EMBEDDING,
+    FAMILIES,
+    FINAL_NORM,
+    HEAD,
+    TARGETS,
+    Family,
+    head_dim,
+)
 from symphony_moe.forward import decoder_layer, one_layer_model
 from symphony_moe.recipe import BUNDLED, Recipe, SourceSpec
 from symphony_moe.shards import sha256_of
@@ -79,10 +87,12 @@ class Source:
     vocabulary: Vocabulary | None = None
     """What it shares with the other sources, where theirs is not its own; `config.vocab_size` is
     the size of that then."""
+    attention: str = "shared"
+    """The recipe's `experts.attention`."""
 
     @property
     def family(self) -> Family:
-        return FAMILIES[self.config.model_type]
+        return TARGETS[self.attention][self.config.model_type]
 
     @property
     def head_name(self) -> str:
@@ -224,7 +234,11 @@ class Source:
 
 def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
     """Open every source of a recipe, in its order, in one vocabulary. See `open_source`."""
-    sources = [open_source(name, spec, download=download) for name, spec in recipe.sources.items()]
+    attention = recipe.experts.attention
+    sources = [
+        open_source(name, spec, download=download, attention=attention)
+        for name, spec in recipe.sources.items()
+    ]
     return share_vocabulary(sources, recipe.anchor, recipe.output.chat or recipe.anchor)
 
 
@@ -253,11 +267,18 @@ def anchor_of(recipe: Recipe, sources: Sequence[Source]) -> Source:
     return next(source for source in sources if source.name == recipe.anchor)
 
 
-def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source:
+def is_tied(recipe: Recipe, sources: Sequence[Source]) -> bool:
+    """Whether the output's head is its token embeddings."""
+    return all(source.config.tie_word_embeddings for source in sources) and not recipe.folds
+
+
+def open_source(
+    name: str, spec: SourceSpec, *, download: bool = True, attention: str = "shared"
+) -> Source:
     """Open a checkpoint from its headers and prove that it is complete.
 
     `download=False` fetches configuration, tokenizer and headers from the hub, but no weights, and
-    does not read weights to compare their hashes.
+    does not read weights to compare their hashes. `attention`: the recipe's `experts.attention`.
     Raises SourceError for a folder or hub id that is not there, an architecture without a family
     table, a variant that the target cannot hold, and missing, surplus or misshapen tensors.
     """
@@ -277,7 +298,7 @@ def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source
         raise SourceError(f"{name}: no such model folder: {folder}")
     origin = folder
     folder, converted = _as_safetensors(name, spec, folder, download=download)
-    config = _read_config(name, folder)
+    config = _read_config(name, folder, attention)
     remote = from_hub and not download and not _has_weights(folder)
     if spec.gguf_file is not None and not download:
         headers = _described(spec.gguf_file, config)
@@ -287,7 +308,7 @@ def open_source(name: str, spec: SourceSpec, *, download: bool = True) -> Source
     if config.tie_word_embeddings:
         # Some tied checkpoints carry their head a second time.
         headers.pop(HEAD, None)
-    source = Source(name, spec.model, folder, config, headers)
+    source = Source(name, spec.model, folder, config, headers, attention=attention)
     if converted:
         source = replace(source, origin=origin, converted=converted)
     _check_tensors(source)
@@ -381,7 +402,7 @@ def _hub_headers(name: str, spec: SourceSpec) -> dict[str, Header]:
     }
 
 
-def _read_config(name: str, folder: Path) -> PreTrainedConfig:
+def _read_config(name: str, folder: Path, attention: str) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise SourceError(f"{name}: {folder} has no config.json; is it a model folder?")
@@ -409,7 +430,7 @@ def _read_config(name: str, folder: Path) -> PreTrainedConfig:
             f"{name}: {folder} is quantized; expected plain floating-point weights. "
             "Use the checkpoint that it was quantized from"
         )
-    for reason, refuses in FAMILIES[model_type].refusals:
+    for reason, refuses in TARGETS[attention][model_type].refusals:
         if refuses(config):
             raise SourceError(f"{name}: {folder} cannot become an expert: {reason}")
     return config

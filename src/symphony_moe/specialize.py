@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 from transformers import PreTrainedModel
 
-from symphony_moe.families import DOWN, EMBEDDING, read_layer_outputs
+from symphony_moe.families import DOWN, EMBEDDING, moe_config, read_layer_outputs
 from symphony_moe.forward import (
     decoder_layer,
     device,
@@ -133,7 +133,7 @@ def compare_experts(
     """Layer -> CKA of the experts' outputs in a checkpoint folder of ours: every expert on every
     token's router input, wherever the router sends the token. The stream between layers is the
     model's own, routed to `top_k` experts."""
-    streams, config = Streams(), anchor.config
+    streams, config = Streams(), moe_config(anchor.family, anchor.config)
     read = tensor_reader(checkpoint)
     streams.embed({"new": text}, config.hidden_size, [(0, read(EMBEDDING))])
     found = []
@@ -245,9 +245,20 @@ def describe_routing(found: Mapping[str, Routing], in_domain: Sequence[str]) -> 
 
 
 def routers(model: PreTrainedModel) -> list[Any]:
-    """A stock model's routers, layer by layer; none in a dense model."""
+    """The routers of a stock model's FFNs, layer by layer; none in a dense model."""
     layers: Any = model.base_model.layers
-    return [layer.mlp.gate for layer in layers if hasattr(layer.mlp, "gate")]
+    return [
+        getattr(layer.mlp, name)
+        for layer in layers
+        for name in ("gate", "router")
+        if hasattr(layer.mlp, name)
+    ]
+
+
+def router_matrix(router: Any) -> Float[Tensor, "experts hidden"]:
+    """A stock router's weights."""
+    weights: Tensor = getattr(router, "layer", router).weight
+    return weights
 
 
 def router_logits(
@@ -256,7 +267,7 @@ def router_logits(
     """What a router thinks of its input (float32), from its matrix: what stock classes give out as
     `router_logits` are probabilities in some versions (transformers 5.0, Mixtral and Qwen3-MoE)
     and logits in others."""
-    return linear(hidden.reshape(-1, hidden.shape[-1]).float(), router.weight.float())
+    return linear(hidden.reshape(-1, hidden.shape[-1]).float(), router_matrix(router).float())
 
 
 class _Sums:
@@ -288,7 +299,7 @@ def observe_routing(model: PreTrainedModel) -> Iterator[Callable[[], Routing]]:
     """Inside the block, every run of a stock MoE adds to what the function that is given returns:
     the routing of all tokens so far."""
     gates = routers(model)
-    sums = _Sums(len(gates), gates[0].weight.shape[0])
+    sums = _Sums(len(gates), len(router_matrix(gates[0])))
 
     def observe(layer: int) -> Any:
         def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
@@ -308,9 +319,31 @@ def _gates_and_choices(
     output: Sequence[Tensor],
 ) -> tuple[Float[Tensor, "tokens places"], Int[Tensor, "tokens places"]]:
     """Weights and experts in a stock router's output, which begins with its logits. Ernie 4.5 gives
-    experts before weights in transformers 5.0, and after them later."""
+    experts before weights in transformers 5.0, and after them later. JetMoE's ends with its logits,
+    and has the weights sorted by expert."""
+    if len(output) == 5:
+        order, _, by_expert, sizes, logits = output
+        experts = torch.arange(len(sizes), device=order.device)
+        chosen = experts.repeat_interleave(torch.tensor(sizes, device=order.device))
+        gates, places = torch.empty_like(by_expert), torch.empty_like(order)
+        gates[order], places[order] = by_expert, chosen
+        return gates.view(len(logits), -1), places.view(len(logits), -1)
     one, other = output[1:]
     return (one, other) if one.is_floating_point() else (other, one)
+
+
+def _with_choices(
+    output: Sequence[Any],
+    gates: Float[Tensor, "tokens places"],
+    chosen: Int[Tensor, "tokens places"],
+) -> tuple[Any, ...]:
+    """A stock router's output with other weights and experts in it: see `_gates_and_choices`."""
+    if len(output) == 5:
+        order = chosen.flatten().argsort()
+        sizes = torch.bincount(chosen.flatten(), minlength=len(output[3])).tolist()
+        return order, order // chosen.shape[1], gates.flatten()[order], sizes, output[4]
+    weights_first = output[1].is_floating_point()
+    return output[0], *((gates, chosen) if weights_first else (chosen, gates))
 
 
 # ------------------------------------------------------------------------------- dynamic routing
@@ -349,16 +382,14 @@ def experts_by_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
     model's own code: experts beyond a token's own get a weight of zero, so this measures losses,
     and no time is saved."""
 
-    def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> tuple[Tensor, ...]:
+    def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> tuple[Any, ...]:
         probability = torch.softmax(router_logits(router, inputs[0]), dim=-1)
         used = rule(probability)
         # A token's own come first, the most probable of them before the others, as in top-k.
         gates, order = probability.masked_fill(~used, 0).sort(dim=1, descending=True, stable=True)
         places = int(used.sum(dim=1).max())
         gates = gates[:, :places] / gates[:, :places].sum(dim=1, keepdim=True)
-        first = output[1].is_floating_point()
-        parts = (gates.to(inputs[0].dtype), order[:, :places])
-        return output[0], *(parts if first else parts[::-1])
+        return _with_choices(output, gates.to(inputs[0].dtype), order[:, :places])
 
     handles = [gate.register_forward_hook(hook) for gate in routers(model)]
     try:

@@ -1,11 +1,13 @@
 """Models as everyone else loads them: stock `AutoModelForCausalLM`, with nothing missing or
 surplus."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from symphony_moe.errors import VerificationError
@@ -31,6 +33,21 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     if wrong:
         raise VerificationError(f"{folder} does not load cleanly in transformers: {wrong}")
     return model.eval().to(device())
+
+
+def ffn_routers(
+    router_logits: Sequence[Float[Tensor, "tokens experts"]], num_layers: int
+) -> Sequence[Float[Tensor, "tokens experts"]]:
+    """Of the router logits that a stock MoE records, those of the FFNs' routers, one tensor a
+    layer. JetMoE records those of attention before them, twice."""
+    per_layer = len(router_logits) // num_layers
+    return router_logits[per_layer - 1 :: per_layer]
+
+
+def balance_weight_name(model: nn.Module) -> str:
+    """What a stock MoE calls the weight of its balance loss. It reads it from the config when it is
+    made, and has a copy of its own from then on."""
+    return next(n for n in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(model, n))
 
 
 def load_source(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -110,6 +110,15 @@ def rotate_residual(
     return rotated
 
 
+def scale_residual(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A layer that writes `scale` times as much to the residual stream: the same function where
+    what it reads is `scale` times as large, and the norms' epsilon `scale` squared times."""
+    if scale == 1:
+        return dict(tensors)
+    writers = {*_WRITERS, *(name.replace("weight", "bias") for name in _WRITERS)}
+    return {n: tensor * scale if n in writers else tensor for n, tensor in tensors.items()}
+
+
 def reorder_heads(
     family: Family, config: PreTrainedConfig, tensors: Mapping[str, Tensor], heads: HeadMap
 ) -> dict[str, Tensor]:

@@ -39,14 +39,14 @@ from symphony_moe.recipe import Recipe, Train
 from symphony_moe.run_folder import RunFolder, publish, retire, write_text
 from symphony_moe.shards import CheckpointWriter, hash_folder
 from symphony_moe.sources import Source
-from symphony_moe.stock import load_stock
+from symphony_moe.stock import balance_weight_name, ffn_routers, load_stock
 from symphony_moe.teach import Teachers, divergence, fit_in_memory
 from symphony_moe.text import draw_windows, is_held_out, read_documents
 
 log = logging.getLogger(__name__)
 
-_ROUTER = re.compile(r"\.(gate|router)\.weight$")
-_EXPERT = re.compile(r"\.experts\.")
+_ROUTER = re.compile(r"\.(gate|router|router\.layer)\.weight$")
+_EXPERT = re.compile(r"\.experts\.(?!bias$)|\.(input|output)_linear\.weight$")
 
 
 def train_run(
@@ -89,8 +89,7 @@ def train_run(
     # The Trainer divides the language-model loss by the tokens of all of a step's batches and adds
     # the batches up; the balance loss comes with each batch, and is divided here.
     batches = settings.gradient_accumulation * trainer.args.world_size * max(1, trainer.args.n_gpu)
-    # The coefficient is read from the config when a model is made, so the model has its own copy.
-    setattr(model, "router_aux_loss_coef", settings.balance_weight / batches)  # noqa: B010
+    setattr(model, balance_weight_name(model), settings.balance_weight / batches)
     try:
         trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
     except (MemoryError, RuntimeError) as error:
@@ -235,8 +234,9 @@ def training_text(recipe: Recipe, sources: Sequence[Source]) -> TrainingText:
 def choose_parameters(model: PreTrainedModel, scope: str) -> int:
     """Freeze what the scope leaves out; the number of parameters that learn.
 
-    `router`: the routers' matrices. `experts`: those and the experts. `all`: everything that the
-    checkpoint stores: the target's extra biases (Ernie's score correction and head bias) stay zero.
+    `router`: the routers' matrices. `experts`: those and the experts' (of FFN and attention).
+    `all`: everything that the checkpoint stores: the target's extra biases (Ernie's score
+    correction and head bias) stay zero.
     """
     for name, parameter in model.named_parameters():
         extra = name.endswith(("e_score_correction_bias", HEAD_BIAS))
@@ -288,7 +288,9 @@ class _Trainer(Trainer):
         numbers = inputs.pop("window").tolist()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._note(balance=outputs.aux_loss.detach() / self.top_k)
-        chosen = torch.stack([rows.detach() for rows in outputs.router_logits]).topk(self.top_k)
+        stock: Any = self.accelerator.unwrap_model(model)
+        routers = ffn_routers(outputs.router_logits, stock.config.num_hidden_layers)
+        chosen = torch.stack([rows.detach() for rows in routers]).topk(self.top_k)
         counts = torch.bincount(chosen.indices.flatten(), minlength=len(self.names))
         shares = counts / counts.sum()
         self._note(**{f"share/{n}": s for n, s in zip(self.names, shares, strict=True)})
@@ -298,7 +300,7 @@ class _Trainer(Trainer):
             for owner, (rows, theirs) in self.teachers.logits(numbers).items():
                 ours, labels = outputs.logits[rows], inputs["labels"][rows]
                 total = total + self._divergence(owner, ours, theirs, labels)
-            coefficient: Any = self.accelerator.unwrap_model(model).router_aux_loss_coef
+            coefficient = getattr(stock, balance_weight_name(stock))
             # As the stock method does for its loss: over the tokens of all of a step's batches, and
             # times the processes, as gradients are averaged over those.
             processes = self.accelerator.num_processes
@@ -489,7 +491,7 @@ def _tokens_per_step(trainer: Trainer, settings: Train) -> int:
 def _curve(trainer: Trainer, settings: Train) -> list[dict[str, int | float]]:
     """What the Trainer has logged: the loss, with teachers the `divergence` from them, the load
     `balance` (1 where every expert is chosen as often as any) and each expert's `share/<source>` of
-    the choices."""
+    the FFN routers' choices."""
     per_step = _tokens_per_step(trainer, settings)
     kept = ("loss", "learning_rate", "divergence", "balance")
     return [

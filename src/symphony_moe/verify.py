@@ -26,6 +26,7 @@ from symphony_moe.families import (
     HEAD,
     HEAD_BIAS,
     layer_outputs,
+    moe_config,
     read_layer_outputs,
 )
 from symphony_moe.forward import load_moe_layer, logits_from_stream, run_layer
@@ -219,20 +220,19 @@ def _recompute(
     layers, or through the checkpoint's where they are fitted: (comparison, the pipeline's
     logits)."""
     anchor = anchor_of(recipe, sources)
+    config = moe_config(anchor.family, anchor.config)
     dtype = getattr(torch, plan.dtype)
     comparison = _Comparison(run.checkpoint)
     record = load_file(run.alignment)
-    stream = torch.empty(*probe.shape, anchor.config.hidden_size)
+    stream = torch.empty(*probe.shape, config.hidden_size)
     fitted = recipe.refit.method != "none" and not _is_plain_mean(recipe, record)
     for name, first, rows in fused_tables(recipe, sources, [EMBEDDING], record):
         rows = rows.to(dtype)
         comparison.add(name, rows, first)
         inside = (probe >= first) & (probe < first + len(rows))
         stream[inside] = rows[probe[inside] - first].float()
-    for layer in range(anchor.config.num_hidden_layers):
-        moe = read_layer_outputs(
-            anchor.family, anchor.config, layer, len(sources), comparison.stored
-        )
+    for layer in range(config.num_hidden_layers):
+        moe = read_layer_outputs(anchor.family, config, layer, len(sources), comparison.stored)
         if not fitted:
             aligned = {
                 s.name: aligned_layer(recipe, s, layer, s.read_layer(layer), record)
@@ -241,15 +241,15 @@ def _recompute(
             assembled = assemble_layer(recipe, sources, layer, aligned).to(dtype)
             router = assembled.router if recipe.router.init == "random" else moe.router
             moe = replace(assembled, router=router)
-            for name, tensor in layer_outputs(anchor.family, anchor.config, layer, moe):
+            for name, tensor in layer_outputs(anchor.family, config, layer, moe):
                 comparison.add(name, tensor)
-        model = load_moe_layer(anchor.config, layer, moe, recipe.router.top_k)
+        model = load_moe_layer(config, layer, moe, recipe.router.top_k)
         stream = run_layer(model, stream)
     norm = fused_final_norm(recipe, sources).to(dtype)
     comparison.add(FINAL_NORM, norm)
     if HEAD_BIAS in plan.tensors:
         comparison.add(HEAD_BIAS, torch.zeros(plan.tensors[HEAD_BIAS], dtype=dtype))
-    eps = anchor.config.rms_norm_eps
+    eps = config.rms_norm_eps
     head = HEAD if HEAD in plan.tensors else EMBEDDING
     if fitted:
         rows = comparison.stored(HEAD).float()
