@@ -23,6 +23,13 @@ from symphony_moe.fuse import drop_neurons
 from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import open_sources
+from symphony_moe.specialize import (
+    OutputCovariance,
+    at_least,
+    compare_experts,
+    experts_by_rule,
+    fixed_experts,
+)
 from symphony_moe.stock import load_stock
 from symphony_moe.twin import scramble
 
@@ -245,6 +252,16 @@ BAM: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("llama", rope("linear", factor=2.0)),
     "dynamic": ("llama", rope("dynamic", factor=2.0)),
     "yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=64)),
+    "longrope": (
+        "llama",
+        rope(
+            "longrope",
+            factor=4.0,
+            short_factor=[1.0, 1.1, 1.2, 1.3],
+            long_factor=[2.0, 3.0, 4.0, 5.0],
+            original_max_position_embeddings=64,
+        ),
+    ),
     "mistral": ("mistral", {"sliding_window": None, "rms_norm_eps": 1e-5}),
 }
 """What JetMoE holds: name -> (variant, changes to its config)."""
@@ -491,8 +508,8 @@ def test_sources_teach_attention_experts(tmp_path: Path) -> None:
     assert gained == pytest.approx(3 * 2 * firsts[0]["balance"], abs=1e-3)
 
 
-def test_routing_shares_are_those_of_the_ffn(bam: Callable[[str], RunFolder]) -> None:
-    """Of three recordings a layer, the one by the FFN's router."""
+def test_routing_is_that_of_the_ffn(bam: Callable[[str], RunFolder]) -> None:
+    """As its routers' matrices say; attention's are neither counted nor changed."""
     model = load_stock(bam("llama").checkpoint)
     probe = torch.randint(300, (4, 40), generator=torch.Generator().manual_seed(0))
     seen: list[torch.Tensor] = []
@@ -501,14 +518,52 @@ def test_routing_shares_are_those_of_the_ffn(bam: Callable[[str], RunFolder]) ->
         layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         for layer in layers
     ]
-    _, shares = losses_and_routing(model, {"x": probe})
+    losses, routing = losses_and_routing(model, {"x": probe})
     for hook in hooks:
         hook.remove()
-    for layer, hidden, found in zip(layers, seen, shares["x"], strict=True):
+    for layer, hidden, found in zip(layers, seen, routing["x"].share, strict=True):
         router = layer.mlp.router.layer.weight.detach()
         chosen = (hidden @ router.T).topk(2).indices.flatten()
         expected = torch.bincount(chosen, minlength=3) / len(chosen)
-        assert found == pytest.approx(expected.tolist(), abs=1e-5)
+        assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+    def best_two(probability: torch.Tensor) -> torch.Tensor:
+        chosen = probability.topk(2).indices
+        return torch.zeros_like(probability, dtype=torch.bool).scatter(1, chosen, True)
+
+    with experts_by_rule(model, best_two):
+        again, by_rule = losses_and_routing(model, {"x": probe})
+    assert again["x"] == pytest.approx(losses["x"], abs=1e-5)
+    assert torch.allclose(by_rule["x"].used, routing["x"].used)
+    alone = []
+    with fixed_experts(model, 1):
+        alone.append(losses_and_routing(model, {"x": probe}))
+    with experts_by_rule(model, at_least(1.0)):
+        alone.append(losses_and_routing(model, {"x": probe}))
+    assert alone[0][0]["x"] == pytest.approx(alone[1][0]["x"], abs=1e-5)
+    assert abs(alone[0][0]["x"] - losses["x"]) > 1e-4
+    assert torch.allclose(alone[0][1]["x"].used.sum(dim=1), torch.ones(2).double())
+
+
+def test_likeness_of_experts_beside_attention_experts(bam: Callable[[str], RunFolder]) -> None:
+    """CKA is that of what the stock model's experts make of what its routers read."""
+    run = bam("large-eps")
+    source = open_sources(run.read_recipe())[0]
+    probe = torch.randint(300, (4, 40), generator=torch.Generator().manual_seed(0))
+    found = compare_experts(run.checkpoint, source, 3, 2, probe)
+    model: Any = load_stock(run.checkpoint)
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(probe)
+        for layer, hidden, alike in zip(model.model.layers, seen, found, strict=True):
+            x = hidden.flatten(0, 1) @ layer.mlp.input_linear.weight.transpose(1, 2)
+            gate, up = x.chunk(2, dim=-1)
+            neurons = torch.nn.functional.silu(gate) * up
+            statistics = OutputCovariance(3, 32)
+            statistics.update(neurons @ layer.mlp.output_linear.weight.transpose(1, 2))
+            assert torch.allclose(statistics.cka(), alike, atol=1e-5)
 
 
 def test_attention_experts_of_twins_are_aligned(tmp_path: Path) -> None:

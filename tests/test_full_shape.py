@@ -249,6 +249,21 @@ def test_released_models_are_planned_as_published(name: str, planned: Callable[.
         assert plan.peak_memory_bytes < sum(PUBLISHED[name].values()) * 4
 
 
+def test_attention_experts_are_planned_at_full_shape(planned: Callable[..., Plan]) -> None:
+    """Four query heads to a KV head: k and v four times as large, q and o once for each expert; the
+    head stays tied."""
+    plan = planned("llama3.2-1b.yaml", "method=bam", "router.top_k=1")
+    hidden, ffn, layers = 2048, 8192, 16
+    expert = 3 * hidden * ffn + 2 * hidden * hidden
+    shared = 2 * hidden * hidden + 2 * hidden + 2 * hidden  # k and v, norms, zero biases
+    layer = shared + 2 * expert + 2 * 2 * hidden
+    assert plan.total_parameters == 128256 * hidden + hidden + layers * layer
+    assert plan.active_parameters == plan.total_parameters - layers * expert
+    assert plan.config["num_key_value_heads"] == 32 and plan.config["kv_channels"] == 64
+    assert plan.config["tie_word_embeddings"] and "lm_head.weight" not in plan.tensors
+    assert any("are 4 times the sources'" in note for note in plan.notes)
+
+
 def test_code_llamas_tokens_come_after_llama_2s(planned: Callable[..., Plan]) -> None:
     plan = planned("llama2-codellama-7b.yaml")
     assert plan.tensors["model.embed_tokens.weight"] == (32004, 4096)

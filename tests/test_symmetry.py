@@ -30,6 +30,7 @@ from symphony_moe.symmetry import (
     reorder_heads,
     reorder_neurons,
     rotate_residual,
+    scale_residual,
     transform_embedding,
     transform_head,
     transform_layer,
@@ -195,6 +196,23 @@ def test_multi_query_and_multi_head_attention_are_groups_too(groups: int, tmp_pa
     model = Model(folder, torch.float64)
     for seed in range(3):
         assert model.change(transformed(model, seed)) <= 1e-9
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stream_of_another_size_is_the_same_function(
+    variant: str, models: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 1, where the epsilon of the norms that read the stream goes along by the square; and not
+    where it stays."""
+    model = models(variant)
+    state = model.map(lambda layer: scale_residual(layer, 0.3))
+    state[EMBEDDING] = state[EMBEDDING] * 0.3
+    assert model.change(state) > 1e-7
+    for name, module in model.module.named_modules():
+        if name.endswith(("layernorm", "model.norm")):
+            monkeypatch.setattr(module, "eps", module.eps * 0.3**2)
+    assert model.change(state) <= 1e-9
+    assert model.change(model.map(lambda layer: scale_residual(layer, 1.0))) > 1e-7
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
