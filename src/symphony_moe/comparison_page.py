@@ -162,7 +162,7 @@ class Chart:
 def render_comparison(
     title: str,
     entries: Entries,
-    limits: Mapping[str, float | None],
+    limits: Mapping[str, Number | None],
     reference: str,
     facts: Sequence[tuple[str, str]],
     settings: Mapping[str, Mapping[str, Any]],
@@ -271,7 +271,7 @@ def incomplete_text(entries: Entries, known: Sequence[str]) -> str:
 
 
 def main_table(
-    entries: Entries, limits: Mapping[str, float | None], reference: str, known: Sequence[str]
+    entries: Entries, limits: Mapping[str, Number | None], reference: str, known: Sequence[str]
 ) -> MainTable:
     """Losses of every method as built and as trained, and what they cost."""
     columns = {
@@ -475,7 +475,7 @@ def mean_curve(
         models = list(of_stage.values())
         if not models:
             return []
-        tokens = _mean([float(entry["tokens"]) for entry in models])
+        tokens = _mean([entry["tokens"] for entry in models])
         return [(tokens, over_all([entry[key] for entry in models]))]
 
     start = max((entry["tokens"] for entry in built.values()), default=-math.inf)
@@ -496,7 +496,7 @@ def mean_curve(
     return [*end(built), *on_the_way, *end(trained)], len(set().union(*positions) - common)
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[Number]) -> float:
     return math.fsum(values) / len(values)
 
 
@@ -622,7 +622,7 @@ def left_out(curves: Mapping[str, tuple[Sequence[tuple[float, Spread | None]], i
     return sentences
 
 
-def apart(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def apart(positions: Sequence[Number], gap: Number, low: Number, high: Number) -> list[float]:
     """Positions moved as little as it takes to stand `gap` apart between `low` and `high`, in the
     order that they had."""
     # Neighbours that are too close become one group, whose middle is where their own mean is.
