@@ -1,10 +1,12 @@
 """`metrics.json`, the plan and the recipe to one self-contained HTML page.
 
 A pure function of what the other stages measured: nothing is measured or fetched here, and the page
-loads nothing. Python makes the numbers and their words, `report.html.j2` the markup.
+loads nothing. Python makes the numbers and their words, `report.html.j2` the markup, `page.css` the
+style.
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -208,17 +210,13 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
     `plan` is `Plan.to_json()`, `recipe` is `Recipe.model_dump(mode="json")`. Losses are nats per
     token; NaN, infinite and null ones (a model that diverged) are shown as such.
     """
-    import jinja2
     import yaml
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = resources.files("symphony_moe").joinpath("report.html.j2").read_text("utf-8")
     training = metrics.get("training") or {}
     routing = metrics.get("routing") or {}
     top_k = recipe["router"]["top_k"]
-    return environment.from_string(template).render(
+    return fill(
+        "report.html.j2",
         recipe=recipe,
         plan=plan,
         title=title(recipe["sources"]),
@@ -252,6 +250,19 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
         timing=timing_rows(metrics.get("timing") or {}, plan),
         recipe_yaml=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
     )
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page out of one of this package's templates, in the style that all pages share."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    package = resources.files("symphony_moe")
+    style = textwrap.indent(package.joinpath("page.css").read_text("utf-8"), "  ")
+    page = environment.from_string(package.joinpath(template).read_text("utf-8"))
+    return page.render(style=style, **values)
 
 
 def title(sources: Iterable[str]) -> str:
