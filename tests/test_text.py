@@ -1,7 +1,10 @@
 """One rule says what is held out, one rule says how documents become windows."""
 
+import hashlib
 import json
 import logging
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from conftest import make_text, make_tokenizer
+from conftest import VARIANTS, WORDS, make_text, make_tokenizer
 from symphony_moe.calibrate import aside_windows, calibration_windows
 from symphony_moe.errors import TextError
 from symphony_moe.recipe import HubData, Refit, Router, resolve_recipe
+from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import open_sources
 from symphony_moe.text import (
     check_data_exists,
+    draw_packed,
     draw_windows,
     is_held_out,
     pack_windows,
@@ -223,6 +228,97 @@ def test_text_shorter_than_a_window_is_refused(tokenizer: PreTrainedTokenizerBas
         draw_windows(
             "text of b", ["ab", "cd"], tokenizer, tokens=640, sequence_length=64, seed=0
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bos", "tokens", "length", "seed", "count", "digest"),
+    [
+        (True, 64, 16, 0, 4, "e97b3e7c8283ab5c"),
+        (True, 5000, 128, 7, 39, "f870bb0890c6f9fa"),
+        (True, 10**6, 33, 114514, 914, "0c272f5ea361a36d"),
+        (False, 64, 16, 0, 4, "177091dbd8370072"),
+        (False, 5000, 128, 7, 39, "3c21c6d2538cd803"),
+        (False, 10**6, 33, 114514, 902, "f1a84365381aa851"),
+    ],
+)
+def test_the_windows_are_those_they_always_were(
+    bos: bool,
+    tokens: int,
+    length: int,
+    seed: int,
+    count: int,
+    digest: str,
+    tokenizer: PreTrainedTokenizerBase,
+    plain: PreTrainedTokenizerBase,
+) -> None:
+    """Byte for byte, so that a recipe means the same text in every version: recorded hashes."""
+    documents = [
+        " ".join(WORDS[number * step % 12] for step in range(1, 5 + number % 60)) + f" {number} é"
+        for number in range(400)
+    ]
+    windows = draw_windows(
+        "w", documents, tokenizer if bos else plain,
+        tokens=tokens, sequence_length=length, seed=seed,
+    )  # fmt: skip
+    assert windows.shape == (count, length) and windows.dtype == torch.int64
+    found = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+    assert found[:16] == digest
+
+
+# ------------------------------------------------------------------------------------ positions
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_positions_count_from_the_beginning_of_document_and_window(
+    bos: bool, tokenizer: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase
+) -> None:
+    """Documents of one letter each, of 1 to 39 tokens: where the letter (or with a BOS, the BOS)
+    begins, the position is 0, and everywhere else it is one more than before."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    documents = [letters[number % 26] * (1 + number * 7 % 39) for number in range(26)]
+    chosen = tokenizer if bos else plain
+    settings = {"tokens": 200, "sequence_length": 16, "seed": 3}
+    drawn = draw_packed("w", documents, chosen, **settings)
+    assert torch.equal(drawn.windows, draw_windows("w", documents, chosen, **settings))
+    assert drawn.positions.dtype == torch.int64
+    for window, positions in zip(drawn.windows.tolist(), drawn.positions.tolist(), strict=True):
+        expected: list[int] = []
+        for place, token in enumerate(window):
+            begins = token == BOS if bos else place == 0 or token != window[place - 1]
+            expected.append(0 if begins or place == 0 else expected[-1] + 1)
+        assert positions == expected
+    assert (drawn.positions[:, 1:] == 0).any() and (drawn.positions == 15).any()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stock_models_attend_to_a_tokens_own_document(
+    variant: str, attention: str, built: Callable[[str], RunFolder]
+) -> None:
+    """Every target: in a packed window, a document's logits are those that it has alone; without
+    the positions they are others."""
+    folder = built(variant).checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()
+    documents = [" ".join(WORDS[first : first + 5]) + f" {first}" for first in range(6)]
+    text = draw_packed("w", documents, tokenizer, tokens=60, sequence_length=30, seed=0)
+    with torch.inference_mode():
+        packed = model(
+            text.windows, position_ids=text.positions, attention_mask=None, use_cache=False
+        ).logits
+        crossing = model(text.windows, attention_mask=None, use_cache=False).logits
+        num_inner = 0
+        for row, positions in enumerate(text.positions):
+            starts = [*torch.where(positions == 0)[0].tolist(), len(positions)]
+            for first, end in pairwise(starts):
+                alone = model(text.windows[row : row + 1, first:end], use_cache=False).logits[0]
+                torch.testing.assert_close(packed[row, first:end], alone, rtol=1e-4, atol=1e-4)
+                if first:
+                    num_inner += 1
+                    assert (crossing[row, first:end] - alone).abs().max() > 1e-2
+    assert num_inner >= 2
 
 
 # -------------------------------------------------------------------------------------- reading

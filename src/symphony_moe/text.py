@@ -6,17 +6,21 @@ One rule each, shared by calibration, training, evaluation and the training of t
   split depends neither on the order of the documents nor on what else there is;
 - every document is preceded by the tokenizer's BOS (where it has one), documents are packed end to
   end, and the stream is cut into windows of `sequence_length`. The last, incomplete window is
-  dropped.
+  dropped. `Packed` windows say where each token stands in its document, so that attention need not
+  cross from one document into the next.
 """
 
 import hashlib
 import json
 import logging
 import random
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -57,19 +61,35 @@ def split_aside(documents: Sequence[str], share: float) -> tuple[list[str], list
     return [d for d in documents if d not in chosen], [d for d in documents if d in chosen]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Windows of documents packed end to end, and where their tokens stand.
+
+    Stock models that are given `positions` as `position_ids`, no attention mask and no cache
+    (`use_cache=False`) take every 0 for the beginning of a text of its own, and attend to nothing
+    before it.
+    """
+
+    windows: Int[Tensor, "windows sequence"]
+    positions: Int[Tensor, "windows sequence"]
+    """A token's place in its document, counted from 0 at the document's beginning, or at the
+    window's where the document began before it."""
+
+
 def pack_windows(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
 ) -> Int[Tensor, "windows sequence"]:
     """Tokenize documents in the order given and cut the packed stream into windows (int64)."""
-    stream: list[int] = []
+    stream = array("i")
     for document in documents:
-        stream += _tokenize(document, tokenizer)
-    return _cut(stream, sequence_length)
+        stream.extend(_tokenize(document, tokenizer))
+    return cut(torch.from_numpy(numpy.asarray(stream)), sequence_length).long()
 
 
-def _cut(stream: list[int], sequence_length: int) -> Int[Tensor, "windows sequence"]:
+def cut(stream: Int[Tensor, " stream"], sequence_length: int) -> Int[Tensor, "windows sequence"]:
+    """The whole windows of a stream, as a view; what is left over is dropped."""
     whole = len(stream) // sequence_length * sequence_length
-    return torch.tensor(stream[:whole], dtype=torch.int64).view(-1, sequence_length)
+    return stream[:whole].view(-1, sequence_length)
 
 
 def _tokenize(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -91,40 +111,89 @@ def draw_windows(
     sequence_length: int,
     seed: int,
 ) -> Int[Tensor, "windows sequence"]:
+    """The windows of `draw_packed` alone (int64)."""
+    return draw_packed(
+        who, documents, tokenizer, tokens=tokens, sequence_length=sequence_length, seed=seed
+    ).windows
+
+
+def draw_packed(
+    who: str,
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    sequence_length: int,
+    seed: int,
+) -> Packed:
     """Windows drawn at random over the whole text, `tokens` in total (rounded down to whole
-    windows, at least one).
+    windows, at least one), int64, in memory.
 
     Documents are packed in an order drawn from `seed`, up to four times the tokens asked for, and
     the windows are drawn from those without repetition. Less text than asked for is said in a
     warning and used as it is; text that does not fill one window raises TextError. `who` names the
     text in both.
     """
-    if not documents:
+    wanted = max(1, tokens // sequence_length)
+    stream, places, num_documents = array("i"), array("i"), 0
+    for ids in pooled(documents, tokenizer, tokens=wanted * sequence_length, seed=seed):
+        stream.extend(ids)
+        places.extend(range(len(ids)))
+        num_documents += 1
+    pool = [
+        cut(torch.from_numpy(numpy.asarray(values)), sequence_length) for values in (stream, places)
+    ]
+    chosen = choose_windows(who, num_documents, len(pool[0]), wanted, sequence_length, seed)
+    drawn = packed(pool[0][chosen], pool[1][chosen])
+    return Packed(drawn.windows.long(), drawn.positions.long())
+
+
+def pooled(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int
+) -> Iterator[list[int]]:
+    """Token ids of one document after the other, in an order drawn from `seed`, until there are
+    enough to draw `tokens` of them at random."""
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    count = 0
+    for index in order:
+        ids = _tokenize(documents[index], tokenizer)
+        yield ids
+        count += len(ids)
+        if count >= _POOL * tokens:
+            return
+
+
+def choose_windows(
+    who: str, num_documents: int, num_windows: int, wanted: int, sequence_length: int, seed: int
+) -> Int[Tensor, " chosen"]:
+    """Which of a pool's windows are used: `wanted` of them in an order drawn from `seed`, or all
+    that there are, with a warning. Raises TextError where there is none."""
+    if num_documents == 0:
         raise TextError(
             f"{who}: no document falls on this side of the hold-out (it is decided by the hash of "
             "a document's text); give text in more documents"
         )
-    wanted = max(1, tokens // sequence_length)
-    order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)
-    stream: list[int] = []
-    for index in order:
-        if len(stream) >= _POOL * wanted * sequence_length:
-            break
-        stream += _tokenize(documents[index], tokenizer)
-    windows = _cut(stream, sequence_length)
-    if len(windows) == 0:
+    if num_windows == 0:
         raise TextError(
-            f"{who}: {len(documents)} documents do not fill one window of {sequence_length} "
+            f"{who}: {num_documents} documents do not fill one window of {sequence_length} "
             "tokens; give more text or set a smaller sequence_length"
         )
-    if len(windows) < wanted:
+    if num_windows < wanted:
         log.warning(
             "%s: %s tokens asked for, the text has %s; using those",
-            who, f"{wanted * sequence_length:,}", f"{windows.numel():,}",
+            who, f"{wanted * sequence_length:,}", f"{num_windows * sequence_length:,}",
         )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    return windows[torch.randperm(len(windows), generator=generator)[:wanted]]
+    return torch.randperm(num_windows, generator=generator)[:wanted]
+
+
+def packed(
+    windows: Int[Tensor, "windows sequence"], places: Int[Tensor, "windows sequence"]
+) -> Packed:
+    """Windows with their positions. `places`: each token's place in its whole document."""
+    # A document that began before the window has gone on for longer than the window has.
+    return Packed(windows, places.minimum(torch.arange(places.shape[1], dtype=places.dtype)))
 
 
 def read_documents(
