@@ -367,6 +367,21 @@ def test_paths_are_relative_to_the_recipe_not_to_the_caller(
         assert recipe.evaluation.extra["o"] == str(home / "o.txt")
 
 
+def test_data_are_streamed_where_the_recipe_says_so(tmp_path: Path) -> None:
+    """Not otherwise; and it is written down in the resolved recipe."""
+    content = copy.deepcopy(BASE)
+    content["sources"]["c"]["data"]["streaming"] = True
+    recipe = resolve_recipe(content, tmp_path, "recipe.yaml")
+    again = resolve_recipe(yaml.safe_load(recipe.to_yaml()), tmp_path, "recipe.yaml")
+    for found in (recipe, again):
+        data, other = found.sources["c"].data, found.evaluation.extra["other"]
+        assert isinstance(data, HubData) and data.streaming
+        assert isinstance(other, HubData) and not other.streaming
+    content["sources"]["c"]["data"]["streaming"] = "sometimes"
+    with pytest.raises(RecipeError, match=r"sources\.c\.data\.HubData\.streaming: .*'sometimes'"):
+        resolve_recipe(content, tmp_path, "recipe.yaml")
+
+
 @pytest.mark.parametrize("bad", ["a\0b", "~nobody-of-that-name/x", "x" * 5000])
 def test_paths_that_no_file_can_have_are_refused_or_left_for_the_lookup(
     bad: str, tmp_path: Path

@@ -1,31 +1,43 @@
 """One rule says what is held out, one rule says how documents become windows."""
 
+import hashlib
+import itertools
 import json
 import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from conftest import make_text, make_tokenizer
+from conftest import VARIANTS, WORDS, make_text, make_tokenizer
+from symphony_moe import text as text_module
 from symphony_moe.calibrate import aside_windows, calibration_windows
 from symphony_moe.errors import TextError
+from symphony_moe.evaluate import held_out_windows
 from symphony_moe.recipe import HubData, Refit, Router, resolve_recipe
+from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import open_sources
 from symphony_moe.text import (
+    DocumentStream,
     check_data_exists,
+    draw_packed,
     draw_windows,
     is_held_out,
     pack_windows,
     read_documents,
     split_aside,
+    split_held_out,
 )
 
 CHAT = [{"role": "user", "content": "alpha?"}, {"role": "assistant", "content": "beta."}]
@@ -223,6 +235,97 @@ def test_text_shorter_than_a_window_is_refused(tokenizer: PreTrainedTokenizerBas
         draw_windows(
             "text of b", ["ab", "cd"], tokenizer, tokens=640, sequence_length=64, seed=0
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bos", "tokens", "length", "seed", "count", "digest"),
+    [
+        (True, 64, 16, 0, 4, "e97b3e7c8283ab5c"),
+        (True, 5000, 128, 7, 39, "f870bb0890c6f9fa"),
+        (True, 10**6, 33, 114514, 914, "0c272f5ea361a36d"),
+        (False, 64, 16, 0, 4, "177091dbd8370072"),
+        (False, 5000, 128, 7, 39, "3c21c6d2538cd803"),
+        (False, 10**6, 33, 114514, 902, "f1a84365381aa851"),
+    ],
+)
+def test_the_windows_are_those_they_always_were(
+    bos: bool,
+    tokens: int,
+    length: int,
+    seed: int,
+    count: int,
+    digest: str,
+    tokenizer: PreTrainedTokenizerBase,
+    plain: PreTrainedTokenizerBase,
+) -> None:
+    """Byte for byte, so that a recipe means the same text in every version: recorded hashes."""
+    documents = [
+        " ".join(WORDS[number * step % 12] for step in range(1, 5 + number % 60)) + f" {number} é"
+        for number in range(400)
+    ]
+    windows = draw_windows(
+        "w", documents, tokenizer if bos else plain,
+        tokens=tokens, sequence_length=length, seed=seed,
+    )  # fmt: skip
+    assert windows.shape == (count, length) and windows.dtype == torch.int64
+    found = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+    assert found[:16] == digest
+
+
+# ------------------------------------------------------------------------------------ positions
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_positions_count_from_the_beginning_of_document_and_window(
+    bos: bool, tokenizer: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase
+) -> None:
+    """Documents of one letter each, of 1 to 39 tokens: where the letter (or with a BOS, the BOS)
+    begins, the position is 0, and everywhere else it is one more than before."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    documents = [letters[number % 26] * (1 + number * 7 % 39) for number in range(26)]
+    chosen = tokenizer if bos else plain
+    settings = {"tokens": 200, "sequence_length": 16, "seed": 3}
+    drawn = draw_packed("w", documents, chosen, **settings)
+    assert torch.equal(drawn.windows, draw_windows("w", documents, chosen, **settings))
+    assert drawn.positions.dtype == torch.int64
+    for window, positions in zip(drawn.windows.tolist(), drawn.positions.tolist(), strict=True):
+        expected: list[int] = []
+        for place, token in enumerate(window):
+            begins = token == BOS if bos else place == 0 or token != window[place - 1]
+            expected.append(0 if begins or place == 0 else expected[-1] + 1)
+        assert positions == expected
+    assert (drawn.positions[:, 1:] == 0).any() and (drawn.positions == 15).any()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stock_models_attend_to_a_tokens_own_document(
+    variant: str, attention: str, built: Callable[[str], RunFolder]
+) -> None:
+    """Every target: in a packed window, a document's logits are those that it has alone; without
+    the positions they are others."""
+    folder = built(variant).checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()
+    documents = [" ".join(WORDS[first : first + 5]) + f" {first}" for first in range(6)]
+    drawn = draw_packed("w", documents, tokenizer, tokens=60, sequence_length=30, seed=0)
+    with torch.inference_mode():
+        packed = model(
+            drawn.windows, position_ids=drawn.positions, attention_mask=None, use_cache=False
+        ).logits
+        crossing = model(drawn.windows, attention_mask=None, use_cache=False).logits
+        num_inner = 0
+        for row, positions in enumerate(drawn.positions):
+            starts = [*torch.where(positions == 0)[0].tolist(), len(positions)]
+            for first, end in pairwise(starts):
+                alone = model(drawn.windows[row : row + 1, first:end], use_cache=False).logits[0]
+                torch.testing.assert_close(packed[row, first:end], alone, rtol=1e-4, atol=1e-4)
+                if first:
+                    num_inner += 1
+                    assert (crossing[row, first:end] - alone).abs().max() > 1e-2
+    assert num_inner >= 2
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -483,3 +586,260 @@ def test_copies_of_a_document_stay_on_one_side() -> None:
     fitted, aside = split_aside(documents, 1 / 8)
     assert not set(fitted) & set(aside) and len(fitted) + len(aside) == 200
     assert len(set(aside)) == 2 and len(aside) == 20
+
+
+# ------------------------------------------------------------------------------------ streaming
+
+
+def make_set(folder: Path, documents: Iterable[str], kind: str = "parquet", rows: int = 50) -> str:
+    """A local data set of many small files, `rows` documents in each."""
+    folder.mkdir(parents=True)
+    left = list(documents)
+    for number, first in enumerate(range(0, len(left), rows)):
+        path = folder / f"{number:04d}.{kind}"
+        if kind == "jsonl":
+            lines(path, [{"text": document} for document in left[first : first + rows]])
+        else:
+            table = pyarrow.table({"text": left[first : first + rows]})
+            pyarrow.parquet.write_table(table, path)
+    return str(folder)
+
+
+def streamed(folder: str, tokenizer: PreTrainedTokenizerBase) -> DocumentStream:
+    found = read_documents("text of b", HubData(hub=folder, streaming=True), "unused", tokenizer)
+    assert isinstance(found, DocumentStream)
+    return found
+
+
+def numbers(windows: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What `one_token_documents` fill windows of nine tokens with."""
+    return [int(str(tokenizer.decode(window[1:]))) for window in windows.tolist()]
+
+
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library rests five seconds after each shuffled stream of parquet files."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
+@pytest.fixture
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "_SHUFFLE_BUFFER", 20)
+
+
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every table that the library reads."""
+    from datasets.packaged_modules.json.json import Json
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    counts: list[int] = []
+    for builder in (Json, Parquet):
+        original = builder._generate_tables
+
+        def counting(
+            *arguments: Any, _original: Any = original, **named: Any
+        ) -> Iterator[tuple[Any, Any]]:
+            for key, table in _original(*arguments, **named):
+                counts.append(table.num_rows)
+                yield key, table
+
+        monkeypatch.setattr(builder, "_generate_tables", counting)
+    return counts
+
+
+@pytest.mark.usefixtures("small_buffer")
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_stream_is_read_no_farther_than_needed(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, rows_read: list[int]
+) -> None:
+    """Ten windows are drawn from forty documents: those, what they are shuffled among, and what is
+    left of ten files (the library opens so many at a time), of 1,000 documents as of 5,000."""
+    settings: dict[str, int] = {"tokens": 90, "sequence_length": 9, "seed": 1}
+    for size in (1000, 5000):
+        rows_read.clear()
+        folder = make_set(tmp_path / str(size), one_token_documents(size), kind)
+        documents = streamed(folder, tokenizer)
+        windows = draw_windows("text of b", documents, tokenizer, **settings)
+        assert len(set(numbers(windows, tokenizer))) == 10
+        assert 40 <= sum(rows_read) <= 40 + 20 + 10 * 50
+
+
+@pytest.mark.usefixtures("small_buffer")
+def test_much_of_a_stream_is_not_pooled_four_times(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But with so many tokens to spare as are allowed: each is fetched over the network."""
+    monkeypatch.setattr(text_module, "_STREAM_SPARE", 45)
+    folder = make_set(tmp_path / "set", one_token_documents(400))
+    given: list[str] = []
+
+    def note(document: str) -> bool:
+        given.append(document)
+        return True
+
+    documents = streamed(folder, tokenizer).where(note)
+    settings: dict[str, int] = {"tokens": 900, "sequence_length": 9, "seed": 1}
+    assert len(draw_windows("w", documents, tokenizer, **settings)) == 100
+    assert len(given) == 105
+
+
+@pytest.mark.usefixtures("small_buffer")
+def test_a_stream_is_drawn_from_by_the_seed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Same seed, same windows; another seed, others: of other files, in another order."""
+    folder = make_set(tmp_path / "set", one_token_documents(1000))
+
+    def draw(seed: int) -> torch.Tensor:
+        documents = streamed(folder, tokenizer)
+        return draw_windows(
+            "w", documents, tokenizer, tokens=900, sequence_length=9, seed=seed
+        )  # fmt: skip
+
+    assert torch.equal(draw(5), draw(5))
+    first, second = (numbers(draw(seed), tokenizer) for seed in (5, 6))
+    assert len({number // 50 for number in first}) > 2
+    assert len(set(first) & set(second)) < 90
+    assert first != sorted(first)
+
+
+@pytest.mark.usefixtures("small_buffer")
+def test_a_stream_is_split_by_the_hash_of_each_document(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Held-out documents are those of the rule for files, and documents are set aside by a hash
+    of their own; copies stay together; both sides together are all."""
+    documents = [*one_token_documents(600), *one_token_documents(60)]
+    stream = streamed(make_set(tmp_path / "set", documents), tokenizer)
+    assert list(stream) == documents
+    for form in (documents, stream):
+        training, held_out = split_held_out(form, 0.1)
+        assert list(training) == [d for d in documents if not is_held_out(d, 0.1)]
+        assert list(held_out) == [d for d in documents if is_held_out(d, 0.1)]
+    training, _ = split_held_out(stream, 0.1)
+    assert isinstance(training, DocumentStream)
+    fitted, aside = (list(part) for part in split_aside(training, 1 / 8))
+    assert sorted(fitted + aside) == sorted(training) and not set(fitted) & set(aside)
+    assert abs(len(set(aside)) - 540 / 8) < 4 * (540 / 8 * 7 / 8) ** 0.5
+    # The order by the hash is that of the rule for files.
+    of_files = split_aside(list(training), len(set(aside)) / len(set(training)))[1]
+    assert set(of_files) == set(aside)
+
+
+def test_calibration_and_evaluation_read_streams(tmp_path: Path) -> None:
+    """Each its own side: as many windows as are asked for, and no document in two of them."""
+    words = [f"{number:05d} " + WORDS[number % 12] * 3 for number in range(3000)]
+    data = {"hub": make_set(tmp_path / "set", words), "streaming": True}
+    sources = {
+        name: {"model": f"bundled:strangers/{name}", "data": data}
+        for name in ("arithmetic", "records")
+    }
+    content = {
+        "sources": sources,
+        "method": "harmonized",
+        "calibration": {"tokens": 2 * 40 * 64, "sequence_length": 64},
+        "evaluation": {"tokens": 640, "sequence_length": 64, "holdout": 0.2},
+    }
+    recipe = resolve_recipe(content, tmp_path, "x")
+    opened = open_sources(recipe)
+    sides = [
+        windows["arithmetic"]
+        for windows in (
+            calibration_windows(recipe, opened),
+            aside_windows(recipe, opened),
+            held_out_windows(recipe, opened),
+        )
+    ]
+    assert [len(windows) for windows in sides] == [36, 4, 10]
+    found = [
+        {
+            number
+            for window in windows.tolist()
+            for number in re.findall(r"(\d{5}) ", str(opened[0].tokenizer.decode(window)))
+        }
+        for windows in sides
+    ]
+    assert all(found)
+    assert not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
+
+
+@pytest.mark.usefixtures("small_buffer")
+def test_a_short_stream_is_used_as_it_is_or_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the words that files have."""
+    stream = streamed(make_set(tmp_path / "short", one_token_documents(7)), tokenizer)
+    with caplog.at_level(logging.WARNING, "symphony_moe"):
+        windows = draw_windows(
+            "text of b", stream, tokenizer, tokens=900, sequence_length=9, seed=0
+        )  # fmt: skip
+    assert sorted(numbers(windows, tokenizer)) == list(range(7))
+    assert "text of b: 900 tokens asked for, the text has 63; using those" in caplog.text
+    with pytest.raises(TextError, match=r"text of b: 7 documents do not fill one window of 64"):
+        draw_windows("text of b", stream, tokenizer, tokens=640, sequence_length=64, seed=0)
+    with pytest.raises(TextError, match=r"text of b: no document falls on this side"):
+        draw_windows(
+            "text of b", stream.where(lambda document: False), tokenizer,
+            tokens=90, sequence_length=9, seed=0,
+        )  # fmt: skip
+    blank = streamed(make_set(tmp_path / "blank", [" ", "\n"]), tokenizer)
+    with pytest.raises(TextError, match=r"text of b: no text in dataset .*blank"):
+        draw_windows("text of b", blank, tokenizer, tokens=90, sequence_length=9, seed=0)
+
+
+class EndlessRows:
+    """What `datasets.load_dataset` could return: rows without an end, then without a connection."""
+
+    def __init__(self, breaks_at: int | None = None) -> None:
+        self.breaks_at = breaks_at
+
+    def shuffle(self, seed: int, buffer_size: int) -> "EndlessRows":
+        assert buffer_size == 10_000
+        return self
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for number in itertools.count():
+            if number == self.breaks_at:
+                raise ConnectionError("the server\n  hung up")
+            yield {"text": f"{number:08d}"}
+
+
+def test_an_endless_stream_ends(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When there is enough, or when all of many documents were of no use."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: EndlessRows())
+    monkeypatch.setattr(text_module, "_PATIENCE", 1000)
+    stream = streamed("some/set", tokenizer)
+    settings: dict[str, int] = {"tokens": 90, "sequence_length": 9, "seed": 0}
+    assert draw_windows("w", stream, tokenizer, **settings).shape == (10, 9)
+    rare = stream.where(lambda document: document.endswith("999"))
+    assert draw_windows("w", rare, tokenizer, **settings).shape == (10, 9)
+    with pytest.raises(TextError, match=r"text of b: 1,000 documents of dataset some/set in a row"):
+        draw_windows("w", stream.where(lambda document: False), tokenizer, **settings)
+
+
+def test_a_stream_that_breaks_off_says_so_in_one_line(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the library's own retries; what came before is not taken for all."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: EndlessRows(breaks_at=20))
+    expected = r"^text of b: dataset 'some/set' cannot be loaded: the server hung up$"
+    with pytest.raises(TextError, match=expected):
+        draw_windows(
+            "w", streamed("some/set", tokenizer), tokenizer, tokens=900, sequence_length=9, seed=0
+        )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(
+    streaming: bool, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    data = HubData(hub="some/set", streaming=streaming)
+    with pytest.raises(TextError) as caught:
+        list(read_documents("text of b", data, "text", tokenizer))
+    assert str(caught.value).startswith("text of b: dataset 'some/set' cannot be loaded: Couldn't")
+    assert "\n" not in str(caught.value)

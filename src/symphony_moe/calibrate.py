@@ -23,7 +23,13 @@ from symphony_moe.forward import device, load_dense_layer, observe, run_layer
 from symphony_moe.recipe import Recipe
 from symphony_moe.sources import Source
 from symphony_moe.streams import Streams, Windows, windows_at_once
-from symphony_moe.text import draw_windows, is_held_out, read_documents, split_aside
+from symphony_moe.text import (
+    Documents,
+    draw_windows,
+    read_documents,
+    split_aside,
+    split_held_out,
+)
 
 _ASIDE_DOCUMENTS = 1 / 8
 """Share of a source's documents that a fit is judged by."""
@@ -60,18 +66,16 @@ def aside_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Window
     return windows
 
 
-def _documents(recipe: Recipe, source: Source) -> tuple[list[str], list[str]]:
+def _documents(recipe: Recipe, source: Source) -> tuple[Documents, Documents]:
     """(to fit on, to judge a fit by); where nothing is fitted, the former are all."""
     spec = recipe.sources[source.name]
     who = f"calibration text of {source.name}"
-    documents = read_documents(who, spec.data, spec.column, source.own_tokenizer)
-    documents = [d for d in documents if not is_held_out(d, recipe.evaluation.holdout)]
+    documents: Documents = read_documents(who, spec.data, spec.column, source.own_tokenizer)
+    documents, _ = split_held_out(documents, recipe.evaluation.holdout)
     return split_aside(documents, _ASIDE_DOCUMENTS) if recipe.fits else (documents, [])
 
 
-def _draw(
-    recipe: Recipe, source: Source, what: str, documents: Sequence[str], windows: int
-) -> Windows:
+def _draw(recipe: Recipe, source: Source, what: str, documents: Documents, windows: int) -> Windows:
     length = recipe.calibration.sequence_length
     return draw_windows(
         f"{what} of {source.name}",

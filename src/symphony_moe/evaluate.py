@@ -38,7 +38,7 @@ from symphony_moe.specialize import (
     shared_text,
 )
 from symphony_moe.stock import load_source, load_stock
-from symphony_moe.text import draw_windows, is_held_out, read_documents
+from symphony_moe.text import Documents, draw_windows, read_documents, split_held_out
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +119,9 @@ def held_out_windows(
         spec = recipe.sources.get(name)
         tokenizer = next((s.own_tokenizer for s in sources if s.name == name), anchor.tokenizer)
         who = f"held-out text of {name}"
-        documents = read_documents(who, data, spec.column if spec else "text", tokenizer)
+        documents: Documents = read_documents(who, data, spec.column if spec else "text", tokenizer)
         if spec:
-            documents = [d for d in documents if is_held_out(d, settings.holdout)]
+            _, documents = split_held_out(documents, settings.holdout)
         windows[name] = draw_windows(
             who,
             documents,

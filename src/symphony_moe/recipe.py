@@ -77,6 +77,9 @@ class HubData(Section):
     name: str | None = None
     """Configuration of the dataset, where it has several."""
     revision: str | None = None
+    streaming: bool = False
+    """Read the rows one by one, and only as far as the tokens asked for need, instead of fetching
+    and holding all of them: for data sets of any size, on the hub or in a local folder."""
 
 
 Data = str | list[str] | HubData

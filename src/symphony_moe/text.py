@@ -6,17 +6,21 @@ One rule each, shared by calibration, training, evaluation and the training of t
   split depends neither on the order of the documents nor on what else there is;
 - every document is preceded by the tokenizer's BOS (where it has one), documents are packed end to
   end, and the stream is cut into windows of `sequence_length`. The last, incomplete window is
-  dropped.
+  dropped. `Packed` windows say where each token stands in its document, so that attention need not
+  cross from one document into the next.
 """
 
 import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -30,6 +34,65 @@ log = logging.getLogger(__name__)
 _POOL = 4
 """Windows are drawn from this many times the tokens asked for (or from all there is)."""
 
+_STREAM_SPARE = 2**24
+"""But from no more tokens of a stream than this, beyond those asked for."""
+
+_SHUFFLE_BUFFER = 10_000
+"""Documents that a stream is shuffled among: what it holds in memory."""
+
+_PATIENCE = 1_000_000
+"""A stream is given up after so many documents in a row that are of no use."""
+
+
+@dataclass(frozen=True)
+class DocumentStream:
+    """Documents of a streamed data set: every iteration reads it anew, and only as far as it goes.
+
+    Iterating raises TextError, which `who` names, for a data set that cannot be read or has no
+    text, and where a million documents in a row are of no use (an endless stream would be read
+    forever).
+    """
+
+    who: str
+    data: HubData
+    tokenizer: PreTrainedTokenizerBase
+    """Whose chat template spells chats."""
+    keep: tuple[Callable[[str], bool], ...] = ()
+    """What a document must be to be given out."""
+    seed: int | None = None
+    """Of the order; None: the data set's own."""
+
+    def where(self, condition: Callable[[str], bool]) -> "DocumentStream":
+        """The documents that this is true of."""
+        return replace(self, keep=(*self.keep, condition))
+
+    def shuffled(self, seed: int) -> "DocumentStream":
+        """The documents in an order drawn from `seed`: files in any order, several at a time, and
+        their documents among the 10,000 that are read around them."""
+        return replace(self, seed=seed)
+
+    def __iter__(self) -> Iterator[str]:
+        has_text, useless = False, 0
+        for row in _hub_rows(self.who, self.data, self.seed):
+            document = _text_of(self.who, row, self.data.column, self.tokenizer)
+            has_text = has_text or bool(document.strip())
+            if document.strip() and all(condition(document) for condition in self.keep):
+                useless = 0
+                yield document
+                continue
+            useless += 1
+            if useless >= _PATIENCE:
+                raise TextError(
+                    f"{self.who}: {useless:,} documents of {_spelled(self.data)} in a row are "
+                    "empty or fall on the other side of the hold-out; give text in more documents"
+                )
+        if not has_text:
+            raise TextError(f"{self.who}: no text in {_spelled(self.data)}")
+
+
+Documents = Sequence[str] | DocumentStream
+"""All documents of a text, or a stream of them."""
+
 
 def is_held_out(document: str, share: float) -> bool:
     """Whether a document belongs to the held-out text, which is for evaluation only.
@@ -41,12 +104,39 @@ def is_held_out(document: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def split_aside(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]:
+def split_held_out(documents: Documents, share: float) -> tuple[Documents, Documents]:
+    """(documents to train on, held-out documents), each in the order given."""
+    if isinstance(documents, DocumentStream):
+        return (
+            documents.where(lambda document: not is_held_out(document, share)),
+            documents.where(lambda document: is_held_out(document, share)),
+        )
+    held_out = [is_held_out(document, share) for document in documents]
+    return (
+        [d for d, out in zip(documents, held_out, strict=True) if not out],
+        [d for d, out in zip(documents, held_out, strict=True) if out],
+    )
+
+
+@overload
+def split_aside(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]: ...
+@overload
+def split_aside(
+    documents: DocumentStream, share: float
+) -> tuple[DocumentStream, DocumentStream]: ...
+def split_aside(documents: Documents, share: float) -> tuple[Documents, Documents]:
     """(documents to fit on, documents to judge a fit by), each in the order given.
 
     Those with the smallest hashes are set aside, `share` of them and at least one, but never the
-    only one. Whole documents, with all their copies: windows of one document know one another.
+    only one. Whole documents, with all their copies: windows of one document know one another. Of
+    a stream, which is never seen whole, those whose hash falls below `share` are set aside: as
+    many on average.
     """
+    if isinstance(documents, DocumentStream):
+        return (
+            documents.where(lambda document: not is_held_out(f"aside/{document}", share)),
+            documents.where(lambda document: is_held_out(f"aside/{document}", share)),
+        )
 
     def place(document: str) -> bytes:
         return hashlib.sha256(f"aside/{document}".encode("utf-8", "surrogatepass")).digest()
@@ -57,19 +147,35 @@ def split_aside(documents: Sequence[str], share: float) -> tuple[list[str], list
     return [d for d in documents if d not in chosen], [d for d in documents if d in chosen]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Windows of documents packed end to end, and where their tokens stand.
+
+    Stock models that are given `positions` as `position_ids`, no attention mask and no cache
+    (`use_cache=False`) take every 0 for the beginning of a text of its own, and attend to nothing
+    before it.
+    """
+
+    windows: Int[Tensor, "windows sequence"]
+    positions: Int[Tensor, "windows sequence"]
+    """A token's place in its document, counted from 0 at the document's beginning, or at the
+    window's where the document began before it."""
+
+
 def pack_windows(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
 ) -> Int[Tensor, "windows sequence"]:
     """Tokenize documents in the order given and cut the packed stream into windows (int64)."""
-    stream: list[int] = []
+    stream = array("i")
     for document in documents:
-        stream += _tokenize(document, tokenizer)
-    return _cut(stream, sequence_length)
+        stream.extend(_tokenize(document, tokenizer))
+    return cut(torch.from_numpy(numpy.asarray(stream)), sequence_length).long()
 
 
-def _cut(stream: list[int], sequence_length: int) -> Int[Tensor, "windows sequence"]:
+def cut(stream: Int[Tensor, " stream"], sequence_length: int) -> Int[Tensor, "windows sequence"]:
+    """The whole windows of a stream, as a view; what is left over is dropped."""
     whole = len(stream) // sequence_length * sequence_length
-    return torch.tensor(stream[:whole], dtype=torch.int64).view(-1, sequence_length)
+    return stream[:whole].view(-1, sequence_length)
 
 
 def _tokenize(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -84,56 +190,117 @@ def _tokenize(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def draw_windows(
     who: str,
-    documents: Sequence[str],
+    documents: Documents,
     tokenizer: PreTrainedTokenizerBase,
     *,
     tokens: int,
     sequence_length: int,
     seed: int,
 ) -> Int[Tensor, "windows sequence"]:
-    """Windows drawn at random over the whole text, `tokens` in total (rounded down to whole
-    windows, at least one).
+    """The windows of `draw_packed` alone (int64)."""
+    return draw_packed(
+        who, documents, tokenizer, tokens=tokens, sequence_length=sequence_length, seed=seed
+    ).windows
 
-    Documents are packed in an order drawn from `seed`, up to four times the tokens asked for, and
-    the windows are drawn from those without repetition. Less text than asked for is said in a
-    warning and used as it is; text that does not fill one window raises TextError. `who` names the
-    text in both.
+
+def draw_packed(
+    who: str,
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    sequence_length: int,
+    seed: int,
+) -> Packed:
+    """Windows drawn at random over the whole text, `tokens` in total (rounded down to whole
+    windows, at least one), int64, in memory.
+
+    Documents are packed in an order drawn from `seed`, up to four times the tokens asked for (of a
+    stream, no more than 2**24 tokens beyond them: what is left of it is never read), and the
+    windows are drawn from those without repetition. Less text than asked for is said in a warning
+    and used as it is; text that does not fill one window raises TextError. `who` names the text in
+    both.
     """
-    if not documents:
+    wanted = max(1, tokens // sequence_length)
+    stream, places, num_documents = array("i"), array("i"), 0
+    for ids in pooled(documents, tokenizer, tokens=wanted * sequence_length, seed=seed):
+        stream.extend(ids)
+        places.extend(range(len(ids)))
+        num_documents += 1
+    pool = [
+        cut(torch.from_numpy(numpy.asarray(values)), sequence_length) for values in (stream, places)
+    ]
+    chosen = choose_windows(who, num_documents, len(pool[0]), wanted, sequence_length, seed)
+    drawn = packed(pool[0][chosen], pool[1][chosen])
+    return Packed(drawn.windows.long(), drawn.positions.long())
+
+
+def pooled(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int
+) -> Iterator[list[int]]:
+    """Token ids of one document after the other, in an order drawn from `seed`, until there are
+    enough to draw `tokens` of them at random."""
+    enough = _POOL * tokens
+    ordered: Iterable[str]
+    if isinstance(documents, DocumentStream):
+        enough = min(enough, tokens + _STREAM_SPARE)
+        ordered = documents.shuffled(seed)
+    else:
+        order = list(range(len(documents)))
+        random.Random(seed).shuffle(order)
+        ordered = (documents[index] for index in order)
+    count = 0
+    for document in ordered:
+        ids = _tokenize(document, tokenizer)
+        yield ids
+        count += len(ids)
+        if count >= enough:
+            return
+
+
+def choose_windows(
+    who: str, num_documents: int, num_windows: int, wanted: int, sequence_length: int, seed: int
+) -> Int[Tensor, " chosen"]:
+    """Which of a pool's windows are used: `wanted` of them in an order drawn from `seed`, or all
+    that there are, with a warning. Raises TextError where there is none."""
+    if num_documents == 0:
         raise TextError(
             f"{who}: no document falls on this side of the hold-out (it is decided by the hash of "
             "a document's text); give text in more documents"
         )
-    wanted = max(1, tokens // sequence_length)
-    order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)
-    stream: list[int] = []
-    for index in order:
-        if len(stream) >= _POOL * wanted * sequence_length:
-            break
-        stream += _tokenize(documents[index], tokenizer)
-    windows = _cut(stream, sequence_length)
-    if len(windows) == 0:
+    if num_windows == 0:
         raise TextError(
-            f"{who}: {len(documents)} documents do not fill one window of {sequence_length} "
+            f"{who}: {num_documents} documents do not fill one window of {sequence_length} "
             "tokens; give more text or set a smaller sequence_length"
         )
-    if len(windows) < wanted:
+    if num_windows < wanted:
         log.warning(
             "%s: %s tokens asked for, the text has %s; using those",
-            who, f"{wanted * sequence_length:,}", f"{windows.numel():,}",
+            who, f"{wanted * sequence_length:,}", f"{num_windows * sequence_length:,}",
         )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    return windows[torch.randperm(len(windows), generator=generator)[:wanted]]
+    return torch.randperm(num_windows, generator=generator)[:wanted]
+
+
+def packed(
+    windows: Int[Tensor, "windows sequence"], places: Int[Tensor, "windows sequence"]
+) -> Packed:
+    """Windows with their positions. `places`: each token's place in its whole document."""
+    # A document that began before the window has gone on for longer than the window has.
+    return Packed(windows, places.minimum(torch.arange(places.shape[1], dtype=places.dtype)))
 
 
 def read_documents(
     who: str, data: Data, column: str, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """All documents of a `data` setting. `who` names it in errors.
+) -> list[str] | DocumentStream:
+    """All documents of a `data` setting, or where it says `streaming`, a stream of them. `who`
+    names it in errors.
 
-    Raises TextError for a file that is missing, unreadable, of an unknown kind or without text.
+    Raises TextError for a file that is missing, unreadable, of an unknown kind or without text (a
+    stream does when it is read).
     """
+    if isinstance(data, HubData) and data.streaming:
+        return DocumentStream(who, data, tokenizer)
     if isinstance(data, HubData):
         rows = _hub_rows(who, data)
         documents = [_text_of(who, row, data.column, tokenizer) for row in rows]
@@ -254,11 +421,19 @@ def _text_of(who: str, row: Any, column: str, tokenizer: PreTrainedTokenizerBase
     return value
 
 
-def _hub_rows(who: str, data: HubData) -> Iterable[Any]:
+def _hub_rows(who: str, data: HubData, seed: int | None = None) -> Iterator[Any]:
+    """Rows of a data set; of a streamed one, in an order drawn from `seed` where there is one."""
     import datasets
 
     try:
-        return datasets.load_dataset(data.hub, data.name, split=data.split, revision=data.revision)
+        rows = datasets.load_dataset(
+            data.hub, data.name, split=data.split, revision=data.revision, streaming=data.streaming
+        )
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        yield from rows
     except Exception as error:
-        # Not there, no such split, no connection: the library raises many kinds.
-        raise TextError(f"{who}: dataset {data.hub!r} cannot be loaded: {error}") from None
+        # Not there, no such split, no connection or none any more (after the library's own
+        # retries): it raises many kinds, some with many lines.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TextError(f"{who}: dataset {data.hub!r} cannot be loaded: {reason}") from None
