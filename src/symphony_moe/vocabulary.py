@@ -129,6 +129,7 @@ def merge(owners: Sequence[Owner], anchor: str, chat: str) -> Vocabulary:
         spelled = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
         raise SourceError(f"tokenizers of different kinds cannot be merged ({spelled})")
     tokens = dict(first.tokens)
+    number = max(tokens.values()) + 1
     new: list[dict[str, Any]] = []
     added: dict[str, list[str]] = {}
     lost: dict[str, list[str]] = {}
@@ -139,14 +140,14 @@ def merge(owners: Sequence[Owner], anchor: str, chat: str) -> Vocabulary:
         added[owner.name] = []
         for token in sorted(owner.content.get("added_tokens", []), key=lambda t: t["id"]):
             if token["content"] not in tokens:
-                number = max(tokens.values()) + 1
                 tokens[token["content"]] = number
                 new.append({"id": number, "content": token["content"]} | _flags(token))
                 added[owner.name].append(token["content"])
+                number += 1
         lost[owner.name] = _lost(owner, tokens)
     files = _files(first, new, by_name[chat])
     tokenizer = _load(files, tokens, anchor)
-    size = max(first.rows, max(tokens.values()) + 1)
+    size = max(first.rows, number)
     as_text = {token["content"] for token in [*first.content["added_tokens"], *new]}
     tables = {owner.name: _table(owner, tokens, as_text, size) for owner in owners}
     settings: dict[str, Any] = {}
