@@ -138,10 +138,10 @@ class Source:
 
         Raises SourceError for a file that cannot be read and for values that are not finite.
         """
+        weight = self._read(name, rows)
         if self.adapter is None or not self.adapter.touches(name):
-            return self._read(name, rows)
-        whole = self.adapter.merge(name, self._read(name, None))
-        return whole if rows is None else whole[rows]
+            return weight
+        return self.adapter.merge(name, weight, slice(None) if rows is None else rows)
 
     def _read(self, name: str, rows: slice | None) -> Tensor:
         """One tensor of the model's own files.
