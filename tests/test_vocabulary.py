@@ -471,7 +471,7 @@ def test_tokenizers_of_different_kinds_are_refused(
     assert "tokenizer vocabulary (a: 300 tokens; b: 301 tokens)" in error
     assert "byte-level BPE" in error and "SentencePiece BPE" in error and "Traceback" not in error
     sources = [open_source(n, load_recipe(path).sources[n]) for n in "ab"]
-    owners = [Owner(s.name, s.folder, s.own_tokenizer, s.own_rows) for s in sources]
+    owners = [source.owner for source in sources]
     with pytest.raises(SourceError, match="tokenizers of different kinds cannot be merged"):
         merge(owners, "a", "a")
 
@@ -610,3 +610,116 @@ def test_tokens_that_the_anchors_class_adds_by_itself_are_written_down(
     assert type(union.tokenizer) is type(one.tokenizer)
     for text in ("alpha 123 beta's", "x\n\n  y", "日本 42"):
         assert encode(union.tokenizer, text) == encode(one.tokenizer, text)
+
+
+# Transformers takes a class by the family of the model, and the result's is another
+
+
+def digits_merged(content: dict[str, Any]) -> None:
+    """`12` is one token: to the class of Qwen2, which takes digits one by one, two."""
+    model = content["model"]
+    left, right = model["merges"].pop()
+    model["merges"].append(["1", "2"])
+    model["vocab"]["12"] = model["vocab"].pop(left + right)
+
+
+def sentence_piece(content: dict[str, Any]) -> None:
+    """A space before everything, as Llama 2's file says it; to Llama's class, before the text."""
+    vocabulary = content["model"]["vocab"]
+    vocabulary["▁"] = vocabulary.pop("Ġ")
+    vocabulary["<unk>"] = vocabulary.pop("~")
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    content["normalizer"] = {
+        "type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space],
+    }  # fmt: skip
+    content["pre_tokenizer"] = None
+    content["decoder"] = {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Fuse"},
+        ],
+    }  # fmt: skip
+
+
+def in_two_files(folder: Path) -> None:
+    """As GPT-2's, vocabulary and merges apart, and no tokenizer.json."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]))
+    (folder / "tokenizer.json").unlink()
+
+
+def dress(folder: Path, named: str | None, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Name another class, or none, in a tokenizer's files, and change its rules."""
+    rewrite(folder, change)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": named}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+CLASSES: dict[str, tuple[str, str | None, Callable[[dict[str, Any]], Any]]] = {
+    "Qwen2 without a class": ("qwen2", None, digits_merged),
+    "Qwen2 with a generic class": ("qwen2", "PreTrainedTokenizerFast", digits_merged),
+    "Qwen2 with its class": ("qwen2", "Qwen2Tokenizer", digits_merged),
+    "Qwen3 without a class": ("qwen3", None, digits_merged),
+    "Llama with the class of Qwen2": ("llama", "Qwen2Tokenizer", digits_merged),
+    "Llama 2": ("llama", "LlamaTokenizer", sentence_piece),
+}
+"""(family, class that is named, what its rules are instead)."""
+CUT_BY_CLASS = ("alpha 12 beta's", "a</s> beta", "x\n\n  y", "e\u0301 日本 42", " alpha", "</s>12")
+
+
+@pytest.mark.parametrize("union", [False, True])
+@pytest.mark.parametrize("case", CLASSES)
+def test_the_result_cuts_text_as_its_anchor_does(case: str, union: bool, tmp_path: Path) -> None:
+    """Whatever class the anchor's family or files gave it: as in calibration, special tokens
+    included."""
+    variant, named, change = CLASSES[case]
+    path = make_recipe(tmp_path, variant, count=2)
+    if union:
+        make_model(tmp_path / "models" / "b", variant, 1, vocab_size=302)
+    for name in "ab":
+        dress(tmp_path / "models" / name, named, change)
+    if union:
+        rewrite(tmp_path / "models" / "b", partial(add_tokens, tokens=ADDED[:2]))
+    run = pipeline.build(load_recipe(path, ["anchor=a"]), tmp_path / "run")
+    anchor = open_sources(load_recipe(path))[0]
+    written = AutoTokenizer.from_pretrained(run.checkpoint)
+    assert written.get_vocab() == anchor.tokenizer.get_vocab()
+    assert written.special_tokens_map == anchor.own_tokenizer.special_tokens_map
+    for text in CUT_BY_CLASS:
+        assert written(text)["input_ids"] == anchor.own_tokenizer(text)["input_ids"]
+        assert encode(written, text) == encode(anchor.tokenizer, text)
+        ids = encode(anchor.own_tokenizer, text)
+        assert written.decode(ids) == anchor.own_tokenizer.decode(ids)
+    # By its name or by the family, in any version.
+    config = json.loads((run.checkpoint / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == type(anchor.own_tokenizer).__name__
+
+
+def test_a_result_has_a_tokenizer_where_only_the_anchors_class_could_make_one(
+    tmp_path: Path,
+) -> None:
+    path = make_recipe(tmp_path, "qwen2", count=2)
+    for name in "ab":
+        in_two_files(tmp_path / "models" / name)
+    run = pipeline.build(load_recipe(path), tmp_path / "run")
+    tokenizer = open_sources(load_recipe(path))[0].tokenizer
+    written = AutoTokenizer.from_pretrained(run.checkpoint)
+    assert written.get_vocab() == tokenizer.get_vocab()
+    for text in CUT_BY_CLASS:
+        assert encode(written, text) == encode(tokenizer, text)
+
+
+@pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast", None])
+def test_files_that_say_all_stay_as_they_are(named: str | None, tmp_path: Path) -> None:
+    """Byte for byte, whether their class is generic or does no more than they say."""
+    path = make_recipe(tmp_path, "llama" if named else "qwen2", count=2)
+    model = tmp_path / "models" / "a"
+    if named:
+        dress(model, named, lambda content: None)
+    else:
+        AutoTokenizer.from_pretrained(model).save_pretrained(model)
+    run = pipeline.build(load_recipe(path), tmp_path / "run")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (run.checkpoint / file).read_bytes() == (model / file).read_bytes()

@@ -133,6 +133,11 @@ class Source:
             )
         return tokenizer
 
+    @property
+    def owner(self) -> Owner:
+        """Its own tokenizer and the size of its tables."""
+        return Owner(self.name, self.folder, self.own_tokenizer, self.own_rows)
+
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor (or some of its first axis) as float32, with the adapter in it.
 
@@ -233,7 +238,7 @@ def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[
     where none can be found (`compare_sources` says why)."""
     if len({source.config.model_type for source in sources}) > 1:
         return list(sources)
-    owners = [Owner(s.name, s.folder, s.own_tokenizer, s.own_rows) for s in sources]
+    owners = [source.owner for source in sources]
     if not is_needed(owners, anchor, chat) or len({owner.kind for owner in owners}) > 1:
         return list(sources)
     vocabulary = merge(owners, anchor, chat)
@@ -687,10 +692,7 @@ def _compare_vocabularies(sources: Sequence[Source], anchor: str) -> list[Differ
         sizes = {n: f"{len(vocabularies[n])} tokens" for n in (anchor, name)}
         merged = by_name[name].vocabulary
         if merged is None:
-            kinds = [
-                Owner(s.name, s.folder, s.own_tokenizer, s.own_rows).kind
-                for s in (by_name[anchor], by_name[name])
-            ]
+            kinds = [by_name[n].owner.kind for n in (anchor, name)]
             why = f"the one is {kinds[0]}, the other {kinds[1]}: no tokenizer can be both"
             found.append(Difference("tokenizer vocabulary", sizes, "error", why))
             continue
