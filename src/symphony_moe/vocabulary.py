@@ -31,8 +31,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes that do what tokenizer.json says."""
-_STAGES = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-"""What tokenizer.json says of text on its way to tokens and back, beside the model."""
+_STAGES = ("normalizer", "pre_tokenizer", "decoder")
+"""What tokenizer.json says of text on its way to tokens and back, and some classes build anew (they
+take its post-processor as it is)."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _ID_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
@@ -167,11 +168,7 @@ def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
 
 def _lost(owner: Owner, tokens: Mapping[str, int]) -> list[str]:
     """Tokens that no other vocabulary can spell and that the owner's merges do lead to."""
-    model = owner.content.get("model", {})
-    made = {
-        "".join(merge if isinstance(merge, list) else merge.split(" ", 1))
-        for merge in model.get("merges", [])
-    }
+    made = {"".join(merge) for merge in owner.content.get("model", {}).get("merges", [])}
     missing = (token for token in owner.tokens if token not in tokens)
     return sorted(t for t in missing if t in made or len(t) == 1)
 
@@ -374,7 +371,7 @@ def _generation_of(chat: Owner, tokens: Mapping[str, int]) -> dict[str, Any] | N
     def renumbered(numbers: Any) -> Any:
         if isinstance(numbers, list):
             return [renumbered(number) for number in numbers]
-        return None if numbers is None else _number(chat, spelled.get(numbers), tokens)
+        return _number(chat, spelled.get(numbers), tokens)
 
     return {
         key: renumbered(value) if key in _ID_SETTINGS else value for key, value in settings.items()
