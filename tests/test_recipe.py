@@ -675,13 +675,14 @@ def test_junk_in_one_place_is_refused_as_a_mistake(place: tuple[Any, ...], value
 def test_text_junk_is_refused_as_a_mistake(text: str, override: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(RecipeError):
+    with pytest.raises(RecipeError) as caught:
         load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ")
     path.write_text(EXAMPLE)
     try:
         load_recipe(path, [override])
     except RecipeError as error:
-        assert "Traceback" not in str(error)
+        assert str(error).startswith((f"{path}: ", f"--set {override}: "))
 
 
 def test_the_defaults_of_the_fit_are_those_that_were_measured() -> None:

@@ -370,7 +370,14 @@ def test_a_missing_part_makes_way_for_the_command_that_makes_it(
     "kept", [(), *itertools.combinations(KEYS, 1), *itertools.combinations(KEYS, 2)]
 )
 def test_any_part_alone_renders(kept: tuple[str, ...]) -> None:
-    Page(rendered(without(*(key for key in KEYS if key not in kept))))
+    """As its own section, and no other."""
+    page = Page(rendered(without(*(key for key in KEYS if key not in kept))))
+    headings = {
+        "training": "Training", "routing": "Routing", "alignment": "Alignment", "refit": "Fit",
+        "timing": "Time and memory",
+    }  # fmt: skip
+    shown = {key for key, heading in headings.items() if heading in page.text}
+    assert shown == headings.keys() & kept
 
 
 @pytest.mark.parametrize("key", KEYS)

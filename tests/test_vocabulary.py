@@ -471,7 +471,7 @@ def test_tokenizers_of_different_kinds_are_refused(
     assert "tokenizer vocabulary (a: 300 tokens; b: 301 tokens)" in error
     assert "byte-level BPE" in error and "SentencePiece BPE" in error and "Traceback" not in error
     sources = [open_source(n, load_recipe(path).sources[n]) for n in "ab"]
-    owners = [Owner(s.name, s.folder, s.own_tokenizer, s.own_rows) for s in sources]
+    owners = [source.owner for source in sources]
     with pytest.raises(SourceError, match="tokenizers of different kinds cannot be merged"):
         merge(owners, "a", "a")
 
@@ -543,6 +543,17 @@ def test_characters_that_the_anchor_cannot_spell_are_lost(template: Path, tmp_pa
     assert union.lost == {"b": ["~"]} and not union.added["b"]
 
 
+def test_what_no_merge_leads_to_is_no_loss(template: Path, tmp_path: Path) -> None:
+    """Placeholders in a vocabulary, which no text becomes."""
+
+    def placeholder(content: dict[str, Any]) -> None:
+        content["model"]["vocab"]["<unused>"] = 300
+
+    one = owner("a", tmp_path / "a", template, lambda content: None)
+    two = owner("b", tmp_path / "b", template, placeholder)
+    assert "<unused>" in two.tokens and merge([one, two], "a", "a").lost == {"b": []}
+
+
 def test_added_tokens_are_written_wherever_the_anchor_lists_them(
     template: Path, tmp_path: Path
 ) -> None:
@@ -610,3 +621,255 @@ def test_tokens_that_the_anchors_class_adds_by_itself_are_written_down(
     assert type(union.tokenizer) is type(one.tokenizer)
     for text in ("alpha 123 beta's", "x\n\n  y", "日本 42"):
         assert encode(union.tokenizer, text) == encode(one.tokenizer, text)
+
+
+# Transformers takes a class by the family of the model, and the result's is another
+
+
+def digits_merged(content: dict[str, Any]) -> None:
+    """`12` and `zz` (to which no merge leads) are tokens; to the class of Qwen2, which takes digits
+    one by one and heeds merges, they are two each."""
+    model = content["model"]
+    model["ignore_merges"] = True
+    model["vocab"]["zz"] = model["vocab"].pop("~")
+    left, right = model["merges"].pop()
+    model["merges"].append(["1", "2"])
+    model["vocab"]["12"] = model["vocab"].pop(left + right)
+
+
+def sentence_piece(content: dict[str, Any]) -> None:
+    """A space before everything, as Llama 2's file says it; to Llama's class, before the text."""
+    vocabulary = content["model"]["vocab"]
+    vocabulary["▁"] = vocabulary.pop("Ġ")
+    vocabulary["<unk>"] = vocabulary.pop("~")
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    content["normalizer"] = {
+        "type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space],
+    }  # fmt: skip
+    content["pre_tokenizer"] = None
+    content["decoder"] = {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Fuse"},
+        ],
+    }  # fmt: skip
+
+
+def in_two_files(folder: Path) -> None:
+    """As GPT-2's, vocabulary and merges apart, and no tokenizer.json."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]))
+    (folder / "tokenizer.json").unlink()
+
+
+def dress(folder: Path, named: str | None, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Name another class, or none, in a tokenizer's files, and change its rules."""
+    rewrite(folder, change)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": named}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+CLASSES: dict[str, tuple[str, str | None, Callable[[dict[str, Any]], Any]]] = {
+    "Qwen2 without a class": ("qwen2", None, digits_merged),
+    "Qwen2 with a generic class": ("qwen2", "PreTrainedTokenizerFast", digits_merged),
+    "Qwen2 with its class": ("qwen2", "Qwen2Tokenizer", digits_merged),
+    "Qwen3 without a class": ("qwen3", None, digits_merged),
+    "Llama with the class of Qwen2": ("llama", "Qwen2Tokenizer", digits_merged),
+    "Llama 2": ("llama", "LlamaTokenizer", sentence_piece),
+}
+"""(family, class that is named, what its rules are instead)."""
+CUT_BY_CLASS = (
+    "alpha 12 beta's",
+    "zz alpha",
+    "a</s> beta",
+    "x\n\n  y",
+    "e\u0301 日本 42",
+    " alpha",
+    "</s>12",
+)
+
+
+@pytest.mark.parametrize("union", [False, True])
+@pytest.mark.parametrize("case", CLASSES)
+def test_the_result_cuts_text_as_its_anchor_does(case: str, union: bool, tmp_path: Path) -> None:
+    """Whatever class the anchor's family or files gave it: as in calibration, special tokens
+    included."""
+    variant, named, change = CLASSES[case]
+    path = make_recipe(tmp_path, variant, count=2)
+    if union:
+        make_model(tmp_path / "models" / "b", variant, 1, vocab_size=302)
+    for name in "ab":
+        dress(tmp_path / "models" / name, named, change)
+    if union:
+        rewrite(tmp_path / "models" / "b", partial(add_tokens, tokens=ADDED[:2]))
+    run = pipeline.build(load_recipe(path, ["anchor=a"]), tmp_path / "run")
+    anchor = open_sources(load_recipe(path))[0]
+    written = AutoTokenizer.from_pretrained(run.checkpoint)
+    assert written.get_vocab() == anchor.tokenizer.get_vocab()
+    assert written.special_tokens_map == anchor.own_tokenizer.special_tokens_map
+    for text in CUT_BY_CLASS:
+        assert written(text)["input_ids"] == anchor.own_tokenizer(text)["input_ids"]
+        assert encode(written, text) == encode(anchor.tokenizer, text)
+        ids = encode(anchor.own_tokenizer, text)
+        assert written.decode(ids) == anchor.own_tokenizer.decode(ids)
+    # By its name or by the family, in any version.
+    config = json.loads((run.checkpoint / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == type(anchor.own_tokenizer).__name__
+
+
+def test_a_result_has_a_tokenizer_where_only_the_anchors_class_could_make_one(
+    tmp_path: Path,
+) -> None:
+    path = make_recipe(tmp_path, "qwen2", count=2)
+    for name in "ab":
+        in_two_files(tmp_path / "models" / name)
+    run = pipeline.build(load_recipe(path), tmp_path / "run")
+    tokenizer = open_sources(load_recipe(path))[0].tokenizer
+    written = AutoTokenizer.from_pretrained(run.checkpoint)
+    assert written.get_vocab() == tokenizer.get_vocab()
+    for text in CUT_BY_CLASS:
+        assert encode(written, text) == encode(tokenizer, text)
+
+
+@pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast", None])
+def test_files_that_say_all_stay_as_they_are(named: str | None, tmp_path: Path) -> None:
+    """Byte for byte, whether their class is generic or does no more than they say."""
+    path = make_recipe(tmp_path, "llama" if named else "qwen2", count=2)
+    model = tmp_path / "models" / "a"
+    if named:
+        dress(model, named, lambda content: None)
+    else:
+        AutoTokenizer.from_pretrained(model).save_pretrained(model)
+    run = pipeline.build(load_recipe(path), tmp_path / "run")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (run.checkpoint / file).read_bytes() == (model / file).read_bytes()
+
+
+# Details that a union could get wrong without anyone noticing
+
+
+def with_beginning(content: dict[str, Any]) -> None:
+    """`<s>` before every text that is not asked for without."""
+    whole = {"Sequence": {"id": "A", "type_id": 0}}
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing", "single": [begin, whole], "pair": [begin, whole],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [256], "tokens": ["<s>"]}},
+    }  # fmt: skip
+
+
+def test_the_pieces_of_a_token_are_those_of_its_text_alone(template: Path, tmp_path: Path) -> None:
+    """As a user writes it, and no BOS among them, whose embedding would be in the token's mean."""
+    token = "<| 日本 |>"
+    one = owner("a", tmp_path / "a", template, lambda content: add_tokens(content, [token]))
+    two = owner("b", tmp_path / "b", template, with_beginning)
+    assert two.tokenizer(token)["input_ids"][0] == 256
+    pieces = merge([one, two], "a", "a").tables["b"].pieces
+    assert pieces == {300: encode(two.tokenizer, token)}
+
+
+def test_a_token_that_a_source_makes_nothing_of_is_its_unknown_token(
+    template: Path, tmp_path: Path
+) -> None:
+    """Or refused, where it has none."""
+
+    def without_tilde(content: dict[str, Any]) -> None:
+        content["model"]["vocab"]["<unk>"] = content["model"]["vocab"].pop("~")
+
+    one = owner("a", tmp_path / "a", template, lambda content: add_tokens(content, ["~~"]))
+    two = owner("b", tmp_path / "b", template, without_tilde)
+    assert encode(two.tokenizer, "~~") == []
+    with pytest.raises(SourceError, match=r"b: its tokenizer makes nothing of the token '~"):
+        merge([one, two], "a", "a")
+    two.tokenizer.unk_token = "<unk>"
+    pieces = merge([one, two], "a", "a").tables["b"].pieces
+    assert pieces[300] == [two.tokens["<unk>"]] != [0]
+
+
+def test_added_tokens_stay_what_they_were_to_text(template: Path, tmp_path: Path) -> None:
+    """Special or not, and the spaces that they take along."""
+
+    def more(content: dict[str, Any]) -> None:
+        add_tokens(content, ["<|plain|>"], special=False, lstrip=True)
+        add_tokens(content, ["<|special|>"], single_word=True)
+
+    one = owner("a", tmp_path / "a", template, lambda content: None)
+    two = owner("b", tmp_path / "b", template, more)
+    union = merge([one, two], "a", "a").tokenizer
+    assert union.added_tokens_decoder == two.tokenizer.added_tokens_decoder
+    for text in ("alpha  <|plain|> beta", "alpha<|special|>beta <|special|>"):
+        assert encode(union, text) == encode(two.tokenizer, text)
+
+
+def chat_pair(template: Path, root: Path, **ours: Any) -> list[Owner]:
+    """`a` with a template in each place, and `b` with settings of its own in its configuration."""
+    made = [owner(name, root / name, template, lambda content: None) for name in "ab"]
+    configs = {"a": {"chat_template": "a's"}, "b": ours}
+    owners = []
+    for one in made:
+        path = one.folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | configs[one.name]))
+        tokenizer = AutoTokenizer.from_pretrained(one.folder)
+        owners.append(Owner(one.name, one.folder, tokenizer, one.rows))
+    (root / "a" / "chat_template.jinja").write_text("a's file")
+    (root / "a" / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return owners
+
+
+def test_nothing_is_left_of_the_anchors_templates(template: Path, tmp_path: Path) -> None:
+    """Whatever file they were in; several templates stay several."""
+    owners = chat_pair(template, tmp_path / "none")
+    assert merge(owners, "a", "b").tokenizer.chat_template is None
+    several = [{"name": n, "template": f"b's {n}"} for n in ("default", "tool_use")]
+    owners = chat_pair(template, tmp_path / "several", chat_template=several)
+    union = merge(owners, "a", "b").tokenizer
+    assert union.chat_template == {"default": "b's default", "tool_use": "b's tool_use"}
+
+
+def test_every_file_has_the_chat_sources_end_token(template: Path, tmp_path: Path) -> None:
+    owners = chat_pair(template, tmp_path, eos_token="<|endoftext|>")
+    union = merge(owners, "a", "b")
+    written = json.loads(union.files["special_tokens_map.json"])
+    assert written == {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
+    assert union.tokenizer.eos_token == "<|endoftext|>"
+    assert union.settings == {"eos_token_id": 258, "pad_token_id": None}
+    own = merge(owners, "a", "a")
+    assert own.settings == {} and own.generation is None
+
+
+def test_only_token_numbers_of_a_generation_config_are_translated(
+    template: Path, tmp_path: Path
+) -> None:
+    one = owner("a", tmp_path / "a", template, lambda content: add_tokens(content, ["<|x|>"]))
+    two = owner("b", tmp_path / "b", template, lambda content: add_tokens(content, ["<|y|>"]))
+    settings = {"eos_token_id": [300, 257], "bos_token_id": 256, "pad_token_id": None,
+                "decoder_start_token_id": 300, "max_length": 300}  # fmt: skip
+    (two.folder / "generation_config.json").write_text(json.dumps(settings))
+    assert merge([one, two], "a", "b").generation == settings | {
+        "eos_token_id": [301, 257], "decoder_start_token_id": 301,
+    }  # fmt: skip
+
+
+def test_files_that_make_no_tokenizer_are_a_message(template: Path, tmp_path: Path) -> None:
+    one = owner("a", tmp_path / "a", template, lambda content: None)
+    two = owner("b", tmp_path / "b", template, lambda content: add_tokens(content, ["<|x|>"]))
+    rewrite(one.folder, lambda content: content.update(pre_tokenizer={"type": "None such"}))
+    with pytest.raises(SourceError, match=r"a: its tokenizer with the others' tokens is not usab"):
+        merge([one, two], "a", "a")
+
+
+def test_the_pieces_of_a_merged_token_are_spelled_in_bytes(template: Path, tmp_path: Path) -> None:
+    """`Ġa` is a space and an a; as text, Ġ is a letter of two bytes."""
+
+    def spaced(content: dict[str, Any]) -> None:
+        drop_merges(content, 1)
+        content["model"]["merges"].append(["Ġ", "a"])
+        content["model"]["vocab"]["Ġa"] = len(content["model"]["vocab"])
+
+    one = owner("a", tmp_path / "a", template, spaced)
+    two = owner("b", tmp_path / "b", template, lambda content: None)
+    pieces = merge([one, two], "a", "a").tables["b"].pieces
+    assert pieces == {one.tokens["Ġa"]: encode(two.tokenizer, " a")}
+    assert two.tokenizer.convert_ids_to_tokens(pieces[one.tokens["Ġa"]]) == ["Ġ", "a"]

@@ -47,11 +47,11 @@ class Adapter:
         prefix = tensor.removesuffix(".weight") + ".lora_"
         return [name for name in self.stored if name.startswith(prefix)]
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, rows: slice) -> Tensor:
         path = self.folder / FILES[1]
         try:
             with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(self.stored[name]).float()
+                tensor: Tensor = file.get_slice(self.stored[name])[rows].float()
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{self.owner}: {name} in {path} is not readable: {error}") from None
         if not bool(torch.isfinite(tensor).all()):
@@ -61,10 +61,11 @@ class Adapter:
             )
         return tensor
 
-    def merge(self, tensor: str, weight: Tensor) -> Tensor:
-        """A tensor of the model (float32) with the adapter in it."""
+    def merge(self, tensor: str, weight: Tensor, rows: slice) -> Tensor:
+        """Rows of a tensor of the model with the adapter in them. `weight`: these `rows`, in
+        float32; what a LoRA adds to a row needs no other."""
         if tensor in self.stored:
-            weight = self._read(tensor)  # trained as a whole (modules_to_save, bias)
+            weight = self._read(tensor, rows)  # trained as a whole (modules_to_save, bias)
         parts = self._parts(tensor)
         if not parts:
             return weight
@@ -88,7 +89,8 @@ class Adapter:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # patterns that match no part of this piece
             inject_adapter_in_model(config, model)
-            state = {name: self._read(name) for name in parts}
+            # A is the same for all rows; B and DoRA's magnitudes have one entry for each.
+            state = {n: self._read(n, slice(None) if ".lora_A." in n else rows) for n in parts}
             problem: Any = set_peft_model_state_dict(model, state)
             if problem.unexpected_keys:
                 raise SourceError(

@@ -143,15 +143,20 @@ class Source:
             )
         return tokenizer
 
+    @property
+    def owner(self) -> Owner:
+        """Its own tokenizer and the size of its tables."""
+        return Owner(self.name, self.folder, self.own_tokenizer, self.own_rows)
+
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor (or some of its first axis) as float32, with the adapter in it.
 
         Raises SourceError for a file that cannot be read and for values that are not finite.
         """
+        weight = self._read(name, rows)
         if self.adapter is None or not self.adapter.touches(name):
-            return self._read(name, rows)
-        whole = self.adapter.merge(name, self._read(name, None))
-        return whole if rows is None else whole[rows]
+            return weight
+        return self.adapter.merge(name, weight, slice(None) if rows is None else rows)
 
     def _read(self, name: str, rows: slice | None) -> Tensor:
         """One tensor of the model's own files.
@@ -247,7 +252,7 @@ def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[
     where none can be found (`compare_sources` says why)."""
     if len({source.config.model_type for source in sources}) > 1:
         return list(sources)
-    owners = [Owner(s.name, s.folder, s.own_tokenizer, s.own_rows) for s in sources]
+    owners = [source.owner for source in sources]
     if not is_needed(owners, anchor, chat) or len({owner.kind for owner in owners}) > 1:
         return list(sources)
     vocabulary = merge(owners, anchor, chat)
@@ -708,10 +713,7 @@ def _compare_vocabularies(sources: Sequence[Source], anchor: str) -> list[Differ
         sizes = {n: f"{len(vocabularies[n])} tokens" for n in (anchor, name)}
         merged = by_name[name].vocabulary
         if merged is None:
-            kinds = [
-                Owner(s.name, s.folder, s.own_tokenizer, s.own_rows).kind
-                for s in (by_name[anchor], by_name[name])
-            ]
+            kinds = [by_name[n].owner.kind for n in (anchor, name)]
             why = f"the one is {kinds[0]}, the other {kinds[1]}: no tokenizer can be both"
             found.append(Difference("tokenizer vocabulary", sizes, "error", why))
             continue

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -30,6 +31,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes that do what tokenizer.json says."""
+_STAGES = ("normalizer", "pre_tokenizer", "decoder")
+"""What tokenizer.json says of text on its way to tokens and back, and some classes build anew (they
+take its post-processor as it is)."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _ID_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
@@ -129,6 +133,7 @@ def merge(owners: Sequence[Owner], anchor: str, chat: str) -> Vocabulary:
         spelled = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
         raise SourceError(f"tokenizers of different kinds cannot be merged ({spelled})")
     tokens = dict(first.tokens)
+    number = max(tokens.values()) + 1
     new: list[dict[str, Any]] = []
     added: dict[str, list[str]] = {}
     lost: dict[str, list[str]] = {}
@@ -139,14 +144,14 @@ def merge(owners: Sequence[Owner], anchor: str, chat: str) -> Vocabulary:
         added[owner.name] = []
         for token in sorted(owner.content.get("added_tokens", []), key=lambda t: t["id"]):
             if token["content"] not in tokens:
-                number = max(tokens.values()) + 1
                 tokens[token["content"]] = number
                 new.append({"id": number, "content": token["content"]} | _flags(token))
                 added[owner.name].append(token["content"])
+                number += 1
         lost[owner.name] = _lost(owner, tokens)
     files = _files(first, new, by_name[chat])
     tokenizer = _load(files, tokens, anchor)
-    size = max(first.rows, max(tokens.values()) + 1)
+    size = max(first.rows, number)
     as_text = {token["content"] for token in [*first.content["added_tokens"], *new]}
     tables = {owner.name: _table(owner, tokens, as_text, size) for owner in owners}
     settings: dict[str, Any] = {}
@@ -163,11 +168,7 @@ def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
 
 def _lost(owner: Owner, tokens: Mapping[str, int]) -> list[str]:
     """Tokens that no other vocabulary can spell and that the owner's merges do lead to."""
-    model = owner.content.get("model", {})
-    made = {
-        "".join(merge if isinstance(merge, list) else merge.split(" ", 1))
-        for merge in model.get("merges", [])
-    }
+    made = {"".join(merge) for merge in owner.content.get("model", {}).get("merges", [])}
     missing = (token for token in owner.tokens if token not in tokens)
     return sorted(t for t in missing if t in made or len(t) == 1)
 
@@ -203,52 +204,96 @@ def _unknown(owner: Owner, token: str) -> list[int]:
     return [int(number)]
 
 
+def tokenizer_files(owner: Owner) -> dict[str, bytes]:
+    """The owner's tokenizer files, by name, with the same tokenizer in them for every reader.
+
+    Transformers chooses the class of a tokenizer by the model's family, and the result is of
+    another family. So what the owner's class does by itself is written into the files; where it
+    does nothing that they do not say, they stay as they are.
+    """
+    files = _stored(owner)
+    written = _explicit(owner, files)
+    return files | {
+        name: _dump(content)
+        for name, content in written.items()
+        if name not in files or content != json.loads(files[name])
+    }
+
+
+def _stored(owner: Owner) -> dict[str, bytes]:
+    return {
+        name: (owner.folder / name).read_bytes()
+        for name in TOKENIZER_FILES
+        if (owner.folder / name).is_file()
+    }
+
+
+def _dump(content: Any) -> bytes:
+    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _explicit(owner: Owner, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What the JSON files with rules and tokens say, and what the owner's class does beside that:
+    the stages of its own, tokens that it adds, special tokens that it presumes."""
+    contents: dict[str, Any] = {
+        name: json.loads(files[name])
+        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+        if name in files
+    }
+    named = type(owner.tokenizer).__name__
+    if not owner.content or (named in _GENERIC and "tokenizer.json" in files):
+        return contents
+    rules = contents.setdefault("tokenizer.json", owner.content)
+    # As the library reads them: an older file spells the same otherwise.
+    read = json.loads(Tokenizer.from_str(json.dumps(rules)).to_str())
+    for stage in _STAGES:
+        if read[stage] != owner.content[stage]:
+            rules[stage] = owner.content[stage]
+    for option in owner.content["model"].keys() - {"vocab", "merges"}:
+        if read["model"].get(option) != owner.content["model"][option]:
+            rules["model"][option] = owner.content["model"][option]
+    spelled = read["model"]["vocab"]
+    known = {entry if isinstance(entry, str) else entry[0] for entry in spelled}
+    known |= {token["content"] for token in read["added_tokens"]}
+    _add(contents, [t for t in owner.content["added_tokens"] if t["content"] not in known])
+    config = contents.setdefault("tokenizer_config.json", {})
+    if named not in _GENERIC and config.get("tokenizer_class") != named + "Fast":
+        config["tokenizer_class"] = named
+    for role, token in owner.tokenizer.special_tokens_map.items():
+        config.setdefault(role, token)
+    return contents
+
+
+def _add(contents: dict[str, Any], new: Sequence[Mapping[str, Any]]) -> None:
+    """List new tokens wherever the files list added tokens."""
+    config = contents.get("tokenizer_config.json", {})
+    for token in new:
+        entry = _flags(token)
+        contents["tokenizer.json"].setdefault("added_tokens", []).append(
+            {"id": token["id"], "content": token["content"]} | entry
+        )
+        if "added_tokens_decoder" in config:
+            listed = {"content": token["content"]} | entry
+            config["added_tokens_decoder"][str(token["id"])] = listed
+        if "added_tokens.json" in contents:
+            contents["added_tokens.json"][token["content"]] = token["id"]
+
+
 def _files(anchor: Owner, new: Sequence[Mapping[str, Any]], chat: Owner) -> dict[str, bytes]:
     """The anchor's tokenizer files with the new tokens, and with the chat owner's conventions."""
-    files = {
-        name: (anchor.folder / name).read_bytes()
-        for name in TOKENIZER_FILES
-        if (anchor.folder / name).is_file()
-    }
+    files = _stored(anchor)
     if "tokenizer.json" not in files:
         raise SourceError(
             f"{anchor.name}: {anchor.folder} has no tokenizer.json, which merging vocabularies "
             "needs; load the tokenizer with transformers' AutoTokenizer and save_pretrained it "
             "there"
         )
-    contents: dict[str, Any] = {
-        name: json.loads(files[name])
-        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-        if name in files
-    }
-    listed = contents["tokenizer.json"].setdefault("added_tokens", [])
-    # Some classes add tokens when they load that no file lists; the new ones are numbered after.
-    vocabulary = contents["tokenizer.json"]["model"]["vocab"]
-    spelled = {entry if isinstance(entry, str) else entry[0] for entry in vocabulary}
-    spelled |= {token["content"] for token in listed}
-    implied = [t for t in anchor.content["added_tokens"] if t["content"] not in spelled]
-    new = [*({"id": t["id"], "content": t["content"]} | _flags(t) for t in implied), *new]
-    listed.extend(map(dict, new))
+    contents = _explicit(anchor, files)
     config = contents.setdefault("tokenizer_config.json", {})
-    # Where the files do not name it, transformers takes the class of the model's family, which cuts
-    # text in its own way; the result is of another family.
-    named = type(anchor.tokenizer).__name__
-    if named not in _GENERIC:
-        config["tokenizer_class"] = named.removesuffix("Fast")
-    for token in new:
-        if "added_tokens_decoder" in config:
-            config["added_tokens_decoder"][str(token["id"])] = {
-                key: value for key, value in token.items() if key != "id"
-            }
-        if "added_tokens.json" in contents:
-            contents["added_tokens.json"][token["content"]] = token["id"]
+    _add(contents, new)
     if chat is not anchor:
         contents |= _chat_conventions(files, config, chat)
-    dumped = {
-        name: json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
-        for name, content in contents.items()
-    }
-    return files | dumped
+    return files | {name: _dump(content) for name, content in contents.items()}
 
 
 def _chat_conventions(files: dict[str, bytes], config: dict[str, Any], chat: Owner) -> Any:
@@ -326,7 +371,7 @@ def _generation_of(chat: Owner, tokens: Mapping[str, int]) -> dict[str, Any] | N
     def renumbered(numbers: Any) -> Any:
         if isinstance(numbers, list):
             return [renumbered(number) for number in numbers]
-        return None if numbers is None else _number(chat, spelled.get(numbers), tokens)
+        return _number(chat, spelled.get(numbers), tokens)
 
     return {
         key: renumbered(value) if key in _ID_SETTINGS else value for key, value in settings.items()

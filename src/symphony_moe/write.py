@@ -5,7 +5,6 @@ bytes.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from symphony_moe.plan import Plan
 from symphony_moe.recipe import BUNDLED, Recipe
 from symphony_moe.run_folder import sync_folder, write_bytes, write_text
 from symphony_moe.sources import GENERATION, Source, anchor_of
-from symphony_moe.vocabulary import TOKENIZER_FILES
+from symphony_moe.vocabulary import tokenizer_files
 
 
 def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> None:
@@ -27,11 +26,9 @@ def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence
     write_json(folder / "config.json", config)
     anchor = anchor_of(recipe, sources)
     vocabulary = anchor.vocabulary
-    for name in TOKENIZER_FILES:
-        if vocabulary is not None and name in vocabulary.files:
-            write_bytes(folder / name, vocabulary.files[name])
-        elif vocabulary is None and (anchor.folder / name).is_file():
-            shutil.copyfile(anchor.folder / name, folder / name)
+    files = tokenizer_files(anchor.owner) if vocabulary is None else vocabulary.files
+    for name, content in files.items():
+        write_bytes(folder / name, content)
     settings = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = anchor.folder / GENERATION
     if recipe.output.chat not in (None, recipe.anchor):
