@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from symphony_moe.recipe import Recipe
 from symphony_moe.report import (
     MISSING,
     Number,
@@ -157,6 +158,19 @@ class Chart:
     @property
     def label_length(self) -> int:
         return max(len(label.text) for label in self.labels)
+
+
+def comparison_facts(recipe: Recipe) -> list[tuple[str, str]]:
+    """What the runs of a comparison have in common, as (what, value)."""
+    train, text = recipe.train, recipe.evaluation
+    return [
+        ("Sources", ", ".join(recipe.sources)),
+        ("Anchor", recipe.anchor),
+        ("Calibration", f"{count(recipe.calibration.tokens)} tokens"),
+        ("Training", f"{count(train.tokens)} tokens, {train.scope}"),
+        ("Held-out text", f"{count(text.tokens)} tokens a domain"),
+        ("Dtype", recipe.output.dtype),
+    ]
 
 
 def render_comparison(

@@ -49,6 +49,7 @@ from symphony_moe.calibrate import (
     embedding_blocks,
 )
 from symphony_moe.compare import entries_of, limits_of, mark_reached, refuse_different
+from symphony_moe.comparison_page import comparison_facts, render_comparison
 from symphony_moe.errors import RecipeError, RunFolderError
 from symphony_moe.evaluate import (
     continuations,
@@ -75,7 +76,7 @@ from symphony_moe.refit import (
     fit_layer,
 )
 from symphony_moe.refit_head import fit_head, next_token_losses
-from symphony_moe.report import render
+from symphony_moe.report import render, title
 from symphony_moe.run_folder import (
     CompareFolder,
     RunFolder,
@@ -303,6 +304,14 @@ def compare(
     mark_reached(entries, reference)
     limits = limits_of(metrics, list(recipe.sources))
     write_text(folder.comparison, to_json(entries, indent=2) + "\n")
+    settings = {
+        method: recipe.compare.variants.get(method, {"method": method}) for method in variants
+    }
+    page = render_comparison(
+        title(recipe.sources), entries, limits, reference, comparison_facts(recipe), settings,
+        in_domain=list(recipe.sources),
+    )  # fmt: skip
+    write_text(folder.page, page)
     return folder, entries, limits
 
 
