@@ -459,7 +459,7 @@ def test_training_of_attention_experts(
     run = RunFolder(shutil.copytree(bam("llama").root, tmp_path / "run"))
     settings = [f"train.scope={scope}", "train.tokens=512", "train.balance_weight=3"]
     recipe = load_recipe(run.recipe, settings)
-    windows = train.training_text(recipe, open_sources(recipe)).windows[:4]
+    windows = train.training_text(recipe, open_sources(recipe), run.work).tokens(range(4))
     model = load_stock(run.checkpoint)
     with torch.inference_mode():
         output = model(windows, output_router_logits=True)

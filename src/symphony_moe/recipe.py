@@ -222,6 +222,9 @@ class Train(Section):
     """Weight of the load-balancing loss (the stock model's own)."""
     sequence_length: int = Field(2048, ge=2)
     """Tokens in a window."""
+    packing: Literal["windows", "documents"] = "windows"
+    """`windows`: attention goes through all of a window; `documents`: it stays within each of the
+    documents in it."""
     batch_size: int = Field(2, ge=1)
     """Windows in a step on one device."""
     gradient_accumulation: int = Field(1, ge=1)
