@@ -162,6 +162,12 @@ def test_means_that_look_equal_are_marked_alike() -> None:
     assert [method for method, cell in loss_cells(column).items() if cell.best] == ["a", "b"]
 
 
+def test_the_best_has_the_lowest_mean_of_all_its_seeds() -> None:
+    # Neither the lowest value, nor a mean without the seed that diverged.
+    column = {"a": {0: 1.5, 1: 2.7}, "b": {0: 2.0, 1: 2.0}, "c": {0: 2.0, 1: None}}
+    assert [method for method, cell in loss_cells(column).items() if cell.best] == ["b"]
+
+
 def test_the_page_says_where_the_ranges_of_the_best_and_the_second_best_overlap() -> None:
     entries = sample_entries()
     words = rendered(entries).words
