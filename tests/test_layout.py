@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 STAGES = {
     "calibrate", "align", "fuse", "refit", "refit_head", "route", "write", "train", "evaluate",
-    "report", "verify",
+    "tasks", "report", "verify",
 }  # fmt: skip
 ALLOWED = {
     # Statistics are gathered batch by batch while the text runs: the accumulator is align's, the

@@ -92,6 +92,7 @@ from symphony_moe.run_folder import (
 from symphony_moe.shards import CheckpointWriter, hash_folder, sha256_of
 from symphony_moe.sources import Source, anchor_of, open_sources
 from symphony_moe.streams import Streams
+from symphony_moe.tasks import choose_models, load_tasks, run_tasks
 from symphony_moe.text import check_data_exists
 from symphony_moe.train import train_run
 from symphony_moe.verify import compare_builds, verify_run
@@ -245,6 +246,37 @@ def evaluate(folder: RunFolder, overrides: Sequence[str] = ()) -> dict[str, Any]
     folder.require_checkpoint()
     with log_to(folder):
         return evaluate_run(folder, recipe, open_sources(recipe))
+
+
+def evaluate_tasks(
+    folder: RunFolder,
+    tasks: Sequence[str],
+    *,
+    include: Path | None = None,
+    models: Sequence[str] = (),
+    limit: int | None = None,
+    chat_template: bool = False,
+    unsafe_code: bool = False,
+) -> dict[str, Any]:
+    """Benchmarks of lm-evaluation-harness, into `tasks` of `metrics.json`: `NAME` or `NAME:N` with
+    N examples in the prompt. `models`: `built`, `trained`, sources' names, `sources` for all of
+    those; empty for the run's own. See `load_tasks` and `run_tasks`."""
+    recipe = folder.read_recipe()
+    folder.require_checkpoint()
+    chosen = choose_models(folder, recipe, models)
+    with log_to(folder):
+        loaded = load_tasks(tasks, include, unsafe_code=unsafe_code)
+        # A run's own models need none of them.
+        sources = open_sources(recipe) if set(chosen) & set(recipe.sources) else []
+        return run_tasks(
+            folder,
+            sources,
+            chosen,
+            loaded,
+            limit=limit,
+            chat_template=chat_template,
+            unsafe_code=unsafe_code,
+        )
 
 
 def generate(folder: RunFolder) -> list[tuple[str, str, str]]:

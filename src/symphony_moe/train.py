@@ -162,7 +162,7 @@ def _publish(
     # What was measured of an earlier training is not true of this one.
     true: dict[str, Any] = {
         key: {stage: found for stage, found in old[key].items() if stage != "trained"}
-        for key in ("routing", "cka", "dynamic")
+        for key in ("routing", "cka", "dynamic", "tasks")
         if key in old
     }
     run.update_json(run.metrics, {"training": training, **true}, forget=["trained"])
