@@ -164,7 +164,9 @@ def test_means_that_look_equal_are_marked_alike() -> None:
 
 def test_the_best_has_the_lowest_mean_of_all_its_seeds() -> None:
     # Neither the lowest value, nor a mean without the seed that diverged.
-    column = {"a": {0: 1.5, 1: 2.7}, "b": {0: 2.0, 1: 2.0}, "c": {0: 2.0, 1: None}}
+    column: dict[str, dict[int, float | None]] = {
+        "a": {0: 1.5, 1: 2.7}, "b": {0: 2.0, 1: 2.0}, "c": {0: 2.0, 1: None},
+    }  # fmt: skip
     assert [method for method, cell in loss_cells(column).items() if cell.best] == ["b"]
 
 
