@@ -90,7 +90,7 @@ from symphony_moe.run_folder import (
     write_text,
 )
 from symphony_moe.shards import CheckpointWriter, hash_folder, sha256_of
-from symphony_moe.sources import Source, anchor_of, open_sources
+from symphony_moe.sources import Source, anchor_of, experts_of, open_sources
 from symphony_moe.streams import Streams
 from symphony_moe.tasks import choose_models, load_tasks, run_tasks
 from symphony_moe.text import check_data_exists
@@ -104,7 +104,7 @@ log = logging.getLogger(__name__)
 def plan(recipe: Recipe) -> Plan:
     """What a build of this recipe will do, from headers and tokenizers alone. Writes nothing."""
     _check_text(recipe)
-    return make_plan(recipe, open_sources(recipe, download=False))
+    return make_plan(recipe, experts_of(recipe, open_sources(recipe, download=False)))
 
 
 def run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -128,11 +128,12 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     started = time.monotonic()
     refuse_existing(out, resume=resume, overwrite=overwrite)
     plan(recipe)  # before weights are fetched
-    sources = open_sources(recipe)
+    opened = open_sources(recipe)
+    sources = experts_of(recipe, opened)
     planned = make_plan(recipe, sources)
     windows = calibration_windows(recipe, sources) if recipe.aligns or recipe.fits else {}
     aside = aside_windows(recipe, sources) if recipe.fits else {}
-    recipe = _with_hashes(recipe, sources)
+    recipe = _with_hashes(recipe, opened)
     if overwrite or not RunFolder(out).checkpoint.is_dir():
         require_room(out, planned.disk_bytes + planned.work_bytes, planned.work_bytes)
 
@@ -198,7 +199,7 @@ def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, Any]:
     builds it a second time and compares every tensor. Raises VerificationError."""
     recipe = folder.read_recipe()
     folder.require_checkpoint()
-    sources = open_sources(recipe)
+    sources = experts_of(recipe, open_sources(recipe))
     checks = verify_run(folder, recipe, sources, make_plan(recipe, sources))
     if deep:
         with tempfile.TemporaryDirectory(prefix="verify-", dir=folder.root) as again:

@@ -249,7 +249,7 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
         recipe=recipe,
         plan=plan,
         title=title(recipe["sources"]),
-        ceiling=ceiling_share(len(recipe["sources"]), top_k),
+        ceiling=ceiling_share(num_experts(recipe), top_k),
         facts=header_facts(plan, recipe),
         parameters=in_words,
         missing=missing_sections(metrics, recipe),
@@ -302,11 +302,15 @@ def title(sources: Iterable[str]) -> str:
     return f"One model out of {', '.join(names[:-1])} and {names[-1]}"
 
 
+def num_experts(recipe: Mapping[str, Any]) -> int:
+    return len(recipe["experts"].get("sources") or recipe["sources"])
+
+
 def header_facts(plan: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was built, as (what, value)."""
     return [
         ("Architecture", plan["architecture"]),
-        ("Experts", f"{len(recipe['sources'])}, {recipe['router']['top_k']} per token"),
+        ("Experts", f"{num_experts(recipe)}, {recipe['router']['top_k']} per token"),
         ("Parameters", in_words(plan["total_parameters"])),
         ("Active per token", in_words(plan["active_parameters"])),
         ("Dtype", plan["dtype"]),

@@ -468,7 +468,7 @@ def _make_trainer(
     trainer.remove_callback(PrinterCallback)
     if measure is not None and settings.evaluations:
         trainer.add_callback(_Measure(measure, settings.evaluations))
-    trainer.settings, trainer.names = settings, [source.name for source in sources]
+    trainer.settings, trainer.names = settings, recipe.expert_names
     trainer.top_k = recipe.router.top_k
     if settings.teacher == "sources":
         together = settings.teacher_loading == "together" or (
