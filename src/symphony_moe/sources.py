@@ -278,7 +278,7 @@ def experts_of(recipe: Recipe, sources: Sequence[Source]) -> list[Source]:
         if not bool(known.all()):
             token = experts[0].tokenizer.convert_ids_to_tokens(int((~known).nonzero()[0]))
             raise SourceError(
-                f"experts.sources: {', '.join(recipe.expert_names)} have no embedding for the token "
+                f"experts.sources: {', '.join(recipe.expert_names)} have no row for the token "
                 f"{token!r}, which is another's; leave that source out of the recipe, or "
                 "make it an expert"
             )
