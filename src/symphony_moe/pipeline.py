@@ -341,9 +341,14 @@ def compare(
         method: recipe.compare.variants.get(method, {"method": method}) for method in variants
     }
     page = render_comparison(
-        title(recipe.sources), entries, limits, reference, comparison_facts(recipe), settings,
+        title(recipe.sources),
+        entries,
+        limits,
+        reference,
+        comparison_facts(recipe.model_dump(mode="json")),
+        settings,
         in_domain=list(recipe.sources),
-    )  # fmt: skip
+    )
     write_text(folder.page, page)
     return folder, entries, limits
 
