@@ -151,8 +151,9 @@ class Source:
 
     @property
     def owner(self) -> Owner:
-        """Its own tokenizer and the size of its tables."""
-        return Owner(self.name, self.folder, self.own_tokenizer, self.own_rows)
+        """Its own tokenizer, the size of its tables, and its config's special tokens."""
+        special = {key: getattr(self.config, key, None) for key in ("eos_token_id", "pad_token_id")}
+        return Owner(self.name, self.folder, self.own_tokenizer, self.own_rows, special)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor (or some of its first axis) as float32, with the adapter in it.
@@ -678,7 +679,8 @@ def _special_ids(source: Source, field: str) -> Any:
     if numbers is None or source.vocabulary is None:
         return numbers
     listed = numbers if isinstance(numbers, list) else [numbers]
-    return [str(source.own_tokenizer.convert_ids_to_tokens(number)) for number in listed]
+    spelled = {number: token for token, number in source.own_tokenizer.get_vocab().items()}
+    return [spelled.get(number, f"{number}, which is no token") for number in listed]
 
 
 def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> list[Difference]:
@@ -721,17 +723,17 @@ def _compare_vocabularies(sources: Sequence[Source], anchor: str) -> list[Differ
     """How each source's tokens differ from the anchor's, and what becomes of them."""
     by_name = {source.name: source for source in sources}
     vocabularies = {s.name: s.own_tokenizer.get_vocab() for s in sources}
+    kinds = {s.name: s.owner.kind for s in sources}
     found = []
+    if len(set(kinds.values())) > 1:
+        why = "no tokenizer can be both; use sources whose tokenizers are of one kind"
+        return [Difference("kind of tokenizer", kinds, "error", why)]
     for name, vocabulary in vocabularies.items():
         if vocabulary == vocabularies[anchor]:
             continue
         sizes = {n: f"{len(vocabularies[n])} tokens" for n in (anchor, name)}
         merged = by_name[name].vocabulary
-        if merged is None:
-            kinds = [by_name[n].owner.kind for n in (anchor, name)]
-            why = f"the one is {kinds[0]}, the other {kinds[1]}: no tokenizer can be both"
-            found.append(Difference("tokenizer vocabulary", sizes, "error", why))
-            continue
+        assert merged is not None  # of one kind and different: share_vocabulary has merged them
         found.append(
             Difference(
                 "tokenizer vocabulary", sizes, "warning", _fate(merged, name, anchor, vocabulary)
