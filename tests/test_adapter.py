@@ -179,6 +179,34 @@ def not_finite(adapter: Path) -> None:
     change(adapter, lambda t: [tensor.fill_(torch.nan) for tensor in t.values()])
 
 
+def without(part: str) -> Callable[[Path], None]:
+    """Leave out tensors of the second layer."""
+
+    def damage(adapter: Path) -> None:
+        change(adapter, lambda t: [t.pop(k) for k in list(t) if part in k and "layers.1" in k])
+
+    return damage
+
+
+def no_tensors(adapter: Path) -> None:
+    change(adapter, lambda t: t.clear())
+
+
+def rank_of_a(adapter: Path) -> None:
+    change(adapter, lambda t: t.update({k: v[:2].clone() for k, v in t.items() if "lora_A" in k}))
+
+
+def with_settings(**settings: Any) -> Callable[[Path], None]:
+    def damage(adapter: Path) -> None:
+        config = json.loads((adapter / FILES[0]).read_text())
+        (adapter / FILES[0]).write_text(json.dumps(config | settings))
+
+    return damage
+
+
+NO_FIT = "do not fit its tensors for model.layers.0.mlp.down_proj"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -190,6 +218,15 @@ def not_finite(adapter: Path) -> None:
         (another_layer, "which the model has not"),
         (another_size, "is [4, 31], for a tensor of"),
         (not_finite, "NaN or infinite"),
+        (no_tensors, "holds no tensors"),
+        (without("lora_A"), "has no model.layers.1.mlp.down_proj.lora_A.weight"),
+        (without("lora_B"), "has no model.layers.1.mlp.down_proj.lora_B.weight"),
+        (with_settings(use_dora=True), "has no model.layers.0.mlp.down_proj.lora_magnitude_vector"),
+        (rank_of_a, NO_FIT),
+        (with_settings(r=8), NO_FIT),
+        (with_settings(rank_pattern={"down_proj": 3}), NO_FIT),
+        (with_settings(r=0), NO_FIT),
+        (with_settings(lora_alpha=None), NO_FIT),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_a_message(
@@ -213,10 +250,28 @@ def test_an_adapter_that_does_not_fit_is_a_message(
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
-def test_an_adapter_of_a_tied_head_is_refused(tmp_path: Path) -> None:
-    """The head is the embeddings there: to change one alone unties them."""
+def test_an_adapter_that_began_with_the_whole_head_is_refused(base: Path, tmp_path: Path) -> None:
+    """A block of the head has another decomposition."""
+    settings = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "pissa"}
+    adapter = make_adapter(base, tmp_path / "adapter", **settings)
+    with pytest.raises(SourceError, match=r"^a: .* decomposition of the head \(pissa\)"):
+        open_source("a", SourceSpec(model=str(base), data="x.txt", adapter=str(adapter)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_tied_embeddings_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    """peft's merged model has a new table as embeddings and the old one as head, or the reverse."""
     base = make_model(tmp_path / "model", "qwen2", 0)
-    adapter = make_adapter(base, tmp_path / "adapter")
-    change(adapter, lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(300, 32)}))
-    with pytest.raises(SourceError, match=r"lm_head.weight, which the model has not"):
+    adapter = make_adapter(base, tmp_path / "adapter", **settings)
+    with pytest.raises(SourceError, match=r"^a: .*, and the model's head is its embeddings"):
         open_source("a", SourceSpec(model=str(base), data="x.txt", adapter=str(adapter)))

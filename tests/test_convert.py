@@ -208,6 +208,18 @@ def test_changed_weights_are_converted_again(llama: Path, tmp_path: Path) -> Non
     assert torch.equal(after.read(name), 2 * before.read(name))
 
 
+def test_a_changed_config_or_tokenizer_is_the_one_that_is_read(llama: Path, tmp_path: Path) -> None:
+    """What is beside the weights is part of what was converted."""
+    folder = pickled(llama, tmp_path / "model")
+    assert opened(folder, allow_pickle=True).config.rms_norm_eps == 1e-5
+    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("new")
+    source = opened(folder, allow_pickle=True)
+    assert source.config.rms_norm_eps == 1e-3
+    assert source.tokenizer.chat_template == "new"
+
+
 def test_safetensors_are_preferred_and_a_tied_head_is_dropped(tmp_path: Path) -> None:
     tied = make_model(tmp_path / "tied", "qwen2", 0)
     folder = pickled(tied, tmp_path / "pickled")
@@ -217,6 +229,44 @@ def test_safetensors_are_preferred_and_a_tied_head_is_dropped(tmp_path: Path) ->
     assert "lm_head.weight" not in opened(folder, allow_pickle=True).headers
     (tied / "pytorch_model.bin").write_bytes(b"not read")
     assert opened(tied, allow_pickle=True).folder == tied
+
+
+@pytest.mark.parametrize(
+    "index", ["", "not json", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}']
+)
+@pytest.mark.parametrize("allowed", [True, False])
+def test_an_index_of_pickles_that_is_none_is_refused(
+    index: str, allowed: bool, llama: Path, tmp_path: Path
+) -> None:
+    folder = pickled(llama, tmp_path / "model", 2)
+    (folder / "pytorch_model.bin.index.json").write_text(index)
+    with pytest.raises(SourceError, match=r"^a: .*bin.index.json is not a usable index: "):
+        opened(folder, allow_pickle=allowed)
+
+
+def test_pickles_of_before_there_were_archives_are_read(llama: Path, tmp_path: Path) -> None:
+    folder = pickled(llama, tmp_path / "model")
+    tensors = load_file(llama / WEIGHTS)
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    source = opened(folder, allow_pickle=True)
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_pickled_folder_that_is_not_whole_is_a_message(
+    llama: Path, tmp_path: Path, cache: Path
+) -> None:
+    folder = pickled(llama, tmp_path / "model")
+    path = folder / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(SourceError, match=r"^a: .*pytorch_model.bin cannot be converted: "):
+        opened(folder, allow_pickle=True)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(SourceError, match=r"^a: .*config.json is not JSON"):
+        opened(folder, allow_pickle=True)
+    (folder / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"^a: .* has no config.json"):
+        opened(folder, allow_pickle=True)
+    assert not list(cache.glob("*"))
 
 
 class _Evil:

@@ -245,17 +245,14 @@ def test_selective_linear_by_counts_is_the_least_squares_table(
         assert distance(selective_linear(tables, counts * factor, weights), fused) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("known", "weights"),
-    [
-        ([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]], [1.0, 1.0]),
-        ([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]], [1.0, 0.0]),
-    ],
-)
-def test_a_token_that_nobody_knows_is_refused(
-    known: list[list[float]], weights: list[float]
-) -> None:
-    """There is no vector to give it, and a share of 0 gives none either."""
-    tables = random_tensors(8, 2, (3, 4))
+def test_a_token_that_nobody_knows_is_refused() -> None:
+    """There is no vector to give it."""
+    tables, known = random_tensors(8, 2, (3, 4)), torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     with pytest.raises(ValueError, match="token 1 "):
-        selective_linear(tables, torch.tensor(known), weights)
+        selective_linear(tables, known, [1.0, 1.0])
+
+
+def test_a_token_that_only_a_source_of_weight_0_knows_is_that_sources() -> None:
+    tables, known = random_tensors(8, 2, (3, 4)), torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    fused = selective_linear(tables, known, [1.0, 0.0])
+    assert torch.equal(fused, torch.stack([tables[0][0], tables[1][1], tables[0][2]]))

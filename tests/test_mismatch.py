@@ -101,7 +101,7 @@ PAIRS: list[tuple[str, Change, int, str]] = [
     ("activation", config(hidden_act="gelu"), ERROR, "hidden_act (a: silu; b: gelu)"),
     ("attention bias", config(attention_bias=True), ERROR, "cannot become an expert"),
     ("ffn bias", config(mlp_bias=True), ERROR, "cannot become an expert"),
-    ("tokenizer kind", tokenizer(sentencepiece, 301), ERROR, "the other SentencePiece BPE"),
+    ("tokenizer kind", tokenizer(sentencepiece, 301), ERROR, "b: SentencePiece BPE"),
     ("unigram", tokenizer(unigram, 301), ERROR, "the other Unigram"),
     # What is wrong with one of them.
     ("no config", lambda m: (m / "config.json").unlink(), ERROR, "has no config.json"),

@@ -27,6 +27,7 @@ from symphony_moe.sources import (
     refuse_mismatch,
     share_vocabulary,
 )
+from symphony_moe.stock import load_stock
 
 Recipes = Callable[[str], Path]
 WEIGHTS = "model.safetensors"
@@ -332,6 +333,34 @@ def test_a_checkpoint_of_several_files_is_opened_and_read(model: Path) -> None:
     assert torch.equal(source.read(Q), whole[Q])
     hashed = [file for file in source.hash_files() if file.endswith(".safetensors")]
     assert hashed == sorted({*where.values()})
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_the_weights_are_those_that_transformers_loads(sharded: bool, model: Path) -> None:
+    """Whatever else is in the folder: an index beside model.safetensors, an adapter's tensors,
+    Mistral's own format."""
+    if sharded:
+        tensors = load_file(model / WEIGHTS)
+        shard(model)
+        save_file({k: 0.5 * v for k, v in tensors.items()}, model / WEIGHTS, {"format": "pt"})
+    for file in ("adapter_model.safetensors", "consolidated.safetensors"):
+        save_file({"layers.0.x": torch.ones(1)}, model / file)
+    source = opened(model)
+    assert torch.equal(source.read(Q), load_stock(model).state_dict()[Q].cpu())
+    assert [f for f in source.hash_files() if f.endswith(".safetensors")] == [WEIGHTS]
+
+
+def test_weights_that_transformers_would_not_find_are_refused(model: Path) -> None:
+    (model / WEIGHTS).rename(model / "model-00001-of-00001.safetensors")
+    message = refusal(model)
+    assert "neither model.safetensors nor model.safetensors.index.json" in message
+    assert "model-00001-of-00001.safetensors" in message
+
+
+def test_an_adapter_inside_a_model_folder_is_refused(model: Path) -> None:
+    """Transformers would load it by itself, where an evaluation loads the source."""
+    (model / "adapter_config.json").write_text("{}")
+    assert "Name its folder as sources.a.adapter" in refusal(model)
 
 
 def test_a_file_in_the_index_that_is_not_there_is_named(model: Path) -> None:
@@ -660,19 +689,17 @@ def test_a_moved_tokenizer_is_noticed_by_the_next_command(recipe: Recipe, tmp_pa
         pipeline.verify(run)
 
 
-def test_planning_a_hub_model_fetches_its_headers_and_no_weights(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`plan` takes config and tokenizer as files, and the headers by the client's range
-    requests."""
+def serve(model: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A hub that has the model; the patterns that are asked for."""
     whole = opened(model)
-    snapshot = tmp_path / "snapshot"
     asked: list[Any] = []
 
     def download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append(allow_patterns)
-        ignored = shutil.ignore_patterns("*.safetensors")
-        shutil.copytree(model, snapshot, ignore=ignored, dirs_exist_ok=True)
+        snapshot.mkdir(exist_ok=True)
+        for pattern in allow_patterns:
+            for path in model.glob(pattern):
+                shutil.copyfile(path, snapshot / path.name)
         return str(snapshot)
 
     def metadata(repo: str, *, revision: str | None) -> SafetensorsRepoMetadata:
@@ -685,12 +712,49 @@ def test_planning_a_hub_model_fetches_its_headers_and_no_weights(
             metadata=None, sharded=False, weight_map={}, files_metadata={WEIGHTS: file}
         )
 
+    def there(repo: str, file: str, *, revision: str | None) -> bool:
+        return (model / file).is_file()
+
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", metadata)
+    monkeypatch.setattr("huggingface_hub.file_exists", there)
+    return asked
+
+
+def test_planning_a_hub_model_fetches_its_headers_and_no_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`plan` takes config and tokenizer as files, and the headers by the client's range
+    requests."""
+    asked = serve(model, tmp_path / "snapshot", monkeypatch)
     source = open_source("a", SourceSpec(model="someone/model", data="x.txt"), download=False)
-    assert source.headers == whole.headers
+    assert source.headers == opened(model).headers
     assert source.public_name == "someone/model"
     assert "*.safetensors" not in asked[0]
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("kind", ["both", "pickled alone"])
+def test_a_hub_model_with_safetensors_and_pickles_has_safetensors(
+    sharded: bool, kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on meta-llama/Llama-2-7b-hf: `plan` sees the pickles' index, and of a single safetensors
+    file nothing."""
+    where = shard(model) if sharded else dict.fromkeys(load_file(model / WEIGHTS), WEIGHTS)
+    pickles = {name: f"pytorch_{file}.bin" for name, file in where.items()}
+    for file in pickles.values():
+        (model / file).write_bytes(b"not read")
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": pickles}))
+    serve(model, tmp_path / "snapshot", monkeypatch)
+    spec = SourceSpec(model="someone/model", data="x.txt")
+    if kind == "both":
+        for download in (False, True):
+            assert open_source("a", spec, download=download).converted == ()
+        return
+    for path in model.glob("model*.safetensors*"):
+        path.unlink()
+    with pytest.raises(SourceError, match=r"^a: .* is pickled; set sources.a.allow_pickle: true"):
+        open_source("a", spec, download=False)
 
 
 @pytest.mark.parametrize("content", ["{oops", "[]", '{"max_new_tokens": -4}'])

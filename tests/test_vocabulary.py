@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -421,13 +422,15 @@ def test_the_chat_conventions_may_be_another_sources(tmp_path: Path) -> None:
     generation = {"eos_token_id": [302, 257], "pad_token_id": 303, "temperature": 0.5,
                   "do_sample": True}  # fmt: skip
     (b / "generation_config.json").write_text(json.dumps(generation))
+    config = json.loads((b / "config.json").read_text()) | {"eos_token_id": [302, 257]}
+    (b / "config.json").write_text(json.dumps(config))
     for chat in ("a", "b"):
         run = pipeline.build(load_recipe(path, [f"output.chat={chat}"]), tmp_path / chat)
         tokenizer = AutoTokenizer.from_pretrained(run.checkpoint)
         settings = json.loads((run.checkpoint / "generation_config.json").read_text())
         config = json.loads((run.checkpoint / "config.json").read_text())
-        end = 303 if chat == "b" else 257
-        assert (tokenizer.eos_token_id, config["eos_token_id"]) == (end, end)
+        end, ends = (303, [303, 257]) if chat == "b" else (257, 257)
+        assert (tokenizer.eos_token_id, config["eos_token_id"]) == (end, ends)
         assert tokenizer.bos_token_id == config["bos_token_id"] == 256
         assert tokenizer.chat_template == ("{{ messages }}<|im_end|>" if chat == "b" else None)
         if chat == "b":
@@ -437,6 +440,10 @@ def test_the_chat_conventions_may_be_another_sources(tmp_path: Path) -> None:
         else:
             assert "temperature" not in settings
         pipeline.verify(run)
+    (b / "generation_config.json").unlink()
+    run = pipeline.build(load_recipe(path, ["output.chat=b"]), tmp_path / "none")
+    settings = json.loads((run.checkpoint / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [303, 257] and settings["pad_token_id"] == 304
 
 
 def test_the_chat_conventions_may_differ_where_the_vocabulary_does_not(tmp_path: Path) -> None:
@@ -452,9 +459,12 @@ def test_the_chat_conventions_may_differ_where_the_vocabulary_does_not(tmp_path:
 # What cannot be merged
 
 
+@pytest.mark.parametrize("rows", [300, 301, 320])
+@pytest.mark.parametrize("command", ["plan", "build"])
 def test_tokenizers_of_different_kinds_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With the same tokens (and tables of one size, or not) or others."""
     path = make_recipe(tmp_path, "llama", count=2)
 
     def metaspace(content: dict[str, Any]) -> None:
@@ -462,18 +472,48 @@ def test_tokenizers_of_different_kinds_are_refused(
             "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False,
         }  # fmt: skip
         content["decoder"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
-        add_tokens(content, ["<|x|>"])
+        add_tokens(content, ["<|x|>"] if rows == 301 else [])
 
-    make_model(tmp_path / "models" / "b", "llama", 1, vocab_size=301)
+    make_model(tmp_path / "models" / "b", "llama", 1, vocab_size=rows)
     rewrite(tmp_path / "models" / "b", metaspace)
-    assert main(["plan", str(path)]) == 2
+    out = ["--out", str(tmp_path / "out")] if command == "build" else []
+    assert main([command, str(path), "--set", "output.chat=b", *out]) == 2
     error = capsys.readouterr().err
-    assert "tokenizer vocabulary (a: 300 tokens; b: 301 tokens)" in error
-    assert "byte-level BPE" in error and "SentencePiece BPE" in error and "Traceback" not in error
+    assert "kind of tokenizer (a: byte-level BPE; b: SentencePiece BPE): no tokenizer can" in error
+    assert "Traceback" not in error
     sources = [open_source(n, load_recipe(path).sources[n]) for n in "ab"]
     owners = [source.owner for source in sources]
     with pytest.raises(SourceError, match="tokenizers of different kinds cannot be merged"):
         merge(owners, "a", "a")
+
+
+def test_an_end_that_is_no_token_is_said_to_be_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """-1 of old configs, and numbers of padding rows; and it is not the same as no end."""
+    path = a_pair(tmp_path)
+    for model, number in (("a", None), ("b", -1)):
+        config = tmp_path / "models" / model / "config.json"
+        content = json.loads(config.read_text())
+        config.write_text(json.dumps(content | {"pad_token_id": number}))
+    assert main(["plan", str(path)]) == 0
+    assert "pad_token_id (a: None; b: -1, which is no token)" in capsys.readouterr().out
+    assert main(["plan", str(path), "--set", "output.chat=b"]) == 2
+    error = capsys.readouterr().err
+    assert "b: pad_token_id of its config.json has -1, which is no token" in error
+
+
+@pytest.mark.parametrize("method", ["symphony", "harmonized"])
+def test_a_source_of_weight_0_keeps_what_it_alone_has(method: str, tmp_path: Path) -> None:
+    path = a_pair(tmp_path)
+    settings = ["backbone.weights={a: 1, b: 0}", f"method={method}", "refit.epochs=0"]
+    run = pipeline.build(load_recipe(path, settings), tmp_path / "run")
+    pipeline.verify(run)
+    if method == "symphony":
+        sources = open_sources(load_recipe(path))
+        embeddings = weight_of(load_stock(run.checkpoint).get_input_embeddings())
+        for rows, owner_ in ((slice(301), "a"), (slice(301, 305), "b")):
+            assert torch.equal(embeddings[rows], table(sources, owner_, EMBEDDING)[rows])
 
 
 def test_an_anchor_whose_tokenizer_has_no_json_is_refused(template: Path, tmp_path: Path) -> None:
@@ -839,17 +879,60 @@ def test_every_file_has_the_chat_sources_end_token(template: Path, tmp_path: Pat
     assert own.settings == {} and own.generation is None
 
 
-def test_only_token_numbers_of_a_generation_config_are_translated(
+def two_with_one_each(template: Path, root: Path, special: Mapping[str, Any]) -> list[Owner]:
+    """`a` and `b` with a token of its own each, of the same number."""
+    one = owner("a", root / "a", template, lambda content: add_tokens(content, ["<|x|>"]))
+    two = owner("b", root / "b", template, lambda content: add_tokens(content, ["<|y|>"]))
+    return [one, replace(two, special=special)]
+
+
+def test_all_token_numbers_of_a_generation_config_are_translated_and_no_others(
     template: Path, tmp_path: Path
 ) -> None:
-    one = owner("a", tmp_path / "a", template, lambda content: add_tokens(content, ["<|x|>"]))
-    two = owner("b", tmp_path / "b", template, lambda content: add_tokens(content, ["<|y|>"]))
-    settings = {"eos_token_id": [300, 257], "bos_token_id": 256, "pad_token_id": None,
-                "decoder_start_token_id": 300, "max_length": 300}  # fmt: skip
-    (two.folder / "generation_config.json").write_text(json.dumps(settings))
-    assert merge([one, two], "a", "b").generation == settings | {
-        "eos_token_id": [301, 257], "decoder_start_token_id": 301,
-    }  # fmt: skip
+    owners = two_with_one_each(template, tmp_path, {})
+    numbers = {"eos_token_id": [300, 257], "bos_token_id": 256, "pad_token_id": None,
+               "decoder_start_token_id": 300, "forced_bos_token_id": 300,
+               "forced_eos_token_id": [300], "suppress_tokens": [256, 300],
+               "begin_suppress_tokens": [300], "bad_words_ids": [[300, 256], [257]],
+               "force_words_ids": [[[300]]], "sequence_bias": [[[300, 256], -10.0]]}  # fmt: skip
+    others = {"max_length": 300, "temperature": 300.0}
+    path = owners[1].folder / "generation_config.json"
+    path.write_text(json.dumps(numbers | others))
+    translated = json.loads(json.dumps(numbers).replace("300", "301"))
+    assert merge(owners, "a", "b").generation == translated | others
+
+
+@pytest.mark.parametrize("number", [301, 309, -1, True, "</s>"])
+def test_numbers_of_no_token_are_not_translated_to_none(
+    number: Any, template: Path, tmp_path: Path
+) -> None:
+    owners = two_with_one_each(template, tmp_path, {"eos_token_id": [257, number]})
+    with pytest.raises(SourceError, match=r"^b: eos_token_id of its config.json has .* no token"):
+        merge(owners, "a", "b")
+    owners[1] = replace(owners[1], special={})
+    path = owners[1].folder / "generation_config.json"
+    path.write_text(json.dumps({"suppress_tokens": [[257, number]]}))
+    with pytest.raises(SourceError, match=r"^b: suppress_tokens of its generation_config.json has"):
+        merge(owners, "a", "b")
+
+
+def test_the_ends_of_a_chat_sources_config_are_translated(template: Path, tmp_path: Path) -> None:
+    """All of them; its tokenizer's, where the config has none."""
+    owners = two_with_one_each(template, tmp_path, {"eos_token_id": [300, 257]})
+    owners[1].tokenizer.pad_token = "<|y|>"
+    assert merge(owners, "a", "b").settings == {"eos_token_id": [301, 257], "pad_token_id": 301}
+
+
+def test_the_anchors_padding_token_does_not_outlive_the_chat_sources(
+    template: Path, tmp_path: Path
+) -> None:
+    owners = chat_pair(template, tmp_path)
+    listed = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<s>"}
+    (tmp_path / "a" / "special_tokens_map.json").write_text(json.dumps(listed))
+    union = merge(owners, "a", "b")
+    written = json.loads(union.files["special_tokens_map.json"])
+    assert written == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert union.tokenizer.pad_token is None
 
 
 def test_files_that_make_no_tokenizer_are_a_message(template: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 GGUF files go through `transformers`, which undoes their quantization; the whole model is in memory
 meanwhile. Pickled `pytorch_model*.bin` files, where the recipe allows them by name, are read with
 torch's weights-only loader, file by file. The cache is `$SYMPHONY_CACHE`, or `symphony-moe` in the
-user's cache folder; an entry is named after the file's path, size and time of change.
+user's cache folder; an entry is named after path, size and time of change of the weights and of the
+small files beside them.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from symphony_moe.errors import SourceError
 from symphony_moe.families import HEAD
 
+SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""What transformers looks for in a model folder, in this order."""
 _SMALL = (".json", ".jinja", ".model", ".txt")
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -35,15 +39,30 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "symphony-moe"
 
 
-def pickles_of(folder: Path) -> list[Path]:
+def weight_map(name: str, index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index says. Raises SourceError where it says nothing of the kind."""
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found = {str(tensor): str(Path(file)) for tensor, file in listed.items()}
+        if not found:
+            raise ValueError("it lists no tensors")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(
+            f"{name}: {index} is not a usable index: {error!r}; fetch it again"
+        ) from None
+    return found
+
+
+def pickles_of(name: str, folder: Path) -> list[Path]:
     """The pickled weights of a model folder; none where it has safetensors."""
-    if any(folder.glob("*.safetensors")):
+    if (folder / SAFETENSORS).is_file() or (folder / INDEX).is_file():
         return []
+    if (folder / _BIN).is_file():
+        return [folder / _BIN]
     index = folder / _BIN_INDEX
-    if index.is_file():
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / file for file in sorted(set(listed))]
-    return [folder / _BIN] if (folder / _BIN).is_file() else []
+    if not index.is_file():
+        return []
+    return [folder / file for file in sorted(set(weight_map(name, index).values()))]
 
 
 def from_gguf(name: str, folder: Path, file: str, *, weights: bool) -> Path:
@@ -75,11 +94,12 @@ def from_gguf(name: str, folder: Path, file: str, *, weights: bool) -> Path:
         plain.save_pretrained(out)
 
     kind, make = ("gguf", convert) if weights else ("gguf-described", describe)
-    return _once(name, kind, [path], make)
+    return _once(name, kind, folder, [path], make)
 
 
-def from_pickle(name: str, folder: Path, files: Sequence[Path]) -> Path:
-    """A model folder with safetensors in the place of pickled weights.
+def from_pickle(name: str, folder: Path, files: Sequence[Path], *, tied: bool) -> Path:
+    """A model folder with safetensors in the place of pickled weights. `tied`: a head that is
+    stored beside the embeddings is left out.
 
     Raises SourceError for files that are missing, or hold more than tensors.
     """
@@ -88,25 +108,37 @@ def from_pickle(name: str, folder: Path, files: Sequence[Path]) -> Path:
             raise SourceError(f"{name}: {path} is in the index, but is not there")
 
     def convert(out: Path) -> None:
-        for path in folder.iterdir():
-            if path.suffix in _SMALL and path.name != _BIN_INDEX:
+        for path in _small_files(folder):
+            if path.name != _BIN_INDEX:
                 shutil.copyfile(path, out / path.name)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         where: dict[str, str] = {}
         for number, path in enumerate(files, start=1):
-            tensors = _tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-            if config.get("tie_word_embeddings"):
+            tensors = _tensors(path)
+            if tied:
                 tensors.pop(HEAD, None)
             file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
             save_file(tensors, out / file, {"format": "pt"})
             where |= dict.fromkeys(tensors, file)
         index = {"metadata": {}, "weight_map": where}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        (out / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
-    return _once(name, "pickle", files, convert)
+    return _once(name, "pickle", folder, files, convert)
 
 
-def _tensors(content: Any) -> dict[str, Tensor]:
+def _small_files(folder: Path) -> list[Path]:
+    """Config, tokenizer and what else is in a model folder beside weights."""
+    return sorted(path for path in folder.iterdir() if path.suffix in _SMALL and path.is_file())
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file."""
+    # Files of before torch 1.6 are no archives, which alone can be mapped.
+    mapped = zipfile.is_zipfile(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError as error:
+        # What torch's reader raises where a file is shorter than it says.
+        raise ValueError(f"it is not whole ({error}); fetch it again") from None
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError("it holds something other than named tensors")
     # Copies: tensors may share their memory in there, which safetensors refuses.
@@ -117,10 +149,13 @@ def _forget_quantization(config: Any) -> None:
     config.__dict__.pop("quantization_config", None)
 
 
-def _once(name: str, kind: str, files: Sequence[Path], make: Callable[[Path], None]) -> Path:
-    """The cache's entry for some files; made, and put there by one rename, where it is missing."""
+def _once(
+    name: str, kind: str, folder: Path, files: Sequence[Path], make: Callable[[Path], None]
+) -> Path:
+    """The cache's entry for some files of a folder and the small ones in it; made, and put there by
+    one rename, where it is missing."""
     digest = hashlib.sha256(kind.encode())
-    for path in files:
+    for path in [*files, *_small_files(folder)]:
         state = path.stat()
         digest.update(f"\0{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}".encode())
     entry = cache() / f"{kind}-{digest.hexdigest()[:24]}"

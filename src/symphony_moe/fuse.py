@@ -101,10 +101,11 @@ def selective_linear(
 
     `knowledge[i, token]` says how much of the token is source i's: 1 or 0 in the paper. With the
     numbers of the token in each source's text it is the table that is closest, in the mean square
-    over that text, to each source's own. Raises ValueError for a token that no source knows: there
-    is nothing to give it.
+    over that text, to each source's own. A token that only sources of weight 0 know is theirs.
+    Raises ValueError for a token that no source knows: there is nothing to give it.
     """
     shares = normalized(weights)[:, None] * knowledge.double()
+    shares = torch.where(shares.sum(dim=0) > 0, shares, knowledge.double())
     total = shares.sum(dim=0)
     if bool((total == 0).any()):
         token = int((total == 0).nonzero()[0])

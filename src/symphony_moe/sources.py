@@ -30,7 +30,14 @@ from transformers import (
 from symphony_moe.adapter import FILES as ADAPTER_FILES
 from symphony_moe.adapter import Adapter, open_adapter
 from symphony_moe.bundled import source_folder
-from symphony_moe.convert import from_gguf, from_pickle, pickles_of
+from symphony_moe.convert import (
+    INDEX,
+    SAFETENSORS,
+    from_gguf,
+    from_pickle,
+    pickles_of,
+    weight_map,
+)
 from symphony_moe.errors import SourceError, SourceMismatch
 from symphony_moe.families import (
     EMBEDDING,
@@ -49,7 +56,6 @@ from symphony_moe.vocabulary import TOKENIZER_FILES, Owner, Vocabulary, is_neede
 GENERATION = "generation_config.json"
 TABLE_ROWS = 8192
 """Rows of an embedding table that are read at once."""
-_INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -145,8 +151,9 @@ class Source:
 
     @property
     def owner(self) -> Owner:
-        """Its own tokenizer and the size of its tables."""
-        return Owner(self.name, self.folder, self.own_tokenizer, self.own_rows)
+        """Its own tokenizer, the size of its tables, and its config's special tokens."""
+        special = {key: getattr(self.config, key, None) for key in ("eos_token_id", "pad_token_id")}
+        return Owner(self.name, self.folder, self.own_tokenizer, self.own_rows, special)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor (or some of its first axis) as float32, with the adapter in it.
@@ -319,10 +326,31 @@ def open_source(
             folder = _fetch(name, spec.model, spec.revision, patterns)
     if not folder.is_dir():
         raise SourceError(f"{name}: no such model folder: {folder}")
+    if (folder / ADAPTER_FILES[0]).is_file():
+        raise SourceError(
+            f"{name}: {folder} has an {ADAPTER_FILES[0]}: it holds a LoRA, which transformers "
+            f"loads into the model by itself. Name its folder as sources.{name}.adapter, and as "
+            "model the one that it was trained on, in a folder without it"
+        )
     origin = folder
-    folder, converted = _as_safetensors(name, spec, folder, download=download)
+    converted: tuple[str, ...] = ()
+    if spec.gguf_file is not None:
+        folder = from_gguf(name, folder, spec.gguf_file, weights=download)
+        converted = (spec.gguf_file,)
     config = _read_config(name, folder, attention)
-    remote = from_hub and not download and not _has_weights(folder)
+    pickles = [] if converted else pickles_of(name, folder)
+    if pickles and from_hub and not download and _is_on_hub(spec, SAFETENSORS):
+        pickles = []  # not fetched, but preferred
+    if pickles:
+        if not spec.allow_pickle:
+            raise SourceError(
+                f"{name}: {folder} has no .safetensors weights, only {pickles[0].name}, which is "
+                f"pickled; set sources.{name}.allow_pickle: true to have it read (tensors alone) "
+                "and converted"
+            )
+        folder = from_pickle(name, folder, pickles, tied=config.tie_word_embeddings)
+        converted = tuple(path.name for path in pickles)
+    remote = from_hub and not download and not _has_weights(name, folder)
     if spec.gguf_file is not None and not download:
         headers = _described(spec.gguf_file, config)
     else:
@@ -341,25 +369,6 @@ def open_source(
     if spec.sha256 is not None and download:
         _check_hashes(source, spec.sha256)
     return source
-
-
-def _as_safetensors(
-    name: str, spec: SourceSpec, folder: Path, *, download: bool
-) -> tuple[Path, tuple[str, ...]]:
-    """(the folder, or what other formats in it were converted to; the files that were)"""
-    if spec.gguf_file is not None:
-        described = from_gguf(name, folder, spec.gguf_file, weights=download)
-        return described, (spec.gguf_file,)
-    pickles = pickles_of(folder)
-    if pickles and not spec.allow_pickle:
-        raise SourceError(
-            f"{name}: {folder} has no .safetensors weights, only {pickles[0].name}, which is "
-            f"pickled; set sources.{name}.allow_pickle: true to have it read (tensors alone) and "
-            "converted"
-        )
-    if not pickles:
-        return folder, ()
-    return from_pickle(name, folder, pickles), tuple(path.name for path in pickles)
 
 
 def _described(file: str, config: PreTrainedConfig) -> dict[str, Header]:
@@ -395,16 +404,25 @@ def _fetch(name: str, hub_id: str, revision: str | None, patterns: Sequence[str]
         ) from None
 
 
-def _has_weights(folder: Path) -> bool:
+def _is_on_hub(spec: SourceSpec, file: str) -> bool:
+    """Whether a hub checkpoint has a file that was not fetched."""
+    from huggingface_hub import file_exists
+
+    try:
+        return file_exists(spec.model, file, revision=spec.revision)
+    except Exception:
+        # Offline, or whatever else the client raises: what was fetched is all there is.
+        return False
+
+
+def _has_weights(name: str, folder: Path) -> bool:
     """Whether every weights file is there (a hub snapshot may hold some, or none)."""
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return True  # reading the headers will say what is wrong with the index
-        return all((folder / file).is_file() for file in listed)
-    return any(folder.glob("*.safetensors"))
+    if (folder / SAFETENSORS).is_file():
+        return True
+    index = folder / INDEX
+    return index.is_file() and all(
+        (folder / file).is_file() for file in weight_map(name, index).values()
+    )
 
 
 def _hub_headers(name: str, spec: SourceSpec) -> dict[str, Header]:
@@ -460,19 +478,18 @@ def _read_config(name: str, folder: Path, attention: str) -> PreTrainedConfig:
 
 
 def _read_headers(name: str, folder: Path) -> dict[str, Header]:
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            files = sorted({str(Path(file)) for file in listed.values()})
-        except (ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"{name}: {index} is not a usable index: {error!r}") from None
+    """Headers of the files that transformers would load, whatever else is beside them."""
+    listed: dict[str, str] = {}
+    index = folder / INDEX
+    if (folder / SAFETENSORS).is_file():
+        files = [SAFETENSORS]
+    elif index.is_file():
+        listed = weight_map(name, index)
+        files = sorted(set(listed.values()))
     else:
-        listed = None
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
         raise SourceError(
-            f"{name}: {folder} has no .safetensors weights (found: "
+            f"{name}: {folder} has no .safetensors weights that transformers would load, neither "
+            f"{SAFETENSORS} nor {INDEX} (found: "
             f"{', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}). "
             "Other formats: load the model with transformers and save_pretrained it"
         )
@@ -489,13 +506,12 @@ def _read_headers(name: str, folder: Path) -> dict[str, Header]:
             raise SourceError(
                 f"{name}: {folder / file} is not a whole safetensors file ({error}); fetch it again"
             ) from None
-    if listed is not None:
-        absent = sorted(set(listed) - set(headers))
-        if absent:
-            raise SourceError(
-                f"{name}: the index of {folder} lists {absent[0]} (and {len(absent) - 1} more), "
-                "but no file holds it"
-            )
+    absent = sorted(set(listed) - set(headers))
+    if absent:
+        raise SourceError(
+            f"{name}: the index of {folder} lists {absent[0]} (and {len(absent) - 1} more), "
+            "but no file holds it"
+        )
     return headers
 
 
@@ -681,7 +697,8 @@ def _special_ids(source: Source, field: str) -> Any:
     if numbers is None or source.vocabulary is None:
         return numbers
     listed = numbers if isinstance(numbers, list) else [numbers]
-    return [str(source.own_tokenizer.convert_ids_to_tokens(number)) for number in listed]
+    spelled = {number: token for token, number in source.own_tokenizer.get_vocab().items()}
+    return [spelled.get(number, f"{number}, which is no token") for number in listed]
 
 
 def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> list[Difference]:
@@ -724,17 +741,17 @@ def _compare_vocabularies(sources: Sequence[Source], anchor: str) -> list[Differ
     """How each source's tokens differ from the anchor's, and what becomes of them."""
     by_name = {source.name: source for source in sources}
     vocabularies = {s.name: s.own_tokenizer.get_vocab() for s in sources}
+    kinds = {s.name: s.owner.kind for s in sources}
     found = []
+    if len(set(kinds.values())) > 1:
+        why = "no tokenizer can be both; use sources whose tokenizers are of one kind"
+        return [Difference("kind of tokenizer", kinds, "error", why)]
     for name, vocabulary in vocabularies.items():
         if vocabulary == vocabularies[anchor]:
             continue
         sizes = {n: f"{len(vocabularies[n])} tokens" for n in (anchor, name)}
         merged = by_name[name].vocabulary
-        if merged is None:
-            kinds = [by_name[n].owner.kind for n in (anchor, name)]
-            why = f"the one is {kinds[0]}, the other {kinds[1]}: no tokenizer can be both"
-            found.append(Difference("tokenizer vocabulary", sizes, "error", why))
-            continue
+        assert merged is not None  # of one kind and different: share_vocabulary has merged them
         found.append(
             Difference(
                 "tokenizer vocabulary", sizes, "warning", _fate(merged, name, anchor, vocabulary)

@@ -35,7 +35,12 @@ _STAGES = ("normalizer", "pre_tokenizer", "decoder")
 """What tokenizer.json says of text on its way to tokens and back, and some classes build anew (they
 take its post-processor as it is)."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_ID_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_ID_SETTINGS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
+    "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+    "force_words_ids", "sequence_bias",
+)  # fmt: skip
+"""Settings of a generation config that hold numbers of tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Owner:
     tokenizer: PreTrainedTokenizerBase
     rows: int
     """Rows of the model's embedding table (more than tokens, where it is padded)."""
+    special: Mapping[str, Any] = field(default_factory=dict)
+    """What the model's config says of special tokens."""
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -313,9 +320,8 @@ def _chat_conventions(files: dict[str, bytes], config: dict[str, Any], chat: Own
     named = {"eos_token": chat.tokenizer.eos_token, "pad_token": chat.tokenizer.pad_token}
     config |= named
     if "special_tokens_map.json" in files:
-        changed["special_tokens_map.json"] = json.loads(files["special_tokens_map.json"]) | {
-            key: value for key, value in named.items() if value is not None
-        }
+        listed = json.loads(files["special_tokens_map.json"]) | named
+        changed["special_tokens_map.json"] = {k: v for k, v in listed.items() if v is not None}
     return changed
 
 
@@ -344,10 +350,14 @@ def _load(
 
 
 def _settings_of(chat: Owner, tokens: Mapping[str, int]) -> dict[str, Any]:
-    """Config settings of the end and padding tokens."""
+    """Config settings of the end and padding tokens: those of the chat owner's config, and where it
+    has none, its tokenizer's."""
+    own = {"eos_token": chat.tokenizer.eos_token, "pad_token": chat.tokenizer.pad_token}
     return {
-        "eos_token_id": _number(chat, chat.tokenizer.eos_token, tokens),
-        "pad_token_id": _number(chat, chat.tokenizer.pad_token, tokens),
+        f"{role}_id": _number(chat, token, tokens)
+        if (numbers := chat.special.get(f"{role}_id")) is None
+        else _renumbered(chat, f"{role}_id of its config.json", numbers, tokens)
+        for role, token in own.items()
     }
 
 
@@ -360,19 +370,27 @@ def _number(chat: Owner, token: str | None, tokens: Mapping[str, int]) -> int | 
     return None if token is None else tokens[token]
 
 
+def _renumbered(chat: Owner, what: str, numbers: Any, tokens: Mapping[str, int]) -> Any:
+    """Numbers of tokens, in lists or not, as the union's. A float among them is a weight."""
+    if isinstance(numbers, list):
+        return [_renumbered(chat, what, number, tokens) for number in numbers]
+    if numbers is None or isinstance(numbers, float):
+        return numbers
+    spelled = {number: token for token, number in chat.tokens.items()}
+    if type(numbers) is not int or numbers not in spelled:
+        raise SourceError(
+            f"{chat.name}: {what} has {numbers!r}, which is no token of its tokenizer; mend it, or "
+            "leave output.chat to another source"
+        )
+    return _number(chat, spelled[numbers], tokens)
+
+
 def _generation_of(chat: Owner, tokens: Mapping[str, int]) -> dict[str, Any] | None:
     """The chat owner's generation config, its token numbers being those of the union."""
     path = chat.folder / "generation_config.json"
     if not path.is_file():
         return None
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    spelled = {number: token for token, number in chat.tokens.items()}
-
-    def renumbered(numbers: Any) -> Any:
-        if isinstance(numbers, list):
-            return [renumbered(number) for number in numbers]
-        return _number(chat, spelled.get(numbers), tokens)
-
-    return {
-        key: renumbered(value) if key in _ID_SETTINGS else value for key, value in settings.items()
-    }
+    settings = dict(json.loads(path.read_text(encoding="utf-8")))
+    for key in filter(settings.__contains__, _ID_SETTINGS):
+        settings[key] = _renumbered(chat, f"{key} of its {path.name}", settings[key], tokens)
+    return settings
