@@ -28,7 +28,7 @@ COLUMNS = [(stage, where) for stage in ("built", "trained") for where in ("in", 
 def spell(values: Sequence[float | None], digits: int = 3) -> str:
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
-        return "–"
+        return "-"
     mean, low, high = sum(known) / len(known), min(known), max(known)
     text = f"{mean:.{digits}f}"
     return text if len(known) == 1 else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
