@@ -248,6 +248,7 @@ BAM: dict[str, tuple[str, dict[str, Any]]] = {
     "large-eps": ("llama", {"rms_norm_eps": 1e-2, "tie_word_embeddings": True}),
     "same-eps": ("llama", {"rms_norm_eps": 1e-6}),
     "one-kv-head": ("llama", {"num_key_value_heads": 1, "head_dim": 16}),
+    "gelu": ("llama", {"hidden_act": "gelu", **EPS}),
     "all-kv-heads": ("llama", {"num_key_value_heads": 4}),
     "linear": ("llama", rope("linear", factor=2.0)),
     "dynamic": ("llama", rope("dynamic", factor=2.0)),
@@ -395,6 +396,7 @@ def test_jetmoe_accepts_the_planned_config(bam: Callable[[str], RunFolder]) -> N
     ignored = ("rope_theta", "rope_scaling", "dtype")
     settings = {key: value for key, value in planned.config.items() if key not in ignored}
     assert {key: getattr(config, key) for key in settings} == settings
+    assert (config.num_key_value_heads, config.num_attention_heads) == (4, 8)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert [type(model).__name__] == planned.config["architectures"]
