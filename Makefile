@@ -18,8 +18,9 @@ demo: install
 	$(BIN)/symphony demo --out symphony-demo --overwrite
 
 # What must pass before every landing: on the CPU, also where there is a GPU.
+# Two processes, file by file: what a file makes for its tests is made once.
 test: check
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Formatting, lint, types.
 check: install

@@ -459,7 +459,7 @@ def test_training_of_attention_experts(
     run = RunFolder(shutil.copytree(bam("llama").root, tmp_path / "run"))
     settings = [f"train.scope={scope}", "train.tokens=512", "train.balance_weight=3"]
     recipe = load_recipe(run.recipe, settings)
-    windows = train.training_text(recipe, open_sources(recipe)).windows[:4]
+    windows = train.training_text(recipe, open_sources(recipe), run.work).tokens(range(4))
     model = load_stock(run.checkpoint)
     with torch.inference_mode():
         output = model(windows, output_router_logits=True)
@@ -628,3 +628,54 @@ def test_dropped_neurons_leave_attention_experts(bam: Callable[[str], RunFolder]
         assert torch.equal(dropped[name], tensor) is not name.endswith(
             ("mlp.input_linear.weight", "mlp.output_linear.weight")
         )
+
+
+@pytest.mark.parametrize(("names", "top_k"), [(["a"], 1), (["a", "c"], 2)])
+@pytest.mark.parametrize("method", ["symphony", "harmonized"])
+def test_some_of_the_sources_are_experts(
+    method: str, names: list[str], top_k: int, recipes: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of the others, the text is trained and evaluated on, and they can teach."""
+    settings = [
+        f"method={method}", f"experts.sources=[{','.join(names)}]", f"router.top_k={top_k}",
+        "refit.epochs=1", "train.teacher=sources",
+    ]  # fmt: skip
+    recipe = load_recipe(recipes("llama"), settings)
+    run = pipeline.run(recipe, tmp_path / "run")
+    model = load_stock(run.trained)
+    assert model.config.num_local_experts == len(names)
+    metrics = run.read_json(run.metrics)
+    assert set(metrics["trained"]) == {"a", "b", "c", "other"}
+    assert set(metrics["sources"]) == {"a", "b", "c"}
+    assert metrics["routing"]["built"]["experts"] == names
+    shares = {key for key in metrics["training"]["curve"][0] if key.startswith("share/")}
+    assert shares == {f"share/{name}" for name in names}
+    whole = pipeline.run(
+        load_recipe(recipes("llama"), ["method=btx"]), tmp_path / "whole"
+    ).read_json(tmp_path / "whole" / "metrics.json")
+    # The same batches as with all experts.
+    assert metrics["training"]["text"] == whole["training"]["text"]
+    if method == "symphony" and names == ["a"]:
+        source = open_sources(recipe)[0]
+        dense = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+        probe = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected = dense(probe).logits
+            assert relative(load_stock(run.checkpoint)(probe).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["experts.sources=[a,x]"], "experts.sources: 'x' is no source"),
+        (["experts.sources=[b,c]"], "experts.sources: without the anchor, 'a'"),
+        (["experts.sources=[a]"], "router.top_k: 2 experts per token.*only 1"),
+        (["experts.sources=[]", "router.top_k=1"], "experts.sources"),
+        (["experts.sources=[a,b]", "calibration.domains=[c]"], "'c' is no source"),
+    ],
+)
+def test_mistakes_about_which_are_experts(
+    settings: list[str], message: str, recipes: Callable[[str], Path]
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipes("llama"), settings)

@@ -68,6 +68,12 @@ def test_two_rows_a_run() -> None:
     assert trained["curve"] == [point]
 
 
+def test_benchmarks_stand_beside_the_losses() -> None:
+    scores = {"arc": {"acc": 0.5}}
+    built, trained = entries_of({("btx", 4): metrics(tasks={"trained": scores})}, ["a", "b"])
+    assert trained["tasks"] == scores and "tasks" not in built
+
+
 def test_a_loss_that_is_no_number_has_no_mean() -> None:
     broken = metrics(trained={"a": None, "b": 3.0, "x": 5.0})
     _, trained = entries_of({("btx", 4): broken}, ["a", "b"])

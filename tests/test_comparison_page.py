@@ -13,6 +13,7 @@ import pytest
 from symphony_moe.comparison_page import (
     Chart,
     apart,
+    comparison_facts,
     line_chart,
     loss_cells,
     main_table,
@@ -20,7 +21,7 @@ from symphony_moe.comparison_page import (
     spread,
 )
 from symphony_moe.report import MISSING, loss_text
-from test_report import Page
+from test_report import Page, sample_recipe
 
 LIMITS: dict[str, float | None] = {"in domain": 2.351, "out of domain": 3.08}
 DOMAINS = ["general", "maths", "medicine"]
@@ -162,6 +163,14 @@ def test_means_that_look_equal_are_marked_alike() -> None:
     assert [method for method, cell in loss_cells(column).items() if cell.best] == ["a", "b"]
 
 
+def test_the_best_has_the_lowest_mean_of_all_its_seeds() -> None:
+    # Neither the lowest value, nor a mean without the seed that diverged.
+    column: dict[str, dict[int, float | None]] = {
+        "a": {0: 1.5, 1: 2.7}, "b": {0: 2.0, 1: 2.0}, "c": {0: 2.0, 1: None},
+    }  # fmt: skip
+    assert [method for method, cell in loss_cells(column).items() if cell.best] == ["b"]
+
+
 def test_the_page_says_where_the_ranges_of_the_best_and_the_second_best_overlap() -> None:
     entries = sample_entries()
     words = rendered(entries).words
@@ -219,6 +228,14 @@ def test_trained_losses_by_domain_are_means_over_seeds() -> None:
     grouped = rendered(entries, in_domain=["maths", "general"]).table("Trained models by domain")
     assert grouped[0] == ["", "in domain", "out of domain"]
     assert grouped[1] == ["Method", *DOMAINS]
+
+
+def test_the_header_says_what_all_runs_have_in_common() -> None:
+    facts = dict(comparison_facts(sample_recipe()))
+    assert facts["Sources"] == "general, maths, code" and facts["Anchor"] == "general"
+    assert facts["Calibration"] == "262,144 tokens" and facts["Dtype"] == "bfloat16"
+    assert facts["Training"] == "10,000,000 tokens, all"
+    assert facts["Held-out text"] == "65,536 tokens a domain"
 
 
 # Charts

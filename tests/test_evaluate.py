@@ -139,7 +139,7 @@ def without_bos(windows: Tensor) -> set[int]:
 
 
 def test_held_out_text_is_for_evaluation_only(
-    telling: tuple[Recipe, list[Source], set[int]],
+    telling: tuple[Recipe, list[Source], set[int]], tmp_path: Path
 ) -> None:
     """No token of a held-out document is calibrated or trained on, and evaluation sees no other."""
     recipe, sources, held_out = telling
@@ -148,7 +148,8 @@ def test_held_out_text_is_for_evaluation_only(
     assert not evaluated["a"] & evaluated["b"]
     assert all(len(tokens) > 5 for tokens in evaluated.values())
     calibrated = torch.cat(list(calibration_windows(recipe, sources).values()))
-    for windows in (calibrated, training_text(recipe, sources).windows):
+    text = training_text(recipe, sources, tmp_path)
+    for windows in (calibrated, text.tokens(range(len(text)))):
         seen = without_bos(windows)
         assert not seen & held_out
         assert len(seen) > 40

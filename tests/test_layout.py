@@ -14,7 +14,7 @@ import yaml
 import symphony_moe
 from symphony_moe import cli, pipeline
 from symphony_moe.bundled import demo_recipe
-from symphony_moe.recipe import BUNDLED, load_recipe, resolve_recipe
+from symphony_moe.recipe import BUNDLED, load_recipe, load_variants, resolve_recipe
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "symphony_moe"
@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 STAGES = {
     "calibrate", "align", "fuse", "refit", "refit_head", "route", "write", "train", "evaluate",
-    "report", "verify",
+    "tasks", "report", "verify",
 }  # fmt: skip
 ALLOWED = {
     # Statistics are gathered batch by batch while the text runs: the accumulator is align's, the
@@ -118,6 +118,10 @@ def test_every_recipe_that_is_shipped_loads(path: Path) -> None:
     # What the package brings along can be planned without anything else.
     if all(spec.model.startswith(BUNDLED) for spec in recipe.sources.values()):
         assert pipeline.plan(recipe).architecture
+        for of_seeds in load_variants(path)[1].values():
+            assert pipeline.plan(next(iter(of_seeds.values()))).architecture
+    if "compare" in recipe.model_fields_set:
+        assert list(load_variants(path)[1]) == recipe.compare.methods
 
 
 # README

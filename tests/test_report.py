@@ -28,6 +28,7 @@ from symphony_moe.report import (
     render,
     shade,
     size,
+    task_table,
     ticks,
 )
 
@@ -178,6 +179,17 @@ def sample_dynamic() -> dict[str, Any]:
             }
             for threshold, mean, loss in ((0.1, 2.5, 2.41), (0.3, 1.5, 2.7))
         ],
+    }
+
+
+def sample_tasks() -> dict[str, Any]:
+    ways = {"samples": 1319, "documents": 1319, "chat_template": False, "lm_eval": "0.4.13"}
+    scores = {"acc": 0.4512, "acc_stderr": 0.0123, "acc_norm": 0.5, "acc_norm_stderr": 0.01}
+    few = {"acc": 0.25, **ways, "fewshot": 5, "samples": 20, "chat_template": True}
+    return {
+        "trained": {"mmlu": {**scores, **ways, "fewshot": 0}},
+        "code": {"mmlu": few, "<b>own</b>": {"f1": None, **ways, "fewshot": None}},
+        "built": {"mmlu": {**scores, "acc": 0.4, **ways, "fewshot": 0}},
     }
 
 
@@ -987,3 +999,30 @@ def test_numbers_in_words() -> None:
     assert [size(512), size(3.1e9)] == ["512 bytes", "3.1 GB"]
     assert [duration(4.21), duration(185.2)] == ["4.2 s", "3 min 05 s"]
     assert duration(7800) == "2 h 10 min"
+
+
+# Benchmarks
+
+
+def test_benchmarks_are_compared_only_where_they_were_measured_alike() -> None:
+    """A row for each task, metric and way of measuring; the sources first."""
+    table = task_table(sample_tasks(), SOURCES)
+    assert table is not None
+    assert table.models == ["code", "built", "trained"]
+    rows = {(r.task, r.metric, r.examples, r.documents): r.values for r in table.rows}
+    assert rows == {
+        ("mmlu", "acc", "0", "1,319"): [MISSING, "0.400 ± 0.012", "0.451 ± 0.012"],
+        ("mmlu", "acc_norm", "0", "1,319"): [MISSING, "0.500 ± 0.010", "0.500 ± 0.010"],
+        ("mmlu", "acc", "5, chat template", "20 of 1,319"): ["0.250", MISSING, MISSING],
+        ("<b>own</b>", "f1", "mixed", "1,319"): ["NaN", MISSING, MISSING],
+    }
+    assert table.versions == ["0.4.13"]
+    assert task_table({}, SOURCES) is None and task_table({"built": {}}, SOURCES) is None
+
+
+def test_benchmarks_are_in_the_report_where_there_are_any() -> None:
+    page = render(sample_metrics(), sample_plan(), sample_recipe())
+    assert "Benchmarks" not in page
+    page = render(sample_metrics() | {"tasks": sample_tasks()}, sample_plan(), sample_recipe())
+    assert "Benchmarks" in page and "0.451 ± 0.012" in page
+    assert "&lt;b&gt;own&lt;/b&gt;" in page and "<b>own</b>" not in page

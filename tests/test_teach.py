@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import make_model, make_recipe
-from symphony_moe import pipeline, teach, train
+from symphony_moe import pipeline, teach, text_files, train
 from symphony_moe.errors import RunFolderError
 from symphony_moe.evaluate import losses_and_routing
 from symphony_moe.recipe import load_recipe
@@ -72,8 +72,8 @@ def expected_first_loss(
     """(loss, divergence) of the first step's four windows, from stock models alone."""
     recipe = load_recipe(run.recipe, overrides)
     sources = open_sources(recipe)
-    text = train.training_text(recipe, sources)
-    batch, owners = text.windows[:4], text.owners[:4].tolist()
+    text = train.training_text(recipe, sources, run.work)
+    batch, owners = text.tokens(range(4)), text.owners[:4].tolist()
     dense = [
         AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
         for source in sources
@@ -183,12 +183,10 @@ def test_teachers_of_a_merged_vocabulary(tmp_path: Path) -> None:
     known = sources[0].known
     assert known is not None and not bool(known[300:302].any())
     run = pipeline.build(recipe, tmp_path / "run")
-    words = train.training_text(recipe, sources)
-    batch, owners = words.windows[:4], words.owners[:4].tolist()
+    words = train.training_text(recipe, sources, run.work)
+    batch, owners = words.tokens(range(4)), words.owners[:4].tolist()
     assert bool((batch[[n for n, o in enumerate(owners) if o == 0]] >= 300).any())
-    teachers = Teachers(
-        sources, words.windows, None, words.owners, tmp_path / "wait", together=True
-    )
+    teachers = Teachers(sources, words, tmp_path / "wait", by_documents=False, together=True)
     model = load_stock(run.checkpoint)
     with torch.inference_mode():
         logits = model(input_ids=batch).logits
@@ -230,7 +228,7 @@ def test_held_out_losses_on_the_way(copied: Callable[[str], RunFolder]) -> None:
 def test_the_curve_tells_of_the_balance(variant: str, copied: Callable[[str], RunFolder]) -> None:
     run = copied(variant)
     recipe = load_recipe(run.recipe, SHORT)
-    windows = train.training_text(recipe, open_sources(recipe)).windows[:4]
+    windows = train.training_text(recipe, open_sources(recipe), run.work).tokens(range(4))
     model = load_stock(run.checkpoint)
     with torch.inference_mode():
         output: Any = model(input_ids=windows, output_router_logits=True)
@@ -309,3 +307,57 @@ def test_computing_activations_twice_changes_no_number(
         pipeline.train(run, [*SHORT, "train.scope=router", *setting])
         losses.append([entry["loss"] for entry in curve(run)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
+def test_attention_within_documents(variant: str, copied: Callable[[str], RunFolder]) -> None:
+    """The first loss is the mean over the documents' own tokens, each document read alone; the
+    teachers read them so too."""
+    run = copied(variant)
+    overrides = [*TEACHER, "train.packing=documents", "train.balance_weight=0"]
+    recipe = load_recipe(run.recipe, overrides)
+    sources = open_sources(recipe)
+    text = train.training_text(recipe, sources, run.work)
+    model = load_stock(run.checkpoint)
+    dense = [
+        AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+        for source in sources
+    ]
+    nats, divergences = [], []
+    for number in range(4):
+        tokens, places = text.tokens([number])[0], text.positions([number])[0]
+        starts = [n for n, place in enumerate(places.tolist()) if place == 0]
+        for begin, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            document = tokens[begin:end][None]
+            with torch.inference_mode():
+                ours = model(document).logits[0, :-1]
+                theirs = dense[int(text.owners[number])](document).logits[0, :-1]
+            nats.append(torch.nn.functional.cross_entropy(ours, document[0, 1:], reduction="none"))
+            divergences.append(by_hand(ours, theirs))
+    assert len(nats) > 4  # some window has two documents
+    loss, together = (float(torch.cat(parts).mean()) for parts in (nats, divergences))
+    pipeline.train(run, overrides)
+    first = curve(run)[0]
+    assert first["divergence"] == pytest.approx(together, abs=1e-4)
+    assert first["loss"] == pytest.approx(0.3 * loss + 0.7 * together, abs=1e-4)
+
+
+def test_large_text_trains_from_files(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same windows, so the same weights, and nothing is left."""
+    in_memory, on_disk = copied("llama"), copied("llama")
+    pipeline.train(in_memory)
+    monkeypatch.setattr(text_files, "_IN_MEMORY", 0)
+    written: list[Path] = []
+    publish = text_files.publish
+
+    def seen(staged: Path, final: Path) -> None:
+        written.append(final)
+        publish(staged, final)
+
+    monkeypatch.setattr(text_files, "publish", seen)
+    pipeline.train(on_disk)
+    assert len(written) == 3
+    assert hash_folder(on_disk.trained) == hash_folder(in_memory.trained)
+    assert not on_disk.work.exists()

@@ -62,7 +62,8 @@ def first_loss(run: RunFolder, overrides: Sequence[str]) -> float:
 
 def training_text(run: RunFolder, overrides: Sequence[str] = ()) -> Tensor:
     recipe = load_recipe(run.recipe, overrides)
-    return train.training_text(recipe, open_sources(recipe)).windows
+    text = train.training_text(recipe, open_sources(recipe), run.work)
+    return text.tokens(range(len(text)))
 
 
 @pytest.mark.parametrize(
@@ -335,26 +336,21 @@ def test_training_text_is_equal_shares_of_every_source(
     run = copied("llama")
     recipe = load_recipe(run.recipe, ["train.tokens=3840"])
     sources = open_sources(recipe)
-    windows = train.training_text(recipe, sources).windows
+    text = train.training_text(recipe, sources, run.work)
+    windows = text.tokens(range(len(text)))
     assert windows.shape == (60, 64)
-    alone = [
-        {
-            tuple(window)
-            for window in train.training_text(
-                recipe.model_copy(
-                    update={"train": recipe.train.model_copy(update={"tokens": 1280})}
-                ),
-                [source],
-            ).windows.tolist()
-        }
-        for source in sources
-    ]
+    shorter = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens": 1280})})
+    alone = []
+    for source in sources:
+        own = train.training_text(shorter, [source], run.work)
+        alone.append({tuple(window) for window in own.tokens(range(len(own))).tolist()})
     owners = [
         next(n for n, own in enumerate(alone) if tuple(window) in own)
         for window in windows.tolist()
     ]
     assert [owners.count(n) for n in range(3)] == [20, 20, 20]
     assert owners != sorted(owners)
+    assert owners == text.owners.tolist()
     assert "repeated" not in caplog.text
     many = training_text(run, ["train.tokens=600000"])
     assert many.shape[0] == 600_000 // 64 // 3 * 3

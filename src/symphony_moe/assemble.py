@@ -174,5 +174,5 @@ def _shares(recipe: Recipe, sources: Sequence[Source], method: str) -> list[floa
     """What each source counts in a mean."""
     if method == "anchor":
         return [float(source.name == recipe.anchor) for source in sources]
-    shares = dict(zip(recipe.sources, recipe.shares, strict=True))
+    shares = dict(zip(recipe.expert_names, recipe.shares, strict=True))
     return [shares[source.name] for source in sources]

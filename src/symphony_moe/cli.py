@@ -109,6 +109,7 @@ def _log(verbose: bool) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
         warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|datasets)\.")
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,6 +152,8 @@ def _parser() -> argparse.ArgumentParser:
                 "--resume", action="store_true", help="go on where a run was cut short"
             )
             again.add_argument("--overwrite", action="store_true", help="replace what is there")
+        if "tasks" in takes:
+            _add_task_options(command)
         command.add_argument(
             "--set", action="append", default=[], metavar="A.B=C", dest="overrides",
             help="override a recipe value (repeatable)",
@@ -171,7 +174,8 @@ def _parser() -> argparse.ArgumentParser:
         "again",
     )
     add("train", _train, "stage 2: checkpoint/ to trained/", "dir", "again")
-    add("evaluate", _evaluate, "held-out losses and routing into metrics.json", "dir")
+    add("evaluate", _evaluate, "held-out losses and routing into metrics.json, or benchmarks",
+        "dir", "tasks")  # fmt: skip
     add("report", _report, "metrics.json to report.html", "dir")
     add("run", _run, "build, verify, train, evaluate and report", "recipe", "out", "again")
     add("compare", _compare, "the same sources by several methods, into one table",
@@ -193,6 +197,39 @@ def _seeds(text: str) -> list[int]:
     if not all(word.isdecimal() and int(word) < 2**32 for word in words):
         raise argparse.ArgumentTypeError(f"expected numbers such as 1,2,3, got {text!r}")
     return [int(word) for word in words]
+
+
+def _add_task_options(command: argparse.ArgumentParser) -> None:
+    """Options of `evaluate --tasks`. All but that one default to None or False: `_evaluate` refuses
+    them where there are no tasks."""
+    command.add_argument(
+        "--tasks", type=_words, metavar="A,B:N",
+        help="instead, benchmarks of lm-evaluation-harness (:N for N examples in the prompt)",
+    )  # fmt: skip
+    command.add_argument(
+        "--include", type=Path, metavar="DIR", help="folder with tasks of your own (YAML)"
+    )
+    command.add_argument(
+        "--models", type=_words, metavar="A,B",
+        help="which of built, trained and the sources (by name, or `sources`); default: the first "
+        "two",
+    )  # fmt: skip
+    command.add_argument(
+        "--limit", type=_count, metavar="N", help="documents per task; default: all"
+    )
+    command.add_argument(
+        "--chat-template", action="store_true", help="put prompts through the chat template"
+    )
+    command.add_argument(
+        "--confirm-run-unsafe-code", action="store_true",
+        help="let tasks such as humaneval run the code that the model writes",
+    )  # fmt: skip
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a number above zero, got {text!r}")
+    return int(text)
 
 
 Result = tuple[Any, str]
@@ -249,8 +286,25 @@ def _evaluate(options: argparse.Namespace) -> Result:
     from symphony_moe import pipeline
     from symphony_moe.run_folder import RunFolder
 
-    metrics = pipeline.evaluate(RunFolder(options.dir), options.overrides)
-    return metrics, loss_table(metrics)
+    folder = RunFolder(options.dir)
+    task_options = ("include", "models", "limit", "chat_template", "confirm_run_unsafe_code")
+    if options.tasks is None:
+        given = next((name for name in task_options if getattr(options, name)), None)
+        if given:
+            raise RecipeError(f"--{given.replace('_', '-')}: has no effect without --tasks")
+        metrics = pipeline.evaluate(folder, options.overrides)
+        return metrics, loss_table(metrics)
+    _refuse_overrides(options)
+    tasks = pipeline.evaluate_tasks(
+        folder,
+        options.tasks,
+        include=options.include,
+        models=options.models or (),
+        limit=options.limit,
+        chat_template=options.chat_template,
+        unsafe_code=options.confirm_run_unsafe_code,
+    )
+    return {"tasks": tasks}, describe_tasks(tasks)
 
 
 def _report(options: argparse.Namespace) -> Result:
@@ -376,6 +430,21 @@ def describe_plan(plan: "Plan") -> str:
     if plan.notes:
         lines += ["notes", *(f"  {note}" for note in plan.notes)]
     return "\n".join(lines)
+
+
+def describe_tasks(tasks: Mapping[str, Any]) -> str:
+    """Results of benchmarks: a row per task and metric, a column per model."""
+    from symphony_moe.report import task_table
+
+    table = task_table(tasks, list(tasks))
+    assert table is not None
+    rows = [["task", "metric", "examples", "documents", *table.models]]
+    rows += [[r.task, r.metric, r.examples, r.documents, *r.values] for r in table.rows]
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -53,7 +53,8 @@ def entries_of(
     metrics: Mapping[Name, Mapping[str, Any]], sources: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The rows of `comparison.json` (docs/design.md), two per run: built and trained. `tokens` is
-    calibration tokens plus trained ones; means are None where a loss is no number."""
+    calibration tokens plus trained ones; means are None where a loss is no number; `tasks` are the
+    benchmarks that `symphony evaluate --tasks` has measured of the run."""
     entries = []
     for (method, seed), of_run in metrics.items():
         timing, training = of_run["timing"], of_run["training"]
@@ -80,6 +81,9 @@ def entries_of(
                 for point in training.get("held_out", [])
             ],
         }
+        for row in (built, trained):
+            if scores := of_run.get("tasks", {}).get(row["stage"]):
+                row["tasks"] = scores
         entries += [built, trained]
     return entries
 

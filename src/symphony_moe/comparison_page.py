@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from symphony_moe.recipe import Recipe
 from symphony_moe.report import (
     MISSING,
     Number,
@@ -160,16 +159,17 @@ class Chart:
         return max(len(label.text) for label in self.labels)
 
 
-def comparison_facts(recipe: Recipe) -> list[tuple[str, str]]:
-    """What the runs of a comparison have in common, as (what, value)."""
-    train, text = recipe.train, recipe.evaluation
+def comparison_facts(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the runs of a comparison have in common, as (what, value). `recipe` is
+    `Recipe.model_dump(mode="json")`."""
+    train, text = recipe["train"], recipe["evaluation"]
     return [
-        ("Sources", ", ".join(recipe.sources)),
-        ("Anchor", recipe.anchor),
-        ("Calibration", f"{count(recipe.calibration.tokens)} tokens"),
-        ("Training", f"{count(train.tokens)} tokens, {train.scope}"),
-        ("Held-out text", f"{count(text.tokens)} tokens a domain"),
-        ("Dtype", recipe.output.dtype),
+        ("Sources", ", ".join(recipe["sources"])),
+        ("Anchor", recipe["anchor"]),
+        ("Calibration", f"{count(recipe['calibration']['tokens'])} tokens"),
+        ("Training", f"{count(train['tokens'])} tokens, {train['scope']}"),
+        ("Held-out text", f"{count(text['tokens'])} tokens a domain"),
+        ("Dtype", recipe["output"]["dtype"]),
     ]
 
 

@@ -57,7 +57,7 @@ def evaluate_run(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> d
     digest = hashlib.sha256()
     for text in windows.values():
         digest.update(text.numpy().tobytes())
-    names = [source.name for source in sources]
+    names = recipe.expert_names
     metrics: dict[str, Any] = {
         "sources": {}, "routing": {}, "cka": {}, "held_out": {"text": digest.hexdigest()},
     }  # fmt: skip
@@ -66,7 +66,7 @@ def evaluate_run(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> d
         metrics["sources"][source.name] = losses
         log.info("evaluated source %s: %s", source.name, _spell(losses))
     metrics["cka"]["sources"] = describe_cka(
-        names, compare_sources(sources, shared), shared.numel()
+        [source.name for source in sources], compare_sources(sources, shared), shared.numel()
     )
     for stage, folder in (("built", run.checkpoint), ("trained", run.trained)):
         if not folder.is_dir():
@@ -82,7 +82,7 @@ def evaluate_run(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> d
         if dynamic:
             metrics.setdefault("dynamic", {})[stage] = dynamic
         alike = compare_experts(
-            folder, anchor_of(recipe, sources), len(sources), recipe.router.top_k, shared
+            folder, anchor_of(recipe, sources), len(names), recipe.router.top_k, shared
         )
         metrics["cka"][stage] = describe_cka(names, alike, shared.numel())
         log.info("evaluated %s: %s", stage, _spell(losses))

@@ -90,8 +90,9 @@ from symphony_moe.run_folder import (
     write_text,
 )
 from symphony_moe.shards import CheckpointWriter, hash_folder, sha256_of
-from symphony_moe.sources import Source, anchor_of, open_sources
+from symphony_moe.sources import Source, anchor_of, experts_of, open_sources
 from symphony_moe.streams import Streams
+from symphony_moe.tasks import choose_models, load_tasks, run_tasks
 from symphony_moe.text import check_data_exists
 from symphony_moe.train import train_run
 from symphony_moe.verify import compare_builds, verify_run
@@ -103,7 +104,7 @@ log = logging.getLogger(__name__)
 def plan(recipe: Recipe) -> Plan:
     """What a build of this recipe will do, from headers and tokenizers alone. Writes nothing."""
     _check_text(recipe)
-    return make_plan(recipe, open_sources(recipe, download=False))
+    return make_plan(recipe, experts_of(recipe, open_sources(recipe, download=False)))
 
 
 def run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -127,11 +128,12 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     started = time.monotonic()
     refuse_existing(out, resume=resume, overwrite=overwrite)
     plan(recipe)  # before weights are fetched
-    sources = open_sources(recipe)
+    opened = open_sources(recipe)
+    sources = experts_of(recipe, opened)
     planned = make_plan(recipe, sources)
     windows = calibration_windows(recipe, sources) if recipe.aligns or recipe.fits else {}
     aside = aside_windows(recipe, sources) if recipe.fits else {}
-    recipe = _with_hashes(recipe, sources)
+    recipe = _with_hashes(recipe, opened)
     if overwrite or not RunFolder(out).checkpoint.is_dir():
         require_room(out, planned.disk_bytes + planned.work_bytes, planned.work_bytes)
 
@@ -197,7 +199,7 @@ def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, Any]:
     builds it a second time and compares every tensor. Raises VerificationError."""
     recipe = folder.read_recipe()
     folder.require_checkpoint()
-    sources = open_sources(recipe)
+    sources = experts_of(recipe, open_sources(recipe))
     checks = verify_run(folder, recipe, sources, make_plan(recipe, sources))
     if deep:
         with tempfile.TemporaryDirectory(prefix="verify-", dir=folder.root) as again:
@@ -245,6 +247,37 @@ def evaluate(folder: RunFolder, overrides: Sequence[str] = ()) -> dict[str, Any]
     folder.require_checkpoint()
     with log_to(folder):
         return evaluate_run(folder, recipe, open_sources(recipe))
+
+
+def evaluate_tasks(
+    folder: RunFolder,
+    tasks: Sequence[str],
+    *,
+    include: Path | None = None,
+    models: Sequence[str] = (),
+    limit: int | None = None,
+    chat_template: bool = False,
+    unsafe_code: bool = False,
+) -> dict[str, Any]:
+    """Benchmarks of lm-evaluation-harness, into `tasks` of `metrics.json`: `NAME` or `NAME:N` with
+    N examples in the prompt. `models`: `built`, `trained`, sources' names, `sources` for all of
+    those; empty for the run's own. See `load_tasks` and `run_tasks`."""
+    recipe = folder.read_recipe()
+    folder.require_checkpoint()
+    chosen = choose_models(folder, recipe, models)
+    with log_to(folder):
+        loaded = load_tasks(tasks, include, unsafe_code=unsafe_code)
+        # A run's own models need none of them.
+        sources = open_sources(recipe) if set(chosen) & set(recipe.sources) else []
+        return run_tasks(
+            folder,
+            sources,
+            chosen,
+            loaded,
+            limit=limit,
+            chat_template=chat_template,
+            unsafe_code=unsafe_code,
+        )
 
 
 def generate(folder: RunFolder) -> list[tuple[str, str, str]]:
@@ -308,9 +341,14 @@ def compare(
         method: recipe.compare.variants.get(method, {"method": method}) for method in variants
     }
     page = render_comparison(
-        title(recipe.sources), entries, limits, reference, comparison_facts(recipe), settings,
+        title(recipe.sources),
+        entries,
+        limits,
+        reference,
+        comparison_facts(recipe.model_dump(mode="json")),
+        settings,
         in_domain=list(recipe.sources),
-    )  # fmt: skip
+    )
     write_text(folder.page, page)
     return folder, entries, limits
 

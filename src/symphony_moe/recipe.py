@@ -152,6 +152,9 @@ class Experts(Section):
     attention: Literal["shared", "source"] = "shared"
     """`shared`: all of attention is fused. `source`: expert i has source i's q and o too, chosen by
     a router of their own; only k and v are fused (BAM)."""
+    sources: list[str] | None = Field(None, min_length=1)
+    """The sources that become experts. Default: all. Of the others only the text is used, for
+    training and evaluation."""
     drop_share: float = Field(0.5, ge=0, le=1)
     """Share of each expert's neurons that `drop` draws anew, from a normal distribution with the
     mean and the standard deviation of the matrix."""
@@ -222,6 +225,9 @@ class Train(Section):
     """Weight of the load-balancing loss (the stock model's own)."""
     sequence_length: int = Field(2048, ge=2)
     """Tokens in a window."""
+    packing: Literal["windows", "documents"] = "windows"
+    """`windows`: attention goes through all of a window; `documents`: it stays within each of the
+    documents in it."""
     batch_size: int = Field(2, ge=1)
     """Windows in a step on one device."""
     gradient_accumulation: int = Field(1, ge=1)
@@ -312,26 +318,36 @@ class Recipe(Section):
             raise ValueError(f"anchor: {self.anchor!r} is no source; sources are {names}")
         if self.output.chat is not None and self.output.chat not in names:
             raise ValueError(f"output.chat: {self.output.chat!r} is no source; sources are {names}")
+        for name in self.experts.sources or ():
+            if name not in names:
+                raise ValueError(f"experts.sources: {name!r} is no source; sources are {names}")
+        experts = self.expert_names
+        if self.anchor not in experts:
+            raise ValueError(
+                f"experts.sources: without the anchor, {self.anchor!r}; name it, or another anchor"
+            )
         for name in self.backbone.weights or ():
             if name not in names:
                 raise ValueError(f"backbone.weights: {name!r} is no source; sources are {names}")
         if self.backbone.weights is not None:
-            missing = [name for name in names if name not in self.backbone.weights]
+            missing = [name for name in experts if name not in self.backbone.weights]
             if missing:
                 raise ValueError(f"backbone.weights: no share for {missing} (0 leaves one out)")
             if sum(self.backbone.weights.values()) <= 0:
                 raise ValueError("backbone.weights: the shares add up to nothing")
-        if self.router.top_k > len(names):
+        if self.router.top_k > len(experts):
             raise ValueError(
                 f"router.top_k: {self.router.top_k} experts per token, but there are only "
-                f"{len(names)} sources (one expert each); choose 1 to {len(names)}"
+                f"{len(experts)} sources (one expert each); choose 1 to {len(experts)}"
             )
         both = [name for name in self.evaluation.extra if name in names]
         if both:
             raise ValueError(f"evaluation.extra: {both} are sources' names; choose other names")
         for name in self.calibration.domains or ():
-            if name not in names:
-                raise ValueError(f"calibration.domains: {name!r} is no source; sources are {names}")
+            if name not in experts:
+                raise ValueError(
+                    f"calibration.domains: {name!r} is no source; sources are {experts}"
+                )
         if self.calibration.domains is not None and self.fits:
             raise ValueError(
                 "calibration.domains: a fit (refit.method, or a calibrated router.init) needs text "
@@ -396,15 +412,21 @@ class Recipe(Section):
 
     @property
     def shares(self) -> list[float]:
-        """Each source's share in the backbone, in the sources' order, summing to one."""
+        """Each expert's share in the backbone, in the recipe's order, summing to one."""
         weights = self.backbone.weights or dict.fromkeys(self.sources, 1.0)
-        total = sum(weights.values())
-        return [weights[name] / total for name in self.sources]
+        total = sum(weights[name] for name in self.expert_names)
+        return [weights[name] / total for name in self.expert_names]
 
     @property
     def calibration_domains(self) -> list[str]:
         """The sources whose text calibrates, in the recipe's order."""
         chosen = self.calibration.domains
+        return [name for name in self.expert_names if chosen is None or name in chosen]
+
+    @property
+    def expert_names(self) -> list[str]:
+        """The sources that become experts, in the recipe's order."""
+        chosen = self.experts.sources
         return [name for name in self.sources if chosen is None or name in chosen]
 
     @property

@@ -43,6 +43,11 @@ _KINDS = {
 _ALIKE = ("sources", *_MODELS)
 """Whose experts are compared: the originals, before they share a model; and the models."""
 
+TASK_SETTINGS = ("fewshot", "samples", "documents", "chat_template", "lm_eval")
+"""What stands beside the metrics of `tasks.MODEL.TASK` in `metrics.json`: examples in the prompt
+(null where a group's tasks differ), documents that were evaluated and that there are, whether the
+prompts went through the chat template, version of the harness."""
+
 _PLAIN = "plain mean"
 """What a build writes where its fit does not pay."""
 
@@ -203,6 +208,30 @@ class Fit:
     """Steps that were not kept, in words."""
 
 
+@dataclass(frozen=True)
+class TaskRow:
+    """One metric of a task, measured in one way."""
+
+    task: str
+    metric: str
+    examples: str
+    """Examples in the prompt, and whether it went through the chat template."""
+    documents: str
+    """How many were evaluated, and of how many."""
+    values: list[str]
+    """Of each model, with the standard error."""
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """Benchmarks of lm-evaluation-harness."""
+
+    models: list[str]
+    rows: list[TaskRow]
+    versions: list[str]
+    """Of the harness."""
+
+
 def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """The report as HTML. Any top-level key of `metrics` may be absent: its section then makes way
     for a sentence that names the command that measures it.
@@ -221,11 +250,12 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
         recipe=recipe,
         plan=plan,
         title=title(recipe["sources"]),
-        ceiling=ceiling_share(len(recipe["sources"]), top_k),
+        ceiling=ceiling_share(num_experts(recipe), top_k),
         facts=header_facts(plan, recipe),
         parameters=in_words,
         missing=missing_sections(metrics, recipe),
         losses=loss_table(metrics, recipe),
+        tasks=task_table(metrics.get("tasks") or {}, list(recipe["sources"])),
         training=training_facts(training),
         chart=line_chart(training.get("curve") or []),
         routing=[
@@ -273,11 +303,15 @@ def title(sources: Iterable[str]) -> str:
     return f"One model out of {', '.join(names[:-1])} and {names[-1]}"
 
 
+def num_experts(recipe: Mapping[str, Any]) -> int:
+    return len(recipe["experts"].get("sources") or recipe["sources"])
+
+
 def header_facts(plan: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was built, as (what, value)."""
     return [
         ("Architecture", plan["architecture"]),
-        ("Experts", f"{len(recipe['sources'])}, {recipe['router']['top_k']} per token"),
+        ("Experts", f"{num_experts(recipe)}, {recipe['router']['top_k']} per token"),
         ("Parameters", in_words(plan["total_parameters"])),
         ("Active per token", in_words(plan["active_parameters"])),
         ("Dtype", plan["dtype"]),
@@ -446,6 +480,50 @@ def _lowest(losses: Sequence[float | None]) -> str | None:
     """The lowest finite loss as shown: what looks equal is marked alike."""
     finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
     return loss_text(min(finite)) if finite else None
+
+
+# Benchmarks
+
+
+def task_table(tasks: Mapping[str, Any], sources: Sequence[str]) -> TaskTable | None:
+    """`tasks` of `metrics.json`: a row for each task, metric and way of measuring (what was
+    measured in different ways is never in one row), a column for each model. None where there are
+    none.
+
+    `sources`: their order; the run's own models come last.
+    """
+    order = [*(name for name in sources if name not in _MODELS), *_MODELS]
+    models = [name for name in order if tasks.get(name)]
+    found: dict[tuple[Any, ...], dict[str, str]] = {}
+    for model in models:
+        for task, results in tasks[model].items():
+            way = tuple(results[setting] for setting in TASK_SETTINGS)
+            for metric, value in results.items():
+                if metric not in TASK_SETTINGS and not metric.endswith("_stderr"):
+                    error = results.get(f"{metric}_stderr")
+                    found.setdefault((task, metric, way), {})[model] = _score_text(value, error)
+    rows = []
+    for (task, metric, way), values in found.items():
+        shots, samples, documents, chat, _ = way
+        examples = "mixed" if shots is None else count(shots)
+        rows.append(
+            TaskRow(
+                task,
+                metric,
+                f"{examples}, chat template" if chat else examples,
+                count(samples) + (f" of {count(documents)}" if samples < documents else ""),
+                [values.get(model, MISSING) for model in models],
+            )
+        )
+    versions = sorted({way[-1] for _, _, way in found})
+    return TaskTable(models, rows, versions) if rows else None
+
+
+def _score_text(value: float | None, error: float | None) -> str:
+    """Three decimals, as the harness's own tables have it, with the standard error where known."""
+    return loss_text(_number(value)) + (
+        "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.3f}"
+    )
 
 
 # Training

@@ -274,6 +274,24 @@ def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[
     return shared
 
 
+def experts_of(recipe: Recipe, sources: Sequence[Source]) -> list[Source]:
+    """The sources whose models become experts.
+
+    Raises SourceError where the union of vocabularies has a token that none of these has.
+    """
+    experts = [source for source in sources if source.name in recipe.expert_names]
+    if experts[0].vocabulary is not None:
+        known = torch.stack([x.known for x in experts if x.known is not None]).any(dim=0)
+        if not bool(known.all()):
+            token = experts[0].tokenizer.convert_ids_to_tokens(int((~known).nonzero()[0]))
+            raise SourceError(
+                f"experts.sources: {', '.join(recipe.expert_names)} have no row for the token "
+                f"{token!r}, which is another's; leave that source out of the recipe, or "
+                "make it an expert"
+            )
+    return experts
+
+
 def anchor_of(recipe: Recipe, sources: Sequence[Source]) -> Source:
     """The source that the others are aligned to, and that settles what they differ in."""
     return next(source for source in sources if source.name == recipe.anchor)

@@ -316,7 +316,7 @@ def observe_routing(model: PreTrainedModel) -> Iterator[Callable[[], Routing]]:
 
 
 def _gates_and_choices(
-    output: Sequence[Tensor],
+    output: Sequence[Any],
 ) -> tuple[Float[Tensor, "tokens places"], Int[Tensor, "tokens places"]]:
     """Weights and experts in a stock router's output, which begins with its logits. Ernie 4.5 gives
     experts before weights in transformers 5.0, and after them later. JetMoE's ends with its logits,

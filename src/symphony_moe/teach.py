@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from symphony_moe.forward import WINDOWS_TOKENS, device
 from symphony_moe.sources import Source
 from symphony_moe.stock import load_source
+from symphony_moe.text_files import TrainingText
 
 log = logging.getLogger(__name__)
 
@@ -77,19 +78,18 @@ class Teachers:
     def __init__(
         self,
         sources: Sequence[Source],
-        windows: Int[Tensor, "windows sequence"],
-        positions: Int[Tensor, "windows sequence"] | None,
-        owners: Int[Tensor, " windows"],
+        text: TrainingText,
         folder: Path,
         *,
+        by_documents: bool,
         together: bool,
         share: tuple[int, int, int] = (1, 0, 1),
     ) -> None:
-        """`owners`: window -> number of its source. `positions`: of tokens in their documents,
-        where attention does not leave a document. `folder`: where hidden states may wait. `share`:
-        (windows in a batch, this process, processes), which take batches in turn."""
+        """`by_documents`: attention does not leave a document. `folder`: where hidden states may
+        wait. `share`: (windows in a batch, this process, processes), which take batches in
+        turn."""
         self.sources = sources
-        self.windows, self.positions, self.owners = windows, positions, owners
+        self.text, self.by_documents = text, by_documents
         self.known = [None if s.known is None else s.known.to(device()) for s in sources]
         self._models: list[Any] = []
         self._heads: list[Tensor] = []
@@ -110,7 +110,7 @@ class Teachers:
     ) -> Mapping[int, tuple[list[int], Float[Tensor, "windows sequence vocabulary"]]]:
         """Source's number -> (which of the windows asked for are its own, its logits on them).
         `numbers`: of windows."""
-        owners = self.owners[list(numbers)].tolist()
+        owners = self.text.owners[list(numbers)].tolist()
         found = {}
         for owner in sorted(set(owners)):
             mine = [place for place, other in enumerate(owners) if other == owner]
@@ -130,10 +130,9 @@ class Teachers:
         return torch.from_numpy(self._states[rows]).to(device(), _dtype())
 
     def _run(self, model: Any, numbers: Sequence[int]) -> Float[Tensor, "windows sequence hidden"]:
-        places = list(numbers)
-        arguments = {"input_ids": self.windows[places].long().to(device())}
-        if self.positions is not None:
-            arguments["position_ids"] = self.positions[places].long().to(device())
+        arguments = {"input_ids": self.text.tokens(numbers).to(device())}
+        if self.by_documents:
+            arguments["position_ids"] = self.text.positions(numbers).to(device())
         output = model.get_decoder()(**arguments, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
@@ -142,11 +141,11 @@ class Teachers:
         """Every source on its own of the next windows, from `first` on: as many as may wait."""
         batch, process, processes = self._share
         hidden = self.sources[0].config.hidden_size
-        length = self.windows.shape[1]
+        length = self.text.sequence_length
         room = max(batch, _WAITING_BYTES // (length * hidden * 4))
         mine = [
             number
-            for number in range(first, len(self.windows))
+            for number in range(first, len(self.text))
             if number // batch % processes == process
         ][:room]
         self._waiting = {number: row for row, number in enumerate(mine)}
@@ -158,7 +157,7 @@ class Teachers:
         at_once = max(1, WINDOWS_TOKENS // length)
         self._heads = []
         for number, source in enumerate(self.sources):
-            own = [window for window in mine if int(self.owners[window]) == number]
+            own = [window for window in mine if int(self.text.owners[window]) == number]
             log.info("teacher %s: %d windows", source.name, len(own))
             model = self._load(source)
             for begin in range(0, len(own), at_once):

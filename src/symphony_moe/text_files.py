@@ -12,8 +12,9 @@ import logging
 import os
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,46 @@ _BLOCK = 2**22
 
 _POOL = ("pool-tokens.bin", "pool-places.bin")
 _DRAWN = ("tokens.bin", "positions.bin")
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Windows of several sources' text, in the order of training."""
+
+    parts: Sequence[Packed]
+    """By source."""
+    owners: Int[Tensor, " windows"]
+    """The number of the source whose text each window is."""
+    rows: Int[Tensor, " windows"]
+    """Which of its source's windows it is."""
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    @property
+    def sequence_length(self) -> int:
+        return self.parts[0].windows.shape[1]
+
+    def tokens(self, numbers: Sequence[int]) -> Int[Tensor, "windows sequence"]:
+        """The windows with these numbers (int64)."""
+        return self._taken("windows", numbers)
+
+    def positions(self, numbers: Sequence[int]) -> Int[Tensor, "windows sequence"]:
+        """The place of each of their tokens in its document (int64), see `Packed`."""
+        return self._taken("positions", numbers)
+
+    def _taken(self, what: str, numbers: Sequence[int]) -> Int[Tensor, "windows sequence"]:
+        chosen = list(numbers)
+        pairs = zip(self.owners[chosen].tolist(), self.rows[chosen].tolist(), strict=True)
+        return torch.stack([getattr(self.parts[o], what)[row].long() for o, row in pairs])
+
+    def digest(self) -> str:
+        """SHA-256 of the windows (int64), in their order."""
+        digest = hashlib.sha256()
+        for begin in range(0, len(self), 1024):
+            block = range(begin, min(begin + 1024, len(self)))
+            digest.update(self.tokens(block).numpy().tobytes())
+        return digest.hexdigest()
 
 
 def training_text(

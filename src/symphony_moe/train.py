@@ -6,7 +6,6 @@ gradient norm 1.0. The loop is `transformers.Trainer`; the text is the sources' 
 shares, held-out documents left out.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -14,13 +13,11 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from jaxtyping import Int
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -33,6 +30,7 @@ from transformers import (
     default_data_collator,
 )
 
+from symphony_moe import text_files
 from symphony_moe.errors import RunFolderError
 from symphony_moe.families import HEAD_BIAS
 from symphony_moe.recipe import Recipe, Train
@@ -41,7 +39,7 @@ from symphony_moe.shards import CheckpointWriter, hash_folder
 from symphony_moe.sources import Source
 from symphony_moe.stock import balance_weight_name, ffn_routers, load_stock
 from symphony_moe.teach import Teachers, divergence, fit_in_memory
-from symphony_moe.text import draw_windows, is_held_out, read_documents
+from symphony_moe.text_files import TrainingText
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +68,13 @@ def train_run(
         raise RunFolderError(f"{run.trained}: exists; --overwrite trains the checkpoint again")
     processes = PartialState(cpu=not torch.cuda.is_available())
     settings = recipe.train
-    text = training_text(recipe, sources)
     with processes.main_process_first():
         if processes.is_main_process:
             if not resume:
                 shutil.rmtree(run.work, ignore_errors=True)
             run.training.mkdir(parents=True, exist_ok=True)
         _note_settings(run.training / "settings.json", recipe)
+    text = training_text(recipe, sources, run.work / "text")
     started = time.monotonic()
 
     saved = _last_saved(run.training) if resume else None
@@ -129,7 +127,7 @@ def _publish(
     model: PreTrainedModel,
     weights: Mapping[str, Tensor],
     trainer: Trainer,
-    text: "TrainingText",
+    text: TrainingText,
     num_trained: int,
     started: float,
 ) -> None:
@@ -164,7 +162,7 @@ def _publish(
     # What was measured of an earlier training is not true of this one.
     true: dict[str, Any] = {
         key: {stage: found for stage, found in old[key].items() if stage != "trained"}
-        for key in ("routing", "cka", "dynamic")
+        for key in ("routing", "cka", "dynamic", "tasks")
         if key in old
     }
     run.update_json(run.metrics, {"training": training, **true}, forget=["trained"])
@@ -188,47 +186,38 @@ def _note_settings(path: Path, recipe: Recipe) -> None:
         )
 
 
-@dataclass(frozen=True)
-class TrainingText:
-    """Packed windows in the order of training."""
-
-    windows: Int[Tensor, "windows sequence"]
-    owners: Int[Tensor, " windows"]
-    """The number of the source whose text each is."""
-
-    def digest(self) -> str:
-        """SHA-256 of the windows, in their order."""
-        return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
-
-
-def training_text(recipe: Recipe, sources: Sequence[Source]) -> TrainingText:
+def training_text(recipe: Recipe, sources: Sequence[Source], folder: Path) -> TrainingText:
     """Equal shares of every source's text, shuffled together. Text that is shorter than its share
-    is repeated, each time in a new order."""
+    is repeated, each time in a new order. `folder`: where large text is kept."""
     settings = recipe.train
     share = max(1, settings.tokens // settings.sequence_length // len(sources))
     generator = torch.Generator().manual_seed(recipe.seed)
-    parts = []
+    parts, rows = [], []
     for source in sources:
         spec = recipe.sources[source.name]
         who = f"training text of {source.name}"
-        documents = read_documents(who, spec.data, spec.column, source.own_tokenizer)
-        windows = draw_windows(
+        part = text_files.training_text(
             who,
-            [d for d in documents if not is_held_out(d, recipe.evaluation.holdout)],
+            spec.data,
+            spec.column,
+            source.own_tokenizer,
             source.tokenizer,
+            holdout=recipe.evaluation.holdout,
             tokens=share * settings.sequence_length,
             sequence_length=settings.sequence_length,
             seed=recipe.seed,
+            folder=folder,
         )
-        repeats = math.ceil(share / len(windows))
+        available = len(part.windows)
+        repeats = math.ceil(share / available)
         if repeats > 1:
-            log.warning("%s: repeated %.1f times", who, share / len(windows))
-        orders = [torch.randperm(len(windows), generator=generator) for _ in range(repeats)]
-        parts.append(windows[torch.cat(orders)[:share]])
-    together = torch.cat(parts)
-    order = torch.randperm(len(together), generator=generator)
+            log.warning("%s: repeated %.1f times", who, share / available)
+        orders = [torch.randperm(available, generator=generator) for _ in range(repeats)]
+        parts.append(part)
+        rows.append(torch.cat(orders)[:share])
+    order = torch.randperm(share * len(sources), generator=generator)
     owners = torch.arange(len(sources)).repeat_interleave(share)
-    return TrainingText(together[order], owners[order])
+    return TrainingText(parts, owners[order], torch.cat(rows)[order])
 
 
 def choose_parameters(model: PreTrainedModel, scope: str) -> int:
@@ -335,17 +324,26 @@ class _Trainer(Trainer):
 
 
 class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Packed windows as the Trainer wants them; labels are the tokens (the model shifts them)."""
+    """Packed windows as the Trainer wants them; labels are the tokens (the model shifts them).
 
-    def __init__(self, text: TrainingText) -> None:
-        self.text = text
+    `by_documents`: with the place of each token in its document, from which the stock models see
+    where one ends: attention stays within a document, and its first token is not predicted.
+    """
+
+    def __init__(self, text: TrainingText, *, by_documents: bool) -> None:
+        self.text, self.by_documents = text, by_documents
 
     def __len__(self) -> int:
-        return len(self.text.windows)
+        return len(self.text)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        tokens = self.text.windows[index]
-        return {"input_ids": tokens, "labels": tokens, "window": index}
+        tokens = self.text.tokens([index])[0]
+        item = {"input_ids": tokens, "labels": tokens, "window": index}
+        if self.by_documents:
+            positions = self.text.positions([index])[0]
+            item["position_ids"] = positions
+            item["labels"] = tokens.masked_fill(positions == 0, -100)
+        return item
 
 
 class _Measure(TrainerCallback):
@@ -428,7 +426,8 @@ def _make_trainer(
     processes = PartialState()
     world = processes.num_processes
     per_step = settings.batch_size * settings.gradient_accumulation * world
-    steps = max(1, len(text.windows) // per_step)
+    steps = max(1, len(text) // per_step)
+    by_documents = settings.packing == "documents"
     has_bfloat16 = cuda and torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -460,7 +459,7 @@ def _make_trainer(
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=_Windows(text),
+        train_dataset=_Windows(text, by_documents=by_documents),
         data_collator=default_data_collator,
         callbacks=[_Progress(per_step * settings.sequence_length)],
     )
@@ -469,7 +468,7 @@ def _make_trainer(
     trainer.remove_callback(PrinterCallback)
     if measure is not None and settings.evaluations:
         trainer.add_callback(_Measure(measure, settings.evaluations))
-    trainer.settings, trainer.names = settings, [source.name for source in sources]
+    trainer.settings, trainer.names = settings, recipe.expert_names
     trainer.top_k = recipe.router.top_k
     if settings.teacher == "sources":
         together = settings.teacher_loading == "together" or (
@@ -478,7 +477,7 @@ def _make_trainer(
         log.info("teachers: %s", "all in memory" if together else "one after the other")
         share = (settings.batch_size, processes.process_index, world)
         trainer.teachers = Teachers(
-            sources, text.windows, None, text.owners, folder, together=together, share=share
+            sources, text, folder, by_documents=by_documents, together=together, share=share
         )
     return trainer
 

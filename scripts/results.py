@@ -1,0 +1,135 @@
+"""Tables and plots of docs/results.md, from the folder of a finished `symphony compare`.
+
+    python scripts/results.py compare-strangers --plot docs/results/strangers
+    python scripts/results.py compare-strangers --only '+teachers' --reference symphony+teachers
+
+Prints Markdown: a row per method, mean over seeds and range, with the tokens to reach the reference
+method's final in-domain loss (of the same seed, calibration counted, per cent of its tokens). With
+`--plot`, two SVG files beside it: held-out loss against tokens, in domain and out of domain.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from symphony_moe.compare import limits_of, mark_reached
+from symphony_moe.comparison_page import line_chart
+from symphony_moe.recipe import load_recipe
+from symphony_moe.run_folder import CompareFolder
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 480, 60, 40, 230, 40
+COLUMNS = [(stage, where) for stage in ("built", "trained") for where in ("in", "out_of")]
+
+
+def spell(values: Sequence[float | None], digits: int = 3) -> str:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "-"
+    mean, low, high = sum(known) / len(known), min(known), max(known)
+    text = f"{mean:.{digits}f}"
+    return text if len(known) == 1 else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def table(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | None]) -> str:
+    lines = [
+        "| | built, in domain | out of domain | trained, in domain | out of domain | reaches |",
+        "|---" * 6 + "|",
+    ]
+    for method in dict.fromkeys(entry["method"] for entry in entries):
+        own = [entry for entry in entries if entry["method"] == method]
+        cells = [
+            spell([e[f"mean_{where}_domain"] for e in own if e["stage"] == stage])
+            for stage, where in COLUMNS
+        ]
+        shares = [e["reaches"]["share"] for e in own if e["stage"] == "trained"]
+        percent = [None if share is None else 100 * share for share in shares]
+        lines.append(f"| {method} | {' | '.join(cells)} | {spell(percent, 1)} |")
+    inside, outside = (spell([limits[where]]) for where in ("in domain", "out of domain"))
+    lines.append(f"| specialists | | | {inside} | {outside} | |")
+    return "\n".join(lines)
+
+
+def plot(entries: Sequence[Mapping[str, Any]], where: str, limit: float | None) -> str:
+    """A standalone SVG."""
+    chart = line_chart(entries, where, limit)
+    if chart is None:
+        raise SystemExit(f"no loss {where} to plot")
+    wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+
+    def place(pair: str) -> str:
+        x, y = (float(value) for value in pair.split(","))
+        return f"{LEFT + x / 1000 * wide:.1f},{TOP + y / 1000 * high:.1f}"
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/>',
+        f'<text x="{LEFT}" y="22">Held-out loss {where}, nats per token, against tokens '
+        "(calibration included)</text>",
+    ]
+    for at, text in chart.y_ticks:
+        y = TOP + at / 100 * high
+        parts.append(f'<path d="M{LEFT},{y:.1f}h{wide}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for at, text in chart.x_ticks:
+        x = LEFT + at / 100 * wide
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{text}</text>')
+    if chart.limit:
+        y = TOP + chart.limit[0] / 100 * high
+        parts.append(f'<path d="M{LEFT},{y:.1f}h{wide}" stroke="#555" stroke-dasharray="6 4"/>')
+    colours = {line.method: COLOURS[n % len(COLOURS)] for n, line in enumerate(chart.lines)}
+    for line in chart.lines:
+        colour = colours[line.method]
+        for band in line.bands:
+            points = " ".join(map(place, band.split()))
+            parts.append(f'<polygon points="{points}" fill="{colour}" opacity=".15"/>')
+        for segment in line.lines:
+            points = " ".join(map(place, segment.split()))
+            parts.append(
+                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            )
+    for label in chart.labels:
+        y = TOP + label.at / 100 * high
+        colour = colours[label.line.method] if label.line else "#555"
+        parts.append(
+            f'<text x="{WIDTH - RIGHT + 12}" y="{y + 4:.1f}" fill="{colour}">'
+            f"{escape(label.text)}</text>"
+        )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", help="methods whose name has this in it")
+    parser.add_argument("--without", help="methods whose name has not")
+    parser.add_argument("--reference", default="symphony")
+    parser.add_argument("--plot", type=Path, help="where the plots go: PATH-in.svg, PATH-out.svg")
+    options = parser.parse_args()
+    folder = CompareFolder(options.folder)
+    entries = json.loads(folder.comparison.read_text(encoding="utf-8"))
+    runs = {(e["method"], e["seed"]): folder.run(e["method"], e["seed"]) for e in entries}
+    recipe = load_recipe(next(iter(runs.values())).recipe)
+    limits = limits_of(
+        {name: run.read_json(run.metrics) for name, run in runs.items()}, list(recipe.sources)
+    )
+    mark_reached(entries, options.reference)
+    chosen = [
+        entry
+        for entry in entries
+        if (not options.only or options.only in entry["method"])
+        and (not options.without or options.without not in entry["method"])
+    ]
+    print(table(chosen, limits))
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        for where, ending in (("in domain", "in"), ("out of domain", "out")):
+            path = options.plot.with_name(f"{options.plot.name}-{ending}.svg")
+            path.write_text(plot(chosen, where, limits[where]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
