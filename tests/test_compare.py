@@ -84,6 +84,14 @@ def test_the_specialists_are_each_on_its_own() -> None:
     assert limits_of({("btx", 4): metrics()}, ["a", "b"]) == {
         "in domain": 1.5, "out of domain": 4.0,
     }  # fmt: skip
+    unasked = metrics()
+    unasked["sources"]["a"]["x"] = None
+    best = unasked["sources"]["b"]["x"]
+    assert limits_of({("btx", 4): unasked}, ["a", "b"])["out of domain"] == best
+    unasked["sources"]["b"] = {domain: None for domain in unasked["sources"]["b"]}
+    assert limits_of({("btx", 4): unasked}, ["a", "b"]) == {
+        "in domain": None, "out of domain": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

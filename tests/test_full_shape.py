@@ -296,7 +296,7 @@ def test_the_chat_models_conventions_are_taken_where_asked_for(
     planned: Callable[..., Plan],
 ) -> None:
     plan = planned("llama3.2-1b.yaml")
-    assert plan.config["eos_token_id"] == [128001, 128008, 128009]
-    assert plan.config["bos_token_id"] == 128000
+    ends = [128001, 128008, 128009]
+    assert plan.config["eos_token_id"] == ends and plan.config["bos_token_id"] == 128000
     said = {d.what: d.consequence for d in plan.differences}
     assert "chat's is used for the whole model (output.chat)" in said["chat template"]

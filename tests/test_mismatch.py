@@ -102,7 +102,7 @@ PAIRS: list[tuple[str, Change, int, str]] = [
     ("attention bias", config(attention_bias=True), ERROR, "cannot become an expert"),
     ("ffn bias", config(mlp_bias=True), ERROR, "cannot become an expert"),
     ("tokenizer kind", tokenizer(sentencepiece, 301), ERROR, "b: SentencePiece BPE"),
-    ("unigram", tokenizer(unigram, 301), ERROR, "the other Unigram"),
+    ("unigram", tokenizer(unigram, 301), ERROR, "b: Unigram"),
     # What is wrong with one of them.
     ("no config", lambda m: (m / "config.json").unlink(), ERROR, "has no config.json"),
     ("no weights", lambda m: (m / "model.safetensors").unlink(), ERROR, "no .safetensors weights"),

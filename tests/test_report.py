@@ -544,6 +544,17 @@ def test_a_diverged_model_renders_and_is_never_the_best(loss: float | None, show
     assert not table.rows[-1][2][1].best
 
 
+def test_a_source_that_is_asked_nothing_of_a_domain_is_not_measured_on_it() -> None:
+    """And it has not diverged."""
+    metrics = sample_metrics()
+    name = next(iter(sample_recipe()["sources"]))
+    metrics["sources"][name]["maths"] = None
+    row = Page(rendered(metrics)).row(name)
+    assert [i for i, text in enumerate(row) if text == MISSING] == [1, 4]
+    table = loss_table(metrics, sample_recipe())
+    assert table is not None and not table.diverged
+
+
 def test_a_loss_whose_perplexity_is_too_large_for_a_float_renders() -> None:
     metrics = sample_metrics()
     metrics["trained"]["maths"] = 1e6

@@ -727,6 +727,49 @@ def test_a_config_that_computes_something_else_is_found_by_its_logits(
     assert "logits differ" in complaint(run)
 
 
+def _lowercase(content: dict[str, Any]) -> None:
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+def _prefix_space(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def _no_merge(content: dict[str, Any]) -> None:
+    content["model"]["merges"].pop()
+
+
+def _other_numbers(content: dict[str, Any]) -> None:
+    vocabulary = content["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+
+
+@pytest.mark.parametrize("folder", ["checkpoint", "trained"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_lowercase, "; the pipeline's into ["),
+        (_prefix_space, "; the pipeline's into ["),
+        (_no_merge, "; the pipeline's into ["),
+        (_other_numbers, "2 tokens have other numbers, first 'A'"),
+        (dict.clear, "does not load in transformers"),
+    ],
+)
+def test_a_tokenizer_that_cuts_text_otherwise_is_found(
+    change: Callable[[dict[str, Any]], None], said: str, folder: str, run: RunFolder
+) -> None:
+    """As everyone else loads it, from either model."""
+    if folder == "trained":
+        shutil.copytree(run.checkpoint, run.trained)
+    path = run.root / folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    trust(run)
+    message = complaint(run)
+    assert f"{folder} tokenizer: " in message and said in message
+
+
 def test_a_config_that_does_not_load_the_weights_is_found(run: RunFolder) -> None:
     path = run.checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_local_experts": 4}))

@@ -1,6 +1,7 @@
 """The union of vocabularies: ids, segmentation, round trips and rows as promised."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -390,6 +391,8 @@ def test_a_source_is_evaluated_on_the_tokens_that_it_has(pair: Path) -> None:
     wanted = text["x"][:, 1:]
     each = cross_entropy(logits[:, :-1][asked], wanted[asked])
     assert losses["x"] == pytest.approx(float(each), rel=1e-6)
+    losses, _ = losses_and_routing(model, {"x": torch.full((2, 9), 300)}, known)
+    assert math.isnan(losses["x"]), "asked nothing, it is not perfect"
 
 
 def test_chats_go_through_the_template_of_their_own_source(tmp_path: Path) -> None:

@@ -136,8 +136,11 @@ def limits_of(
         losses = of_run["sources"]
         inside.append(_mean([losses[name][name] for name in sources]))
         others = [domain for domain in next(iter(losses.values())) if domain not in sources]
-        best = [min(losses[name][domain] for name in sources) for domain in others]
-        outside.append(_mean(best))
+        asked = [
+            [losses[name][domain] for name in sources if losses[name][domain] is not None]
+            for domain in others
+        ]
+        outside.append(_mean([min(of, default=None) for of in asked]))
     return {"in domain": _mean(inside), "out of domain": _mean(outside)}
 
 

@@ -7,6 +7,7 @@ first.
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -142,7 +143,8 @@ def losses_and_routing(
     """Domain -> nats per token; and, for an MoE, domain -> the routing of its FFNs.
 
     `known`: the tokens that the model has, where the vocabulary has others (None: all). It gives no
-    probability to the others, and where the text has one, it is not asked.
+    probability to the others, and where the text has one, it is not asked. The loss of a domain of
+    which it is asked nothing is NaN.
     """
     losses, routing = {}, {}
     is_moe = bool(routers(model))
@@ -154,7 +156,7 @@ def losses_and_routing(
                 output = model(input_ids=batch, use_cache=False)
                 nats = negative_log_likelihood(output.logits, batch, known)
                 total, predicted = total + float(nats.double().sum()), predicted + len(nats)
-        losses[domain] = total / max(predicted, 1)
+        losses[domain] = total / predicted if predicted else math.nan
         if so_far is not None:
             routing[domain] = so_far()
     return losses, routing

@@ -237,7 +237,8 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
     for a sentence that names the command that measures it.
 
     `plan` is `Plan.to_json()`, `recipe` is `Recipe.model_dump(mode="json")`. Losses are nats per
-    token; NaN, infinite and null ones (a model that diverged) are shown as such.
+    token; NaN, infinite and null ones (a model that diverged) are shown as such, but for sources:
+    theirs is null where the text has none of their tokens.
     """
     import yaml
 
@@ -365,7 +366,10 @@ def missing_sections(
 
 def loss_table(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> LossTable | None:
     """Every source and model on every domain, with the means. None where there are no losses."""
-    sources = metrics.get("sources") or {}
+    sources = {
+        name: {domain: loss for domain, loss in losses.items() if loss is not None}
+        for name, losses in (metrics.get("sources") or {}).items()
+    }
     models = {name: metrics[name] for name in _MODELS if metrics.get(name)}
     if not sources and not models:
         return None

@@ -3,7 +3,7 @@
 Everything that the recipe and the recorded maps determine is computed again from the sources and
 compared tensor by tensor (what was fitted to calibration text is not: `--deep` fits it again); then
 stock `AutoModelForCausalLM` must load the checkpoint with nothing missing or surplus, and give the
-logits that the pipeline's own layers give.
+logits that the pipeline's own layers give, and stock `AutoTokenizer` cut text as the pipeline does.
 """
 
 import logging
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from symphony_moe.assemble import aligned_layer, assemble_layer, fused_final_norm, fused_tables
 from symphony_moe.errors import VerificationError
@@ -44,6 +45,13 @@ LOGITS_TOLERANCE = 1e-4
 
 _PROBE = (2, 48)
 """Windows and tokens per window of the random probe for logits."""
+
+_TEXTS = (
+    "Two  spaces,\ttabs\n\n  and lines.", " a space before", "    def f(x):\n        return x",
+    "12 1234567 3.14 1,000", "It's Thomas' café: naïve, Ångström, e\u0301", "ÄÖÜ ß ﬁ Ⅷ ½",
+    "русский текст 日本語の文 한국어 العربية", "🎉👩‍🔬 \u200b\u00a0x", "",
+)  # fmt: skip
+"""What tokenizers cut differently, beside text of random tokens."""
 
 
 def verify_run(
@@ -96,6 +104,8 @@ def verify_run(
             folder, plan, expected if folder == run.checkpoint else None, probe
         )
         check(f"{folder.name} in stock transformers", problem, passed)
+        problem = _check_tokenizer(folder, anchor_of(recipe, sources).tokenizer, recipe.seed)
+        check(f"{folder.name} tokenizer", problem, "cuts text as the pipeline does")
     if failed:
         raise VerificationError(f"{run.root}: " + " | ".join(failed))
     return checks
@@ -297,6 +307,29 @@ def _compare_names(folder: Path, plan: Plan) -> str | None:
         name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
     )
     return f"{len(wrong)} tensors are not as planned, first {wrong[0]}" if wrong else None
+
+
+def _check_tokenizer(folder: Path, ours: PreTrainedTokenizerBase, seed: int) -> str | None:
+    """What is wrong with a checkpoint's tokenizer as everyone else loads it. No documents are read:
+    the text of random tokens has all that the vocabulary has."""
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # The loaders behind AutoTokenizer raise whatever their parser raised.
+        return f"does not load in transformers: {type(error).__name__}: {error}"
+    if theirs.get_vocab() != ours.get_vocab():
+        wrong = sorted(dict(theirs.get_vocab().items() ^ ours.get_vocab().items()))
+        return f"{len(wrong)} tokens have other numbers, first {wrong[0]!r}"
+    drawn = torch.randint(len(ours), (64, 32), generator=torch.Generator().manual_seed(seed))
+    for text in [*_TEXTS, *ours.batch_decode(drawn)]:
+        for special in (True, False):
+            expected, found = (
+                tokenizer(text, add_special_tokens=special)["input_ids"]
+                for tokenizer in (ours, theirs)
+            )
+            if found != expected:
+                return f"cuts {text!r} into {found}; the pipeline's into {expected}"
+    return None
 
 
 def _check_stock(
