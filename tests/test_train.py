@@ -1,5 +1,7 @@
 """Stage 2 changes what its scope says, lowers the loss, and can be killed."""
 
+import errno
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import VARIANTS
 from symphony_moe import pipeline, train
+from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError
 from symphony_moe.evaluate import losses_and_routing
 from symphony_moe.recipe import load_recipe
@@ -355,3 +358,28 @@ def test_training_text_is_equal_shares_of_every_source(
     many = training_text(run, ["train.tokens=600000"])
     assert many.shape[0] == 600_000 // 64 // 3 * 3
     assert "repeated" in caplog.text
+
+
+def test_a_full_disk_is_said_in_words_and_training_goes_on_later(
+    copied: Callable[[str], RunFolder],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No traceback; what was saved before stays, and is gone on from."""
+    whole, run = copied("llama"), copied("llama")
+    pipeline.train(whole)
+    save = train.Trainer._save_optimizer_and_scheduler
+
+    def full(self: Any, folder: str) -> None:
+        if folder.endswith("checkpoint-4"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+        save(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "_save_optimizer_and_scheduler", full)
+        assert main(["train", str(run.root)]) == 2
+    message = capsys.readouterr().err
+    assert os.strerror(errno.ENOSPC) in message and "Traceback" not in message
+    assert not run.trained.exists()
+    assert main(["train", str(run.root), "--resume"]) == 0
+    assert hash_folder(run.trained) == hash_folder(whole.trained)
