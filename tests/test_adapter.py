@@ -140,6 +140,32 @@ def test_a_run_with_an_adapter_is_a_run_with_the_merged_model(base: Path, tmp_pa
         pipeline.verify(runs[0])
 
 
+@pytest.mark.parametrize("other", [True, False])
+def test_an_adapter_is_named_with_the_model_it_was_trained_on(
+    other: bool, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the plan, the model card and the report, without the machine's paths; said aloud where it
+    is another than the source's."""
+    path = make_recipe(tmp_path, "qwen2-untied", count=2)
+    adapter = make_adapter(base, tmp_path / "my-lora")
+    with_settings(base_model_name_or_path="some/else-7b" if other else "some/b")(adapter)
+    content = json.loads(path.read_text())
+    content["sources"]["b"]["adapter"] = "./my-lora"
+    path.write_text(json.dumps(content))
+    assert main(["plan", str(path)]) == 0
+    said, name = capsys.readouterr().out, "some/else-7b" if other else "some/b"
+    assert f"  b: b, with the LoRA my-lora of {name} (" in said
+    note = f"b: its adapter was trained on {name}, and is merged into b; are they the same model?"
+    assert (note in said) is other
+    run = pipeline.build(load_recipe(path), tmp_path / "out")
+    card = (run.checkpoint / "README.md").read_text()
+    assert f"| 1 | b | b, with the LoRA my-lora of {name} |" in card
+    assert "adapter: my-lora" in card and str(tmp_path) not in card
+    described = run.read_json(run.plan)["sources"][1]
+    assert (described["adapter"], described["adapter_base"]) == ("my-lora", name)
+    assert "b, with the LoRA my-lora</td>" in pipeline.report(run).read_text()
+
+
 def without_weights(adapter: Path) -> None:
     (adapter / FILES[1]).rename(adapter / "adapter_model.bin")
 

@@ -118,7 +118,7 @@ def test_a_gguf_file_is_the_model_that_it_holds(
 
 
 def test_a_gguf_source_builds_as_the_model_that_it_was_made_of(
-    llama: Path, tmp_path: Path, cache: Path
+    llama: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = make_recipe(tmp_path, "llama", count=2)
     shutil.copytree(llama, tmp_path / "models" / "b", dirs_exist_ok=True)
@@ -128,7 +128,9 @@ def test_a_gguf_source_builds_as_the_model_that_it_was_made_of(
     content["sources"]["b"] |= {"model": "./models", "gguf_file": "b.gguf"}
     path.write_text(json.dumps(content))
     assert main(["plan", str(path)]) == 0
+    assert "  b: models, b.gguf (" in capsys.readouterr().out
     runs.append(pipeline.build(load_recipe(path), tmp_path / "gguf"))
+    assert "| 1 | b | models, b.gguf |" in (runs[1].checkpoint / "README.md").read_text()
     pipeline.verify(runs[1])
     pipeline.evaluate(runs[1])
     hashes = [run.read_json(run.manifest)["tensors"]["checkpoint"] for run in runs]

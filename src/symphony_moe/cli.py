@@ -409,6 +409,8 @@ def _refuse_overrides(options: argparse.Namespace) -> None:
 
 def describe_plan(plan: "Plan") -> str:
     """A plan for people."""
+    from symphony_moe.plan import in_words
+
     total, active = plan.total_parameters, plan.active_parameters
     lines = [
         f"{len(plan.sources)} x {plan.family} -> {plan.architecture}",
@@ -422,7 +424,7 @@ def describe_plan(plan: "Plan") -> str:
     for source in plan.sources:
         anchor = ", anchor" if source["anchor"] else ""
         lines.append(
-            f"  {source['name']}: {source['model']} ({source['parameters']:,} parameters, "
+            f"  {source['name']}: {in_words(source)} ({source['parameters']:,} parameters, "
             f"{source['dtype']}{anchor})"
         )
     lines.append("differences" if plan.differences else "no differences between the sources")

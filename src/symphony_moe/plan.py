@@ -6,8 +6,9 @@ The list of output tensors comes from the same function that later writes them
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from symphony_moe.sources import (
     compare_sources,
     expected_shapes,
     is_tied,
+    public_name,
     refuse_mismatch,
 )
 
@@ -124,7 +126,7 @@ def make_plan(recipe: Recipe, sources: Sequence[Source]) -> Plan:
     return Plan(
         architecture=family.moe,
         family=family.dense,
-        sources=[describe(source, recipe.anchor) for source in sources],
+        sources=[describe(source, recipe) for source in sources],
         differences=differences,
         tensors=tensors,
         config=config,
@@ -140,17 +142,37 @@ def make_plan(recipe: Recipe, sources: Sequence[Source]) -> Plan:
     )
 
 
-def describe(source: Source, anchor: str) -> dict[str, Any]:
+def describe(source: Source, recipe: Recipe) -> dict[str, Any]:
     """What the plan and the model card say of one source."""
+    spec = recipe.sources[source.name]
     return {
         "name": source.name,
         "model": source.public_name,
+        "gguf_file": spec.gguf_file,
+        "adapter": None if spec.adapter is None else public_name(spec.adapter),
+        "adapter_base": None if (base := _adapter_base(source)) is None else public_name(base),
         "architecture": source.config.model_type,
         "parameters": source.num_parameters,
         "dtype": ", ".join(sorted({header.dtype for header in source.headers.values()})),
         "files": len({header.file for header in source.headers.values()}),
-        "anchor": source.name == anchor,
+        "anchor": source.name == recipe.anchor,
     }
+
+
+def in_words(described: Mapping[str, Any]) -> str:
+    """The model of a source that is described: which file of it, and the LoRA that is merged."""
+    words = str(described["model"])
+    if described["gguf_file"]:
+        words += f", {described['gguf_file']}"
+    if described["adapter"]:
+        words += f", with the LoRA {described['adapter']}"
+    return words + (f" of {described['adapter_base']}" if described["adapter_base"] else "")
+
+
+def _adapter_base(source: Source) -> str | None:
+    """The model that its adapter says it was trained on."""
+    base = None if source.adapter is None else source.adapter.config.base_model_name_or_path
+    return str(base) if base else None
 
 
 def output_tensors(
@@ -317,6 +339,13 @@ def _notes(
     recipe: Recipe, sources: Sequence[Source], differences: Sequence[Difference]
 ) -> list[str]:
     notes = [str(d) for d in differences if d.verdict == "warning"]
+    for source in sources:
+        base = _adapter_base(source)
+        if base is not None and Path(base).name != Path(source.model).name:
+            notes.append(
+                f"{source.name}: its adapter was trained on {public_name(base)}, and is merged "
+                f"into {source.public_name}; are they the same model?"
+            )
     if recipe.aligns_neurons:
         notes.append(NOTE_PERMUTATION)
     if recipe.refit.method != "none":

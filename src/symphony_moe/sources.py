@@ -121,8 +121,8 @@ class Source:
 
     @property
     def public_name(self) -> str:
-        """The model without the machine's paths: a hub id, or a folder's own name."""
-        return Path(self.model).name if Path(self.model).is_absolute() else self.model
+        """The model without the machine's paths."""
+        return public_name(self.model)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -242,6 +242,11 @@ class Source:
             adapted = self.adapter.folder
             found |= {f"adapter/{file}": sha256_of(adapted / file) for file in ADAPTER_FILES}
         return found
+
+
+def public_name(model: str) -> str:
+    """A model or adapter without the machine's paths: a hub id, or a folder's own name."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:

@@ -12,10 +12,10 @@ from typing import Any
 import transformers
 import yaml
 
-from symphony_moe.plan import Plan
+from symphony_moe.plan import Plan, in_words
 from symphony_moe.recipe import BUNDLED, Recipe
 from symphony_moe.run_folder import sync_folder, write_bytes, write_text
-from symphony_moe.sources import GENERATION, Source, anchor_of
+from symphony_moe.sources import GENERATION, Source, anchor_of, public_name
 from symphony_moe.vocabulary import tokenizer_files
 
 
@@ -60,17 +60,15 @@ def model_card(plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> str:
         "tags": ["moe", "merge", "symphony-moe"],
     }
     rows = "\n".join(
-        f"| {number} | {source.name}{' (anchor)' if source.name == recipe.anchor else ''} | "
-        f"{source.public_name}{' with a LoRA' if source.adapter else ''} |"
-        for number, source in enumerate(sources)
+        f"| {number} | {source['name']}{' (anchor)' if source['anchor'] else ''} | "
+        f"{in_words(source)} |"
+        for number, source in enumerate(plan.sources)
     )
     shown = recipe.model_dump(mode="json", exclude={"train", "evaluation"})
-    for source in sources:
-        shown["sources"][source.name] = {"model": source.public_name} | (
-            {"revision": recipe.sources[source.name].revision}
-            if recipe.sources[source.name].revision
-            else {}
-        )
+    for name, spec in shown["sources"].items():
+        named = {key: public_name(spec[key]) for key in ("model", "adapter") if spec[key]}
+        others = ("revision", "gguf_file", "adapter_revision")
+        shown["sources"][name] = named | {key: spec[key] for key in others if spec[key]}
     total, active = plan.total_parameters, plan.active_parameters
     made = (
         f"A `{plan.architecture}` model with {total:,} parameters, {active:,} of them active per "
