@@ -121,9 +121,9 @@ PAIRS: list[tuple[str, Change, int, str]] = [
      "generation_config.json is not usable"),
     # What is built, and said.
     ("theta", config(rope_parameters=ROPE | {"rope_theta": 1e6}), BUILT,
-     "warning: rope_parameters (a: rope_theta 10000.0"),
+     "warning: rope_parameters (a: rope_theta 10000"),
     ("scaling", config(rope_parameters=ROPE | {"rope_type": "linear", "factor": 2.0}), BUILT,
-     "warning: rope_parameters (a: rope_theta 10000.0"),
+     "warning: rope_parameters (a: rope_theta 10000"),
     ("eps", config(rms_norm_eps=1e-3), BUILT, "warning: rms_norm_eps (a: 1e-05; b: 0.001)"),
     ("context", config(max_position_embeddings=512), BUILT, "max_position_embeddings (a: 256"),
     ("tied head", config(tie_word_embeddings=True), BUILT,

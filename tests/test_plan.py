@@ -192,3 +192,29 @@ def test_more_epochs_take_more_time(recipes: Recipes) -> None:
 
     first, second, third = (seconds(epochs) for epochs in (0, 1000, 2000))
     assert second > first + 0.5 and third - second == pytest.approx(second - first)
+
+
+def test_windows_beyond_the_context_of_any_source_that_reads_them_are_noted(
+    recipes: Recipes, tmp_path: Path
+) -> None:
+    """Training is of the result, which has the anchor's."""
+    path = shutil.copytree(recipes("llama").parent, tmp_path / "copy") / "recipe.yaml"
+    config = path.parent / "models" / "b" / "config.json"
+    content = json.loads(config.read_text()) | {"max_position_embeddings": 48}
+    config.write_text(json.dumps(content))
+
+    def beyond(*settings: str) -> list[str]:
+        notes = pipeline.plan(load_recipe(path, ["anchor=a", *settings])).notes
+        return [note for note in notes if "sequence_length" in note]
+
+    assert beyond() == [
+        "calibration.sequence_length 64 is beyond b's 48",
+        "evaluation.sequence_length 64 is beyond b's 48",
+    ]
+    assert beyond("train.sequence_length=300", "calibration.sequence_length=48") == [
+        "train.sequence_length 300 is beyond a's 256",
+        "evaluation.sequence_length 64 is beyond b's 48",
+    ]
+    assert beyond("calibration.sequence_length=300")[0] == (
+        "calibration.sequence_length 300 is beyond a's 256 and b's 48 and c's 256"
+    )

@@ -105,7 +105,7 @@ SCALED = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps", "warning", ("1e-05", "1e-06")),
         (
             {"rope_parameters": ROPE | {"rope_theta": 5e5}},
-            "rope_parameters", "warning", ("rope_theta 10000.0", "rope_theta 500000.0"),
+            "rope_parameters", "warning", ("rope_theta 10000", "rope_theta 500000"),
         ),
         (
             {"rope_parameters": SCALED},
@@ -771,3 +771,50 @@ def test_other_ends_of_text_are_named(recipes: Recipes, model: Path) -> None:
     other = opened(recipes("llama").parent / "models" / "b", "b")
     found = {d.what: d.verdict for d in compare_sources([opened(model), other], "a")}
     assert found == {"eos_token_id": "warning", "generation config": "warning"}
+
+
+def test_equal_numbers_are_no_difference(recipes: Recipes, tmp_path: Path) -> None:
+    """However a config spells them."""
+    path = shutil.copytree(recipes("llama").parent, tmp_path / "copy") / "recipe.yaml"
+    config = path.parent / "models" / "b" / "config.json"
+    content = json.loads(config.read_text())
+    content["rope_parameters"]["rope_theta"] = 10000
+    config.write_text(json.dumps(content))
+    sources = open_sources(load_recipe(path))
+    thetas = {type(source.config.rope_parameters["rope_theta"]) for source in sources}
+    assert thetas == {int, float}
+    assert compare_sources(sources, "a") == []
+
+
+def test_a_gguf_file_in_the_place_of_a_folder_is_told_how(recipes: Recipes, tmp_path: Path) -> None:
+    """Written as the model, or alone in a folder."""
+    path = shutil.copytree(recipes("llama").parent, tmp_path / "copy") / "recipe.yaml"
+    model = path.parent / "models" / "b"
+    (model / "q8.gguf").touch()
+    open_sources(load_recipe(path))
+    told = "write its folder as sources.b.model and sources.b.gguf_file: q8.gguf"
+    spec = load_recipe(path).sources["b"]
+    with pytest.raises(SourceError, match=f"no such model folder: .*{told}"):
+        open_source("b", spec.model_copy(update={"model": f"{spec.model}/q8.gguf"}))
+    (model / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match=f"has no .safetensors weights.*{told}"):
+        open_source("b", spec)
+    (model / "config.json").unlink()
+    with pytest.raises(SourceError, match=f"has no .safetensors weights.*{told}"):
+        open_source("b", spec)
+
+
+def test_what_reads_a_sentencepiece_model_is_named(
+    recipes: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where that is not installed; else the reader's own message is told."""
+    path = shutil.copytree(recipes("llama").parent, tmp_path / "copy") / "recipe.yaml"
+    model = path.parent / "models" / "b"
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"no model")
+    source = open_source("b", load_recipe(path).sources["b"])
+    for found, told in ((None, r"pip install 'symphony-moe\[sentencepiece\]'"),
+                        (object(), "no usable tokenizer in")):  # fmt: skip
+        monkeypatch.setattr("symphony_moe.sources.find_spec", lambda name, found=found: found)
+        with pytest.raises(SourceError, match=f"b: .*{told}"):
+            source.own_tokenizer  # noqa: B018 (reading it is what fails)

@@ -526,6 +526,20 @@ def test_an_anchor_whose_tokenizer_has_no_json_is_refused(template: Path, tmp_pa
     with pytest.raises(SourceError, match=r"a: .* has no tokenizer.json"):
         merge([one, two], "a", "a")
     merge([one, two], "b", "b")
+    # But where nothing is added, what its class made of its files is written.
+    alike = owner("c", tmp_path / "c", template, lambda content: drop_merges(content, 1))
+    assert merge([one, alike], "a", "a").tokenizer.get_vocab() == one.tokens
+
+
+def test_an_anchor_without_json_may_have_a_padded_table(tmp_path: Path) -> None:
+    path = make_recipe(tmp_path, "qwen2", count=2)
+    make_model(tmp_path / "models" / "b", "qwen2", 1, vocab_size=320)
+    for name in "ab":
+        in_two_files(tmp_path / "models" / name)
+    run = pipeline.build(load_recipe(path), tmp_path / "run")
+    own = AutoTokenizer.from_pretrained(tmp_path / "models" / "a")
+    written = AutoTokenizer.from_pretrained(run.checkpoint)
+    assert all(encode(written, text) == encode(own, text) for text in CUT_BY_CLASS)
 
 
 def test_a_chat_source_that_is_none_is_refused(
@@ -561,7 +575,7 @@ def test_a_plan_says_what_becomes_of_every_token(
     assert main(["plan", str(path)]) == 0
     out = capsys.readouterr().out
     assert "4 of b's come after the anchor's, as 301 to 304: '<|fim|>'" in out
-    assert "1 need merges of b's own and are lost (text is cut as by a): 'alphabeta'" in out
+    assert "1 of b's are lost, as text is cut as by a: 'alphabeta'" in out
     assert "b lacks 1 of the others' and reads their pieces instead" in out
     assert (
         "vocab_size (a: 301; b: 310): rows are matched by their tokens; the output has 305" in out
@@ -594,7 +608,76 @@ def test_what_no_merge_leads_to_is_no_loss(template: Path, tmp_path: Path) -> No
 
     one = owner("a", tmp_path / "a", template, lambda content: None)
     two = owner("b", tmp_path / "b", template, placeholder)
-    assert "<unused>" in two.tokens and merge([one, two], "a", "a").lost == {"b": []}
+    union = merge([one, two], "a", "a")
+    assert "<unused>" in two.tokens and union.lost == {"b": []}
+    assert union.unused == {"b": ["<unused>"]}
+
+
+def test_a_placeholder_that_only_one_has_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And so the vocabularies are not said to be the same."""
+    path = make_recipe(tmp_path, "llama", count=2)
+    make_model(tmp_path / "models" / "b", "llama", 1, vocab_size=301)
+    rewrite(tmp_path / "models" / "b", lambda c: c["model"]["vocab"].update({"<unused>": 300}))
+    assert main(["plan", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "301 tokens): 1 of b's are left out, as no text becomes them: '<unused>'" in out
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "BPE that ignores merges"])
+def test_where_no_merges_are_heeded_every_missing_token_is_lost(
+    kind: str, template: Path, tmp_path: Path
+) -> None:
+    def one_more(content: dict[str, Any], *, more: Sequence[str]) -> None:
+        model = content["model"]
+        model["vocab"] |= {token: 300 + place for place, token in enumerate(more)}
+        if kind == "WordPiece":
+            content["model"] = {
+                "type": kind, "vocab": model["vocab"], "unk_token": "!",
+                "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+            }  # fmt: skip
+        elif kind == "Unigram":
+            pieces = [[token, -1.0] for token in model["vocab"]]
+            content["model"] = {"type": kind, "unk_id": 0, "vocab": pieces}
+        else:
+            model["ignore_merges"] = True
+
+    one = owner("a", tmp_path / "a", template, partial(one_more, more=[]))
+    two = owner("b", tmp_path / "b", template, partial(one_more, more=["zzz"]))
+    assert encode(two.tokenizer, "zzz") == [300] != encode(one.tokenizer, "zzz")
+    union = merge([one, two], "a", "a")
+    assert (union.lost, union.unused) == ({"b": ["zzz"]}, {"b": []})
+
+
+def test_an_added_token_that_the_anchor_has_but_cannot_make_is_lost(
+    template: Path, tmp_path: Path
+) -> None:
+    """Text is cut as by the anchor, to which it is a placeholder."""
+
+    def ordinary(content: dict[str, Any]) -> None:
+        drop_merges(content, 1)
+        content["model"]["vocab"]["<|fim|>"] = 299
+
+    one = owner("a", tmp_path / "a", template, ordinary)
+    two = owner("b", tmp_path / "b", template, lambda content: add_tokens(content, ["<|fim|>"]))
+    union = merge([one, two], "a", "a")
+    assert union.added == {"b": []} and "<|fim|>" in union.lost["b"]
+    assert len(encode(union.tokenizer, "<|fim|>")) > 1 == len(encode(two.tokenizer, "<|fim|>"))
+
+
+def test_what_another_source_brings_is_not_lost(template: Path, tmp_path: Path) -> None:
+    """b makes it by a merge, c has it as an added token."""
+
+    def merged(content: dict[str, Any]) -> None:
+        content["model"]["merges"].append(["alpha", "beta"])
+        content["model"]["vocab"]["alphabeta"] = 300
+
+    one = owner("a", tmp_path / "a", template, lambda content: None)
+    two = owner("b", tmp_path / "b", template, merged)
+    three = owner("c", tmp_path / "c", template, lambda c: add_tokens(c, ["alphabeta"]))
+    assert merge([one, two, three], "a", "a").lost == {"b": [], "c": []}
+    assert merge([one, two], "a", "a").lost == {"b": ["alphabeta"]}
 
 
 def test_added_tokens_are_written_wherever_the_anchor_lists_them(
@@ -788,6 +871,44 @@ def test_files_that_say_all_stay_as_they_are(named: str | None, tmp_path: Path) 
     run = pipeline.build(load_recipe(path), tmp_path / "run")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (run.checkpoint / file).read_bytes() == (model / file).read_bytes()
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("union", [False, True])
+def test_tokens_that_only_a_class_adds_need_rows(
+    union: bool, named: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Code Llama's adds five for filling in the middle. Where the model has no rows for them they
+    are left out, with a warning, and the result has none; what a file lists is refused as ever."""
+    path = make_recipe(tmp_path, "llama", count=2, anchor="a")
+    if union:
+        make_model(tmp_path / "models" / "b", "llama", 1, vocab_size=302)
+    for name in "ab":
+        model = tmp_path / "models" / name
+        dress(model, "CodeLlamaTokenizer", sentence_piece)
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        roles = {"prefix_token": "▁<PRE>", "fill_token": "<FILL_ME>"} if named else {}
+        (model / "tokenizer_config.json").write_text(json.dumps(config | roles))
+    if union:
+        rewrite(tmp_path / "models" / "b", partial(add_tokens, tokens=ADDED[:2]))
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "models" / "a")
+    assert len(loaded) == 305
+    anchor = open_sources(load_recipe(path))[0]
+    assert max(anchor.own_tokenizer.get_vocab().values()) == 299
+    assert all(anchor.own_tokenizer(t)["input_ids"] == loaded(t)["input_ids"] for t in CUT_BY_CLASS)
+    assert "a: the model has no rows for ▁<PRE>, ▁<MID>, ▁<SUF>, ▁<EOT>, <FILL_ME>" in caplog.text
+    run = pipeline.build(load_recipe(path), tmp_path / "run")
+    pipeline.verify(run)
+    written = AutoTokenizer.from_pretrained(run.checkpoint)
+    assert len(written) == (302 if union else 300)
+    assert written.special_tokens_map == {"bos_token": "<s>", "eos_token": "</s>",
+                                          "unk_token": "<unk>"}  # fmt: skip
+    for text in CUT_BY_CLASS:
+        assert written(text)["input_ids"] == loaded(text)["input_ids"]
+        assert written.decode(encode(written, text)) == loaded.decode(encode(loaded, text))
+    rewrite(tmp_path / "models" / "a", partial(add_tokens, tokens=["▁<PRE>"]))
+    with pytest.raises(SourceError, match=r"a: the tokenizer in .* has 30. tokens"):
+        open_sources(load_recipe(path))
 
 
 # Details that a union could get wrong without anyone noticing

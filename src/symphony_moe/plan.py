@@ -375,11 +375,14 @@ def _notes(
             f"{anchor.name}'s {anchor.config.rms_norm_eps}: the residual stream is written "
             f"{scale:.4g} times as large, which computes the same"
         )
-    context = anchor.config.max_position_embeddings
     for section in ("calibration", "train", "evaluation"):
         length = getattr(recipe, section).sequence_length
-        if length > context:
-            notes.append(f"{section}.sequence_length {length} is beyond the model's {context}")
+        # The result is trained, and has the anchor's context.
+        read_by = [anchor] if section == "train" else sources
+        contexts = {source.name: source.config.max_position_embeddings for source in read_by}
+        short = [f"{name}'s {context}" for name, context in contexts.items() if context < length]
+        if short:
+            notes.append(f"{section}.sequence_length {length} is beyond {' and '.join(short)}")
     if recipe.experts.init == "copy":
         notes.append(f"experts.init copy: every expert is {recipe.anchor}'s FFN; nothing to align")
     if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:

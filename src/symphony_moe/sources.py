@@ -7,11 +7,13 @@
 import copy
 import hashlib
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +53,16 @@ from symphony_moe.families import (
 from symphony_moe.forward import decoder_layer, one_layer_model
 from symphony_moe.recipe import BUNDLED, Recipe, SourceSpec
 from symphony_moe.shards import sha256_of
-from symphony_moe.vocabulary import TOKENIZER_FILES, Owner, Vocabulary, is_needed, merge
+from symphony_moe.vocabulary import (
+    TOKENIZER_FILES,
+    Owner,
+    Vocabulary,
+    is_needed,
+    merge,
+    without_rowless,
+)
+
+log = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
 TABLE_ROWS = 8192
@@ -131,16 +142,31 @@ class Source:
 
     @cached_property
     def own_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's own. Raises SourceError where its files cannot be read, and where it knows
-        tokens that the model does not."""
+        """The folder's own, without what only its class adds beyond the model's rows. Raises
+        SourceError where its files cannot be read, and where they list tokens that the model has no
+        rows for."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            loaded = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer, rowless = without_rowless(loaded, self.folder, self.own_rows)
             num_tokens = max(tokenizer.get_vocab().values()) + 1
         except Exception as error:
             # The loaders behind AutoTokenizer raise whatever their parser raised.
+            if _needs_sentencepiece(self.folder):
+                raise SourceError(
+                    f"{self.name}: {self.folder} has no tokenizer.json, and reading its "
+                    "tokenizer.model needs sentencepiece and protobuf: "
+                    "pip install 'symphony-moe[sentencepiece]'"
+                ) from None
             raise SourceError(
                 f"{self.name}: no usable tokenizer in {self.folder}: {_first_line(error)}"
             ) from None
+        if rowless:
+            log.warning(
+                "%s: the model has no rows for %s, which only the class %s adds: left out",
+                self.name,
+                ", ".join(rowless),
+                type(loaded).__name__,
+            )
         if num_tokens > self.own_rows:
             raise SourceError(
                 f"{self.name}: the tokenizer in {self.folder} has {num_tokens} tokens, the model "
@@ -330,7 +356,7 @@ def open_source(
         if from_hub:
             folder = _fetch(name, spec.model, spec.revision, patterns)
     if not folder.is_dir():
-        raise SourceError(f"{name}: no such model folder: {folder}")
+        raise SourceError(f"{name}: no such model folder: {folder}{_gguf_hint(name, folder)}")
     if (folder / ADAPTER_FILES[0]).is_file():
         raise SourceError(
             f"{name}: {folder} has an {ADAPTER_FILES[0]}: it holds a LoRA, which transformers "
@@ -342,6 +368,9 @@ def open_source(
     if spec.gguf_file is not None:
         folder = from_gguf(name, folder, spec.gguf_file, weights=download)
         converted = (spec.gguf_file,)
+    elif not any(folder.glob("*.safetensors")) and not from_hub and _gguf_hint(name, folder):
+        found = f"{name}: {folder} has no .safetensors weights"
+        raise SourceError(found + _gguf_hint(name, folder))
     config = _read_config(name, folder, attention)
     pickles = [] if converted else pickles_of(name, folder)
     if pickles and from_hub and not download and _is_on_hub(spec, SAFETENSORS):
@@ -374,6 +403,24 @@ def open_source(
     if spec.sha256 is not None and download:
         _check_hashes(source, spec.sha256)
     return source
+
+
+def _gguf_hint(name: str, path: Path) -> str:
+    """How a recipe names the GGUF file that a path is, or that a folder has."""
+    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if not found or found[0].suffix != ".gguf":
+        return ""
+    return (
+        f". To read a GGUF file, write its folder as sources.{name}.model and "
+        f"sources.{name}.gguf_file: {found[0].name}"
+    )
+
+
+def _needs_sentencepiece(folder: Path) -> bool:
+    """Whether a tokenizer is in SentencePiece's format alone, and what reads that is missing."""
+    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+        return False
+    return find_spec("sentencepiece") is None
 
 
 def _described(file: str, config: PreTrainedConfig) -> dict[str, Header]:
@@ -768,7 +815,8 @@ def _compare_vocabularies(sources: Sequence[Source], anchor: str) -> list[Differ
 def _fate(merged: Vocabulary, name: str, anchor: str, own: Collection[str]) -> str:
     """What becomes of a source's tokens in the union."""
     parts = []
-    lost, lacking = merged.lost[name], len(merged.tables[name].pieces)
+    lost, unused = merged.lost[name], merged.unused[name]
+    lacking = len(merged.tables[name].pieces)
     # Whoever brought them, if several sources have them.
     numbers = merged.tokenizer.get_vocab()
     new = {token for tokens in merged.added.values() for token in tokens}
@@ -781,8 +829,11 @@ def _fate(merged: Vocabulary, name: str, anchor: str, own: Collection[str]) -> s
         )
     if lost:
         parts.append(
-            f"{len(lost)} need merges of {name}'s own and are lost (text is cut as by {anchor}): "
-            + _some(lost)
+            f"{len(lost)} of {name}'s are lost, as text is cut as by {anchor}: {_some(lost)}"
+        )
+    if unused:
+        parts.append(
+            f"{len(unused)} of {name}'s are left out, as no text becomes them: {_some(unused)}"
         )
     if lacking:
         parts.append(f"{name} lacks {lacking} of the others' and reads their pieces instead")
@@ -817,9 +868,12 @@ def _digest(text: str) -> str:
 
 
 def _spell(value: Any) -> str:
+    """In words that are the same for the same value: 10000 and 10000.0 are one number."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {value[key]}" for key in sorted(value))
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{key} {_spell(value[key])}" for key in sorted(value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return ", ".join(map(_spell, value)) if isinstance(value, list) else str(value)
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ files, so that what is written is what was used, byte for byte.
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from symphony_moe.errors import SourceError
 
@@ -35,6 +35,8 @@ _STAGES = ("normalizer", "pre_tokenizer", "decoder")
 """What tokenizer.json says of text on its way to tokens and back, and some classes build anew (they
 take its post-processor as it is)."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_ROLES = {f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+"""Special tokens that a tokenizer of any class may have."""
 _ID_SETTINGS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
     "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
@@ -65,6 +67,18 @@ class Owner:
         """The tokenizer as its library writes it; empty for a tokenizer in Python."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         return {} if backend is None else dict(json.loads(backend.to_str()))
+
+    @cached_property
+    def made(self) -> frozenset[str]:
+        """Its ordinary tokens that some text becomes: of BPE those that its merges lead to, single
+        characters and bytes; elsewhere all."""
+        model = self.content.get("model", {})
+        if model.get("type") != "BPE" or model.get("ignore_merges"):
+            return frozenset(self.tokens)
+        made = {"".join(merge) for merge in model["merges"]}
+        if model.get("byte_fallback"):
+            made |= {f"<0x{byte:02X}>" for byte in range(256)}
+        return frozenset(token for token in self.tokens if token in made or len(token) == 1)
 
     @property
     def kind(self) -> str:
@@ -112,7 +126,9 @@ class Vocabulary:
     added: Mapping[str, list[str]]
     """Source -> tokens that the anchor lacked and that come from it, in the order of their ids."""
     lost: Mapping[str, list[str]]
-    """Source -> tokens that its tokenizer can make and the merged one cannot."""
+    """Source -> tokens that its tokenizer makes of text and the merged one does not."""
+    unused: Mapping[str, list[str]]
+    """Source -> tokens that the merged one lacks and that its own makes of no text either."""
     settings: Mapping[str, Any]
     """What the config says of special tokens, where it is not the anchor's."""
     generation: Mapping[str, Any] | None
@@ -143,11 +159,9 @@ def merge(owners: Sequence[Owner], anchor: str, chat: str) -> Vocabulary:
     number = max(tokens.values()) + 1
     new: list[dict[str, Any]] = []
     added: dict[str, list[str]] = {}
-    lost: dict[str, list[str]] = {}
     # By name: ids do not depend on the order of the recipe.
-    for owner in sorted(owners, key=lambda owner: owner.name):
-        if owner is first:
-            continue
+    others = sorted((o for o in owners if o is not first), key=lambda owner: owner.name)
+    for owner in others:
         added[owner.name] = []
         for token in sorted(owner.content.get("added_tokens", []), key=lambda t: t["id"]):
             if token["content"] not in tokens:
@@ -155,29 +169,29 @@ def merge(owners: Sequence[Owner], anchor: str, chat: str) -> Vocabulary:
                 new.append({"id": number, "content": token["content"]} | _flags(token))
                 added[owner.name].append(token["content"])
                 number += 1
-        lost[owner.name] = _lost(owner, tokens)
     files = _files(first, new, by_name[chat])
     tokenizer = _load(files, tokens, anchor)
     size = max(first.rows, number)
     as_text = {token["content"] for token in [*first.content["added_tokens"], *new]}
+    lost = {owner.name: _lost(owner, first.made | as_text) for owner in others}
+    unused = {o.name: sorted(o.tokens.keys() - tokens.keys() - set(lost[o.name])) for o in others}
     tables = {owner.name: _table(owner, tokens, as_text, size) for owner in owners}
     settings: dict[str, Any] = {}
     generation = None
     if chat != anchor:
         settings = _settings_of(by_name[chat], tokens)
         generation = _generation_of(by_name[chat], tokens)
-    return Vocabulary(tokenizer, files, size, tables, added, lost, settings, generation)
+    return Vocabulary(tokenizer, files, size, tables, added, lost, unused, settings, generation)
 
 
 def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
     return {flag: bool(token[flag]) for flag in _FLAGS}
 
 
-def _lost(owner: Owner, tokens: Mapping[str, int]) -> list[str]:
-    """Tokens that no other vocabulary can spell and that the owner's merges do lead to."""
-    made = {"".join(merge) for merge in owner.content.get("model", {}).get("merges", [])}
-    missing = (token for token in owner.tokens if token not in tokens)
-    return sorted(t for t in missing if t in made or len(t) == 1)
+def _lost(owner: Owner, made: Collection[str]) -> list[str]:
+    """Tokens that the owner makes of text and the union does not. `made`: those that it does."""
+    own = owner.made.union(token["content"] for token in owner.content.get("added_tokens", []))
+    return sorted(own.difference(made))
 
 
 def _table(owner: Owner, tokens: Mapping[str, int], as_text: set[str], size: int) -> Table:
@@ -211,6 +225,56 @@ def _unknown(owner: Owner, token: str) -> list[int]:
     return [int(number)]
 
 
+class _Reduced(PreTrainedTokenizerFast):
+    """A tokenizer without tokens that only its class added."""
+
+    gone: tuple[str, ...] = ()
+    """Roles that they had."""
+
+
+def without_rowless(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """(the tokenizer without them, its tokens from number `rows` on), if it is only its class that
+    adds them; the tokenizer as it is and none, if a file lists one of them.
+
+    Code Llama's adds its tokens for filling in the middle to models that have no rows for them.
+    """
+    numbers = tokenizer.get_vocab()
+    surplus = sorted((t for t in numbers if numbers[t] >= rows), key=numbers.__getitem__)
+    owner = Owner("", folder, tokenizer, rows)
+    if not surplus or not owner.content or _listed(owner).intersection(surplus):
+        return tokenizer, []
+    content = owner.content
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in surplus]
+    roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
+    reduced = _Reduced(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        chat_template=tokenizer.chat_template,
+        **{role: roles[role] for role in _ROLES if role in roles},
+    )
+    reduced.gone = tuple(roles.keys() - _ROLES)
+    return reduced, surplus
+
+
+def _listed(owner: Owner) -> set[str]:
+    """Tokens that a tokenizer's files list, and those of roles that any class has."""
+    files = {name: json.loads(text) for name, text in _stored(owner).items() if ".json" in name}
+    config = files.get("tokenizer_config.json", {})
+    entries = [
+        *files.get("tokenizer.json", {}).get("added_tokens", []),
+        *config.get("added_tokens_decoder", {}).values(),
+        *(config.get("additional_special_tokens") or []),
+        *(files.get("special_tokens_map.json", {}).get("additional_special_tokens") or []),
+    ]
+    named = {entry if isinstance(entry, str) else entry["content"] for entry in entries}
+    return named.union(
+        _ordinary(owner.content),
+        files.get("added_tokens.json", {}),
+        (str(getattr(owner.tokenizer, role)) for role in _ROLES),
+    )
+
+
 def tokenizer_files(owner: Owner) -> dict[str, bytes]:
     """The owner's tokenizer files, by name, with the same tokenizer in them for every reader.
 
@@ -225,6 +289,11 @@ def tokenizer_files(owner: Owner) -> dict[str, bytes]:
         for name, content in written.items()
         if name not in files or content != json.loads(files[name])
     }
+
+
+def _ordinary(content: Mapping[str, Any]) -> set[str]:
+    """The vocabulary of a tokenizer's model, which is a table, or a list with scores."""
+    return {entry if isinstance(entry, str) else entry[0] for entry in content["model"]["vocab"]}
 
 
 def _stored(owner: Owner) -> dict[str, bytes]:
@@ -259,12 +328,15 @@ def _explicit(owner: Owner, files: Mapping[str, bytes]) -> dict[str, Any]:
     for option in owner.content["model"].keys() - {"vocab", "merges"}:
         if read["model"].get(option) != owner.content["model"][option]:
             rules["model"][option] = owner.content["model"][option]
-    spelled = read["model"]["vocab"]
-    known = {entry if isinstance(entry, str) else entry[0] for entry in spelled}
-    known |= {token["content"] for token in read["added_tokens"]}
+    known = _ordinary(read) | {token["content"] for token in read["added_tokens"]}
     _add(contents, [t for t in owner.content["added_tokens"] if t["content"] not in known])
     config = contents.setdefault("tokenizer_config.json", {})
-    if named not in _GENERIC and config.get("tokenizer_class") != named + "Fast":
+    if isinstance(owner.tokenizer, _Reduced):
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        rules["post_processor"] = owner.content["post_processor"]
+        for role in owner.tokenizer.gone:
+            config.pop(role, None)
+    elif named not in _GENERIC and config.get("tokenizer_class") != named + "Fast":
         config["tokenizer_class"] = named
     for role, token in owner.tokenizer.special_tokens_map.items():
         config.setdefault(role, token)
@@ -289,7 +361,7 @@ def _add(contents: dict[str, Any], new: Sequence[Mapping[str, Any]]) -> None:
 def _files(anchor: Owner, new: Sequence[Mapping[str, Any]], chat: Owner) -> dict[str, bytes]:
     """The anchor's tokenizer files with the new tokens, and with the chat owner's conventions."""
     files = _stored(anchor)
-    if "tokenizer.json" not in files:
+    if "tokenizer.json" not in files and (new or not anchor.content):
         raise SourceError(
             f"{anchor.name}: {anchor.folder} has no tokenizer.json, which merging vocabularies "
             "needs; load the tokenizer with transformers' AutoTokenizer and save_pretrained it "
