@@ -20,6 +20,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from symphony_moe.compare import spread_text
 from symphony_moe.evaluate import held_out_windows, losses_and_routing
 from symphony_moe.recipe import load_recipe
 from symphony_moe.sources import open_sources
@@ -77,22 +78,14 @@ def losses_of(model: Path, windows: Mapping[str, Tensor], notes: Path) -> dict[s
     return losses
 
 
-def spell(values: Sequence[float]) -> str:
-    """The mean over seeds, and the range."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    return f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
 def table(rows: Mapping[str, list[dict[str, float]]], domains: Sequence[str]) -> None:
     """Mean and range over seeds: in domain, then each domain."""
     columns = list(next(iter(rows.values()))[0])
     print("\n| nats per token | in domain | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 2) + "|")
     for row, found in rows.items():
-        cells = [spell([in_domain(losses, domains) for losses in found])]
-        cells += [spell([losses[column] for losses in found]) for column in columns]
+        cells = [spread_text([in_domain(losses, domains) for losses in found])]
+        cells += [spread_text([losses[column] for losses in found]) for column in columns]
         print(f"| {row} | " + " | ".join(cells) + " |")
 
 
@@ -142,7 +135,7 @@ def main() -> None:
     table(rows, domains)
     print("\n| build | seconds | peak MB |\n|---|---|---|")
     for method, timings in costs.items():
-        seconds = spell([timing["build_seconds"] for timing in timings])
+        seconds = spread_text([timing["build_seconds"] for timing in timings])
         peak = max(timing["build_peak_rss_bytes"] for timing in timings) / 1e6
         print(f"| {method} | {seconds} | {peak:,.0f} |")
     plain = [row for row in rows if row.startswith("BTX")]
@@ -150,14 +143,14 @@ def main() -> None:
         means = {row: [in_domain(one, domains) for one in found] for row, found in rows.items()}
         best = [min(values) for values in zip(*(means[row] for row in plain), strict=True)]
         print(
-            f"\nBTX, its best routing on each seed: {spell(best)}. Share of the gap closed, in %:"
+            f"\nBTX, its best routing on each seed: {spread_text(best)}. "
+            "Share of the gap closed, in %:"
         )
         for row in rows:
             if row not in plain and row != LIMIT:
                 each = zip(means[row], best, means[LIMIT], strict=True)
-                print(
-                    f"- {row}: {spell([100 * (b - ours) / (b - limit) for ours, b, limit in each])}"
-                )
+                shares = [100 * (b - ours) / (b - limit) for ours, b, limit in each]
+                print(f"- {row}: {spread_text(shares)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from symphony_moe.compare import limits_of, mark_reached
+from symphony_moe.compare import limits_of, mark_reached, spread_text
 from symphony_moe.comparison_page import line_chart
 from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import CompareFolder
@@ -23,15 +23,6 @@ from symphony_moe.run_folder import CompareFolder
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 480, 60, 40, 230, 40
 COLUMNS = [(stage, where) for stage in ("built", "trained") for where in ("in", "out_of")]
-
-
-def spell(values: Sequence[float | None], digits: int = 3) -> str:
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return "-"
-    mean, low, high = sum(known) / len(known), min(known), max(known)
-    text = f"{mean:.{digits}f}"
-    return text if len(known) == 1 else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def table(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | None]) -> str:
@@ -42,13 +33,13 @@ def table(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | Non
     for method in dict.fromkeys(entry["method"] for entry in entries):
         own = [entry for entry in entries if entry["method"] == method]
         cells = [
-            spell([e[f"mean_{where}_domain"] for e in own if e["stage"] == stage])
+            spread_text([e[f"mean_{where}_domain"] for e in own if e["stage"] == stage])
             for stage, where in COLUMNS
         ]
         shares = [e["reaches"]["share"] for e in own if e["stage"] == "trained"]
         percent = [None if share is None else 100 * share for share in shares]
-        lines.append(f"| {method} | {' | '.join(cells)} | {spell(percent, 1)} |")
-    inside, outside = (spell([limits[where]]) for where in ("in domain", "out of domain"))
+        lines.append(f"| {method} | {' | '.join(cells)} | {spread_text(percent, 1)} |")
+    inside, outside = (spread_text([limits[where]]) for where in ("in domain", "out of domain"))
     lines.append(f"| specialists | | | {inside} | {outside} | |")
     return "\n".join(lines)
 

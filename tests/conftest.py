@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,5 +203,18 @@ def built(
             out = tmp_path_factory.mktemp(f"built-{variant}") / "run"
             made[variant] = pipeline.build(load_recipe(recipes(variant)), out)
         return made[variant]
+
+    return get
+
+
+@pytest.fixture
+def copied(built: "Callable[[str], RunFolder]", tmp_path: Path) -> "Callable[[str], RunFolder]":
+    """variant -> a fresh copy of its finished build."""
+    from symphony_moe.run_folder import RunFolder
+
+    def get(variant: str) -> "RunFolder":
+        root = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(built(variant).root, root)
+        return RunFolder(root)
 
     return get

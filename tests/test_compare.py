@@ -164,6 +164,10 @@ def test_seeds_may_differ_in_their_training_text() -> None:
         ("symphony", 2): metrics(training=metrics()["training"] | {"text": "u"}),
     }
     refuse_different(runs, dict.fromkeys(runs, manifest()))
+    # As one seed's, the same two may not.
+    of_one_seed = {("symphony", 1): runs["symphony", 1], ("btx", 1): runs["symphony", 2]}
+    with pytest.raises(RunFolderError, match="differ in: training text"):
+        refuse_different(of_one_seed, dict.fromkeys(of_one_seed, manifest()))
 
 
 # Recipes

@@ -1,6 +1,5 @@
 """The sources as teachers; what is measured while training."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,6 @@ from symphony_moe.teach import Teachers, divergence
 
 SHORT = ["train.tokens=512"]
 TEACHER = [*SHORT, "train.teacher=sources"]
-
-
-@pytest.fixture
-def copied(built: Callable[[str], RunFolder], tmp_path: Path) -> Callable[[str], RunFolder]:
-    def get(variant: str) -> RunFolder:
-        root = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(built(variant).root, root)
-        return RunFolder(root)
-
-    return get
 
 
 def curve(run: RunFolder) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,18 +42,6 @@ def load_clean(folder: Path) -> Any:
     model, info = loaded
     assert not any(info.values()), info
     return model.eval()
-
-
-@pytest.fixture
-def copied(built: Callable[[str], RunFolder], tmp_path: Path) -> Callable[[str], RunFolder]:
-    """variant -> a fresh copy of its finished build."""
-
-    def get(variant: str) -> RunFolder:
-        root = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(built(variant).root, root)
-        return RunFolder(root)
-
-    return get
 
 
 def first_loss(run: RunFolder, overrides: Sequence[str]) -> float:

@@ -52,7 +52,7 @@ def _differ(first: Name, second: Name, what: str) -> str:
 def entries_of(
     metrics: Mapping[Name, Mapping[str, Any]], sources: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The rows of `comparison.json` (docs/design.md), two per run: built and trained. `tokens` is
+    """The rows of `comparison.json` (docs/training.md), two per run: built and trained. `tokens` is
     calibration tokens plus trained ones; means are None where a loss is no number; `tasks` are the
     benchmarks that `symphony evaluate --tasks` has measured of the run."""
     entries = []
@@ -160,7 +160,7 @@ def describe(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | 
                 for entry in entries
                 if (entry["method"], entry["stage"]) == (method, stage)
             ]
-            cells.append(_spell(values))
+            cells.append(spread_text(values))
         shares = [
             e["reaches"]["share"] for e in entries if e["method"] == method and "reaches" in e
         ]
@@ -168,7 +168,7 @@ def describe(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | 
         cells.append(f"{100 * sum(shares) / len(shares):.0f} %" if reached else "-")
         rows.append(cells)
     inside, outside = (limits[where] for where in ("in domain", "out of domain"))
-    rows.append(["specialists", "", "", _spell([inside]), _spell([outside]), ""])
+    rows.append(["specialists", "", "", spread_text([inside]), spread_text([outside]), ""])
     widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
     return "\n".join(
         "  ".join(
@@ -179,9 +179,12 @@ def describe(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | 
     )
 
 
-def _spell(values: Sequence[float | None]) -> str:
+def spread_text(values: Sequence[float | None], digits: int = 3) -> str:
+    """The mean over seeds, and where there are several, the range; `-` where one is no number."""
     finite = [value for value in values if value is not None]
     if len(finite) < len(values) or not values:
         return "-"
-    text = f"{sum(finite) / len(finite):.3f}"
-    return text if len(finite) == 1 else f"{text} ({min(finite):.3f} to {max(finite):.3f})"
+    text = f"{sum(finite) / len(finite):.{digits}f}"
+    if len(finite) == 1:
+        return text
+    return f"{text} ({min(finite):.{digits}f} to {max(finite):.{digits}f})"

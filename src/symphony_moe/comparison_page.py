@@ -185,7 +185,7 @@ def render_comparison(
 ) -> str:
     """The comparison as HTML.
 
-    `entries` are the rows of `comparison.json` (docs/design.md), `limits` the specialists' mean
+    `entries` are the rows of `comparison.json` (docs/training.md), `limits` the specialists' mean
     losses ("in domain": each on its own domain, "out of domain": the best of them), `reference` the
     method whose final loss the others are timed to, `facts` what the header says as (what, value),
     `settings` what sets each method apart from the recipe. `in_domain` names the sources' domains,

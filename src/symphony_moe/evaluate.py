@@ -5,7 +5,6 @@ Losses are nats per token: the mean negative log-likelihood of every token of a 
 first.
 """
 
-import hashlib
 import logging
 import math
 import time
@@ -39,7 +38,13 @@ from symphony_moe.specialize import (
     shared_text,
 )
 from symphony_moe.stock import load_source, load_stock
-from symphony_moe.text import Documents, draw_windows, read_documents, split_held_out
+from symphony_moe.text import (
+    Documents,
+    digest_of,
+    draw_windows,
+    read_documents,
+    split_held_out,
+)
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +59,9 @@ def evaluate_run(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> d
     started = time.monotonic()
     windows = held_out_windows(recipe, sources)
     shared = shared_text(windows)
-    digest = hashlib.sha256()
-    for text in windows.values():
-        digest.update(text.numpy().tobytes())
     names = recipe.expert_names
     metrics: dict[str, Any] = {
-        "sources": {}, "routing": {}, "cka": {}, "held_out": {"text": digest.hexdigest()},
+        "sources": {}, "routing": {}, "cka": {}, "held_out": {"text": digest_of(windows.values())},
     }  # fmt: skip
     for source in sources:
         losses, _ = losses_and_routing(load_source(source), windows, source.known)

@@ -4,12 +4,13 @@ Section 3.2 of arXiv 2509.18542 ("layer-aware fusion"). Pure functions; computat
 angles or means of many are taken, the result is float32.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from symphony_moe.draws import generator_for
 
 _MAX_ITERATIONS = 100
 _TOLERANCE = 1e-14
@@ -129,8 +130,7 @@ def drop_neurons(
     `neuron_axis`: matrix -> the axis that counts its neurons. `key`: what the draws follow from,
     and nothing else.
     """
-    digest = hashlib.sha256(f"drop/{key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    generator = generator_for(f"drop/{key}")
     names = sorted(neuron_axis)
     number = expert[names[0]].shape[neuron_axis[names[0]]]
     drawn = torch.randperm(number, generator=generator)[: round(share * number)]

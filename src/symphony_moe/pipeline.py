@@ -8,7 +8,6 @@ Stages do not import one another; only this module knows their order.
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import logging
 import math
@@ -93,7 +92,7 @@ from symphony_moe.shards import CheckpointWriter, hash_folder, sha256_of
 from symphony_moe.sources import Source, anchor_of, experts_of, open_sources
 from symphony_moe.streams import Streams
 from symphony_moe.tasks import choose_models, load_tasks, run_tasks
-from symphony_moe.text import check_data_exists
+from symphony_moe.text import check_data_exists, digest_of
 from symphony_moe.train import train_run
 from symphony_moe.verify import compare_builds, verify_run
 from symphony_moe.write import write_companions
@@ -145,7 +144,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
         return folder
     with log_to(folder):
         folder.update_json(folder.plan, planned.to_json())
-        text = _digest(*windows.values(), *aside.values())
+        text = digest_of((*windows.values(), *aside.values()))
         record = _align(recipe, sources, windows, aside, folder, text)
         if recipe.refit.method != "none":
             record |= _count_tokens(windows, sources[0].config.vocab_size)
@@ -436,14 +435,6 @@ def _with_hashes(recipe: Recipe, sources: Sequence[Source]) -> Recipe:
         for source in sources
     }
     return recipe.model_copy(update={"sources": pinned})
-
-
-def _digest(*windows: Tensor) -> str:
-    """SHA-256 of the calibration text."""
-    digest = hashlib.sha256()
-    for text in windows:
-        digest.update(text.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _align(

@@ -1,11 +1,12 @@
 """The router's first weights: at random, or calibrated on what the new model's router reads."""
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from symphony_moe.draws import generator_for
 
 STANDARD_DEVIATION = 0.02
 ROUTER_TOKENS = 32768
@@ -32,8 +33,7 @@ def random_router(
     """
     rows = []
     for name in names:
-        digest = hashlib.sha256(f"{part}/{seed}/{layer}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+        generator = generator_for(f"{part}/{seed}/{layer}/{name}")
         rows.append(torch.randn(hidden_size, generator=generator) * STANDARD_DEVIATION)
     return torch.stack(rows)
 

@@ -32,12 +32,9 @@ def fit_in_memory(sources: Sequence[Source], num_trained: int) -> bool:
     """Whether all sources fit beside the model in training: in half of the memory that is free,
     once Adam's two moments and the gradient have theirs."""
     needed = sum(source.num_parameters for source in sources) * _dtype().itemsize
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else _free_memory()
-    return needed < (free - 12 * num_trained) / 2
-
-
-def _free_memory() -> int:
-    return int(psutil.virtual_memory().available)
+    cuda = torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    return bool(needed < (free - 12 * num_trained) / 2)
 
 
 def _dtype() -> torch.dtype:

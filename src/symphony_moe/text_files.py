@@ -31,6 +31,7 @@ from symphony_moe.text import (
     Packed,
     choose_windows,
     cut,
+    digest_of,
     draw_packed,
     packed,
     pooled,
@@ -84,11 +85,8 @@ class TrainingText:
 
     def digest(self) -> str:
         """SHA-256 of the windows (int64), in their order."""
-        digest = hashlib.sha256()
-        for begin in range(0, len(self), 1024):
-            block = range(begin, min(begin + 1024, len(self)))
-            digest.update(self.tokens(block).numpy().tobytes())
-        return digest.hexdigest()
+        blocks = (range(n, min(n + 1024, len(self))) for n in range(0, len(self), 1024))
+        return digest_of(self.tokens(block) for block in blocks)
 
 
 def training_text(

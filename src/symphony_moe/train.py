@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -248,10 +249,11 @@ def _last_saved(folder: Path) -> Path | None:
 class _Trainer(Trainer):
     """The stock Trainer, given a model that holds the weights to go on from, and teachers."""
 
-    teachers: Teachers | None = None
-    settings: Train
-    top_k: int
-    names: Sequence[str]
+    def __init__(self, *, recipe: Recipe, teachers: Teachers | None, **stock: Any) -> None:
+        super().__init__(**stock)
+        self.settings, self.teachers = recipe.train, teachers
+        self.names, self.top_k = recipe.expert_names, recipe.router.top_k
+        self.seen: dict[str, list[Tensor]] = defaultdict(list)  # since the last log
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -313,13 +315,13 @@ class _Trainer(Trainer):
     def _note(self, **values: Tensor) -> None:
         """Remember values of this step for the next log."""
         for name, value in values.items():
-            self.__dict__.setdefault("_seen", {}).setdefault(name, []).append(value)
+            self.seen[name].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The stock log, with the means of what was noted since the last."""
-        seen = self.__dict__.pop("_seen", {})
         if "loss" in logs:
-            logs |= {name: float(torch.stack(values).mean()) for name, values in seen.items()}
+            logs |= {name: float(torch.stack(values).mean()) for name, values in self.seen.items()}
+        self.seen.clear()
         super().log(logs, start_time)
 
 
@@ -456,7 +458,19 @@ def _make_trainer(
         remove_unused_columns=False,
         disable_tqdm=True,
     )
+    teachers = None
+    if settings.teacher == "sources":
+        together = settings.teacher_loading == "together" or (
+            settings.teacher_loading == "auto" and fit_in_memory(sources, num_trained)
+        )
+        log.info("teachers: %s", "all in memory" if together else "one after the other")
+        share = (settings.batch_size, processes.process_index, world)
+        teachers = Teachers(
+            sources, text, folder, by_documents=by_documents, together=together, share=share
+        )
     trainer = _Trainer(
+        recipe=recipe,
+        teachers=teachers,
         model=model,
         args=arguments,
         train_dataset=_Windows(text, by_documents=by_documents),
@@ -468,17 +482,6 @@ def _make_trainer(
     trainer.remove_callback(PrinterCallback)
     if measure is not None and settings.evaluations:
         trainer.add_callback(_Measure(measure, settings.evaluations))
-    trainer.settings, trainer.names = settings, recipe.expert_names
-    trainer.top_k = recipe.router.top_k
-    if settings.teacher == "sources":
-        together = settings.teacher_loading == "together" or (
-            settings.teacher_loading == "auto" and fit_in_memory(sources, num_trained)
-        )
-        log.info("teachers: %s", "all in memory" if together else "one after the other")
-        share = (settings.batch_size, processes.process_index, world)
-        trainer.teachers = Teachers(
-            sources, text, folder, by_documents=by_documents, together=together, share=share
-        )
     return trainer
 
 
