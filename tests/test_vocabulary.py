@@ -67,6 +67,52 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("template") / "model", "llama", 0)
 
 
+def sentence_piece_tokenizer(folder: Path, named: str) -> Path:
+    """As Llama 2's: `▁` for spaces and before every text, and what has no letter in bytes. Its file
+    says that by a normalizer; the class of Llama does it by a pre-tokenizer."""
+    letters = ["▁", *(chr(code) for code in range(33, 127) if chr(code) != "~")]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    merges = []
+    for word in ("▁" + word for word in WORDS):
+        for end in range(2, len(word) + 1):
+            if word[:end] not in tokens:
+                merges.append([word[: end - 1], word[end - 1]])
+                tokens.append(word[:end])
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    content: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": {
+            "type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space],
+        },
+        "pre_tokenizer": None, "post_processor": None,
+        "decoder": {
+            "type": "Sequence", "decoders": [
+                back, {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
+            "ignore_merges": False, "merges": merges,
+            "vocab": {token: number for number, token in enumerate(tokens)},
+        },
+    }  # fmt: skip
+    add_tokens(content, tokens[:3])
+    for number, token in enumerate(content["added_tokens"]):
+        token["id"] = number
+    config = {"tokenizer_class": named, "bos_token": "<s>", "eos_token": "</s>",
+              "unk_token": "<unk>", "legacy": False}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+SENTENCE_PIECE = ("PreTrainedTokenizerFast", "LlamaTokenizer")
+
+
 def owner(
     name: str,
     folder: Path,
@@ -132,9 +178,37 @@ def test_any_conflict_is_merged_as_promised(
     template: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    check_conflict(how, anchor, texts, template, tmp_path_factory.mktemp("conflict"))
+
+
+@settings(
+    max_examples=100, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(
+    how=st.lists(changes(), min_size=2, max_size=3),
+    anchor=st.integers(0, 1),
+    texts=st.lists(TEXTS, min_size=1, max_size=4),
+    named=st.sampled_from(SENTENCE_PIECE),
+)
+def test_any_conflict_of_sentencepiece_is_merged_as_promised(
+    how: list[Mapping[str, Any]],
+    anchor: int,
+    texts: list[str],
+    named: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     root = tmp_path_factory.mktemp("conflict")
+    template = sentence_piece_tokenizer(root / "template", named)
+    check_conflict(how, anchor, texts, template, root)
+
+
+def check_conflict(
+    how: Sequence[Mapping[str, Any]], anchor: int, texts: Sequence[str], template: Path, root: Path
+) -> None:
     owners = [changed("abc"[i], root / "abc"[i], template, one) for i, one in enumerate(how)]
     first = owners[anchor]
+    spaced = first.kind == "SentencePiece BPE"
     union = merge(owners, first.name, first.name)
     tokens = union.tokenizer.get_vocab()
 
@@ -152,16 +226,21 @@ def test_any_conflict_is_merged_as_promised(
     for other in owners:
         if other is not first:
             missing = set(other.tokens) - set(tokens)
-            assert set(union.lost[other.name]) == missing
+            assert set(union.lost[other.name]) == missing and not union.unused[other.name]
 
     # Segmentation: the anchor's, where the text has no token that only others have.
     for text in texts:
         ids = encode(union.tokenizer, text)
-        assert union.tokenizer.decode(ids) == text
+        back = str(union.tokenizer.decode(ids))
+        # SentencePiece puts a space before a text, or before what follows a token.
+        assert (back.replace(" ", "") == text.replace(" ", "")) if spaced else (back == text)
         if not any(token in text for token in new):
             assert ids == encode(first.tokenizer, text)
+            assert back == first.tokenizer.decode(ids)
         else:
             assert any(number >= start for number in ids)
+        if not any(token in text for token in ADDED):
+            assert back.strip(" ") == text.strip(" ")
 
     # Rows: each token is found where its owner has it, by what it says.
     for one in owners:
@@ -173,7 +252,8 @@ def test_any_conflict_is_merged_as_promised(
             token = next(t for t, n in tokens.items() if n == number)
             spelled = encode(one.tokenizer, token) if token in theirs else None
             assert pieces and (spelled is None or pieces == spelled)
-            assert "".join(one.tokenizer.convert_ids_to_tokens(pieces)) == token
+            said = "".join(one.tokenizer.convert_ids_to_tokens(pieces))
+            assert said == ("▁" + token if spaced and token in theirs else token)
         rest = set(range(union.size)) - set(tokens.values())
         own = set(one.tokens.values())
         assert {n for n in rest if table.known[n]} == {n for n in rest if n < one.rows} - own
@@ -294,6 +374,44 @@ def test_different_vocabularies_build_verify_and_load(
         assert all(0 < loss < 20 for loss in losses[stage].values())
     planned = run.read_json(run.plan)
     assert planned["config"]["vocab_size"] == 305
+
+
+@pytest.mark.parametrize("named", SENTENCE_PIECE)
+@pytest.mark.parametrize("method", ["symphony", "harmonized"])
+def test_sentencepiece_models_with_different_tokens_build_and_verify(
+    method: str, named: str, tmp_path: Path
+) -> None:
+    """As Llama 2 and Code Llama: b has infilling tokens and merges of its own, in another order."""
+    path = make_recipe(tmp_path, "llama", count=2, anchor="a")
+    more = ["▁<PRE>", "▁<SUF>", "▁<MID>"]
+
+    def infilling(content: dict[str, Any]) -> None:
+        drop_merges(content, 2)
+        add_tokens(content, more)
+
+    size = len(AutoTokenizer.from_pretrained(sentence_piece_tokenizer(tmp_path / "of", named)))
+    for seed, (name, rows) in enumerate({"a": size, "b": size + 1}.items()):
+        model = tmp_path / "models" / name
+        make_model(model, "llama", seed, vocab_size=rows, bos_token_id=1, eos_token_id=2)
+        sentence_piece_tokenizer(model, named)
+    rewrite(tmp_path / "models" / "b", infilling)
+    run = pipeline.build(load_recipe(path, [f"method={method}", "refit.epochs=0.5"]),
+                         tmp_path / "run")  # fmt: skip
+    pipeline.verify(run)
+    sources = open_sources(load_recipe(path))
+    written = AutoTokenizer.from_pretrained(run.checkpoint)
+    assert [written.get_vocab()[token] for token in more] == [size, size + 1, size + 2]
+    assert len(written) == weight_of(load_stock(run.checkpoint).get_input_embeddings()).shape[0]
+    for text in ("alpha beta~", " 日本  1", "x\n\n  y", "▁<PRE>alpha ▁<SUF> beta▁<MID>"):
+        assert encode(written, text) == encode(sources[0].tokenizer, text)
+        if "<" not in text:
+            assert encode(written, text) == encode(sources[0].own_tokenizer, text)
+    with_fill = encode(written, "▁<PRE>alpha ▁<SUF> beta▁<MID>")
+    assert [number for number in with_fill if number >= size] == [size, size + 1, size + 2]
+    if method == "symphony":
+        ours = weight_of(load_stock(run.checkpoint).get_input_embeddings())
+        b = open_source("b", load_recipe(path).sources["b"]).read(EMBEDDING)
+        assert torch.equal(ours[size:], b[size - 2 : size + 1])
 
 
 def recipe_tokenizer(recipe: Any) -> PreTrainedTokenizerBase:
@@ -598,6 +716,21 @@ def test_characters_that_the_anchor_cannot_spell_are_lost(template: Path, tmp_pa
     two = owner("b", tmp_path / "b", template, lambda content: None)
     union = merge([one, two], "a", "a")
     assert union.lost == {"b": ["~"]} and not union.added["b"]
+
+
+def test_bytes_that_the_anchor_has_no_token_for_are_lost(tmp_path: Path) -> None:
+    """No merge leads to them, but `~`, which is no letter here, does."""
+    template = sentence_piece_tokenizer(tmp_path / "template", "PreTrainedTokenizerFast")
+
+    def drop(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        vocabulary["<unused>"] = vocabulary.pop("<0x7E>")
+
+    one = owner("a", tmp_path / "a", template, drop)
+    two = owner("b", tmp_path / "b", template, lambda content: None)
+    assert two.tokens["<0x7E>"] in encode(two.tokenizer, "~")
+    assert merge([one, two], "a", "a").lost == {"b": ["<0x7E>"]}
+    assert merge([one, two], "b", "b").unused == {"a": ["<unused>"]}
 
 
 def test_what_no_merge_leads_to_is_no_loss(template: Path, tmp_path: Path) -> None:
