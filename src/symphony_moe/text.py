@@ -188,8 +188,8 @@ def _tokenize(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if start is None or ids[:1] == [start] else [start, *ids]
 
 
-def digest_of(windows: Iterable[Int[Tensor, "windows sequence"]]) -> str:
-    """SHA-256 of windows, one tensor after the other."""
+def digest_of(windows: Iterable[Int[Tensor, "_ _"]]) -> str:
+    """SHA-256 of windows, one tensor (windows x sequence, of any sizes) after the other."""
     digest = hashlib.sha256()
     for some in windows:
         digest.update(some.numpy().tobytes())
