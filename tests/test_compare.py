@@ -1,6 +1,7 @@
 """Several methods in one table: who may stand there, and what it says."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from symphony_moe.compare import (
 )
 from symphony_moe.errors import RecipeError, RunFolderError
 from symphony_moe.recipe import PRESETS, load_recipe, load_variants
+from symphony_moe.run_folder import CompareFolder, RunFolder
 
 VARIANTS = {"btx+teachers": {"method": "btx", "train": {"teacher": "sources"}}}
 
@@ -251,6 +253,8 @@ def test_a_comparison(
         assert "--resume keeps what is finished" in capsys.readouterr().err
         assert run_compare(recipe, out, *methods, "--resume") == 0
         assert len(started) == 3 and "btx+teachers" in started[2][4]
+        log = (out / "btx+teachers-seed114514" / "run.log").read_text()
+        assert "the sources are evaluated in" in log and "evaluated source" not in log
         assert run_compare(recipe, out, *methods, "--resume") == 0
         assert len(started) == 3
     printed = capsys.readouterr().out
@@ -267,10 +271,83 @@ def test_a_comparison(
     for entry in entries:
         run = json.loads((out / f"{entry['method']}-seed114514" / "metrics.json").read_text())
         assert run[entry["stage"]] == entry["losses"]
+        assert set(run["sources"]) == set(run["cka"]["sources"]["experts"]) == {"a", "b", "c"}
+    # They differ in training only: the second is the first's checkpoint, and a whole run all the
+    # same.
+    first, second = (RunFolder(out / f"{name}-seed114514") for name in ("btx", "btx+teachers"))
+    assert "INFO built" not in (second.root / "run.log").read_text()
+    hashes = [run.read_json(run.manifest)["tensors"] for run in (first, second)]
+    assert hashes[0]["checkpoint"] == hashes[1]["checkpoint"]
+    assert hashes[0]["trained"] != hashes[1]["trained"]
+    assert pipeline.verify(second)  # raises where anything is not as it should be
+    names = [{path.name for path in run.root.iterdir()} for run in (first, second)]
+    assert names[0] == names[1]
     # Another recipe's runs are not taken over.
     assert run_compare(recipe, out, *methods, "--resume", "--set", "train.tokens=1024") == 2
     assert "was begun by another recipe" in capsys.readouterr().err
     assert (out / "comparison.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "adopted"),
+    [
+        ([], True),
+        (["train.scope=router", "train.tokens=99"], True),
+        (["calibration.seed=7"], False),
+        (["evaluation.holdout=0.3"], False),
+        (["anchor=b"], False),
+    ],
+)
+def test_a_build_is_taken_over_where_it_would_be_the_same(
+    changes: list[str], adopted: bool, recipes: Callable[[str], Path],
+    built: Callable[[str], RunFolder], tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = CompareFolder(tmp_path)
+    shutil.copytree(built("llama").root, folder.run("first", 1).root)
+    recipe = load_recipe(recipes("llama"), changes)
+    pipeline._adopt_build(folder, [("first", 1)], ("second", 1), recipe)
+    run = folder.run("second", 1)
+    assert run.root.exists() == adopted
+    if adopted:
+        kept = run.read_recipe()
+        assert kept.train == recipe.train and kept.sources["a"].sha256 is not None
+        assert pipeline.verify(run)
+
+
+def test_no_build_of_other_software_is_taken_over(
+    recipes: Callable[[str], Path], built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    folder = CompareFolder(tmp_path)
+    first = folder.run("first", 1)
+    shutil.copytree(built("llama").root, first.root)
+    first.update_json(first.manifest, {"versions": pipeline._versions() | {"torch": "1.0"}})
+    recipe = load_recipe(recipes("llama"))
+    pipeline._adopt_build(folder, [("first", 1)], ("second", 1), recipe)
+    assert not folder.run("second", 1).root.exists()
+
+
+def test_a_kill_while_a_build_is_taken_over(
+    recipes: Callable[[str], Path], built: Callable[[str], RunFolder], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It leaves a build that was cut short, which the run begins anew."""
+    folder = CompareFolder(tmp_path)
+    shutil.copytree(built("llama").root, folder.run("first", 1).root)
+    recipe = load_recipe(recipes("llama"))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("symphony_moe.run_folder.publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline._adopt_build(folder, [("first", 1)], ("second", 1), recipe)
+    run = folder.run("second", 1)
+    assert run.recipe.is_file() and not run.checkpoint.exists()
+    pipeline.build(recipe, run.root, resume=True)
+    of = [folder.run(name, 1) for name in ("first", "second")]
+    first, second = (one.read_json(one.manifest)["tensors"]["checkpoint"] for one in of)
+    assert first == second and not run.work.exists()
 
 
 def test_a_method_that_cannot_be_built_is_refused_before_any_is(

@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from conftest import VARIANTS, make_recipe
-from symphony_moe import pipeline
+from symphony_moe import evaluate, pipeline
 from symphony_moe.calibrate import calibration_windows
+from symphony_moe.cli import main
 from symphony_moe.errors import RunFolderError, TextError
 from symphony_moe.evaluate import held_out_windows, losses_and_routing
 from symphony_moe.recipe import Recipe, load_recipe
@@ -252,3 +253,53 @@ def test_continuations_begin_where_held_out_text_does(
     trained = pipeline.generate(run)
     assert [before for _, before, _ in trained] == [before for _, before, _ in found]
     assert trained != found
+
+
+def test_what_another_run_says_of_the_sources(
+    built: Callable[[str], RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is taken over where sources, text and software are the same, and only there."""
+    shutil.copytree(built("llama").root, tmp_path / "first")
+    shutil.copytree(built("llama").root, tmp_path / "second")
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    own = pipeline.evaluate(first)
+    measured: list[str] = []
+    real = evaluate._evaluate_sources
+
+    def counted(*arguments: Any) -> Any:
+        measured.append("again")
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "_evaluate_sources", counted)
+    found = pipeline.evaluate(second, like=first)
+    assert measured == []
+    assert (found["sources"], found["cka"]) == (own["sources"], own["cka"])
+    # Other text.
+    pipeline.evaluate(second, ["evaluation.tokens=128"], like=first)
+    assert measured == ["again"]
+    # Other weights, other software.
+    manifest = first.read_json(first.manifest)
+    changes: list[dict[str, Any]] = [
+        {"sources": manifest["sources"] | {"a": {}}}, {"versions": {}},
+    ]  # fmt: skip
+    for change in changes:
+        first.update_json(first.manifest, change)
+        pipeline.evaluate(second, like=first)
+        first.update_json(first.manifest, manifest)
+    assert measured == ["again"] * 3
+    # Another vocabulary: another anchor's.
+    recipe = first.recipe.read_text()
+    first.recipe.write_text(recipe.replace("anchor: a", "anchor: b"))
+    assert first.recipe.read_text() != recipe
+    pipeline.evaluate(second, like=first)
+    assert measured == ["again"] * 4
+
+
+def test_a_run_to_take_over_from_must_be_one(
+    built: Callable[[str], RunFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(built("llama").root)
+    assert main(["evaluate", run, "--sources-from", str(tmp_path)]) == 2
+    assert "no finished checkpoint" in capsys.readouterr().err
+    assert main(["evaluate", run, "--tasks", "x", "--sources-from", run]) == 2
+    assert "--sources-from: has no effect with --tasks" in capsys.readouterr().err

@@ -152,6 +152,12 @@ def _parser() -> argparse.ArgumentParser:
                 "--resume", action="store_true", help="go on where a run was cut short"
             )
             again.add_argument("--overwrite", action="store_true", help="replace what is there")
+        if "sources-from" in takes:
+            command.add_argument(
+                "--sources-from", type=Path, metavar="DIR",
+                help="a run of the same sources: their own losses and CKA are taken from there, "
+                "not measured again, where the held-out text is the same too",
+            )  # fmt: skip
         if "tasks" in takes:
             _add_task_options(command)
         command.add_argument(
@@ -175,9 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("train", _train, "stage 2: checkpoint/ to trained/", "dir", "again")
     add("evaluate", _evaluate, "held-out losses and routing into metrics.json, or benchmarks",
-        "dir", "tasks")  # fmt: skip
+        "dir", "tasks", "sources-from")  # fmt: skip
     add("report", _report, "metrics.json to report.html", "dir")
-    add("run", _run, "build, verify, train, evaluate and report", "recipe", "out", "again")
+    add("run", _run, "build, verify, train, evaluate and report",
+        "recipe", "out", "again", "sources-from")  # fmt: skip
     add("compare", _compare, "the same sources by several methods, into one table",
         "recipe", "methods", "out", "again")  # fmt: skip
     add("verify", _verify, "check a finished run against its sources and stock transformers",
@@ -287,12 +294,14 @@ def _evaluate(options: argparse.Namespace) -> Result:
     from symphony_moe.run_folder import RunFolder
 
     folder = RunFolder(options.dir)
+    if options.tasks and options.sources_from:
+        raise RecipeError("--sources-from: has no effect with --tasks")
     task_options = ("include", "models", "limit", "chat_template", "confirm_run_unsafe_code")
     if options.tasks is None:
         given = next((name for name in task_options if getattr(options, name)), None)
         if given:
             raise RecipeError(f"--{given.replace('_', '-')}: has no effect without --tasks")
-        metrics = pipeline.evaluate(folder, options.overrides)
+        metrics = pipeline.evaluate(folder, options.overrides, like=_like(options))
         return metrics, loss_table(metrics)
     _refuse_overrides(options)
     tasks = pipeline.evaluate_tasks(
@@ -332,12 +341,28 @@ def _run(options: argparse.Namespace) -> Result:
     recipe = load_recipe(options.recipe, options.overrides)
     from symphony_moe import pipeline
 
-    folder = pipeline.run(recipe, options.out, resume=options.resume, overwrite=options.overwrite)
+    folder = pipeline.run(
+        recipe,
+        options.out,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        like=_like(options),
+    )
     metrics = folder.read_json(folder.metrics)
     return (
         metrics | {"paths": _paths(folder)},
         f"{loss_table(metrics)}\n\nmodel:  {folder.trained}\nreport: {folder.report}",
     )
+
+
+def _like(options: argparse.Namespace) -> "RunFolder | None":
+    from symphony_moe.run_folder import RunFolder
+
+    if not options.sources_from:
+        return None
+    like = RunFolder(options.sources_from)
+    like.require_checkpoint()
+    return like
 
 
 def _compare(options: argparse.Namespace) -> Result:

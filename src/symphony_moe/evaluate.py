@@ -49,27 +49,27 @@ from symphony_moe.text import (
 log = logging.getLogger(__name__)
 
 
-def evaluate_run(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
+def evaluate_run(
+    run: RunFolder, recipe: Recipe, sources: Sequence[Source], like: RunFolder | None = None
+) -> dict[str, Any]:
     """Losses of the sources, the built and the trained model on every domain, their routing and the
     likeness of their experts, into `metrics.json`.
 
-    Returns what was written. Raises TextError for a domain without held-out text.
+    `like`: a run that may have evaluated the same sources on the same text already; what it says of
+    them is taken over then. Returns what was written. Raises TextError for a domain without
+    held-out text.
     """
     run.require_checkpoint()
     started = time.monotonic()
     windows = held_out_windows(recipe, sources)
     shared = shared_text(windows)
     names = recipe.expert_names
+    held_out = {"text": digest_of(windows.values())}
+    known = _known_of_sources(run, like, recipe, held_out) if like else None
+    of_sources, cka = known or _evaluate_sources(sources, windows, shared)
     metrics: dict[str, Any] = {
-        "sources": {}, "routing": {}, "cka": {}, "held_out": {"text": digest_of(windows.values())},
+        "sources": of_sources, "routing": {}, "cka": {"sources": cka}, "held_out": held_out,
     }  # fmt: skip
-    for source in sources:
-        losses, _ = losses_and_routing(load_source(source), windows, source.known)
-        metrics["sources"][source.name] = losses
-        log.info("evaluated source %s: %s", source.name, _spell(losses))
-    metrics["cka"]["sources"] = describe_cka(
-        [source.name for source in sources], compare_sources(sources, shared), shared.numel()
-    )
     for stage, folder in (("built", run.checkpoint), ("trained", run.trained)):
         if not folder.is_dir():
             continue
@@ -88,12 +88,46 @@ def evaluate_run(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> d
         )
         metrics["cka"][stage] = describe_cka(names, alike, shared.numel())
         log.info("evaluated %s: %s", stage, _spell(losses))
-    known = run.read_json(run.metrics) if run.metrics.is_file() else {}
+    before = run.read_json(run.metrics) if run.metrics.is_file() else {}
     seconds = {"evaluate_seconds": round(time.monotonic() - started, 2)}
     # What an earlier evaluation says of other text must not stand beside this one.
     forget = [key for key in ("trained", "dynamic") if key not in metrics]
-    run.update_json(run.metrics, metrics | {"timing": known.get("timing", {}) | seconds}, forget)
+    run.update_json(run.metrics, metrics | {"timing": before.get("timing", {}) | seconds}, forget)
     return metrics
+
+
+def _evaluate_sources(
+    sources: Sequence[Source],
+    windows: Mapping[str, Int[Tensor, "windows sequence"]],
+    shared: Int[Tensor, "shared sequence"],
+) -> tuple[Mapping[str, Mapping[str, float | None]], dict[str, Any]]:
+    """Source -> domain -> loss, and the likeness of their FFNs."""
+    losses = {}
+    for source in sources:
+        losses[source.name], _ = losses_and_routing(load_source(source), windows, source.known)
+        log.info("evaluated source %s: %s", source.name, _spell(losses[source.name]))
+    alike = compare_sources(sources, shared)
+    return losses, describe_cka([source.name for source in sources], alike, shared.numel())
+
+
+def _known_of_sources(
+    run: RunFolder, like: RunFolder, recipe: Recipe, held_out: Mapping[str, str]
+) -> tuple[Mapping[str, Mapping[str, float | None]], dict[str, Any]] | None:
+    """What `_evaluate_sources` has given in another run (None for a loss that was no number); None
+    unless that run's weights, settings of the sources, anchor (whose vocabulary is used), text and
+    software are this one's."""
+    theirs, found = like.read_recipe(), like.read_json(like.metrics)
+    one, other = (folder.read_json(folder.manifest) for folder in (run, like))
+    same = (
+        found.get("held_out") == held_out
+        and (theirs.sources, theirs.anchor) == (recipe.sources, recipe.anchor)
+        and all(one[key] == other[key] for key in ("versions", "sources"))
+    )
+    if not same:
+        log.info("%s is not of the same sources and text: the sources are evaluated", like.root)
+        return None
+    log.info("the sources are evaluated in %s", like.root)
+    return found["sources"], found["cka"]["sources"]
 
 
 def _evaluate_moe(

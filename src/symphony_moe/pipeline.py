@@ -79,6 +79,7 @@ from symphony_moe.report import render, title
 from symphony_moe.run_folder import (
     CompareFolder,
     RunFolder,
+    adopt_build,
     log_to,
     publish,
     refuse_existing,
@@ -106,15 +107,22 @@ def plan(recipe: Recipe) -> Plan:
     return make_plan(recipe, experts_of(recipe, open_sources(recipe, download=False)))
 
 
-def run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-    """The whole way: build, verify, train, evaluate, report."""
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    like: RunFolder | None = None,
+) -> RunFolder:
+    """The whole way: build, verify, train, evaluate (`like`: see there), report."""
     # Text that a later stage would refuse is refused before the first begins.
     held_out_windows(recipe, open_sources(recipe, download=False))
     folder = build(recipe, out, resume=resume, overwrite=overwrite)
     verify(folder)
     if not folder.trained.is_dir():
         train(folder, resume=resume)
-    evaluate(folder)
+    evaluate(folder, like=like)
     report(folder)
     return folder
 
@@ -233,9 +241,12 @@ def train(
             folder.update_json(folder.metrics, {"timing": known | peak})
 
 
-def evaluate(folder: RunFolder, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(
+    folder: RunFolder, overrides: Sequence[str] = (), *, like: RunFolder | None = None
+) -> dict[str, Any]:
     """Held-out losses and routing of the sources, the built and the trained model, into
-    `metrics.json`. `overrides` may change the recipe's `evaluation`."""
+    `metrics.json`. `overrides` may change the recipe's `evaluation`. `like`: a run whose losses of
+    the sources are taken over where they must be the same."""
     built_with = folder.read_recipe()
     recipe = folder.read_recipe(overrides, sections=("evaluation",))
     if recipe.evaluation.holdout > built_with.evaluation.holdout:
@@ -245,7 +256,7 @@ def evaluate(folder: RunFolder, overrides: Sequence[str] = ()) -> dict[str, Any]
         )
     folder.require_checkpoint()
     with log_to(folder):
-        return evaluate_run(folder, recipe, open_sources(recipe))
+        return evaluate_run(folder, recipe, open_sources(recipe), like)
 
 
 def evaluate_tasks(
@@ -325,7 +336,8 @@ def compare(
         path = folder.recipe(method, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, variants[method][seed].to_yaml())
-        _run_apart(folder.run(method, seed), path, overwrite=overwrite)
+        _adopt_build(folder, names[: number - 1], (method, seed), variants[method][seed])
+        _run_apart(folder.run(method, seed), path, folder.run(*names[0]), overwrite=overwrite)
     runs = {name: folder.run(*name) for name in names}
     metrics = {name: run.read_json(run.metrics) for name, run in runs.items()}
     manifests = {name: run.read_json(run.manifest) for name, run in runs.items()}
@@ -383,9 +395,34 @@ def _without_hashes(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"sources": specs})
 
 
-def _run_apart(run: RunFolder, recipe: Path, *, overwrite: bool) -> None:
+def _adopt_build(
+    folder: CompareFolder,
+    finished: Sequence[tuple[str, int]],
+    name: tuple[str, int],
+    recipe: Recipe,
+) -> None:
+    """Begin a run with the checkpoint of a finished one that has the same stage 1, where there is
+    one: methods that differ in training only are built once."""
+    run = folder.run(*name)
+    if run.root.exists():
+        return
+    for other in map(lambda one: folder.run(*one), finished):
+        theirs = other.read_recipe()
+        pinned = recipe.model_copy(update={"sources": theirs.sources})
+        same = (
+            _without_hashes(theirs.model_copy(update={"train": recipe.train})).to_yaml()
+            == _without_hashes(recipe).to_yaml()
+            and other.read_json(other.manifest)["versions"] == _versions()
+        )
+        if same:
+            adopt_build(run, other, pinned, plan(recipe).to_json())
+            log.info("%s: built as %s", run.root.name, other.root.name)
+            return
+
+
+def _run_apart(run: RunFolder, recipe: Path, like: RunFolder, *, overwrite: bool) -> None:
     """The whole way in a process of its own, so that its peak of memory is its own and what kills
-    it kills nothing else."""
+    it kills nothing else. `like`: the comparison's first run."""
     if run.report.is_file() and not overwrite:
         return  # the report comes last
     begun = run.recipe.is_file()
@@ -393,7 +430,10 @@ def _run_apart(run: RunFolder, recipe: Path, *, overwrite: bool) -> None:
         shutil.rmtree(run.work, ignore_errors=True)  # of a run that was killed at its very start
     again = ["--overwrite"] if overwrite and run.root.exists() else ["--resume"] if begun else []
     command = [sys.executable, "-m", "symphony_moe", "run", str(recipe), "--out", str(run.root)]
-    code = subprocess.run([*command, *again], stdout=subprocess.DEVNULL, check=False).returncode
+    same = [] if like == run else ["--sources-from", str(like.root)]
+    code = subprocess.run(
+        [*command, *again, *same], stdout=subprocess.DEVNULL, check=False
+    ).returncode
     if code:
         killed = f"was killed (signal {-code}; out of memory?)"
         raise RunFolderError(
@@ -743,14 +783,7 @@ def _write_manifest(folder: RunFolder, recipe: Recipe, tensor_hashes: Mapping[st
     folder.update_json(
         folder.manifest,
         {
-            "versions": {
-                "symphony_moe": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "safetensors": safetensors.__version__,
-                "lapx": lap.__version__,
-            },
+            "versions": _versions(),
             "sources": {name: spec.sha256 for name, spec in recipe.sources.items()},
             "files": {
                 folder.alignment.name: sha256_of(folder.alignment),
@@ -759,3 +792,15 @@ def _write_manifest(folder: RunFolder, recipe: Recipe, tensor_hashes: Mapping[st
             "tensors": {"checkpoint": dict(tensor_hashes)},
         },
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of the software that a build depends on."""
+    return {
+        "symphony_moe": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "lapx": lap.__version__,
+    }

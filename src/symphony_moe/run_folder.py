@@ -249,6 +249,27 @@ def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> R
     return run
 
 
+def adopt_build(run: RunFolder, other: RunFolder, recipe: Recipe, plan: Mapping[str, Any]) -> None:
+    """Make the folder of a build that would be `other`'s finished one once more (`recipe`, pinned
+    to its sources, differs in what comes after stage 1 only), by copying. A kill in between leaves
+    the folder of a build that was cut short."""
+    run.work.mkdir(parents=True)
+    write_text(run.recipe, recipe.to_yaml())
+    run.update_json(run.plan, plan)
+    copied = run.work / "copied"
+    shutil.copytree(other.checkpoint, copied)
+    manifest, metrics = other.read_json(other.manifest), other.read_json(other.metrics)
+    shutil.copyfile(other.alignment, run.alignment)
+    of_build: dict[str, Any] = {k: metrics[k] for k in ("alignment", "refit") if k in metrics}
+    timing = ("build_seconds", "build_peak_rss_bytes", "calibration_tokens")
+    of_build["timing"] = {key: metrics["timing"][key] for key in timing}
+    run.update_json(run.metrics, of_build)
+    files = {k: v for k, v in manifest["files"].items() if not k.startswith(run.trained.name + "/")}
+    tensors = {"checkpoint": manifest["tensors"]["checkpoint"]}
+    run.update_json(run.manifest, manifest | {"files": files, "tensors": tensors})
+    publish(copied, run.checkpoint)
+
+
 def _clear(run: RunFolder) -> None:
     """Remove an old run, so that a kill in between leaves nothing that looks finished, and leaves
     a folder that can be overwritten again."""
