@@ -4,18 +4,23 @@ cache."""
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import yaml
+from datasets import Dataset
 from transformers import AutoConfig
 
 from symphony_moe import pipeline
+from symphony_moe.calibrate import calibration_windows
+from symphony_moe.evaluate import held_out_windows
 from symphony_moe.plan import Plan
-from symphony_moe.recipe import load_recipe
-from symphony_moe.sources import expected_shapes
+from symphony_moe.recipe import load_recipe, load_variants
+from symphony_moe.sources import expected_shapes, open_sources
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -88,6 +93,38 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "Qwen/Qwen2.5-Math-7B-Instruct": (LARGE | MATH, "qwen2.5"),
     "Qwen/Qwen2-7B-Instruct": (LARGE, "qwen2"),
 }  # fmt: skip
+
+
+PAPER = {
+    "paper-qwen-0.5b.yaml": {
+        "your-name/Qwen2.5-0.5B-alpaca": (SMALL, "qwen2.5"),
+        "your-name/Qwen2.5-0.5B-metamath": (SMALL, "qwen2.5"),
+        "your-name/Qwen2.5-Coder-0.5B-codealpaca": (SMALL, "qwen2.5"),
+        "your-name/Qwen2-0.5B-sciqag": (SMALL, "qwen2"),
+    },
+    "paper-qwen-1.5b.yaml": {
+        "your-name/Qwen2.5-1.5B-alpaca": (MEDIUM, "qwen2.5"),
+        "your-name/Qwen2.5-1.5B-metamath": (MEDIUM, "qwen2.5"),
+        "your-name/Qwen2.5-Coder-1.5B-codealpaca": (MEDIUM, "qwen2.5"),
+        "your-name/Qwen2-1.5B-sciqag": (MEDIUM, "qwen2"),
+    },
+    "paper-llama3.2-1b.yaml": {
+        f"your-name/Llama-3.2-1B-{data}": (LLAMA32, "llama3")
+        for data in ("alpaca", "metamath", "codealpaca", "sciqag")
+    },
+}  # fmt: skip
+"""Recipe -> its sources: what a user would have made of the published base models."""
+for made in PAPER.values():
+    MODELS |= made
+
+COLUMNS = {
+    "tatsu-lab/alpaca": ("instruction", "input", "output", "text"),
+    "meta-math/MetaMathQA": ("type", "query", "original_question", "response"),
+    "sahil2801/CodeAlpaca-20k": ("output", "instruction", "input"),
+    "your-name/SciQAG": ("question", "answer"),
+    "openlifescienceai/medmcqa": ("id", "question", "opa", "opb", "opc", "opd", "cop", "exp"),
+}
+"""Data set -> its columns, as published (SciQAG's: question and answer)."""
 
 
 def generation_config(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -354,3 +391,93 @@ def test_the_chat_models_conventions_are_taken_where_asked_for(
     assert plan.config["eos_token_id"] == ends and plan.config["bos_token_id"] == 128000
     said = {d.what: d.consequence for d in plan.differences}
     assert "chat's is used for the whole model (output.chat)" in said["chat template"]
+
+
+# The paper's own settings
+
+
+@pytest.fixture(scope="module")
+def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The paper's data sets as folders in the hub's layout, a few rows long: each row's text says
+    which column it is."""
+    root = tmp_path_factory.mktemp("data")
+    for name, columns in COLUMNS.items():
+        folder = root / name / "data"
+        folder.mkdir(parents=True)
+        rows = [{column: f"{column} {n} " * 40 for column in columns} for n in range(40)]
+        Dataset.from_list(rows).to_parquet(folder / "train-00000-of-00001.parquet")
+    return root
+
+
+def local(name: str, data_sets: Path) -> list[str]:
+    """Overrides that read the recipe's data sets from folders."""
+    content = yaml.safe_load((RECIPES / name).read_text())
+    data = {f"sources.{source}.data": s["data"] for source, s in content["sources"].items()}
+    data |= {f"evaluation.extra.{k}": d for k, d in content["evaluation"]["extra"].items()}
+    assert all(d["streaming"] for d in data.values())
+    return [f"{where}.hub={data_sets / d['hub']}" for where, d in data.items()]
+
+
+def test_the_papers_main_method_is_planned(planned: Callable[..., Plan], data_sets: Path) -> None:
+    name = "paper-llama3.2-1b.yaml"
+    plan = planned(name, *local(name, data_sets))
+    base, experts = 1_235_814_400, 3 * 3 * 2048 * 8192 * 16
+    assert plan.total_parameters == base + experts + 16 * 4 * 2048
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_experiments_are_planned(
+    name: str, hub: Path, data_sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every method of the recipe, and what differs in it: its experts and its attention's."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    recipe, variants = load_variants(RECIPES / name, local(name, data_sets))
+    assert [spec.model for spec in recipe.sources.values()] == list(PAPER[name])
+    planned: dict[str, Plan] = {}
+    total: dict[str, int] = {}
+    for method, of_seeds in variants.items():
+        (one,) = of_seeds.values()
+        # What is trained and how, and which neurons are matched, is no matter of the plan.
+        parts = ("train", "calibration", "align")
+        key = one.model_copy(update={part: getattr(recipe, part) for part in parts}).to_yaml()
+        planned[key] = planned.get(key) or pipeline.plan(one)
+        total[method] = planned[key].total_parameters
+    settings = MODELS[recipe.sources[recipe.anchor].model][0]
+    hidden, layers = settings["hidden_size"], settings["num_hidden_layers"]
+    expert = layers * (3 * hidden * settings["intermediate_size"] + hidden)
+    ernie = layers if settings["model_type"] == "qwen2" else 0  # a score's correction each
+    for count in (1, 2, 3):
+        fewer = total["symphony"] - (4 - count) * (expert + ernie)
+        assert total[f"experts-{count}"] == fewer
+    same = {"symphony", "btx", "drop-upcycling", "unaligned", "naive-attention", "biased",
+            "anchor-math", "anchor-code", "sparse-upcycling"}  # fmt: skip
+    assert {total[method] for method in same} == {total["symphony"]}
+    # Its own head is fitted.
+    rows = next(iter(planned.values())).config["vocab_size"]
+    assert total["harmonized"] == total["harmonized+teachers"] > total["symphony"]
+    assert total["harmonized"] - total["symphony"] in (rows * hidden, rows * hidden + rows)
+    assert ("bam" in total) == ("llama" in name)
+
+
+@pytest.mark.slow
+def test_the_papers_data_sets_are_streamed(
+    hub: Path, data_sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the columns that they have."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    less = ["calibration.tokens=2048", "evaluation.tokens=64", "evaluation.sequence_length=64",
+            "calibration.sequence_length=64", "evaluation.holdout=0.3"]  # fmt: skip
+    name = "paper-llama3.2-1b.yaml"
+    recipe = load_recipe(RECIPES / name, [*local(name, data_sets), *less])
+    sources = open_sources(recipe, download=False)
+    read = held_out_windows(recipe, sources)
+    columns = {"general": "text", "math": "response", "code": "output", "science": "answer",
+               "medmcqa": "question"}  # fmt: skip
+    assert set(read) == set(columns)
+    for domain, windows in (*read.items(), *calibration_windows(recipe, sources).items()):
+        words = re.findall("[a-z]+", str(sources[0].tokenizer.decode(windows[0])))
+        # A window may begin and end within a word.
+        assert set(words[1:-1]) == {columns[domain]}, domain
