@@ -210,6 +210,21 @@ def test_changed_weights_are_converted_again(llama: Path, tmp_path: Path) -> Non
     assert torch.equal(after.read(name), 2 * before.read(name))
 
 
+def test_tensors_that_do_not_fit_are_told_of_the_users_own_folder(
+    llama: Path, tmp_path: Path
+) -> None:
+    """Not of the place where the converted ones are kept."""
+    folder = pickled(llama, tmp_path / "model")
+    tensors = load_file(llama / WEIGHTS)
+    torch.save(tensors | {"model.layers.9.x": torch.ones(2)}, folder / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=rf"^a: {folder} has 1 tensors .* first model.layers.9.x"):
+        opened(folder, allow_pickle=True)
+    del tensors["model.norm.weight"]
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=rf"^a: 1 tensors are missing from {folder}, first"):
+        opened(folder, allow_pickle=True)
+
+
 def test_a_changed_config_or_tokenizer_is_the_one_that_is_read(llama: Path, tmp_path: Path) -> None:
     """What is beside the weights is part of what was converted."""
     folder = pickled(llama, tmp_path / "model")

@@ -745,11 +745,14 @@ def test_a_hub_model_with_safetensors_and_pickles_has_safetensors(
     for file in pickles.values():
         (model / file).write_bytes(b"not read")
     (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": pickles}))
-    serve(model, tmp_path / "snapshot", monkeypatch)
+    asked = serve(model, tmp_path / "snapshot", monkeypatch)
     spec = SourceSpec(model="someone/model", data="x.txt")
     if kind == "both":
+        allowed = spec.model_copy(update={"allow_pickle": True})
         for download in (False, True):
             assert open_source("a", spec, download=download).converted == ()
+            assert open_source("a", allowed, download=download).converted == ()
+        assert not any("*.bin" in patterns for patterns in asked)
         return
     for path in model.glob("model*.safetensors*"):
         path.unlink()

@@ -16,7 +16,7 @@ from symphony_moe import text_files
 from symphony_moe.errors import TextError
 from symphony_moe.recipe import Data, HubData
 from symphony_moe.text import Packed, draw_packed, read_documents, split_held_out
-from symphony_moe.text_files import read_packed, training_text, write_packed
+from symphony_moe.text_files import read_packed, source_text, write_packed
 
 SETTINGS: dict[str, Any] = {"holdout": 0.1, "tokens": 3200, "sequence_length": 32, "seed": 3}
 
@@ -47,7 +47,7 @@ def get(
     column: str = "text",
     **changes: Any,
 ) -> Packed:
-    return training_text(
+    return source_text(
         "text of b", data, column, tokenizer, tokenizer, folder=folder, **(SETTINGS | changes)
     )
 

@@ -350,7 +350,9 @@ def open_source(
         patterns = [*_SMALL_FILES, "*.safetensors"] if download else list(_SMALL_FILES)
         if spec.gguf_file is not None:
             patterns.append(spec.gguf_file)  # everything is in it
-        elif spec.allow_pickle:
+        elif spec.allow_pickle and not (
+            from_hub and any(_is_on_hub(spec, file) for file in (SAFETENSORS, INDEX))
+        ):
             patterns.append("*.bin")
         folder = Path(spec.model)
         if from_hub:
@@ -582,16 +584,17 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 
 def _check_tensors(source: Source) -> None:
     expected = expected_shapes(source.config)
+    folder = source.origin or source.folder
     missing = [name for name in expected if name not in source.headers]
     if missing:
         raise SourceError(
-            f"{source.name}: {len(missing)} tensors are missing from {source.folder}, "
+            f"{source.name}: {len(missing)} tensors are missing from {folder}, "
             f"first {missing[0]}; expected all that config.json describes"
         )
     surplus = sorted(set(source.headers) - set(expected))
     if surplus:
         raise SourceError(
-            f"{source.name}: {source.folder} has {len(surplus)} tensors that a "
+            f"{source.name}: {folder} has {len(surplus)} tensors that a "
             f"{source.config.model_type} model does not have, first {surplus[0]}"
         )
     for name, shape in expected.items():

@@ -89,7 +89,7 @@ class TrainingText:
         return digest_of(self.tokens(block) for block in blocks)
 
 
-def training_text(
+def source_text(
     who: str,
     data: Data,
     column: str,

@@ -197,7 +197,7 @@ def training_text(recipe: Recipe, sources: Sequence[Source], folder: Path) -> Tr
     for source in sources:
         spec = recipe.sources[source.name]
         who = f"training text of {source.name}"
-        part = text_files.training_text(
+        part = text_files.source_text(
             who,
             spec.data,
             spec.column,
