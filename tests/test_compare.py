@@ -218,6 +218,27 @@ def test_mistakes_are_named(
         load_variants(recipe, overrides, methods)
 
 
+def test_a_runs_own_recipe_can_be_compared(recipes: Callable[[str], Path], tmp_path: Path) -> None:
+    """It spells out what its preset says; the other methods have their own."""
+    path = recipes("llama")
+    plain = load_variants(path)[1]
+    resolved = tmp_path / "recipe.yaml"
+    resolved.write_text(load_recipe(path).to_yaml())
+    assert load_variants(resolved)[1] == plain
+    assert {method for method in plain} == set(PRESETS)
+
+
+def test_methods_that_are_one_are_refused(recipe: Path) -> None:
+    """Where a recipe's own settings leave nothing of the presets."""
+    overrides = [
+        f"{section}.{key}={value}"
+        for section, preset in PRESETS["btx"].items()
+        for key, value in preset.items()
+    ]
+    with pytest.raises(RecipeError, match="symphony and btx are the same in everything"):
+        load_variants(recipe, overrides, ["symphony", "btx"])
+
+
 # The whole way
 
 

@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -480,12 +481,15 @@ def load_variants(
     """(the recipe, method -> seed -> its recipe): what `symphony compare` compares.
 
     `methods` and `seeds` take the place of the recipe's own. A method is a preset or one of
-    `compare.variants`; a variant's settings are put over the recipe's, section by section. Raises
-    RecipeError as `load_recipe` does, naming the method, and for a method that is neither.
+    `compare.variants`; a variant's settings are put over the recipe's, section by section. What a
+    recipe says that its own method's preset says too, as a run's `recipe.yaml` does of everything,
+    is that preset's and not put on the others. Raises RecipeError as `load_recipe` does, naming the
+    method, for a method that is neither, and for two that are the same but for their names.
     """
     content = _read_content(path, overrides)
     folder = path.resolve().parent
     recipe = resolve_recipe(content, folder, str(path))
+    content = _without_presets(content, folder, str(path))
     settings = recipe.compare
     chosen = list(methods or settings.methods or PRESETS)
     known = [*PRESETS, *settings.variants]
@@ -512,12 +516,52 @@ def load_variants(
             )
             one = resolve_recipe(own, folder, f"{path}: {name}")
             found.setdefault(name, {})[seed] = one
+    _refuse_the_same(path, found)
     if settings.reference not in found and "reference" in settings.model_fields_set:
         raise RecipeError(
             f"{path}: compare.reference: {settings.reference!r} is not compared; compared are "
             f"{', '.join(found)}"
         )
     return recipe, found
+
+
+def _without_presets(content: Mapping[Any, Any], folder: Path, who: str) -> dict[Any, Any]:
+    """A recipe's settings without those that its method would give it anyway."""
+    governed = {
+        (section, key)
+        for preset in PRESETS.values()
+        for section, values in preset.items()
+        for key in values
+    }
+    bare = {
+        section: {k: v for k, v in own.items() if (section, k) not in governed}
+        if isinstance(own, Mapping)
+        else own
+        for section, own in content.items()
+    }
+    try:
+        given = resolve_recipe(bare, folder, who).model_dump(mode="json")
+    except RecipeError:
+        return dict(content)  # what it sets belongs together
+    for section, key in governed:
+        own = content.get(section)
+        if isinstance(own, Mapping) and key in own and own[key] != given[section][key]:
+            bare[section][key] = own[key]
+    return bare
+
+
+def _refuse_the_same(path: Path, variants: Mapping[str, Mapping[int, Recipe]]) -> None:
+    """RecipeError for two methods of different presets that are one recipe: its own settings have
+    won over both."""
+    recipes = {name: next(iter(of.values())) for name, of in variants.items()}
+    for (one, first), (other, second) in combinations(recipes.items(), 2):
+        same = first.model_copy(update={"method": second.method}) == second
+        if same and first.method != second.method:
+            raise RecipeError(
+                f"{path}: {one} and {other} are the same in everything: what the recipe sets of "
+                f"{', '.join(PRESETS[first.method])} wins over both presets. Leave it out, or set "
+                "it in compare.variants"
+            )
 
 
 def _over(settings: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, Any]:
