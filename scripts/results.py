@@ -4,8 +4,9 @@
     python scripts/results.py compare-strangers --only '+teachers' --reference symphony+teachers
 
 Prints Markdown: a row per method, mean over seeds and range, with the tokens to reach the reference
-method's final in-domain loss (of the same seed, calibration counted, per cent of its tokens). With
-`--plot`, two SVG files beside it: held-out loss against tokens, in domain and out of domain.
+method's final in-domain loss (of the same seed, calibration counted, per cent of its tokens); with
+`--specialization`, how alike the experts are and how the routers use them. With `--plot`, two SVG
+files beside it: held-out loss against tokens, in domain and out of domain.
 """
 
 import argparse
@@ -41,6 +42,24 @@ def table(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | Non
         lines.append(f"| {method} | {' | '.join(cells)} | {spread_text(percent, 1)} |")
     inside, outside = (spread_text([limits[where]]) for where in ("in domain", "out of domain"))
     lines.append(f"| specialists | | | {inside} | {outside} | |")
+    return "\n".join(lines)
+
+
+def specialization(metrics: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
+    """CKA of every two experts, mean over pairs and layers, of the dense sources, the built and the
+    trained model; and of the trained model's routers on the text of all sources alike, mean over
+    layers: entropy in nats, the load's balance (1: even), the share of the busiest expert."""
+    lines = ["| | CKA, built | trained | entropy | balance | busiest |", "|---" * 6 + "|"]
+    sources = [of["cka"]["sources"]["mean"] for of in metrics.values()]
+    lines.append(f"| the dense sources | {spread_text(sources)} | | | | |")
+    for method in dict.fromkeys(method for method, _ in metrics):
+        own = [of for (name, _), of in metrics.items() if name == method]
+        cells = [spread_text([of["cka"][stage]["mean"] for of in own])
+                 for stage in ("built", "trained")]  # fmt: skip
+        routing = [of["routing"]["trained"]["mixed"] for of in own]
+        for measure in ("entropy", "balance", "max_share"):
+            cells.append(spread_text([sum(of[measure]) / len(of[measure]) for of in routing]))
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -98,15 +117,15 @@ def main() -> None:
     parser.add_argument("--only", help="methods whose name has this in it")
     parser.add_argument("--without", help="methods whose name has not")
     parser.add_argument("--reference", default="symphony")
+    parser.add_argument("--specialization", action="store_true", help="that table instead")
     parser.add_argument("--plot", type=Path, help="where the plots go: PATH-in.svg, PATH-out.svg")
     options = parser.parse_args()
     folder = CompareFolder(options.folder)
     entries = json.loads(folder.comparison.read_text(encoding="utf-8"))
     runs = {(e["method"], e["seed"]): folder.run(e["method"], e["seed"]) for e in entries}
     recipe = load_recipe(next(iter(runs.values())).recipe)
-    limits = limits_of(
-        {name: run.read_json(run.metrics) for name, run in runs.items()}, list(recipe.sources)
-    )
+    metrics = {name: run.read_json(run.metrics) for name, run in runs.items()}
+    limits = limits_of(metrics, list(recipe.sources))
     mark_reached(entries, options.reference)
     chosen = [
         entry
@@ -114,6 +133,10 @@ def main() -> None:
         if (not options.only or options.only in entry["method"])
         and (not options.without or options.without not in entry["method"])
     ]
+    if options.specialization:
+        names = {(entry["method"], entry["seed"]) for entry in chosen}
+        print(specialization({name: of for name, of in metrics.items() if name in names}))
+        return
     print(table(chosen, limits))
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
