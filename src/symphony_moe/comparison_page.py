@@ -12,6 +12,7 @@ from typing import Any
 from symphony_moe.report import (
     MISSING,
     Number,
+    Numbered,
     compact,
     count,
     duration,
@@ -28,19 +29,6 @@ _MEANS = {_IN: "mean_in_domain", _OUT: "mean_out_of_domain"}
 """Where a loss is measured -> its key in an entry and in a point of a curve."""
 
 _STAGES = ("built", "trained")
-
-_NUM_COLOURS = 8
-"""`--c0` and on in `comparison.html.j2`."""
-
-_MARKERS = (
-    "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0",
-    "M-3.6,-3.6h7.2v7.2h-7.2z",
-    "M0,-5.2L5,3.6h-10z",
-    "M0,-5.2L5.2,0L0,5.2L-5.2,0z",
-    "M0,5.2L5,-3.6h-10z",
-    "M-1.6,-5h3.2v3.4h3.4v3.2h-3.4v3.4h-3.2v-3.4h-3.4v-3.2h3.4z",
-)
-"""SVG paths in pixels around the point. Colour and marker repeat together after 24 methods."""
 
 _LABEL_REM = 1.05
 """From one label of a line to the next."""
@@ -103,23 +91,13 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
+class Line(Numbered):
     """A method's mean over seeds. Lines and bands are SVG points in thousandths of the plot."""
 
     method: str
-    number: int
-    """Of the method: says colour and marker."""
     lines: list[str]
     bands: list[str]
     points: list[Point]
-
-    @property
-    def colour(self) -> int:
-        return self.number % _NUM_COLOURS
-
-    @property
-    def marker(self) -> str:
-        return _MARKERS[self.number % len(_MARKERS)]
 
 
 @dataclass(frozen=True)
@@ -551,8 +529,8 @@ def line_chart(entries: Entries, where: str, limit: Number | None) -> Chart | No
         segments = _unbroken(points)
         lines.append(
             Line(
-                method,
                 number,
+                method,
                 [svg_points([(tokens, found.mean) for tokens, found in s]) for s in segments],
                 [
                     svg_points(
