@@ -13,13 +13,18 @@ from symphony_moe.report import (
     MISSING,
     Number,
     Numbered,
+    Score,
+    TaskRow,
     compact,
     count,
     duration,
     fill,
     loss_text,
     perplexity_text,
+    score_text,
     size,
+    task_rows,
+    task_versions,
     ticks,
 )
 
@@ -77,6 +82,25 @@ class MainTable:
     """The specialists' losses, of the same columns as the methods' losses."""
     verdicts: list[str]
     """Whether seeds tell the best from the second best, in words."""
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """Benchmarks of every method."""
+
+    columns: list[tuple[str, list[str]]]
+    """(method, its stages that have any)"""
+    rows: list[TaskRow[Cell]]
+    """A value for each stage of each method."""
+    versions: list[str]
+    """Of the harness."""
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each method's values begin in a row."""
+        return [
+            sum(len(stages) for _, stages in self.columns[:n]) for n in range(len(self.columns))
+        ]
 
 
 @dataclass(frozen=True)
@@ -187,6 +211,7 @@ def render_comparison(
         incomplete=incomplete_text(entries, known),
         table=main_table(entries, limits, reference, known),
         domains=domain_table(entries, in_domain),
+        tasks=task_table(entries),
         charts=charts,
         lacking=[where for where in _MEANS if where not in known],
         settings=[
@@ -438,6 +463,45 @@ def domain_table(
         for domain in names
     ]
     return groups, [(method, [cells[method] for cells in columns]) for method in _methods(trained)]
+
+
+def task_table(entries: Entries) -> TaskTable | None:
+    """Every method's benchmarks, as built and as trained. What was measured in different ways is
+    never in one row. None where there are none."""
+    measured = {
+        (entry["method"], entry["stage"], entry["seed"]): entry["tasks"]
+        for entry in entries
+        if entry.get("tasks")
+    }
+    columns = [
+        (method, stages)
+        for method in _methods(entries)
+        if (stages := [stage for stage in _STAGES if (method, stage) in {m[:2] for m in measured}])
+    ]
+
+    def cells(scores: Mapping[tuple[str, str, int], Score]) -> list[Cell]:
+        return [
+            score_cell(
+                {seed: scores.get((method, stage, seed)) for seed in _of(entries, method, stage)}
+            )
+            for method, stages in columns
+            for stage in stages
+        ]
+
+    rows = task_rows(measured, cells)
+    return TaskTable(columns, rows, task_versions(measured)) if rows else None
+
+
+def score_cell(scores: Mapping[int, Score | None]) -> Cell:
+    """Mean and range of a metric over seeds. None of a seed: not measured."""
+    found = spread([score[0] for score in scores.values() if score])
+    each = ", ".join(
+        f"seed {seed}: {score_text(*score) if score else 'not measured'}"
+        for seed, score in scores.items()
+    )
+    if found is None:
+        return Cell("NaN", title=each) if any(scores.values()) else Cell(MISSING)
+    return Cell(loss_text(found.mean), _note(found, len(scores), ranges=True), each)
 
 
 def _text(loss: Number | None) -> str:

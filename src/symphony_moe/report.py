@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 MISSING = "\N{EN DASH}"
 """Shown where nothing was measured."""
@@ -71,6 +71,10 @@ _SOFTENED = "softened"
 """The last step of the head. It is the one that may raise the error, so it is never struck out."""
 
 Number = int | float
+Score = tuple[Number | None, Number | None]
+"""A metric's value and its standard error, None where it is not a number or not known."""
+Model = TypeVar("Model")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -250,7 +254,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class TaskRow:
+class TaskRow(Generic[Value]):
     """One metric of a task, measured in one way."""
 
     task: str
@@ -259,8 +263,8 @@ class TaskRow:
     """Examples in the prompt, and whether it went through the chat template."""
     documents: str
     """How many were evaluated, and of how many."""
-    values: list[str]
-    """Of each model, with the standard error."""
+    values: list[Value]
+    """Of each column."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,8 @@ class TaskTable:
     """Benchmarks of lm-evaluation-harness."""
 
     models: list[str]
-    rows: list[TaskRow]
+    rows: list[TaskRow[str]]
+    """Values with the standard error."""
     versions: list[str]
     """Of the harness."""
 
@@ -536,16 +541,31 @@ def task_table(tasks: Mapping[str, Any], sources: Sequence[str]) -> TaskTable | 
     """
     order = [*(name for name in sources if name not in _MODELS), *_MODELS]
     models = [name for name in order if tasks.get(name)]
-    found: dict[tuple[Any, ...], dict[str, str]] = {}
-    for model in models:
-        for task, results in tasks[model].items():
+
+    def texts(scores: Mapping[str, Score]) -> list[str]:
+        return [score_text(*scores[name]) if name in scores else MISSING for name in models]
+
+    measured = {name: tasks[name] for name in models}
+    rows = task_rows(measured, texts)
+    return TaskTable(models, rows, task_versions(measured)) if rows else None
+
+
+def task_rows(
+    tasks: Mapping[Model, Mapping[str, Mapping[str, Any]]],
+    values: Callable[[Mapping[Model, Score]], list[Value]],
+) -> list[TaskRow[Value]]:
+    """A row for each task, metric and way of measuring. `values`: of the models that have any,
+    the row's values."""
+    found: dict[tuple[Any, ...], dict[Model, Score]] = {}
+    for model, of_model in tasks.items():
+        for task, results in of_model.items():
             way = tuple(results[setting] for setting in TASK_SETTINGS)
             for metric, value in results.items():
                 if metric not in TASK_SETTINGS and not metric.endswith("_stderr"):
-                    error = results.get(f"{metric}_stderr")
-                    found.setdefault((task, metric, way), {})[model] = _score_text(value, error)
+                    score = value, results.get(f"{metric}_stderr")
+                    found.setdefault((task, metric, way), {})[model] = score
     rows = []
-    for (task, metric, way), values in found.items():
+    for (task, metric, way), scores in found.items():
         shots, samples, documents, chat, _ = way
         examples = "mixed" if shots is None else count(shots)
         rows.append(
@@ -554,14 +574,20 @@ def task_table(tasks: Mapping[str, Any], sources: Sequence[str]) -> TaskTable | 
                 metric,
                 f"{examples}, chat template" if chat else examples,
                 count(samples) + (f" of {count(documents)}" if samples < documents else ""),
-                [values.get(model, MISSING) for model in models],
+                values(scores),
             )
         )
-    versions = sorted({way[-1] for _, _, way in found})
-    return TaskTable(models, rows, versions) if rows else None
+    return rows
 
 
-def _score_text(value: float | None, error: float | None) -> str:
+def task_versions(tasks: Mapping[Model, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Of the harness that measured."""
+    return sorted(
+        {results["lm_eval"] for of_model in tasks.values() for results in of_model.values()}
+    )
+
+
+def score_text(value: Number | None, error: Number | None) -> str:
     """Three decimals, as the harness's own tables have it, with the standard error where known."""
     return loss_text(_number(value)) + (
         "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.3f}"
