@@ -19,8 +19,9 @@ from symphony_moe.comparison_page import (
     main_table,
     render_comparison,
     spread,
+    task_table,
 )
-from symphony_moe.report import MISSING, loss_text
+from symphony_moe.report import MISSING, TASK_SETTINGS, loss_text
 from test_report import Page, sample_recipe
 
 LIMITS: dict[str, float | None] = {"in domain": 2.351, "out of domain": 3.08}
@@ -62,6 +63,23 @@ def sample_entries(seeds: tuple[int, ...] = (0, 1, 2), *, curve: bool = True) ->
             }
             entries.append(sample_entry(method, seed, "built", 200) | built)
             entries.append(sample_entry(method, seed, "trained", 1000) | trained)
+    return entries
+
+
+def with_tasks(entries: Entries) -> Entries:
+    """ "ours" measured as built and as trained, "paper" as trained, and there one seed in another
+    way too; "btx" not at all."""
+    way = {"samples": 1319, "documents": 1319, "chat_template": False, "lm_eval": "0.4.13"}
+    for row in entries:
+        score = {"built": 0.25, "trained": 0.5}[row["stage"]] + row["seed"] / 100
+        mmlu = {"acc": score, "acc_stderr": 0.0123, **way, "fewshot": 0}
+        if row["method"] == "ours":
+            row["tasks"] = {"mmlu": mmlu}
+        if (row["method"], row["stage"]) == ("paper", "trained"):
+            row["tasks"] = {"mmlu": mmlu | {"acc": score - 0.1}}
+            if row["seed"] == 1:
+                chat = {"chat_template": True, "samples": 20, "fewshot": 5}
+                row["tasks"]["gsm8k"] = {"exact_match,strict-match": 0.125, **way, **chat}
     return entries
 
 
@@ -341,6 +359,57 @@ def test_labels_of_many_methods_do_not_overlap(number: int) -> None:
     assert places[0] >= -1e-6 and places[-1] <= 100 + 1e-6
 
 
+# Benchmarks
+
+
+def test_benchmarks_are_means_over_seeds_by_method_and_stage() -> None:
+    entries = with_tasks(sample_entries())
+    entry(entries, "btx", 0, "built")["tasks"] = {}
+    page = rendered(entries)
+    methods, stages, *rows = page.table("Tasks of lm-evaluation-harness 0.4.13, mean over 3 seeds")
+    assert methods[4:] == ["paper", "ours"]
+    assert stages == ["Task", "Metric", "Examples", "Documents", "trained", "built", "trained"]
+    assert [[" ".join(cell.split()) for cell in row] for row in rows] == [
+        ["mmlu", "acc", "0", "1,319",
+         "0.410 (0.400 to 0.420)", "0.260 (0.250 to 0.270)", "0.510 (0.500 to 0.520)"],
+        ["gsm8k", "exact_match,strict-match", "5, chat template", "20 of 1,319",
+         "0.125 (1 of 3 seeds)", MISSING, MISSING],
+    ]  # fmt: skip
+    titles = [attributes.get("title") for _, attributes in page.tags]
+    assert "seed 0: 0.250 ± 0.012, seed 1: 0.260 ± 0.012, seed 2: 0.270 ± 0.012" in titles
+    assert "seed 0: not measured, seed 1: 0.125, seed 2: not measured" in titles
+
+
+@pytest.mark.parametrize(
+    "way", [{"fewshot": 5}, {"chat_template": True}, {"samples": 20}, {"lm_eval": "0.4.14"}]
+)
+def test_what_was_measured_in_another_way_stands_in_another_row(way: dict[str, Any]) -> None:
+    entries = with_tasks(sample_entries())
+    for seed in range(3):
+        entry(entries, "ours", seed, "built")["tasks"]["mmlu"].update(way)
+    table = task_table(entries)
+    assert table is not None
+    rows = [[cell.text for cell in row.values] for row in table.rows if row.task == "mmlu"]
+    assert rows == [["0.410", MISSING, "0.510"], [MISSING, "0.260", MISSING]]
+
+
+def test_a_score_that_is_not_a_number_is_left_out_of_the_mean() -> None:
+    entries = with_tasks(sample_entries())
+    entry(entries, "ours", 1, "trained")["tasks"]["mmlu"]["acc"] = None
+    for seed in range(3):
+        entry(entries, "ours", seed, "built")["tasks"]["mmlu"]["acc"] = math.nan
+    row = cells(rendered(entries), "Tasks of", "mmlu")
+    assert row[-2:] == ["NaN", "0.510 (0.500 to 0.520; 2 of 3 seeds)"]
+
+
+def test_without_benchmarks_there_is_no_section_of_them() -> None:
+    entries = sample_entries()
+    assert "Benchmarks" not in rendered(entries).text
+    entries[0]["tasks"] = {}
+    assert "Benchmarks" not in rendered(entries).text
+    assert "Benchmarks" in rendered(with_tasks(entries)).text
+
+
 # The page
 
 
@@ -349,6 +418,7 @@ def test_names_are_escaped() -> None:
     entries = sample_entries()
     for row in entries:
         row["losses"][evil] = 1.0
+        row["tasks"] = {evil: {evil: 0.5, **dict.fromkeys(TASK_SETTINGS, 0), "lm_eval": evil}}
     entries += [row | {"method": evil} for row in entries if row["method"] == "ours"]
     page = Page(
         render_comparison(evil, entries, LIMITS, evil, [(evil, evil)], {evil: {evil: evil}})
@@ -356,6 +426,7 @@ def test_names_are_escaped() -> None:
     assert "script" not in [tag for tag, _ in page.tags]
     assert "<script" not in page.html
     assert any(row[0] == evil for row in page.table("Held-out loss"))
+    assert any(row[:2] == [evil, evil] for row in page.table("Tasks of"))
     assert page.text.count(evil) >= 5
 
 

@@ -20,13 +20,14 @@ from symphony_moe.report import (
     dynamic_curve,
     error_text,
     in_words,
-    line_chart,
+    loss_chart,
     loss_table,
     loss_text,
     mean_loss,
     other_notes,
     render,
     shade,
+    share_chart,
     size,
     task_table,
     ticks,
@@ -114,6 +115,7 @@ def sample_metrics() -> dict[str, Any]:
     rows = {name: {d: next(losses) / 1000 for d in DOMAINS} for name in [*SOURCES, "b", "t"]}
     curve = [
         {"step": s, "tokens": s * 4096, "loss": 4 * math.exp(-s / 40) + 2.3, "learning_rate": 5e-5}
+        | sample_load(math.exp(-s / 60))
         for s in range(1, 245)
     ]
     return {
@@ -153,6 +155,12 @@ def sample_metrics() -> dict[str, Any]:
             "evaluate_seconds": 81.7,
         },
     }
+
+
+def sample_load(uneven: float) -> dict[str, float]:
+    """Of a point of the curve: `uneven` from 0 to 1."""
+    shares = {"code": 1 - 0.4 * uneven, "general": 1 + 0.6 * uneven, "maths": 1 - 0.2 * uneven}
+    return {"balance": 1 + 0.2 * uneven} | {f"share/{n}": s / 3 for n, s in shares.items()}
 
 
 def sample_cka(start: float) -> dict[str, Any]:
@@ -457,6 +465,7 @@ def test_names_are_escaped() -> None:
     metrics["refit"]["layers"][0]["routing"]["share"][evil] = 0.1
     metrics["refit"]["layers"][0]["experts"]["condition"][evil] = 1e9
     metrics["refit"]["layers"][0]["experts"]["ridge"][evil] = 0.1
+    metrics["training"]["curve"][0][f"share/{evil}"] = 0.1
     metrics["refit"]["head"][evil] = {"error": [1.0, 2.0], "kept": False}
     page = Page(render(metrics, plan, recipe))
     assert "script" not in [tag for tag, _ in page.tags]
@@ -604,14 +613,84 @@ def test_importing_the_module_is_cheap() -> None:
 
 def test_the_chart_places_points_within_the_plot_and_breaks_at_gaps() -> None:
     losses = [5.0, math.nan, 3.0, 2.5]
-    chart = line_chart([{"tokens": 100 * i, "loss": loss} for i, loss in enumerate(losses)])
+    chart = loss_chart([{"tokens": 100 * i, "loss": loss} for i, loss in enumerate(losses)])
     assert chart is not None
-    assert [len(line.split()) for line in chart.lines] == [1, 2]
-    numbers = [float(n) for line in chart.lines for n in re.findall(r"[-\d.]+", line)]
+    (line,) = chart.lines
+    assert [len(part.split()) for part in line.parts] == [1, 2]
+    numbers = [float(n) for part in line.parts for n in re.findall(r"[-\d.]+", part)]
     assert all(0 <= number <= 1000 for number in numbers)
     assert chart.not_finite == 1
-    assert chart.last[0] == 100 and chart.last[2] == "2.500"
-    assert line_chart([{"tokens": 7, "loss": 2.0}]) is not None
+    assert [(x, value) for x, _, value in line.ends] == [(0, "5.000"), (100, "2.500")]
+    assert loss_chart([{"tokens": 7, "loss": 2.0}]) is not None
+
+
+def load_curve(*shares: tuple[float | None, ...]) -> list[dict[str, Any]]:
+    """Shares of each point in the order of `SOURCES`; metrics.json is written by name."""
+    return [
+        {"tokens": 100 * (i + 1), "loss": 2.0, "balance": 1.25 - i / 8}
+        | {f"share/{name}": share for name, share in sorted(zip(SOURCES, row, strict=True))}
+        for i, row in enumerate(shares)
+    ]
+
+
+def test_every_experts_share_of_the_choices_is_a_line_of_its_own() -> None:
+    chart = share_chart(load_curve((0.5, 0.3, 0.2), (0.4, 0.32, 0.28)), sample_recipe())
+    assert chart is not None
+    # In the recipe's order, whatever the curve's; heights count from 0, to 50 per cent here.
+    assert {line.name: line.parts for line in chart.lines} == {
+        "general": ["500.0,0.0 1000.0,200.0"],
+        "maths": ["500.0,400.0 1000.0,360.0"],
+        "code": ["500.0,600.0 1000.0,440.0"],
+    }
+    assert [line.name for line in chart.lines] == SOURCES
+    assert [line.ends for line in chart.lines] == [
+        [(50, 0, "50.0 %"), (100, pytest.approx(20), "40.0 %")],
+        [(50, pytest.approx(40), "30.0 %"), (100, pytest.approx(36), "32.0 %")],
+        [(50, pytest.approx(60), "20.0 %"), (100, pytest.approx(44), "28.0 %")],
+    ]
+    assert len({(line.colour, line.marker) for line in chart.lines}) == 3
+    assert chart.even == (pytest.approx(100 / 3), "33.3 %")
+    assert chart.summary == "Balance 1.250 at 100 tokens, 1.125 at 200 tokens"
+
+
+@pytest.mark.parametrize("share", [None, math.nan, math.inf])
+def test_a_share_that_is_not_finite_breaks_its_line_alone(share: float | None) -> None:
+    rows = [(0.5, 0.3, 0.2), (0.5, 0.3, share), (0.5, 0.3, 0.2), (0.5, 0.3, 0.2)]
+    chart = share_chart(load_curve(*rows), sample_recipe())
+    assert chart is not None and chart.not_finite == 1
+    parts = [[len(part.split()) for part in line.parts] for line in chart.lines]
+    assert parts == [[4], [4], [1, 2]]
+
+
+def test_the_report_draws_the_load_of_the_experts_below_the_loss() -> None:
+    page = Page(rendered(sample_metrics()))
+    plots = [a["aria-label"] or "" for tag, a in page.tags if tag == "svg" and "aria-label" in a]
+    assert [label.split(" against")[0] for label in plots[:2]] == [
+        "Training loss",
+        "Every expert's share of the choices",
+    ]
+    lines = [a["style"] for tag, a in page.tags if tag == "polyline" and "style" in a]
+    assert lines == [f"--colour:var(--c{n})" for n in (0, 0, 1, 2)]
+    for name, share in (("general", "33.7 %"), ("maths", "33.2 %"), ("code", "33.1 %")):
+        assert f"{name}, {share} at the end" in page.text
+    assert "even, 33.3 %" in page.text
+    balance = "Balance 1.197 at 4,096 tokens, 1.003 at 999,424 tokens; 1.0 is even."
+    assert balance in page.words
+    for name in set(re.findall(r"var\((--\w+)\)", page.html)) - {"--colour", "--by"}:
+        assert len(re.findall(rf"{name}: #", page.html)) == 2, name  # light and dark
+
+
+def test_a_curve_without_shares_has_no_chart_of_the_load() -> None:
+    """As older runs wrote them."""
+    metrics = sample_metrics()
+    for point in metrics["training"]["curve"]:
+        for key in ("balance", *(f"share/{name}" for name in SOURCES)):
+            del point[key]
+    page = Page(rendered(metrics))
+    assert "Load of the experts" not in page.words and "Balance 1" not in page.words
+    assert [tag for tag, _ in page.tags].count("figure") == 3  # the loss, and dynamic routing
+    bare = load_curve((None, None, None))
+    assert share_chart(bare, sample_recipe()) is None and share_chart([], sample_recipe()) is None
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,19 @@ from typing import Any
 from symphony_moe.report import (
     MISSING,
     Number,
+    Numbered,
+    Score,
+    TaskRow,
     compact,
     count,
     duration,
     fill,
     loss_text,
     perplexity_text,
+    score_text,
     size,
+    task_rows,
+    task_versions,
     ticks,
 )
 
@@ -28,19 +34,6 @@ _MEANS = {_IN: "mean_in_domain", _OUT: "mean_out_of_domain"}
 """Where a loss is measured -> its key in an entry and in a point of a curve."""
 
 _STAGES = ("built", "trained")
-
-_NUM_COLOURS = 8
-"""`--c0` and on in `comparison.html.j2`."""
-
-_MARKERS = (
-    "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0",
-    "M-3.6,-3.6h7.2v7.2h-7.2z",
-    "M0,-5.2L5,3.6h-10z",
-    "M0,-5.2L5.2,0L0,5.2L-5.2,0z",
-    "M0,5.2L5,-3.6h-10z",
-    "M-1.6,-5h3.2v3.4h3.4v3.2h-3.4v3.4h-3.2v-3.4h-3.4v-3.2h3.4z",
-)
-"""SVG paths in pixels around the point. Colour and marker repeat together after 24 methods."""
 
 _LABEL_REM = 1.05
 """From one label of a line to the next."""
@@ -92,6 +85,25 @@ class MainTable:
 
 
 @dataclass(frozen=True)
+class TaskTable:
+    """Benchmarks of every method."""
+
+    columns: list[tuple[str, list[str]]]
+    """(method, its stages that have any)"""
+    rows: list[TaskRow[Cell]]
+    """A value for each stage of each method."""
+    versions: list[str]
+    """Of the harness."""
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each method's values begin in a row."""
+        return [
+            sum(len(stages) for _, stages in self.columns[:n]) for n in range(len(self.columns))
+        ]
+
+
+@dataclass(frozen=True)
 class Point:
     """A measured point of a line, in per cent of the plot from the left and from the top."""
 
@@ -103,23 +115,13 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
+class Line(Numbered):
     """A method's mean over seeds. Lines and bands are SVG points in thousandths of the plot."""
 
     method: str
-    number: int
-    """Of the method: says colour and marker."""
     lines: list[str]
     bands: list[str]
     points: list[Point]
-
-    @property
-    def colour(self) -> int:
-        return self.number % _NUM_COLOURS
-
-    @property
-    def marker(self) -> str:
-        return _MARKERS[self.number % len(_MARKERS)]
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ def render_comparison(
         incomplete=incomplete_text(entries, known),
         table=main_table(entries, limits, reference, known),
         domains=domain_table(entries, in_domain),
+        tasks=task_table(entries),
         charts=charts,
         lacking=[where for where in _MEANS if where not in known],
         settings=[
@@ -462,6 +465,45 @@ def domain_table(
     return groups, [(method, [cells[method] for cells in columns]) for method in _methods(trained)]
 
 
+def task_table(entries: Entries) -> TaskTable | None:
+    """Every method's benchmarks, as built and as trained. What was measured in different ways is
+    never in one row. None where there are none."""
+    measured = {
+        (entry["method"], entry["stage"], entry["seed"]): entry["tasks"]
+        for entry in entries
+        if entry.get("tasks")
+    }
+    columns = [
+        (method, stages)
+        for method in _methods(entries)
+        if (stages := [stage for stage in _STAGES if (method, stage) in {m[:2] for m in measured}])
+    ]
+
+    def cells(scores: Mapping[tuple[str, str, int], Score]) -> list[Cell]:
+        return [
+            score_cell(
+                {seed: scores.get((method, stage, seed)) for seed in _of(entries, method, stage)}
+            )
+            for method, stages in columns
+            for stage in stages
+        ]
+
+    rows = task_rows(measured, cells)
+    return TaskTable(columns, rows, task_versions(measured)) if rows else None
+
+
+def score_cell(scores: Mapping[int, Score | None]) -> Cell:
+    """Mean and range of a metric over seeds. None of a seed: not measured."""
+    found = spread([score[0] for score in scores.values() if score])
+    each = ", ".join(
+        f"seed {seed}: {score_text(*score) if score else 'not measured'}"
+        for seed, score in scores.items()
+    )
+    if found is None:
+        return Cell("NaN", title=each) if any(scores.values()) else Cell(MISSING)
+    return Cell(loss_text(found.mean), _note(found, len(scores), ranges=True), each)
+
+
 def _text(loss: Number | None) -> str:
     return loss_text(math.nan if loss is None else float(loss))
 
@@ -551,8 +593,8 @@ def line_chart(entries: Entries, where: str, limit: Number | None) -> Chart | No
         segments = _unbroken(points)
         lines.append(
             Line(
-                method,
                 number,
+                method,
                 [svg_points([(tokens, found.mean) for tokens, found in s]) for s in segments],
                 [
                     svg_points(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 MISSING = "\N{EN DASH}"
 """Shown where nothing was measured."""
@@ -51,10 +51,30 @@ prompts went through the chat template, version of the harness."""
 _PLAIN = "plain mean"
 """What a build writes where its fit does not pay."""
 
+_SHARE = "share/"
+"""Before an expert's name, in the points of the training's curve."""
+
+_NUM_COLOURS = 8
+"""`--c0` and on in `page.css`."""
+
+_MARKERS = (
+    "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0",
+    "M-3.6,-3.6h7.2v7.2h-7.2z",
+    "M0,-5.2L5,3.6h-10z",
+    "M0,-5.2L5.2,0L0,5.2L-5.2,0z",
+    "M0,5.2L5,-3.6h-10z",
+    "M-1.6,-5h3.2v3.4h3.4v3.2h-3.4v3.4h-3.2v-3.4h-3.4v-3.2h3.4z",
+)
+"""SVG paths in pixels around the point. Colour and marker repeat together after 24 lines."""
+
 _SOFTENED = "softened"
 """The last step of the head. It is the one that may raise the error, so it is never struck out."""
 
 Number = int | float
+Score = tuple[Number | None, Number | None]
+"""A metric's value and its standard error, None where it is not a number or not known."""
+Model = TypeVar("Model")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -86,17 +106,42 @@ class LossTable:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """A line chart. Positions are per cent of the plot, from the left and from the top; lines are
-    SVG points in thousandths of it."""
+class Numbered:
+    """A line's place among those of its chart, which says how it looks."""
 
-    lines: list[str]
+    number: int
+
+    @property
+    def colour(self) -> int:
+        return self.number % _NUM_COLOURS
+
+    @property
+    def marker(self) -> str:
+        return _MARKERS[self.number % len(_MARKERS)]
+
+
+@dataclass(frozen=True)
+class Line(Numbered):
+    """A line of a chart. Its parts are SVG points in thousandths of the plot."""
+
+    name: str
+    parts: list[str]
+    ends: list[tuple[float, float, str]]
+    """Its first and its last point, per cent from the left and from the top, and the values."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line chart. Positions are per cent of the plot, from the left and from the top."""
+
+    lines: list[Line]
+    even: tuple[float, str] | None
+    """(per cent from the top, value)"""
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
-    last: tuple[float, float, str]
     summary: str
     not_finite: int
-    """Points that cannot be drawn."""
+    """Values that cannot be drawn."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +254,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class TaskRow:
+class TaskRow(Generic[Value]):
     """One metric of a task, measured in one way."""
 
     task: str
@@ -218,8 +263,8 @@ class TaskRow:
     """Examples in the prompt, and whether it went through the chat template."""
     documents: str
     """How many were evaluated, and of how many."""
-    values: list[str]
-    """Of each model, with the standard error."""
+    values: list[Value]
+    """Of each column."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +272,8 @@ class TaskTable:
     """Benchmarks of lm-evaluation-harness."""
 
     models: list[str]
-    rows: list[TaskRow]
+    rows: list[TaskRow[str]]
+    """Values with the standard error."""
     versions: list[str]
     """Of the harness."""
 
@@ -257,7 +303,8 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
         losses=loss_table(metrics, recipe),
         tasks=task_table(metrics.get("tasks") or {}, list(recipe["sources"])),
         training=training_facts(training),
-        chart=line_chart(training.get("curve") or []),
+        losses_in_training=loss_chart(training.get("curve") or []),
+        shares_in_training=share_chart(training.get("curve") or [], recipe),
         routing=[
             (model, routing[model]["experts"], routing_grids(routing[model], top_k))
             for model in _MODELS
@@ -494,16 +541,31 @@ def task_table(tasks: Mapping[str, Any], sources: Sequence[str]) -> TaskTable | 
     """
     order = [*(name for name in sources if name not in _MODELS), *_MODELS]
     models = [name for name in order if tasks.get(name)]
-    found: dict[tuple[Any, ...], dict[str, str]] = {}
-    for model in models:
-        for task, results in tasks[model].items():
+
+    def texts(scores: Mapping[str, Score]) -> list[str]:
+        return [score_text(*scores[name]) if name in scores else MISSING for name in models]
+
+    measured = {name: tasks[name] for name in models}
+    rows = task_rows(measured, texts)
+    return TaskTable(models, rows, task_versions(measured)) if rows else None
+
+
+def task_rows(
+    tasks: Mapping[Model, Mapping[str, Mapping[str, Any]]],
+    values: Callable[[Mapping[Model, Score]], list[Value]],
+) -> list[TaskRow[Value]]:
+    """A row for each task, metric and way of measuring. `values`: of the models that have any,
+    the row's values."""
+    found: dict[tuple[Any, ...], dict[Model, Score]] = {}
+    for model, of_model in tasks.items():
+        for task, results in of_model.items():
             way = tuple(results[setting] for setting in TASK_SETTINGS)
             for metric, value in results.items():
                 if metric not in TASK_SETTINGS and not metric.endswith("_stderr"):
-                    error = results.get(f"{metric}_stderr")
-                    found.setdefault((task, metric, way), {})[model] = _score_text(value, error)
+                    score = value, results.get(f"{metric}_stderr")
+                    found.setdefault((task, metric, way), {})[model] = score
     rows = []
-    for (task, metric, way), values in found.items():
+    for (task, metric, way), scores in found.items():
         shots, samples, documents, chat, _ = way
         examples = "mixed" if shots is None else count(shots)
         rows.append(
@@ -512,14 +574,20 @@ def task_table(tasks: Mapping[str, Any], sources: Sequence[str]) -> TaskTable | 
                 metric,
                 f"{examples}, chat template" if chat else examples,
                 count(samples) + (f" of {count(documents)}" if samples < documents else ""),
-                [values.get(model, MISSING) for model in models],
+                values(scores),
             )
         )
-    versions = sorted({way[-1] for _, _, way in found})
-    return TaskTable(models, rows, versions) if rows else None
+    return rows
 
 
-def _score_text(value: float | None, error: float | None) -> str:
+def task_versions(tasks: Mapping[Model, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Of the harness that measured."""
+    return sorted(
+        {results["lm_eval"] for of_model in tasks.values() for results in of_model.values()}
+    )
+
+
+def score_text(value: Number | None, error: Number | None) -> str:
     """Three decimals, as the harness's own tables have it, with the standard error where known."""
     return loss_text(_number(value)) + (
         "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.3f}"
@@ -545,40 +613,91 @@ def training_facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def line_chart(curve: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """Loss (nats per token) against tokens. A point that is not finite breaks the line. None where
-    no point can be drawn."""
-    points = [(float(point["tokens"]), _number(point["loss"])) for point in curve]
-    finite = [(tokens, loss) for tokens, loss in points if math.isfinite(loss)]
-    if not finite:
+def loss_chart(curve: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Loss (nats per token) against tokens. None where no point can be drawn."""
+    losses = _points(curve, "loss")
+    return line_chart({"loss": losses}, loss_text, first_and_last("Loss", losses))
+
+
+def share_chart(curve: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> Chart | None:
+    """Every expert's share of the routers' choices, in per cent, against tokens; an even load's.
+    None where no point can be drawn: an older run's curve has no shares."""
+    keys = [[key for key in point if key.startswith(_SHARE)] for point in curve]
+    experts = _in_order(recipe["sources"], *([k.removeprefix(_SHARE) for k in row] for row in keys))
+    if not experts:
         return None
-    x_ticks = ticks(0, max(tokens for tokens, _ in finite))
-    y_ticks = ticks(min(loss for _, loss in finite), max(loss for _, loss in finite))
-    right = max(tokens for tokens, _ in finite) or 1.0
+    shares = {name: _points(curve, f"{_SHARE}{name}", 100) for name in experts}
+    balance = _points([point for point in curve if "balance" in point], "balance")
+    summary = first_and_last("Balance", balance)
+    return line_chart(shares, lambda share: f"{share:.1f} %", summary, even=100 / len(experts))
+
+
+def _points(
+    curve: Sequence[Mapping[str, Any]], key: str, factor: Number = 1
+) -> list[tuple[float, float]]:
+    """(tokens, value): NaN where a point has none."""
+    return [(float(point["tokens"]), factor * _number(point.get(key))) for point in curve]
+
+
+def first_and_last(what: str, points: Sequence[tuple[float, float]]) -> str:
+    """What is finite at the first and at the last of the points, in words."""
+    finite = [(tokens, value) for tokens, value in points if math.isfinite(value)]
+    if not finite:
+        return ""
+    (start, first), (end, last) = finite[0], finite[-1]
+    return (
+        f"{what} {loss_text(first)} at {count(start)} tokens, "
+        f"{loss_text(last)} at {count(end)} tokens"
+    )
+
+
+def line_chart(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    write: Callable[[float], str],
+    summary: str,
+    *,
+    even: float | None = None,
+) -> Chart | None:
+    """A line for each name's points, which are (tokens, value). One that is not finite breaks its
+    line. With an `even` value, which is drawn too, heights count from 0. None where no point can be
+    drawn."""
+    drawn = {
+        name: [(tokens, value) for tokens, value in points if math.isfinite(value)]
+        for name, points in series.items()
+    }
+    everything = [point for points in drawn.values() for point in points]
+    if not everything:
+        return None
+    right = max(tokens for tokens, _ in everything) or 1.0
+    values = [value for _, value in everything] + ([] if even is None else [0.0, even])
+    y_ticks = ticks(min(values), max(values))
     bottom, top = y_ticks[0], y_ticks[-1]
 
     def across(tokens: float) -> float:
         return 100 * tokens / right
 
-    def down(loss: float) -> float:
-        return 100 * (top - loss) / (top - bottom)
+    def down(value: float) -> float:
+        return 100 * (top - value) / (top - bottom)
 
-    lines: list[list[str]] = [[]]
-    for tokens, loss in points:
-        if math.isfinite(loss):
-            lines[-1].append(f"{10 * across(tokens):.1f},{10 * down(loss):.1f}")
-        else:
-            lines.append([])
+    lines = []
+    for number, (name, points) in enumerate(series.items()):
+        parts: list[list[str]] = [[]]
+        for tokens, value in points:
+            if math.isfinite(value):
+                parts[-1].append(f"{10 * across(tokens):.1f},{10 * down(value):.1f}")
+            else:
+                parts.append([])
+        if drawn[name]:
+            ends = [(across(x), down(y), write(y)) for x, y in (drawn[name][0], drawn[name][-1])]
+            lines.append(Line(number, name, [" ".join(part) for part in parts if part], ends))
     decimals = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
-    first, last = finite[0], finite[-1]
     return Chart(
-        lines=[" ".join(line) for line in lines if line],
-        x_ticks=[(across(tokens), compact(tokens)) for tokens in x_ticks if tokens <= 1.01 * right],
-        y_ticks=[(down(loss), f"{loss:.{decimals}f}") for loss in y_ticks],
-        last=(across(last[0]), down(last[1]), loss_text(last[1])),
-        summary=f"Loss {loss_text(first[1])} at {count(first[0])} tokens, "
-        f"{loss_text(last[1])} at {count(last[0])} tokens",
-        not_finite=len(points) - len(finite),
+        lines=lines,
+        even=None if even is None else (down(even), write(even)),
+        x_ticks=[(across(x), compact(x)) for x in ticks(0, right) if x <= 1.01 * right],
+        y_ticks=[(down(value), f"{value:.{decimals}f}") for value in y_ticks],
+        summary=summary,
+        not_finite=sum(map(len, series.values())) - len(everything),
     )
 
 
