@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from conftest import make_recipe
 from symphony_moe import pipeline
+from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import RunFolder
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
@@ -140,6 +142,32 @@ def test_a_killed_training_in_shards_goes_on(
     code, output = launch(tmp_path, words, "train", str(run.root), "--resume")
     assert code == 0, output
     assert losses(run) == pytest.approx(single, abs=1e-4)
+    pipeline.verify(run)
+
+
+CLASSES = {"qwen2": "Ernie4_5_MoeForCausalLM", "qwen3": "Qwen3MoeForCausalLM",
+           "bam": "JetMoeForCausalLM"}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("what", CLASSES)
+def test_every_architecture_trains_in_two_processes(
+    what: str, launcher: str, built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    run, alone = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone")
+    if what == "bam":
+        recipe = load_recipe(make_recipe(tmp_path / "sources", method="bam"))
+        pipeline.build(recipe, run.root)
+    else:
+        shutil.copytree(built(what).root, run.root)
+    shutil.copytree(run.root, alone.root)
+    pipeline.train(alone, [*SETTINGS, "train.gradient_accumulation=2"])
+    words = TORCHRUN if launcher == "torchrun" else sharded(tmp_path)
+    code, output = launch(tmp_path, words, "train", str(run.root))
+    assert code == 0, output
+    assert f"MODEL {'' if launcher == 'torchrun' else 'FSDP'}{CLASSES[what]}\n" in output
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-4)
     pipeline.verify(run)
 
 
