@@ -446,6 +446,28 @@ def test_a_bug_of_ours_shows_its_traceback(
     assert code == 1 and type(bug).__name__ in json.loads(out)["error"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_no_memory_is_nobodys_bug(
+    error: Exception, recipes: Callable[[str], Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("symphony_moe.pipeline.fused_tables", fail)
+    assert main(["build", str(recipes("llama")), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "symphony: error: out of memory: " in said and "Traceback" not in said
+    assert "A smaller calibration.tokens needs less" in said
+
+
 def test_an_interruption_is_no_bug(
     project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -324,12 +324,22 @@ def test_a_build_is_taken_over_where_it_would_be_the_same(
     built: Callable[[str], RunFolder], tmp_path: Path,
 ) -> None:  # fmt: skip
     folder = CompareFolder(tmp_path)
-    shutil.copytree(built("llama").root, folder.run("first", 1).root)
+    first = folder.run("first", 1)
+    shutil.copytree(built("llama").root, first.root)
+    manifest = first.read_json(first.manifest)
+    of_training = {
+        "files": manifest["files"] | {"trained/model.safetensors": "x"},
+        "tensors": manifest["tensors"] | {"trained": {"x": "y"}},
+    }
+    first.update_json(first.manifest, of_training)
+    first.update_json(first.metrics, {"trained": {}, "training": {}, "tasks": {}})
     recipe = load_recipe(recipes("llama"), changes)
     pipeline._adopt_build(folder, [("first", 1)], ("second", 1), recipe)
     run = folder.run("second", 1)
     assert run.root.exists() == adopted
     if adopted:
+        assert run.read_json(run.manifest) == manifest
+        assert set(run.read_json(run.metrics)) == {"alignment", "timing"}
         kept = run.read_recipe()
         assert kept.train == recipe.train and kept.sources["a"].sha256 is not None
         assert pipeline.verify(run)
@@ -369,6 +379,103 @@ def test_a_kill_while_a_build_is_taken_over(
     of = [folder.run(name, 1) for name in ("first", "second")]
     first, second = (one.read_json(one.manifest)["tensors"]["checkpoint"] for one in of)
     assert first == second and not run.work.exists()
+
+
+def test_begun_again_and_cut_short_no_old_run_is_left(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """`--overwrite` takes all old runs and the old table away first."""
+    out = tmp_path / "out"
+    methods = ["--methods", "btx,btx+teachers"]
+    for name in ("btx", "btx+teachers"):
+        run = RunFolder(out / f"{name}-seed114514")
+        run.work.mkdir(parents=True)
+        run.recipe.write_text("old")
+        run.report.write_text("old")
+    (out / "comparison.json").write_text("old")
+    (out / "mine.txt").write_text("mine")
+    assert run_compare(recipe, out, *methods, "--overwrite") == 2
+    assert "holds mine.txt, which no comparison has made" in capsys.readouterr().err
+    assert (out / "comparison.json").exists()
+    (out / "mine.txt").unlink()
+
+    def killed(command: list[str], **_: Any) -> Any:
+        return subprocess.CompletedProcess(command, -15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.subprocess, "run", killed)
+        assert run_compare(recipe, out, *methods, "--overwrite") == 2
+    assert sorted(path.name for path in out.iterdir()) == ["recipes"]
+
+
+def test_a_comparison_is_a_folder(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    for more in ([], ["--resume"], ["--overwrite"]):
+        assert run_compare(recipe, path, "--methods", "btx", *more) == 2
+        assert f"{path}: exists and is not a folder" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_runs_made_elsewhere_are_tabulated(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """`--prepare` writes the recipes and says the commands; what they have made is taken over."""
+    out = tmp_path / "out"
+    methods = ["--methods", "btx,sparse-upcycling"]
+    assert run_compare(recipe, out, *methods, "--prepare") == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert len(commands) == 2 and not list(out.glob("*-seed*"))
+    for command in commands:
+        assert command.startswith(f"symphony run {out}/recipes/")
+        assert main(command.split()[1:]) == 0
+
+    def none(*_: Any, **__: Any) -> Any:
+        raise AssertionError("everything is there")
+
+    monkeypatch.setattr(pipeline.subprocess, "run", none)
+    assert run_compare(recipe, out, *methods, "--resume") == 0
+    assert len(json.loads((out / "comparison.json").read_text())) == 4
+
+
+@pytest.mark.parametrize(
+    ("variant", "what"),
+    [
+        ({"seed": 9}, "seed"),
+        ({"calibration": {"seed": 9}}, "calibration.seed"),
+        ({"train": {"tokens": 512}}, "train.tokens"),
+        ({"train": {"gradient_accumulation": 2}}, "train.gradient_accumulation"),
+        ({"evaluation": {"tokens": 64}}, "evaluation"),
+    ],
+)
+def test_a_variant_with_another_budget_is_refused_at_once(
+    variant: dict[str, Any], what: str, recipe: Path
+) -> None:
+    content = json.loads(recipe.read_text())
+    content["compare"] = {"variants": {"v": {"method": "btx"} | variant}}
+    recipe.write_text(json.dumps(content))
+    with pytest.raises(RecipeError, match=rf"compare.variants.v changes {what}: runs that differ"):
+        load_variants(recipe, [], ["btx", "v"])
+
+
+def test_an_empty_section_of_a_variant_changes_nothing(recipe: Path) -> None:
+    content = json.loads(recipe.read_text())
+    content["compare"] = {"variants": {"v": {"method": "btx", "train": None, "anchor": "b"}}}
+    recipe.write_text(json.dumps(content))
+    found = load_variants(recipe, [], ["btx", "v"])[1]
+    assert found["v"][114514].train == found["btx"][114514].train
+
+
+def test_a_method_that_its_sources_forbid_is_named(
+    recipes: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_compare(recipes("qwen2"), tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "error: bam: " in error and "--methods chooses" in error
 
 
 def test_a_method_that_cannot_be_built_is_refused_before_any_is(

@@ -249,11 +249,15 @@ def test_trained_losses_by_domain_are_means_over_seeds() -> None:
 
 
 def test_the_header_says_what_all_runs_have_in_common() -> None:
-    facts = dict(comparison_facts(sample_recipe()))
+    facts = dict(comparison_facts([sample_recipe(), sample_recipe()]))
     assert facts["Sources"] == "general, maths, code" and facts["Anchor"] == "general"
     assert facts["Calibration"] == "262,144 tokens" and facts["Dtype"] == "bfloat16"
-    assert facts["Training"] == "10,000,000 tokens, all"
+    assert facts["Training"] == "10,000,000 tokens" and facts["Trained"] == "all"
     assert facts["Held-out text"] == "65,536 tokens a domain"
+    other = sample_recipe()
+    other |= {"anchor": "code", "train": other["train"] | {"scope": "router"}}
+    fewer = comparison_facts([sample_recipe(), other])
+    assert fewer == [fact for fact in facts.items() if fact[0] not in ("Anchor", "Trained")]
 
 
 # Charts

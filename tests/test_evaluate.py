@@ -277,6 +277,18 @@ def test_what_another_run_says_of_the_sources(
     # Other text.
     pipeline.evaluate(second, ["evaluation.tokens=128"], like=first)
     assert measured == ["again"]
+    # The same text under another name, or under the other's.
+    data = str(first.root.parent / "other.txt")
+    Path(data).write_text("\n\n".join(f"document {n} " * 20 for n in range(20)))
+    other = first.read_recipe().evaluation.extra["other"]
+    for extra in ({"renamed": other}, {"x": other, "y": data}, {"y": other, "x": data}):
+        changed = [f"evaluation.extra={json.dumps(extra)}"]
+        found = pipeline.evaluate(second, changed, like=first)
+        assert set(found["sources"]["a"]) == set(found["built"]) == {"a", "b", "c", *extra}
+        shutil.copyfile(second.metrics, first.metrics)
+    assert measured == ["again"] * 4
+    pipeline.evaluate(first)
+    measured[:] = ["again"]
     # Other weights, other software.
     manifest = first.read_json(first.manifest)
     changes: list[dict[str, Any]] = [

@@ -564,6 +564,26 @@ def test_a_really_full_disk_is_a_message(
     assert main(["verify", str(out)]) == 0
 
 
+@pytest.mark.parametrize("free", [40_000, 300_000, 640_000, 800_000, 960_000, 1_450_000])
+def test_training_on_a_really_full_disk_is_a_message(
+    free: int, disk: Disk, built: Callable[[str], RunFolder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The space ends in the model, the optimizer and the result, each written by another library
+    with words of its own."""
+    run = RunFolder(disk.path / "run")
+    shutil.copytree(built("llama").root, run.root)
+    disk.leave(free)
+    assert main(["train", str(run.root)]) == 2
+    error = capsys.readouterr().err
+    assert f"{run.root}: no room for what the training writes at step " in error
+    assert "Traceback" not in error and "Make room and --resume" in error
+    assert "no room for what the training writes" in run.log.read_text()
+    assert not run.trained.exists()
+    (disk.path / "filler").unlink()
+    assert main(["train", str(run.root), "--resume"]) == 0
+    assert main(["verify", str(run.root)]) == 0
+
+
 def test_streams_that_do_not_fit_the_disk_are_a_message(disk: Disk, llama: Recipe) -> None:
     """A memory-mapped file without space behind it would end the process by SIGBUS."""
     disk.leave(50_000)
@@ -895,3 +915,37 @@ def test_names_of_a_run_are_its_own(tmp_path: Path) -> None:
         else:
             path.mkdir(exist_ok=True)
     refuse_existing(tmp_path, resume=False, overwrite=True)
+
+
+# One process at a time
+
+
+def test_a_folder_where_another_is_at_work_is_left_alone(
+    built: Callable[[str], RunFolder], recipes: Recipes, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(built("llama").root, run.root)
+    before = hash_folder(run.root)
+    program = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from symphony_moe.run_folder import locked\n"
+        f"with locked(Path({str(run.root)!r})):\n"
+        "    print('at work', flush=True)\n    time.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "at work\n"
+        recipe = str(recipes("llama"))
+        for command in (
+            ["train", str(run.root)],
+            ["evaluate", str(run.root)],
+            ["build", recipe, "--out", str(run.root), "--overwrite"],
+        ):
+            assert main(command) == 2
+            assert "another `symphony` is at work there" in capsys.readouterr().err
+        assert hash_folder(run.root) == before
+    finally:
+        other.kill()
+        other.wait()
+    assert main(["evaluate", str(run.root)]) == 0

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from conftest import VARIANTS
 from symphony_moe import pipeline, train
 from symphony_moe.cli import main
-from symphony_moe.errors import RecipeError, RunFolderError
+from symphony_moe.errors import RecipeError, RunFolderError, TextError
 from symphony_moe.evaluate import losses_and_routing
 from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import RunFolder
@@ -247,9 +247,70 @@ def test_a_kill_at_the_very_end_leaves_a_run_that_verifies(
                 pipeline.train(run, ["train.tokens=512"], overwrite=True)
         if run.trained.exists():
             pipeline.verify(run)
+            assert "train_peak_rss_bytes" in run.read_json(run.metrics)["timing"]
         else:
             pipeline.train(run, ["train.tokens=512"], resume=True)
             pipeline.verify(run)
+
+
+def test_half_a_state_is_passed_over(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer writes its own state last, and in place."""
+    whole, run = copied("llama"), copied("llama")
+    pipeline.train(whole)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            pipeline.train(run)
+    newest = max(run.training.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    (newest / "trainer_state.json").write_text("")
+    pipeline.train(run, resume=True)
+    assert hash_folder(run.trained) == hash_folder(whole.trained)
+
+
+def test_a_curve_of_means_over_steps_is_that_of_one_go(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more than fifty steps several are in each of its points."""
+    settings = ["train.tokens=14848", "train.batch_size=2", "train.checkpoints=5"]
+    whole, run = copied("llama"), copied("llama")
+    pipeline.train(whole, settings)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 53)
+        with pytest.raises(Killed):
+            pipeline.train(run, settings)
+    pipeline.train(run, settings, resume=True)
+    curves = [r.read_json(r.metrics)["training"]["curve"] for r in (run, whole)]
+    assert curves[0] == curves[1]
+    assert [point["step"] for point in curves[0][:3]] == [2, 4, 6]
+
+
+def test_training_anew_that_is_cut_short_goes_on(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old model stays until the new one is there."""
+    run = copied("llama")
+    pipeline.train(run, ["train.scope=router"])
+    first = hash_folder(run.trained)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            pipeline.train(run, overwrite=True)
+    assert hash_folder(run.trained) == first
+    pipeline.train(run, resume=True)
+    assert hash_folder(run.trained) != first
+    pipeline.verify(run)
+    with pytest.raises(RunFolderError, match="--overwrite"):
+        pipeline.train(run, resume=True)
+
+
+def test_text_that_does_not_fill_a_step_is_refused(copied: Callable[[str], RunFolder]) -> None:
+    run = copied("llama")
+    words = "6 windows of 64 tokens do not fill one step of 32 "
+    with pytest.raises(TextError, match=words):
+        pipeline.train(run, ["train.tokens=384", "train.gradient_accumulation=8"])
+    assert not run.trained.exists()
 
 
 def test_trained_models_are_not_replaced_unasked(copied: Callable[[str], RunFolder]) -> None:

@@ -6,7 +6,6 @@ once.
 """
 
 import argparse
-import errno
 import logging
 import math
 import os
@@ -23,12 +22,6 @@ from symphony_moe.errors import RecipeError, SymphonyError
 if TYPE_CHECKING:
     from symphony_moe.plan import Plan
     from symphony_moe.run_folder import RunFolder
-
-_MACHINE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
-}  # fmt: skip
-"""Errors of the system that tell of the machine's state, or of a path that cannot be."""
 
 DEMO_OUT = "symphony-demo"
 
@@ -52,8 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if _is_machines_state(error):
-            return _fail(options, str(error), 2)
+        from symphony_moe.machine import is_out_of_memory, is_refusal
+
+        if is_out_of_memory(error):
+            return _fail(options, f"out of memory: {_first_line(error)}{_less_memory(options)}", 2)
+        if is_refusal(error):
+            return _fail(options, _first_line(error), 2)
         traceback.print_exc()
         return _fail(options, f"a bug in symphony-moe: {type(error).__name__}: {error}", 1)
 
@@ -64,12 +61,17 @@ def _json(result: Any) -> str:
     return to_json(result)
 
 
-def _is_machines_state(error: Exception) -> bool:
-    """A full disk or a folder without permission: nobody's bug. The libraries' own writers raise
-    errors of their own kinds for it, which carry the system's words."""
-    if isinstance(error, OSError) and error.errno in _MACHINE:
-        return True
-    return os.strerror(errno.ENOSPC) in str(error)
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _less_memory(options: argparse.Namespace) -> str:
+    """What would need less memory."""
+    setting = {
+        _build: "calibration.tokens", _train: "train.batch_size",
+        _evaluate: "evaluation.sequence_length",
+    }.get(options.command)  # fmt: skip
+    return f". A smaller {setting} needs less" if setting else ""
 
 
 def _process() -> int:
@@ -139,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--seeds", type=_seeds, metavar="1,2,...", help="default: compare.seeds"
             )
+            command.add_argument(
+                "--prepare", action="store_true",
+                help="write every run's recipe and say the commands, to be run anywhere and in any "
+                "order; without it and with --resume, the table is made of them",
+            )  # fmt: skip
         if "demo-out" in takes:
             command.add_argument("--out", type=Path, default=Path(DEMO_OUT), metavar="DIR",
                                  help=f"run folder to make (default: {DEMO_OUT})")  # fmt: skip
@@ -362,6 +369,9 @@ def _like(options: argparse.Namespace) -> "RunFolder | None":
         return None
     like = RunFolder(options.sources_from)
     like.require_checkpoint()
+    like.read_recipe()  # before anything is built that it is wanted for
+    for path in (like.manifest, like.metrics):
+        like.read_json(path)
     return like
 
 
@@ -374,9 +384,18 @@ def _compare(options: argparse.Namespace) -> Result:
     from symphony_moe import pipeline
     from symphony_moe.compare import describe
 
-    folder, entries, limits = pipeline.compare(
-        recipe, variants, options.out, resume=options.resume, overwrite=options.overwrite
-    )
+    again = {"resume": options.resume, "overwrite": options.overwrite}
+    if options.prepare:
+        folder = pipeline.prepare_comparison(recipe, variants, options.out, **again)
+        runs = [
+            {"recipe": str(folder.recipe(method, seed)), "out": str(folder.run(method, seed).root)}
+            for method, of_seeds in variants.items()
+            for seed in of_seeds
+        ]
+        return {"runs": runs}, "\n".join(
+            f"symphony run {run['recipe']} --out {run['out']}" for run in runs
+        )
+    folder, entries, limits = pipeline.compare(recipe, variants, options.out, **again)
     paths = {"comparison": str(folder.comparison), "page": str(folder.page)}
     return {"comparison": entries, "paths": paths}, (
         f"{describe(entries, limits)}\n\ntable: {folder.comparison}\npage:  {folder.page}"

@@ -161,15 +161,21 @@ class Chart:
         return max(len(label.text) for label in self.labels)
 
 
-def comparison_facts(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the runs of a comparison have in common, as (what, value). `recipe` is
+def comparison_facts(recipes: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What all runs of a comparison have in common, as (what, value). `recipes` are
     `Recipe.model_dump(mode="json")`."""
+    first, *others = [_facts(recipe) for recipe in recipes]
+    return [fact for fact in first if all(fact in other for other in others)]
+
+
+def _facts(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     train, text = recipe["train"], recipe["evaluation"]
     return [
         ("Sources", ", ".join(recipe["sources"])),
         ("Anchor", recipe["anchor"]),
         ("Calibration", f"{count(recipe['calibration']['tokens'])} tokens"),
-        ("Training", f"{count(train['tokens'])} tokens, {train['scope']}"),
+        ("Training", f"{count(train['tokens'])} tokens"),
+        ("Trained", train["scope"]),
         ("Held-out text", f"{count(text['tokens'])} tokens a domain"),
         ("Dtype", recipe["output"]["dtype"]),
     ]

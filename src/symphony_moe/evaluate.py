@@ -5,6 +5,8 @@ Losses are nats per token: the mean negative log-likelihood of every token of a 
 first.
 """
 
+import hashlib
+import json
 import logging
 import math
 import time
@@ -64,7 +66,7 @@ def evaluate_run(
     windows = held_out_windows(recipe, sources)
     shared = shared_text(windows)
     names = recipe.expert_names
-    held_out = {"text": digest_of(windows.values())}
+    held_out = {"text": _digest_of_domains(windows)}
     known = _known_of_sources(run, like, recipe, held_out) if like else None
     of_sources, cka = known or _evaluate_sources(sources, windows, shared)
     metrics: dict[str, Any] = {
@@ -108,6 +110,12 @@ def _evaluate_sources(
         log.info("evaluated source %s: %s", source.name, _spell(losses[source.name]))
     alike = compare_sources(sources, shared)
     return losses, describe_cka([source.name for source in sources], alike, shared.numel())
+
+
+def _digest_of_domains(windows: Mapping[str, Int[Tensor, "_ _"]]) -> str:
+    """SHA-256 of what is evaluated on under which names."""
+    digests = {name: [*text.shape, digest_of([text])] for name, text in windows.items()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def _known_of_sources(

@@ -6,13 +6,10 @@
 Stages do not import one another; only this module knows their order.
 """
 
-import contextlib
-import ctypes
 import json
 import logging
 import math
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,7 +24,6 @@ import lap
 import safetensors
 import torch
 import transformers
-from accelerate import PartialState
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -49,7 +45,7 @@ from symphony_moe.calibrate import (
 )
 from symphony_moe.compare import entries_of, limits_of, mark_reached, refuse_different
 from symphony_moe.comparison_page import comparison_facts, render_comparison
-from symphony_moe.errors import RecipeError, RunFolderError
+from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError
 from symphony_moe.evaluate import (
     continuations,
     evaluate_run,
@@ -64,6 +60,7 @@ from symphony_moe.families import (
     layer_outputs,
     read_layer_outputs,
 )
+from symphony_moe.machine import peak_rss_bytes, release_freed_memory
 from symphony_moe.plan import Plan, make_plan, streams_in_memory
 from symphony_moe.recipe import Recipe
 from symphony_moe.refit import (
@@ -84,6 +81,7 @@ from symphony_moe.run_folder import (
     publish,
     refuse_existing,
     require_room,
+    start_comparison,
     start_run,
     to_json,
     write_bytes,
@@ -235,10 +233,6 @@ def train(
                 return losses_and_routing(model, windows)[0]
 
         train_run(folder, recipe, sources, resume=resume, overwrite=overwrite, measure=measure)
-        if PartialState().is_main_process:
-            known = folder.read_json(folder.metrics).get("timing", {})
-            peak = {"train_peak_rss_bytes": peak_rss_bytes()}
-            folder.update_json(folder.metrics, {"timing": known | peak})
 
 
 def evaluate(
@@ -324,20 +318,13 @@ def compare(
     what any of the methods cannot build before the first begins, and to tabulate runs that differ
     in sources, text, order of batches or number of trained tokens.
     """
-    folder = CompareFolder(out)
-    _refuse_existing_runs(folder, variants, resume=resume, overwrite=overwrite)
-    for of_seeds in variants.values():
-        first = next(iter(of_seeds.values()))
-        plan(first)
-    held_out_windows(recipe, open_sources(recipe, download=False))
+    folder = prepare_comparison(recipe, variants, out, resume=resume, overwrite=overwrite)
     names = [(method, seed) for method, of_seeds in variants.items() for seed in of_seeds]
     for number, (method, seed) in enumerate(names, start=1):
         log.info("%d of %d: %s, seed %d", number, len(names), method, seed)
-        path = folder.recipe(method, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, variants[method][seed].to_yaml())
         _adopt_build(folder, names[: number - 1], (method, seed), variants[method][seed])
-        _run_apart(folder.run(method, seed), path, folder.run(*names[0]), overwrite=overwrite)
+        run = folder.run(method, seed)
+        _run_apart(run, folder.recipe(method, seed), folder.run(*names[0]))
     runs = {name: folder.run(*name) for name in names}
     metrics = {name: run.read_json(run.metrics) for name, run in runs.items()}
     manifests = {name: run.read_json(run.manifest) for name, run in runs.items()}
@@ -356,7 +343,9 @@ def compare(
         entries,
         limits,
         reference,
-        comparison_facts(recipe.model_dump(mode="json")),
+        comparison_facts(
+            [one.model_dump(mode="json") for of in variants.values() for one in of.values()]
+        ),
         settings,
         in_domain=list(recipe.sources),
     )
@@ -364,30 +353,44 @@ def compare(
     return folder, entries, limits
 
 
-def _refuse_existing_runs(
-    folder: CompareFolder,
+def prepare_comparison(
+    recipe: Recipe,
     variants: Mapping[str, Mapping[int, Recipe]],
+    out: Path,
     *,
-    resume: bool,
-    overwrite: bool,
-) -> None:
-    """RunFolderError for a folder that is there, unless `resume` or `overwrite` may use it, and for
-    a run in it that another recipe has made."""
-    if folder.root.is_dir() and any(folder.root.iterdir()) and not (resume or overwrite):
-        raise RunFolderError(
-            f"{folder.root}: exists; --resume keeps what is finished there and goes on, "
-            "--overwrite begins again; or choose another --out"
-        )
+    resume: bool = False,
+    overwrite: bool = False,
+) -> CompareFolder:
+    """The folder of a comparison with the recipe of every run in it, nothing run yet. Refuses
+    (SymphonyError) what `compare` refuses before it begins."""
+    folder = CompareFolder(out)
     for method, of_seeds in variants.items():
-        for seed, recipe in of_seeds.items():
-            run = folder.run(method, seed)
-            if overwrite or not run.recipe.is_file():
-                continue
-            begun = _without_hashes(run.read_recipe())
-            if begun.to_yaml() != _without_hashes(recipe).to_yaml():
-                raise RunFolderError(
-                    f"{run.root}: was begun by another recipe; --overwrite begins again"
-                )
+        try:
+            plan(next(iter(of_seeds.values())))
+        except SymphonyError as error:
+            raise type(error)(f"{method}: {error} (--methods chooses what is compared)") from None
+    held_out_windows(recipe, open_sources(recipe, download=False))
+    named = {(method, seed): one for method, of in variants.items() for seed, one in of.items()}
+    if resume:
+        for name, one in named.items():
+            _refuse_another_recipe(folder.run(*name), one)
+    runs = [folder.run(*name) for name in named]
+    start_comparison(folder, runs, resume=resume, overwrite=overwrite)
+    for name, one in named.items():
+        path = folder.recipe(*name)
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, one.to_yaml())
+    return folder
+
+
+def _refuse_another_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """RunFolderError for a run that was begun by another recipe."""
+    if run.recipe.is_file():
+        begun = _without_hashes(run.read_recipe())
+        if begun.to_yaml() != _without_hashes(recipe).to_yaml():
+            raise RunFolderError(
+                f"{run.root}: was begun by another recipe; --overwrite begins again"
+            )
 
 
 def _without_hashes(recipe: Recipe) -> Recipe:
@@ -420,17 +423,14 @@ def _adopt_build(
             return
 
 
-def _run_apart(run: RunFolder, recipe: Path, like: RunFolder, *, overwrite: bool) -> None:
+def _run_apart(run: RunFolder, recipe: Path, like: RunFolder) -> None:
     """The whole way in a process of its own, so that its peak of memory is its own and what kills
     it kills nothing else. `like`: the comparison's first run."""
-    if run.report.is_file() and not overwrite:
+    if run.report.is_file():
         return  # the report comes last
-    begun = run.recipe.is_file()
-    if not begun:
-        shutil.rmtree(run.work, ignore_errors=True)  # of a run that was killed at its very start
-    again = ["--overwrite"] if overwrite and run.root.exists() else ["--resume"] if begun else []
-    command = [sys.executable, "-m", "symphony_moe", "run", str(recipe), "--out", str(run.root)]
+    again = ["--resume"] if run.recipe.is_file() else []
     same = [] if like == run else ["--sources-from", str(like.root)]
+    command = [sys.executable, "-m", "symphony_moe", "run", str(recipe), "--out", str(run.root)]
     code = subprocess.run(
         [*command, *again, *same], stdout=subprocess.DEVNULL, check=False
     ).returncode
@@ -440,24 +440,6 @@ def _run_apart(run: RunFolder, recipe: Path, like: RunFolder, *, overwrite: bool
             f"{run.root}: {killed if code < 0 else f'ended with {code}'}; what it said is above "
             f"and in {run.log.name}. Finished runs stay: --resume goes on from there"
         )
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held so far."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not ru_maxrss: that begins at the size of whatever process started this one.
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def release_freed_memory() -> None:
-    """Give freed memory back to the system. glibc keeps blocks of up to 32 MB for itself, and what
-    is left of one layer's tensors would pile up, in fragments, from layer to layer."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _check_text(recipe: Recipe) -> None:

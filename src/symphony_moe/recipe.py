@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -515,6 +516,8 @@ def load_variants(
                 _over({k: v for k, v in content.items() if k != "compare"}, seeded), variant
             )
             one = resolve_recipe(own, folder, f"{path}: {name}")
+            common = _over({k: v for k, v in content.items() if k != "compare"}, seeded)
+            _refuse_another_budget(path, name, one, resolve_recipe(common, folder, str(path)))
             found.setdefault(name, {})[seed] = one
     _refuse_the_same(path, found)
     if settings.reference not in found and "reference" in settings.model_fields_set:
@@ -550,6 +553,24 @@ def _without_presets(content: Mapping[Any, Any], folder: Path, who: str) -> dict
     return bare
 
 
+_COMMON = (
+    "sources", "evaluation", "seed", "calibration.seed", "train.tokens", "train.sequence_length",
+    "train.batch_size", "train.gradient_accumulation", "compare",
+)  # fmt: skip
+"""What all runs of a comparison that have one seed have in common."""
+
+
+def _refuse_another_budget(path: Path, name: str, recipe: Recipe, common: Recipe) -> None:
+    """RecipeError for a variant that could not stand in one table with the others."""
+    for key in _COMMON:
+        own, theirs = (attrgetter(key)(one) for one in (recipe, common))
+        if own != theirs:
+            raise RecipeError(
+                f"{path}: compare.variants.{name} changes {key}: runs that differ in it cannot "
+                "stand in one table; set it for all of them"
+            )
+
+
 def _refuse_the_same(path: Path, variants: Mapping[str, Mapping[int, Recipe]]) -> None:
     """RecipeError for two methods of different presets that are one recipe: its own settings have
     won over both."""
@@ -569,6 +590,8 @@ def _over(settings: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, A
     merged = dict(settings)
     for key, value in others.items():
         old = merged.get(key)
+        if value is None and isinstance(old, Mapping):
+            continue  # a section that is named and left empty
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         merged[key] = _over(old or {}, value) if both else value
     return merged

@@ -18,6 +18,13 @@ from typing import Any
 from symphony_moe.errors import RecipeError, RunFolderError
 from symphony_moe.recipe import Recipe, load_recipe
 
+try:
+    import fcntl
+except ImportError:  # another system: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -181,6 +188,55 @@ class CompareFolder:
         """The recipe that it is made by."""
         return self.root / "recipes" / f"{self.name(method, seed)}.yaml"
 
+    def owns(self, path: Path) -> bool:
+        """Whether a comparison makes an entry of that name in the folder."""
+        if path.is_dir():
+            run = RunFolder(path)
+            begun = run.recipe.is_file() or run.work.is_dir() or not any(path.iterdir())
+            return path.name == "recipes" or begun
+        return path.with_name(path.name.removesuffix(".tmp")) in (self.comparison, self.page)
+
+
+def start_comparison(
+    folder: CompareFolder, runs: Sequence[RunFolder], *, resume: bool, overwrite: bool
+) -> None:
+    """Make the folder of a comparison. With `overwrite`, `runs` are removed first, whole: a
+    comparison that is cut short then goes on with `resume` and no old run in it.
+
+    Raises RunFolderError for an existing folder, unless `resume`, or `overwrite` and everything in
+    it is a comparison's.
+    """
+    root = folder.root
+    if root.exists() and not root.is_dir():
+        raise RunFolderError(f"{root}: exists and is not a folder")
+    there = sorted(root.iterdir()) if root.is_dir() else []
+    if there and not (resume or overwrite):
+        raise RunFolderError(
+            f"{root}: exists; --resume keeps what is finished there and goes on, --overwrite "
+            "begins again; or choose another --out"
+        )
+    foreign = [path.name for path in there if not folder.owns(path)]
+    if foreign and overwrite:
+        raise RunFolderError(
+            f"{root}: holds {', '.join(foreign[:3])}, which no comparison has made, so --overwrite "
+            "leaves the folder alone; choose another --out, or move that elsewhere"
+        )
+    _make(root)
+    if overwrite:
+        old = [run for run in runs if run.recipe.is_file()]
+        for run in old:
+            refuse_existing(run.root, resume=False, overwrite=True)
+        folder.comparison.unlink(missing_ok=True)
+        folder.page.unlink(missing_ok=True)
+        for run in old:
+            with locked(run.root):
+                _clear(run)
+            shutil.rmtree(run.root)
+    for run in runs:
+        if run.work.is_dir() and not run.recipe.is_file():
+            with locked(run.root):
+                shutil.rmtree(run.work)  # of a run that was killed at its very start
+
 
 def refuse_existing(root: Path, *, resume: bool, overwrite: bool) -> None:
     """RunFolderError for a folder that is there already, unless `resume` or `overwrite` may use
@@ -235,18 +291,23 @@ def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> R
     run = RunFolder(root)
     text = recipe.to_yaml()
     if overwrite and run.recipe.is_file():
-        _clear(run)
+        with locked(root):
+            _clear(run)
     elif run.recipe.is_file() and run.recipe.read_text(encoding="utf-8") != text:
         raise RunFolderError(
             f"{root}: holds a build of another recipe or of sources that have changed since; "
             "--overwrite it or choose another --out"
         )
-    try:
-        run.work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{root}: cannot be made: {error}") from None
+    _make(run.work)
     write_text(run.recipe, text)
     return run
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be made: {error}") from None
 
 
 def adopt_build(run: RunFolder, other: RunFolder, recipe: Recipe, plan: Mapping[str, Any]) -> None:
@@ -291,18 +352,52 @@ def retire(run: RunFolder, finished: Path) -> None:
     shutil.rmtree(retired)
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
+        """Nothing: on a full disk the command says so itself."""
+
+
 @contextmanager
 def log_to(run: RunFolder) -> Iterator[None]:
-    """Append the package's log to `run.log` inside the block."""
-    handler = logging.FileHandler(run.log, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    package = logging.getLogger("symphony_moe")
-    package.addHandler(handler)
+    """Append the package's log to `run.log` inside the block, and what ends it. The folder is this
+    process's alone meanwhile: see `locked`."""
+    with locked(run.root):
+        handler = _LogFile(run.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        package = logging.getLogger("symphony_moe")
+        package.addHandler(handler)
+        try:
+            yield
+        except Exception as error:
+            words = str(error) or type(error).__name__
+            handler.handle(package.makeRecord(package.name, logging.ERROR, "", 0, words, (), None))
+            raise
+        finally:
+            package.removeHandler(handler)
+            handler.close()
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """RunFolderError where another process is at work in a folder; inside the block others see that
+    this one is. The system takes the lock back from a process that is killed. Of the processes that
+    train together the first holds it."""
+    if fcntl is None or int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    handle = os.open(root, os.O_RDONLY)
     try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"{root}: another `symphony` is at work there; wait until it is done, or stop it"
+            ) from None
+        except OSError:
+            log.debug("%s: its file system has no locks", root)
         yield
     finally:
-        package.removeHandler(handler)
-        handler.close()
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -32,8 +32,9 @@ from transformers import (
 )
 
 from symphony_moe import text_files
-from symphony_moe.errors import RunFolderError
+from symphony_moe.errors import RunFolderError, TextError
 from symphony_moe.families import HEAD_BIAS
+from symphony_moe.machine import is_out_of_memory, is_out_of_room, peak_rss_bytes
 from symphony_moe.recipe import Recipe, Train
 from symphony_moe.run_folder import RunFolder, publish, retire, write_text
 from symphony_moe.shards import CheckpointWriter, hash_folder
@@ -65,7 +66,8 @@ def train_run(
     and where the loss stops being a number.
     """
     run.require_checkpoint()
-    if run.trained.is_dir() and not overwrite:
+    begun = run.training / "settings.json"
+    if run.trained.is_dir() and not overwrite and not (resume and begun.is_file()):
         raise RunFolderError(f"{run.trained}: exists; --overwrite trains the checkpoint again")
     processes = PartialState(cpu=not torch.cuda.is_available())
     settings = recipe.train
@@ -74,42 +76,51 @@ def train_run(
             if not resume:
                 shutil.rmtree(run.work, ignore_errors=True)
             run.training.mkdir(parents=True, exist_ok=True)
-        _note_settings(run.training / "settings.json", recipe)
+        _note_settings(begun, recipe)
     text = training_text(recipe, sources, run.work / "text")
     started = time.monotonic()
 
     saved = _last_saved(run.training) if resume else None
     sharded = saved is not None and any(saved.glob("pytorch_model_fsdp*"))
-    model = load_stock(run.checkpoint if saved is None or sharded else saved)
-    num_trained = choose_parameters(model, settings.scope)
-    log.info("training %s: %s parameters", settings.scope, f"{num_trained:,}")
-    model.config.output_router_logits = True  # for the balance loss, and to report the balance
-    trainer = _make_trainer(model, text, recipe, sources, run.training, num_trained, measure)
-    # The Trainer divides the language-model loss by the tokens of all of a step's batches and adds
-    # the batches up; the balance loss comes with each batch, and is divided here.
-    batches = settings.gradient_accumulation * trainer.args.world_size * max(1, trainer.args.n_gpu)
-    setattr(model, balance_weight_name(model), settings.balance_weight / batches)
+    trainer = None
     try:
+        model = load_stock(run.checkpoint if saved is None or sharded else saved)
+        num_trained = choose_parameters(model, settings.scope)
+        log.info("training %s: %s parameters", settings.scope, f"{num_trained:,}")
+        model.config.output_router_logits = True  # for the balance loss, and to report the balance
+        trainer = _make_trainer(model, text, recipe, sources, run.training, num_trained, measure)
+        # The Trainer divides the language-model loss by the tokens of all of a step's batches and
+        # adds the batches up; the balance loss comes with each batch, and is divided here.
+        batches = settings.gradient_accumulation * trainer.args.world_size
+        batches *= max(1, trainer.args.n_gpu)
+        setattr(model, balance_weight_name(model), settings.balance_weight / batches)
         trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise RunFolderError(
-            f"training ran out of memory at step {trainer.state.global_step + 1}: lower "
-            "train.batch_size (and raise train.gradient_accumulation), or set "
-            "train.gradient_checkpointing: true. The checkpoint is untouched; what was saved of "
-            "the training last can be resumed with the same settings"
-        ) from None
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if processes.is_main_process:
-        _refuse_broken(weights, trainer.state.global_step)
-        _publish(run, recipe, model, weights, trainer, text, num_trained, started)
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if processes.is_main_process:
+            _refuse_broken(weights, trainer.state.global_step)
+            _publish(run, recipe, model, weights, trainer, text, num_trained, started)
+    except Exception as error:
+        _explain(error, run, None if trainer is None else trainer.state.global_step)
+        raise
     processes.wait_for_everyone()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    words = "can't allocate memory"  # torch on the CPU has no class for it
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or words in str(error)
+def _explain(error: Exception, run: RunFolder, step: int | None) -> None:
+    """RunFolderError where the machine has run out of something."""
+    next_step = "before the first step" if step is None else f"at step {step + 1}"
+    kept = "The checkpoint is untouched, and what was saved of the training last can be resumed"
+    if is_out_of_memory(error):
+        raise RunFolderError(
+            f"training ran out of memory {next_step}: lower train.batch_size (and raise "
+            "train.gradient_accumulation), or set train.gradient_checkpointing: true; the teachers "
+            f"need less with train.teacher_loading: in-turn. {kept} with the same settings"
+        ) from None
+    if is_out_of_room(error):
+        free = shutil.disk_usage(run.root).free / 1e6
+        raise RunFolderError(
+            f"{run.root}: no room for what the training writes at step {step or 0} ({free:,.1f} MB "
+            f"are free; {str(error).splitlines()[0]}). Make room and --resume. {kept}"
+        ) from None
 
 
 def _refuse_broken(weights: Mapping[str, Tensor], step: int) -> None:
@@ -149,6 +160,7 @@ def _publish(
         },
     )
     old = run.read_json(run.metrics)
+    timing = old.get("timing", {}) | {"train_peak_rss_bytes": peak_rss_bytes()}
     training = {
         "scope": settings.scope,
         "tokens": trainer.state.global_step * _tokens_per_step(trainer, settings),
@@ -166,7 +178,9 @@ def _publish(
         for key in ("routing", "cka", "dynamic", "tasks")
         if key in old
     }
-    run.update_json(run.metrics, {"training": training, **true}, forget=["trained"])
+    run.update_json(
+        run.metrics, {"training": training, "timing": timing, **true}, forget=["trained"]
+    )
     publish(run.staged_trained, run.trained)
     shutil.rmtree(run.work)
 
@@ -241,9 +255,17 @@ def choose_parameters(model: PreTrainedModel, scope: str) -> int:
 
 def _last_saved(folder: Path) -> Path | None:
     """The newest whole state of an interrupted training. The Trainer writes trainer_state.json
-    last: a kill while it saves leaves a folder without."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    last: a kill while it saves leaves a folder without, or with half of it."""
+    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
     return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 class _Trainer(Trainer):
@@ -428,7 +450,15 @@ def _make_trainer(
     processes = PartialState()
     world = processes.num_processes
     per_step = settings.batch_size * settings.gradient_accumulation * world
-    steps = max(1, len(text) // per_step)
+    steps = len(text) // per_step
+    if not steps:
+        raise TextError(
+            f"training text: {len(text)} windows of {settings.sequence_length} tokens do not fill "
+            f"one step of {per_step} (train.batch_size x train.gradient_accumulation x processes); "
+            "raise train.tokens, or lower one of those"
+        )
+    logging_steps = max(1, steps // 50)
+    save_steps = math.ceil(steps / settings.checkpoints)
     by_documents = settings.packing == "documents"
     has_bfloat16 = cuda and torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
@@ -448,10 +478,11 @@ def _make_trainer(
         use_cpu=not cuda,
         # The windows are in the order of training already.
         train_sampling_strategy="sequential",
-        logging_steps=max(1, steps // 50),
+        logging_steps=logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=max(1, math.ceil(steps / settings.checkpoints)),
+        # Between two logs the means that the next one tells are not saved.
+        save_steps=math.ceil(save_steps / logging_steps) * logging_steps,
         save_total_limit=2,
         seed=recipe.seed,
         report_to=settings.report_to,

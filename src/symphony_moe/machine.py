@@ -1,0 +1,63 @@
+"""What the machine has and has not: memory, room on the disk."""
+
+import contextlib
+import ctypes
+import errno
+import os
+import resource
+import sys
+from pathlib import Path
+
+_REFUSED = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
+}  # fmt: skip
+"""Errors of the system that tell of the machine's state, or of a path that cannot be."""
+
+_NO_ROOM = (
+    os.strerror(errno.ENOSPC),
+    # torch.save and safetensors, which do not pass the system's own words on.
+    "PytorchStreamWriter failed writing",
+    "unexpected pos",
+    "iostream error",
+    "Error while serializing: I/O error",
+)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss: that begins at the size of whatever process started this one.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def release_freed_memory() -> None:
+    """Give freed memory back to the system. glibc keeps blocks of up to 32 MB for itself, and what
+    is left of one layer's tensors would pile up, in fragments, from layer to layer."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory for something, on the CPU or on a device."""
+    words = "can't allocate memory"  # torch on the CPU has no class for it
+    kinds = ("OutOfMemoryError", "MemoryError")
+    return any(kind.__name__ in kinds for kind in type(error).__mro__) or words in str(error)
+
+
+def is_out_of_room(error: BaseException) -> bool:
+    """Whether a file could not be written for want of room: the libraries' own writers raise errors
+    of their own kinds."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(words in str(error) for words in _NO_ROOM)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the machine has refused something, which is nobody's bug: a full disk, a folder
+    without permission."""
+    refused = isinstance(error, OSError) and error.errno in _REFUSED
+    return refused or is_out_of_room(error)
