@@ -353,7 +353,7 @@ def retire(run: RunFolder, finished: Path) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
+    def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: on a full disk the command says so itself."""
 
 
