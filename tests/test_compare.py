@@ -237,6 +237,9 @@ def test_methods_that_are_one_are_refused(recipe: Path) -> None:
     ]
     with pytest.raises(RecipeError, match="symphony and btx are the same in everything"):
         load_variants(recipe, overrides, ["symphony", "btx"])
+    twice = ["compare.variants={v: {method: btx}}"]
+    with pytest.raises(RecipeError, match="btx and v are the same in everything"):
+        load_variants(recipe, twice, ["btx", "v"])
 
 
 # The whole way

@@ -572,16 +572,14 @@ def _refuse_another_budget(path: Path, name: str, recipe: Recipe, common: Recipe
 
 
 def _refuse_the_same(path: Path, variants: Mapping[str, Mapping[int, Recipe]]) -> None:
-    """RecipeError for two methods of different presets that are one recipe: its own settings have
-    won over both."""
+    """RecipeError for two methods that are one recipe but for their names."""
     recipes = {name: next(iter(of.values())) for name, of in variants.items()}
     for (one, first), (other, second) in combinations(recipes.items(), 2):
-        same = first.model_copy(update={"method": second.method}) == second
-        if same and first.method != second.method:
+        if first.model_copy(update={"method": second.method}) == second:
             raise RecipeError(
-                f"{path}: {one} and {other} are the same in everything: what the recipe sets of "
-                f"{', '.join(PRESETS[first.method])} wins over both presets. Leave it out, or set "
-                "it in compare.variants"
+                f"{path}: {one} and {other} are the same in everything; what the recipe sets "
+                f"of {', '.join(PRESETS[first.method])} wins over a preset. Leave it out there, or "
+                "set it in compare.variants, or leave one of the two out"
             )
 
 
