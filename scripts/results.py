@@ -22,7 +22,7 @@ from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import CompareFolder
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 480, 60, 40, 230, 40
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 920, 480, 60, 40, 250, 40
 COLUMNS = [(stage, where) for stage in ("built", "trained") for where in ("in", "out_of")]
 
 
