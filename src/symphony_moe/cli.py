@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from symphony_moe import __version__
 from symphony_moe.errors import RecipeError, SymphonyError
+from symphony_moe.machine import is_out_of_memory, is_refusal, process_number
 
 if TYPE_CHECKING:
     from symphony_moe.plan import Plan
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _refuse_processes(options)
         result, text = options.command(options)
-        if _process() == 0:
+        if process_number() == 0:
             print(_json(result) if options.json else text)
         return 0
     except SymphonyError as error:
@@ -45,8 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        from symphony_moe.machine import is_out_of_memory, is_refusal
-
         if is_out_of_memory(error):
             return _fail(options, f"out of memory: {_first_line(error)}{_less_memory(options)}", 2)
         if is_refusal(error):
@@ -74,11 +73,6 @@ def _less_memory(options: argparse.Namespace) -> str:
     return f". A smaller {setting} needs less" if setting else ""
 
 
-def _process() -> int:
-    """The number of this process among those that a launcher has started."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def _refuse_processes(options: argparse.Namespace) -> None:
     """Two processes of anything but a training would write the same files."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.command is not _train:
@@ -98,7 +92,7 @@ def _fail(options: argparse.Namespace, message: str, code: int) -> int:
 def _log(verbose: bool) -> None:
     package = logging.getLogger("symphony_moe")
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
-    if _process() > 0:
+    if process_number() > 0:
         package.setLevel(logging.WARNING)  # the first process speaks for all
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname).1s %(message)s"))

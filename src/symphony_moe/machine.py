@@ -1,4 +1,5 @@
-"""What the machine has and has not: memory, room on the disk."""
+"""What the machine has and has not: memory, room on the disk. Nothing here imports torch: the
+command line asks it before it knows whether torch is needed."""
 
 import contextlib
 import ctypes
@@ -8,8 +9,10 @@ import resource
 import sys
 from pathlib import Path
 
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
 _REFUSED = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+    *_FULL, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
 }  # fmt: skip
 """Errors of the system that tell of the machine's state, or of a path that cannot be."""
@@ -22,6 +25,11 @@ _NO_ROOM = (
     "iostream error",
     "Error while serializing: I/O error",
 )
+
+
+def process_number() -> int:
+    """The number of this process among those that a launcher has started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def peak_rss_bytes() -> int:
@@ -45,14 +53,14 @@ def release_freed_memory() -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory for something, on the CPU or on a device."""
     words = "can't allocate memory"  # torch on the CPU has no class for it
-    kinds = ("OutOfMemoryError", "MemoryError")
+    kinds = ("OutOfMemoryError", "MemoryError")  # the first is torch's
     return any(kind.__name__ in kinds for kind in type(error).__mro__) or words in str(error)
 
 
 def is_out_of_room(error: BaseException) -> bool:
     """Whether a file could not be written for want of room: the libraries' own writers raise errors
     of their own kinds."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = isinstance(error, OSError) and error.errno in _FULL
     return full or any(words in str(error) for words in _NO_ROOM)
 
 

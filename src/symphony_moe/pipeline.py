@@ -385,12 +385,13 @@ def prepare_comparison(
 
 def _refuse_another_recipe(run: RunFolder, recipe: Recipe) -> None:
     """RunFolderError for a run that was begun by another recipe."""
-    if run.recipe.is_file():
-        begun = _without_hashes(run.read_recipe())
-        if begun.to_yaml() != _without_hashes(recipe).to_yaml():
-            raise RunFolderError(
-                f"{run.root}: was begun by another recipe; --overwrite begins again"
-            )
+    if run.recipe.is_file() and not _are_equal(run.read_recipe(), recipe):
+        raise RunFolderError(f"{run.root}: was begun by another recipe; --overwrite begins again")
+
+
+def _are_equal(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes are the same, whatever hashes their sources are pinned to."""
+    return _without_hashes(one).to_yaml() == _without_hashes(other).to_yaml()
 
 
 def _without_hashes(recipe: Recipe) -> Recipe:
@@ -409,16 +410,13 @@ def _adopt_build(
     run = folder.run(*name)
     if run.root.exists():
         return
-    for other in map(lambda one: folder.run(*one), finished):
-        theirs = other.read_recipe()
-        pinned = recipe.model_copy(update={"sources": theirs.sources})
-        same = (
-            _without_hashes(theirs.model_copy(update={"train": recipe.train})).to_yaml()
-            == _without_hashes(recipe).to_yaml()
-            and other.read_json(other.manifest)["versions"] == _versions()
-        )
-        if same:
-            adopt_build(run, other, pinned, plan(recipe).to_json())
+    for one in finished:
+        other = folder.run(*one)
+        as_theirs = other.read_recipe().model_copy(update={"train": recipe.train})
+        made_by = other.read_json(other.manifest)["versions"]
+        if _are_equal(as_theirs, recipe) and made_by == _versions():
+            # Pinned to the sources that it was built of.
+            adopt_build(run, other, as_theirs, plan(recipe).to_json())
             log.info("%s: built as %s", run.root.name, other.root.name)
             return
 

@@ -490,7 +490,8 @@ def load_variants(
     content = _read_content(path, overrides)
     folder = path.resolve().parent
     recipe = resolve_recipe(content, folder, str(path))
-    content = _without_presets(content, folder, str(path))
+    content.pop("compare", None)
+    shared = _without_presets(content, folder, str(path))
     settings = recipe.compare
     chosen = list(methods or settings.methods or PRESETS)
     known = [*PRESETS, *settings.variants]
@@ -512,11 +513,8 @@ def load_variants(
             seeded = {
                 "seed": seed, "calibration": {"seed": seed}, "evaluation": {"seed": held_out},
             }  # fmt: skip
-            own = _over(
-                _over({k: v for k, v in content.items() if k != "compare"}, seeded), variant
-            )
-            one = resolve_recipe(own, folder, f"{path}: {name}")
-            common = _over({k: v for k, v in content.items() if k != "compare"}, seeded)
+            common = _over(shared, seeded)
+            one = resolve_recipe(_over(common, variant), folder, f"{path}: {name}")
             _refuse_another_budget(path, name, one, resolve_recipe(common, folder, str(path)))
             found.setdefault(name, {})[seed] = one
     _refuse_the_same(path, found)

@@ -4,6 +4,7 @@ A run folder never mixes two builds, and nothing in it looks finished before it 
 and `trained/` each appear by one rename, and until then everything is under `work/`.
 """
 
+import fcntl
 import json
 import logging
 import math
@@ -16,12 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from symphony_moe.errors import RecipeError, RunFolderError
+from symphony_moe.machine import process_number
 from symphony_moe.recipe import Recipe, load_recipe
-
-try:
-    import fcntl
-except ImportError:  # another system: nothing is locked there
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -325,10 +322,15 @@ def adopt_build(run: RunFolder, other: RunFolder, recipe: Recipe, plan: Mapping[
     timing = ("build_seconds", "build_peak_rss_bytes", "calibration_tokens")
     of_build["timing"] = {key: metrics["timing"][key] for key in timing}
     run.update_json(run.metrics, of_build)
-    files = {k: v for k, v in manifest["files"].items() if not k.startswith(run.trained.name + "/")}
-    tensors = {"checkpoint": manifest["tensors"]["checkpoint"]}
-    run.update_json(run.manifest, manifest | {"files": files, "tensors": tensors})
+    run.update_json(run.manifest, manifest_of_build(manifest))
     publish(copied, run.checkpoint)
+
+
+def manifest_of_build(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of stage 1, and not of a trained model."""
+    files = {k: v for k, v in manifest["files"].items() if not k.startswith("trained/")}
+    tensors = {k: v for k, v in manifest["tensors"].items() if k != "trained"}
+    return {**manifest, "files": files, "tensors": tensors}
 
 
 def _clear(run: RunFolder) -> None:
@@ -382,7 +384,7 @@ def locked(root: Path) -> Iterator[None]:
     """RunFolderError where another process is at work in a folder; inside the block others see that
     this one is. The system takes the lock back from a process that is killed. Of the processes that
     train together the first holds it."""
-    if fcntl is None or int(os.environ.get("RANK", "0")) > 0:
+    if process_number() > 0:
         yield
         return
     handle = os.open(root, os.O_RDONLY)

@@ -36,7 +36,13 @@ from symphony_moe.errors import RunFolderError, TextError
 from symphony_moe.families import HEAD_BIAS
 from symphony_moe.machine import is_out_of_memory, is_out_of_room, peak_rss_bytes
 from symphony_moe.recipe import Recipe, Train
-from symphony_moe.run_folder import RunFolder, publish, retire, write_text
+from symphony_moe.run_folder import (
+    RunFolder,
+    manifest_of_build,
+    publish,
+    retire,
+    write_text,
+)
 from symphony_moe.shards import CheckpointWriter, hash_folder
 from symphony_moe.sources import Source
 from symphony_moe.stock import balance_weight_name, ffn_routers, load_stock
@@ -150,12 +156,11 @@ def _publish(
     hashes = _write_trained(run, recipe, model, weights)
     if run.trained.is_dir():
         retire(run, run.trained)
-    manifest = run.read_json(run.manifest)
+    manifest = manifest_of_build(run.read_json(run.manifest))
     run.update_json(
         run.manifest,
         {
-            "files": {k: v for k, v in manifest["files"].items() if not k.startswith("trained/")}
-            | hash_folder(run.staged_trained),
+            "files": manifest["files"] | hash_folder(run.staged_trained),
             "tensors": manifest["tensors"] | {"trained": hashes},
         },
     )
