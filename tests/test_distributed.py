@@ -37,7 +37,9 @@ def sharded(folder: Path, kind: str = "FULL_STATE_DICT") -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
 
 
-SETTINGS = ["train.batch_size=2", "train.teacher=sources", "train.balance_weight=0.5"]
+SETTINGS = [
+    "train.batch_size=2", "train.teacher=sources", "train.balance_weight=0.5", "train.soften=0.05",
+]  # fmt: skip
 
 # accelerate shards on accelerators only; FSDP2 itself runs anywhere. The one change is what it is
 # told of the machine.
@@ -108,7 +110,9 @@ def single(
 
 
 def losses(run: RunFolder) -> list[float]:
-    return [entry["loss"] for entry in run.read_json(run.metrics)["training"]["curve"]]
+    """Of every step; and of the model at the end, as it is and softened."""
+    training = run.read_json(run.metrics)["training"]
+    return [entry["loss"] for entry in training["curve"]] + training["softened"]["loss"]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])

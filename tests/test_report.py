@@ -1068,6 +1068,15 @@ def test_errors_in_words(error: float | None, text: str) -> None:
     assert error_text(error) == text
 
 
+def test_what_softening_after_the_training_cost() -> None:
+    metrics = sample_metrics()
+    assert "Logits divided by" not in Page(rendered(metrics)).words
+    note = {"temperature": 1.171660, "loss": [2.1, 2.142], "tokens": 65_536}
+    metrics["training"]["softened"] = note
+    words = Page(rendered(metrics)).words
+    assert "Logits divided by 1.17 (loss on its own text from 2.100 to 2.142)" in words
+
+
 def test_notes_do_not_repeat_the_table_of_differences() -> None:
     assert other_notes(sample_plan()) == sample_plan()["notes"][1:]
 

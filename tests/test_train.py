@@ -431,3 +431,39 @@ def test_a_full_disk_is_said_in_words_and_training_goes_on_later(
     assert not run.trained.exists()
     assert main(["train", str(run.root), "--resume"]) == 0
     assert hash_folder(run.trained) == hash_folder(whole.trained)
+
+
+def nats(folder: Path, windows: Tensor, temperature: float = 1.0) -> float:
+    """Stock's logits, divided by hand."""
+    with torch.no_grad():
+        logits = load_clean(folder)(windows).logits[:, :-1].flatten(0, 1) / temperature
+    return float(torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("variant", ["llama-tied-rope3", "qwen2", "qwen3"])
+def test_softening_costs_what_it_may_and_changes_the_final_norm_alone(
+    variant: str, copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By brute force on the text that was trained on last: at the temperature that is chosen the
+    loss is below the limit, at the next it is not."""
+    sharp, soft = copied(variant), copied(variant)
+    settings = ["train.tokens=12288"]
+    monkeypatch.setattr(train, "TRAINED_TOKENS", 2048)
+    pipeline.train(sharp, settings)
+    pipeline.train(soft, [*settings, "train.soften=0.02"])
+    before, after = read_tensors(sharp.trained), read_tensors(soft.trained)
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {"model.norm.weight"}
+    assert "softened" not in sharp.read_json(sharp.metrics)["training"]
+    found = soft.read_json(soft.metrics)["training"]["softened"]
+    temperature = found["temperature"]
+    torch.testing.assert_close(
+        after["model.norm.weight"] * temperature, before["model.norm.weight"]
+    )
+    text = training_text(soft, settings)
+    windows = text[-(2048 // text.shape[1]) :]
+    assert found["tokens"] == windows.numel() == 2048
+    losses = [nats(folder, windows) for folder in (sharp.trained, soft.trained)]
+    assert found["loss"] == pytest.approx(losses, abs=2e-5)
+    assert 1 < temperature < 1.9
+    assert losses[1] < losses[0] * 1.02 <= nats(sharp.trained, windows, temperature * 1.02)
+    pipeline.verify(soft)

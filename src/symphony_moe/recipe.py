@@ -246,6 +246,11 @@ class Train(Section):
     """What both sides' logits are divided by in the divergence."""
     teacher_loading: Literal["auto", "together", "in-turn"] = "auto"
     """All teachers in memory, or one after the other; `auto`: together where they fit."""
+    soften: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    """How much higher the language-model loss may be for softer logits, as a share of itself, on
+    the text that was trained on last: at the end the final norm (of any scope) is divided by the
+    largest temperature that keeps to it. A trained model is too sure of itself on text of no
+    source's domain. 0: not at all."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the forward pass computes in; weights learn in float32. `auto`: bfloat16 on a GPU that
     has it."""

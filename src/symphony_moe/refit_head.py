@@ -18,11 +18,9 @@ from torch import Tensor
 from symphony_moe.forward import LOGITS_AT_ONCE, device, rms_norm
 from symphony_moe.least_squares import Fit, LeastSquares
 from symphony_moe.refit import Calibration, descend, described, judged, solve, to_fit
+from symphony_moe.soften import TEMPERATURES, largest_temperature
 
 Head = Float[Tensor, "vocabulary hidden"]
-
-_TEMPERATURES = [1.02**power for power in range(36)]
-"""What the logits may be divided by: 1 to 2."""
 
 
 def fit_head(
@@ -145,16 +143,10 @@ def _wanted(
 
 def _soften(calibration: Calibration, head: Head, heads: Mapping[str, Head]) -> tuple[float, float]:
     """The largest temperature at which the divergence from the sources is no more than
-    `refit.soften` of itself above that of temperature 1; and the divergence there.
-
-    Relative, so that a model which equals its sources stays as it is.
-    """
+    `refit.soften` of itself above that of temperature 1; and the divergence there."""
     soften = calibration.recipe.refit.soften
-    temperatures = _TEMPERATURES if soften > 0 else _TEMPERATURES[:1]
-    divergences = _divergences(calibration, head, heads, temperatures)
-    limit = divergences[0] * (1 + soften)
-    within = list(zip(temperatures, divergences, strict=True))
-    return max([within[0], *(pair for pair in within if pair[1] < limit)])
+    temperatures = TEMPERATURES if soften > 0 else TEMPERATURES[:1]
+    return largest_temperature(_divergences(calibration, head, heads, temperatures), soften)
 
 
 def _divergence(calibration: Calibration, head: Head, heads: Mapping[str, Head]) -> float:

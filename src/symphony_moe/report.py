@@ -605,12 +605,19 @@ def training_facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
         "steps": ("Steps", count),
         "seconds": ("Time", duration),
         "learning_rate": ("Learning rate at its peak", lambda rate: f"{rate:g}"),
+        "softened": ("Logits divided by", trained_softening),
     }
     return [
         (label, write(training[key]))
         for key, (label, write) in words.items()
         if training.get(key) is not None
     ]
+
+
+def trained_softening(note: Mapping[str, Any]) -> str:
+    """What the logits were divided by after the training, and what it cost on the text of it."""
+    before, after = (loss_text(_number(loss)) for loss in note["loss"])
+    return f"{_number(note['temperature']):.2f} (loss on its own text from {before} to {after})"
 
 
 def loss_chart(curve: Sequence[Mapping[str, Any]]) -> Chart | None:

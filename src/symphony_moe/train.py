@@ -33,7 +33,7 @@ from transformers import (
 
 from symphony_moe import text_files
 from symphony_moe.errors import RunFolderError, TextError
-from symphony_moe.families import HEAD_BIAS
+from symphony_moe.families import FINAL_NORM, HEAD_BIAS
 from symphony_moe.machine import is_out_of_memory, is_out_of_room, peak_rss_bytes
 from symphony_moe.recipe import Recipe, Train
 from symphony_moe.run_folder import (
@@ -44,6 +44,7 @@ from symphony_moe.run_folder import (
     write_text,
 )
 from symphony_moe.shards import CheckpointWriter, hash_folder
+from symphony_moe.soften import TRAINED_TOKENS, largest_temperature, losses_by_temperature
 from symphony_moe.sources import Source
 from symphony_moe.stock import balance_weight_name, ffn_routers, load_stock
 from symphony_moe.teach import Teachers, divergence, fit_in_memory
@@ -101,10 +102,26 @@ def train_run(
         batches *= max(1, trainer.args.n_gpu)
         setattr(model, balance_weight_name(model), settings.balance_weight / batches)
         trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+        softened = _soften(trainer, settings)
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if processes.is_main_process:
             _refuse_broken(weights, trainer.state.global_step)
-            _publish(run, recipe, model, weights, trainer, text, num_trained, started)
+            if softened:
+                weights[FINAL_NORM] = weights[FINAL_NORM] / softened["temperature"]
+            training: dict[str, Any] = {
+                "scope": settings.scope,
+                "tokens": trainer.state.global_step * _tokens_per_step(trainer, settings),
+                "steps": trainer.state.global_step,
+                "seconds": round(time.monotonic() - started, 2),
+                "learning_rate": settings.learning_rate,
+                "trained_parameters": num_trained,
+                "text": text.digest(),
+                "curve": _curve(trainer, settings),
+                "held_out": _held_out_curve(trainer, settings),
+            }
+            if softened:
+                training["softened"] = softened
+            _publish(run, recipe, model, weights, training)
     except Exception as error:
         _explain(error, run, None if trainer is None else trainer.state.global_step)
         raise
@@ -144,14 +161,10 @@ def _publish(
     recipe: Recipe,
     model: PreTrainedModel,
     weights: Mapping[str, Tensor],
-    trainer: Trainer,
-    text: TrainingText,
-    num_trained: int,
-    started: float,
+    training: Mapping[str, Any],
 ) -> None:
     """Write `trained/`, and everything that is said of it before it appears: a kill must not leave
     it without its hashes."""
-    settings = recipe.train
     model.config.output_router_logits = False
     hashes = _write_trained(run, recipe, model, weights)
     if run.trained.is_dir():
@@ -166,17 +179,6 @@ def _publish(
     )
     old = run.read_json(run.metrics)
     timing = old.get("timing", {}) | {"train_peak_rss_bytes": peak_rss_bytes()}
-    training = {
-        "scope": settings.scope,
-        "tokens": trainer.state.global_step * _tokens_per_step(trainer, settings),
-        "steps": trainer.state.global_step,
-        "seconds": round(time.monotonic() - started, 2),
-        "learning_rate": settings.learning_rate,
-        "trained_parameters": num_trained,
-        "text": text.digest(),
-        "curve": _curve(trainer, settings),
-        "held_out": _held_out_curve(trainer, settings),
-    }
     # What was measured of an earlier training is not true of this one.
     true: dict[str, Any] = {
         key: {stage: found for stage, found in old[key].items() if stage != "trained"}
@@ -188,6 +190,34 @@ def _publish(
     )
     publish(run.staged_trained, run.trained)
     shutil.rmtree(run.work)
+
+
+def _soften(trainer: Trainer, settings: Train) -> dict[str, Any] | None:
+    """What the final norm is to be divided by (`temperature`), and the language-model loss without
+    and with it on the text that was trained on last; None where the recipe does not ask for it.
+    Every process measures its share of that text."""
+    if not settings.soften:
+        return None
+    world, rank = trainer.args.world_size, trainer.args.process_index
+    windows: Any = trainer.train_dataset
+    trained = trainer.state.global_step * _tokens_per_step(trainer, settings)
+    end = trained // settings.sequence_length
+    last = max(world, min(end, TRAINED_TOKENS // settings.sequence_length) // world * world)
+    own = [windows[n] for n in range(end - last + rank, end, world)]
+    size = trainer.args.train_batch_size
+    batches = [default_data_collator(own[n : n + size]) for n in range(0, len(own), size)]
+    for batch in batches:
+        del batch["window"]
+    losses = losses_by_temperature(
+        trainer.model_wrapped, batches, lambda x: trainer.accelerator.reduce(x, "sum")
+    )
+    temperature, softened = largest_temperature(losses, settings.soften)
+    log.info("softened: temperature %.2f, loss %.3f to %.3f", temperature, losses[0], softened)
+    return {
+        "temperature": round(temperature, 6),
+        "loss": [round(losses[0], 6), round(softened, 6)],
+        "tokens": last * settings.sequence_length,
+    }
 
 
 def _note_settings(path: Path, recipe: Recipe) -> None:
