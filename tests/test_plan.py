@@ -218,3 +218,28 @@ def test_windows_beyond_the_context_of_any_source_that_reads_them_are_noted(
     assert beyond("calibration.sequence_length=300")[0] == (
         "calibration.sequence_length 300 is beyond a's 256 and b's 48 and c's 256"
     )
+
+
+@pytest.mark.parametrize(
+    ("setting", "unread", "reason", "read"),
+    [
+        ("refit.ridge=0.5", [], "refit.method is none", ["method=harmonized"]),
+        (
+            "refit.pull=1", ["method=harmonized", "refit.epochs=0"], "refit.epochs is 0",
+            ["method=harmonized", "refit.epochs=1"],
+        ),
+        ("router.temperature=2", [], "router.init is random", ["router.init=hidden"]),
+        ("align.neuron_share=0.5", ["method=btx"], "no neurons are matched", ["method=symphony"]),
+        ("experts.drop_share=0.1", [], "experts.init is not drop", ["method=drop-upcycling"]),
+        ("train.teacher_weight=0.1", [], "train.teacher is none", ["train.teacher=sources"]),
+    ],
+)  # fmt: skip
+def test_settings_that_nothing_reads_are_noted(
+    setting: str, unread: list[str], reason: str, read: list[str], recipes: Recipes
+) -> None:
+    def notes(*settings: str) -> list[str]:
+        found = pipeline.plan(load_recipe(recipes("llama"), settings)).notes
+        return [note for note in found if "has no effect" in note]
+
+    assert notes(setting, *unread) == [f"{setting.split('=')[0]} has no effect: {reason}"]
+    assert not notes(setting, *read) and not notes(*unread)

@@ -387,4 +387,30 @@ def _notes(
         notes.append(f"experts.init copy: every expert is {recipe.anchor}'s FFN; nothing to align")
     if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:
         notes.append("backbone.weights has no effect on attention: it is the anchor's")
+    return notes + _without_effect(recipe)
+
+
+def _without_effect(recipe: Recipe) -> list[str]:
+    """What a user has set (to another value than the default) that nothing reads."""
+    of_refit = ("refit.ridge", "refit.epochs", "refit.learning_rate", "refit.pull", "refit.soften")
+    of_teacher = ("train.teacher_weight", "train.teacher_temperature", "train.teacher_loading")
+    unread = (
+        (recipe.refit.method == "none", "refit.method is none", of_refit),
+        (
+            recipe.refit.method != "none" and recipe.refit.epochs == 0,
+            "refit.epochs is 0",
+            ("refit.learning_rate", "refit.pull"),
+        ),
+        (recipe.router.init == "random", "router.init is random", ("router.temperature",)),
+        (not recipe.aligns_neurons, "no neurons are matched", ("align.neuron_share",)),
+        (recipe.experts.init != "drop", "experts.init is not drop", ("experts.drop_share",)),
+        (recipe.train.teacher == "none", "train.teacher is none", of_teacher),
+    )
+    notes = []
+    for is_unread, reason, settings in unread:
+        for setting in settings if is_unread else ():
+            section, name = setting.split(".")
+            chosen = getattr(recipe, section)
+            if getattr(chosen, name) != type(chosen).model_fields[name].default:
+                notes.append(f"{setting} has no effect: {reason}")
     return notes
