@@ -1,8 +1,11 @@
 """Several methods in one table: who may stand there, and what it says."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -410,6 +413,29 @@ def test_begun_again_and_cut_short_no_old_run_is_left(
         patch.setattr(pipeline.subprocess, "run", killed)
         assert run_compare(recipe, out, *methods, "--overwrite") == 2
     assert sorted(path.name for path in out.iterdir()) == ["recipes"]
+
+
+def test_a_comparison_that_is_terminated_takes_its_run_with_it(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The signal comes from the run that is waited for."""
+    path = tmp_path / "number"
+    code = "import os, signal, sys, time; from pathlib import Path; "
+    code += "Path(sys.argv[1]).write_text(str(os.getpid())); "
+    code += "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    wait = subprocess.run
+
+    def run(command: list[str], **settings: Any) -> Any:
+        return wait([sys.executable, "-c", code, str(path)], **settings)
+
+    monkeypatch.setattr(pipeline.subprocess, "run", run)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_compare(recipe, tmp_path / "out", "--methods", "btx") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    _, status = os.waitpid(int(path.read_text()), 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def test_a_comparison_is_a_folder(

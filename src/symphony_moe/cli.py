@@ -9,6 +9,7 @@ import argparse
 import logging
 import math
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -389,7 +390,12 @@ def _compare(options: argparse.Namespace) -> Result:
         return {"runs": runs}, "\n".join(
             f"symphony run {run['recipe']} --out {run['out']}" for run in runs
         )
-    folder, entries, limits = pipeline.compare(recipe, variants, options.out, **again)
+    # A SIGTERM ends this process as Ctrl-C does, and with it the run that it waits for.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        folder, entries, limits = pipeline.compare(recipe, variants, options.out, **again)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     paths = {"comparison": str(folder.comparison), "page": str(folder.page)}
     return {"comparison": entries, "paths": paths}, (
         f"{describe(entries, limits)}\n\ntable: {folder.comparison}\npage:  {folder.page}"
