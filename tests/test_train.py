@@ -1,6 +1,7 @@
 """Stage 2 changes what its scope says, lowers the loss, and can be killed."""
 
 import errno
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -341,6 +342,12 @@ def test_resuming_with_other_settings_is_refused(
             pipeline.train(folder)
     with pytest.raises(RunFolderError, match=r"begun with learning_rate = 0\.001, not 0\.5"):
         pipeline.train(folder, ["train.learning_rate=0.5"], resume=True)
+    # An older version's, which did not have one of the settings yet.
+    path = folder.training / "settings.json"
+    begun = json.loads(path.read_text())
+    path.write_text(json.dumps({key: begun[key] for key in begun if key != "soften"}))
+    with pytest.raises(RunFolderError, match=r"begun with soften = 0\.0, not 0\.1"):
+        pipeline.train(folder, ["train.soften=0.1"], resume=True)
     pipeline.train(folder, resume=True)
     assert folder.trained.is_dir()
 

@@ -227,11 +227,12 @@ def _note_settings(path: Path, recipe: Recipe) -> None:
     if not path.is_file():  # the first process comes first
         write_text(path, json.dumps(settings, indent=2))
         return
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in settings if settings[name] != begun.get(name)]
+    # An older version's has not all of today's settings: it did what their defaults do.
+    begun = Train().model_dump() | json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in settings if settings[name] != begun[name]]
     if changed:
         raise RunFolderError(
-            f"--resume: this training was begun with {changed[0]} = {begun.get(changed[0])}, not "
+            f"--resume: this training was begun with {changed[0]} = {begun[changed[0]]}, not "
             f"{settings[changed[0]]}; give the same settings, or begin again without --resume"
         )
 
