@@ -254,6 +254,30 @@ def test_a_kill_at_the_very_end_leaves_a_run_that_verifies(
             pipeline.verify(run)
 
 
+@pytest.mark.parametrize("at", ["_soften", "_publish"])
+def test_a_kill_after_the_last_step_of_text_that_is_no_whole_number_of_steps(
+    at: str, copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The windows that are left over make no further step."""
+    whole, cut = copied("llama"), copied("llama")
+    settings = ["train.tokens=1728", "train.soften=0.02"]
+    pipeline.train(whole, settings)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.train(cut, settings)
+    pipeline.train(cut, settings, resume=True)
+    one, other = (run.read_json(run.metrics)["training"] for run in (whole, cut))
+    assert one["steps"] * 4 < 1728 // 64 == 27 and one["tokens"] < 1728
+    for key in ("steps", "tokens", "curve", "softened", "text"):
+        assert one[key] == other[key], key
+    assert hash_folder(whole.trained) == hash_folder(cut.trained)
+
+
 def test_half_a_state_is_passed_over(
     copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,17 +361,25 @@ def test_resuming_with_other_settings_is_refused(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "_make_trainer", stop)
+        patched.setattr(train._Trainer, "train", stop)
         with pytest.raises(KeyboardInterrupt):
             pipeline.train(folder)
     with pytest.raises(RunFolderError, match=r"begun with learning_rate = 0\.001, not 0\.5"):
         pipeline.train(folder, ["train.learning_rate=0.5"], resume=True)
+    # Other text, or another number of processes.
+    path = folder.training / "text.json"
+    begun = json.loads(path.read_text())
+    for name, other in (("text", "0"), ("tokens per step", 7)):
+        path.write_text(json.dumps(begun | {name: other}))
+        with pytest.raises(RunFolderError, match=f"begun with another {name} .{other}, now "):
+            pipeline.train(folder, resume=True)
+    path.write_text(json.dumps(begun))
     # An older version's, which did not have one of the settings yet.
     path = folder.training / "settings.json"
     begun = json.loads(path.read_text())
-    path.write_text(json.dumps({key: begun[key] for key in begun if key != "soften"}))
-    with pytest.raises(RunFolderError, match=r"begun with soften = 0\.0, not 0\.1"):
-        pipeline.train(folder, ["train.soften=0.1"], resume=True)
+    path.write_text(json.dumps({key: begun[key] for key in begun if key != "packing"}))
+    with pytest.raises(RunFolderError, match=r"begun with packing = windows, not documents"):
+        pipeline.train(folder, ["train.packing=documents"], resume=True)
     pipeline.train(folder, resume=True)
     assert folder.trained.is_dir()
 

@@ -62,7 +62,7 @@ from symphony_moe.families import (
 )
 from symphony_moe.machine import peak_rss_bytes, release_freed_memory
 from symphony_moe.plan import Plan, make_plan, streams_in_memory
-from symphony_moe.recipe import Recipe
+from symphony_moe.recipe import Recipe, Train
 from symphony_moe.refit import (
     Calibration,
     advance_new,
@@ -328,6 +328,8 @@ def compare(
     runs = {name: folder.run(*name) for name in names}
     metrics = {name: run.read_json(run.metrics) for name, run in runs.items()}
     manifests = {name: run.read_json(run.manifest) for name, run in runs.items()}
+    for name, of_run in metrics.items():
+        _refuse_other_training(runs[name], of_run["training"], variants[name[0]][name[1]].train)
     refuse_different(metrics, manifests)
     entries = entries_of(metrics, list(recipe.sources))
     reference = recipe.compare.reference
@@ -424,8 +426,8 @@ def _adopt_build(
 def _run_apart(run: RunFolder, recipe: Path, like: RunFolder) -> None:
     """The whole way in a process of its own, so that its peak of memory is its own and what kills
     it kills nothing else. `like`: the comparison's first run."""
-    if run.report.is_file():
-        return  # the report comes last
+    if run.report.is_file() and "trained" in run.read_json(run.metrics):
+        return  # the report comes last; what is trained again has no losses yet
     again = ["--resume"] if run.recipe.is_file() else []
     same = [] if like == run else ["--sources-from", str(like.root)]
     command = [sys.executable, "-m", "symphony_moe", "run", str(recipe), "--out", str(run.root)]
@@ -438,6 +440,25 @@ def _run_apart(run: RunFolder, recipe: Path, like: RunFolder) -> None:
             f"{run.root}: {killed if code < 0 else f'ended with {code}'}; what it said is above "
             f"and in {run.log.name}. Finished runs stay: --resume goes on from there"
         )
+
+
+_OF_A_MACHINE = {
+    "batch_size", "gradient_accumulation", "gradient_checkpointing", "checkpoints",
+    "teacher_loading", "report_to",
+}  # fmt: skip
+
+
+def _refuse_other_training(run: RunFolder, training: Mapping[str, Any], settings: Train) -> None:
+    """RunFolderError for a run that was trained with other settings than its recipe's, but for
+    those that say how to compute and not what (a machine of several GPUs has its own)."""
+    wanted = settings.model_dump(exclude=_OF_A_MACHINE)
+    found = training.get("settings", {})
+    for name in wanted.keys() & found.keys():
+        if (value := found[name]) != wanted[name]:
+            raise RunFolderError(
+                f"{run.root}: was trained with {name} = {value}, not {wanted[name]} as its "
+                "recipe here says; train it with that, or remove the folder and --resume"
+            )
 
 
 def _check_text(recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ loss (Hinton, Vinyals and Dean, arXiv 1503.02531). No gradient reaches a source.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from symphony_moe.forward import WINDOWS_TOKENS, device
+from symphony_moe.shards import reserve
 from symphony_moe.sources import Source
 from symphony_moe.stock import load_source
 from symphony_moe.text_files import TrainingText
@@ -147,10 +149,11 @@ class Teachers:
         ][:room]
         self._waiting = {number: row for row, number in enumerate(mine)}
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"teachers-{process}.npy"
-        self._states = np.lib.format.open_memmap(
-            path, mode="w+", dtype=np.float32, shape=(len(mine), length, hidden)
-        )
+        path, shape = self._folder / f"teachers-{process}.bin", (len(mine), length, hidden)
+        with path.open("wb") as file:
+            # Writing to a map without space behind it would end the process (SIGBUS).
+            reserve(file, math.prod(shape) * 4)
+        self._states = np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
         at_once = max(1, WINDOWS_TOKENS // length)
         self._heads = []
         for number, source in enumerate(self.sources):

@@ -101,11 +101,16 @@ def train_run(
         batches = settings.gradient_accumulation * trainer.args.world_size
         batches *= max(1, trainer.args.n_gpu)
         setattr(model, balance_weight_name(model), settings.balance_weight / batches)
+        digest = text.digest() if processes.is_main_process else ""
+        if processes.is_main_process:
+            of_step = _tokens_per_step(trainer, settings)
+            _note_text(run.training / "text.json", {"text": digest, "tokens per step": of_step})
         trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
-        softened = _soften(trainer, settings)
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if processes.is_main_process:
             _refuse_broken(weights, trainer.state.global_step)
+        softened = _soften(trainer, settings)
+        if processes.is_main_process:
             if softened:
                 weights[FINAL_NORM] = weights[FINAL_NORM] / softened["temperature"]
             training: dict[str, Any] = {
@@ -115,7 +120,8 @@ def train_run(
                 "seconds": round(time.monotonic() - started, 2),
                 "learning_rate": settings.learning_rate,
                 "trained_parameters": num_trained,
-                "text": text.digest(),
+                "text": digest,
+                "settings": settings.model_dump(),
                 "curve": _curve(trainer, settings),
                 "held_out": _held_out_curve(trainer, settings),
             }
@@ -131,18 +137,19 @@ def train_run(
 def _explain(error: Exception, run: RunFolder, step: int | None) -> None:
     """RunFolderError where the machine has run out of something."""
     next_step = "before the first step" if step is None else f"at step {step + 1}"
-    kept = "The checkpoint is untouched, and what was saved of the training last can be resumed"
     if is_out_of_memory(error):
         raise RunFolderError(
             f"training ran out of memory {next_step}: lower train.batch_size (and raise "
             "train.gradient_accumulation), or set train.gradient_checkpointing: true; the teachers "
-            f"need less with train.teacher_loading: in-turn. {kept} with the same settings"
+            "need less with train.teacher_loading: in-turn. The checkpoint is untouched; other "
+            "settings begin the training again, without --resume"
         ) from None
     if is_out_of_room(error):
         free = shutil.disk_usage(run.root).free / 1e6
         raise RunFolderError(
             f"{run.root}: no room for what the training writes at step {step or 0} ({free:,.1f} MB "
-            f"are free; {str(error).splitlines()[0]}). Make room and --resume. {kept}"
+            f"are free; {str(error).splitlines()[0]}). Make room and --resume: it "
+            "goes on from what was saved last. The checkpoint is untouched"
         ) from None
 
 
@@ -166,10 +173,11 @@ def _publish(
     """Write `trained/`, and everything that is said of it before it appears: a kill must not leave
     it without its hashes."""
     model.config.output_router_logits = False
+    manifest = manifest_of_build(run.read_json(run.manifest))
+    old = run.read_json(run.metrics)
     hashes = _write_trained(run, recipe, model, weights)
     if run.trained.is_dir():
         retire(run, run.trained)
-    manifest = manifest_of_build(run.read_json(run.manifest))
     run.update_json(
         run.manifest,
         {
@@ -177,7 +185,6 @@ def _publish(
             "tensors": manifest["tensors"] | {"trained": hashes},
         },
     )
-    old = run.read_json(run.metrics)
     timing = old.get("timing", {}) | {"train_peak_rss_bytes": peak_rss_bytes()}
     # What was measured of an earlier training is not true of this one.
     true: dict[str, Any] = {
@@ -200,8 +207,7 @@ def _soften(trainer: Trainer, settings: Train) -> dict[str, Any] | None:
         return None
     world, rank = trainer.args.world_size, trainer.args.process_index
     windows: Any = trainer.train_dataset
-    trained = trainer.state.global_step * _tokens_per_step(trainer, settings)
-    end = trained // settings.sequence_length
+    end = len(windows)
     last = max(world, min(end, TRAINED_TOKENS // settings.sequence_length) // world * world)
     own = [windows[n] for n in range(end - last + rank, end, world)]
     size = trainer.args.train_batch_size
@@ -224,6 +230,7 @@ def _note_settings(path: Path, recipe: Recipe) -> None:
     """Write down what is trained with; RunFolderError where a training that is resumed was begun
     with other settings."""
     settings = recipe.train.model_dump() | {"seed": recipe.seed}
+    del settings["soften"]  # no step knows of it
     if not path.is_file():  # the first process comes first
         write_text(path, json.dumps(settings, indent=2))
         return
@@ -235,6 +242,22 @@ def _note_settings(path: Path, recipe: Recipe) -> None:
             f"--resume: this training was begun with {changed[0]} = {begun[changed[0]]}, not "
             f"{settings[changed[0]]}; give the same settings, or begin again without --resume"
         )
+
+
+def _note_text(path: Path, facts: Mapping[str, str | int]) -> None:
+    """Write down what a step is made of; RunFolderError where a training that is resumed was begun
+    with other text, or in another number of processes."""
+    if not path.is_file():
+        write_text(path, json.dumps(facts, indent=2))
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in facts.items():
+        if begun.get(name) != value:
+            raise RunFolderError(
+                f"--resume: this training was begun with another {name} ({begun.get(name)}, now "
+                f"{value}); give it the same text and as many processes, or begin again without "
+                "--resume"
+            )
 
 
 def training_text(recipe: Recipe, sources: Sequence[Source], folder: Path) -> TrainingText:
@@ -390,11 +413,11 @@ class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
     where one ends: attention stays within a document, and its first token is not predicted.
     """
 
-    def __init__(self, text: TrainingText, *, by_documents: bool) -> None:
-        self.text, self.by_documents = text, by_documents
+    def __init__(self, text: TrainingText, count: int, *, by_documents: bool) -> None:
+        self.text, self.count, self.by_documents = text, count, by_documents
 
     def __len__(self) -> int:
-        return len(self.text)
+        return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         tokens = self.text.tokens([index])[0]
@@ -540,7 +563,9 @@ def _make_trainer(
         teachers=teachers,
         model=model,
         args=arguments,
-        train_dataset=_Windows(text, by_documents=by_documents),
+        # Whole steps only: of windows that are left over the Trainer would make one step more when
+        # it resumes at the end.
+        train_dataset=_Windows(text, steps * per_step, by_documents=by_documents),
         data_collator=default_data_collator,
         callbacks=[_Progress(per_step * settings.sequence_length)],
     )
