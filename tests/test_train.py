@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from conftest import VARIANTS
 from symphony_moe import pipeline, train
 from symphony_moe.cli import main
-from symphony_moe.errors import RecipeError, RunFolderError, TextError
+from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, TextError
 from symphony_moe.evaluate import losses_and_routing
 from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import RunFolder
@@ -336,6 +336,34 @@ def test_text_that_does_not_fill_a_step_is_refused(copied: Callable[[str], RunFo
     with pytest.raises(TextError, match=words):
         pipeline.train(run, ["train.tokens=384", "train.gradient_accumulation=8"])
     assert not run.trained.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.report_to=fooboard", "'fooboard' is none of azure_ml, "),
+        ("train.report_to=wandb", "the package of 'wandb' is not installed"),
+        ("train.tokens=192", "3 windows of 64 tokens do not fill one step of 4 "),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_built(
+    setting: str, words: str, recipes: Callable[[str], Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(train, "get_available_reporting_integrations", lambda: ["mlflow"])
+    with pytest.raises(SymphonyError, match=words):
+        pipeline.run(load_recipe(recipes("llama"), [setting]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train.refuse_untrainable(load_recipe(recipes("llama"), ["train.report_to=mlflow"]))
+
+
+def test_one_process_is_not_given_several_gpus(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied("llama")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RunFolderError, match="shows 2 GPUs to one process; start one process for"):
+        pipeline.train(run)
 
 
 def test_trained_models_are_not_replaced_unasked(copied: Callable[[str], RunFolder]) -> None:

@@ -92,7 +92,7 @@ from symphony_moe.sources import Source, anchor_of, experts_of, open_sources
 from symphony_moe.streams import Streams
 from symphony_moe.tasks import choose_models, load_tasks, run_tasks
 from symphony_moe.text import check_data_exists, digest_of
-from symphony_moe.train import train_run
+from symphony_moe.train import refuse_untrainable, train_run
 from symphony_moe.verify import compare_builds, verify_run
 from symphony_moe.write import write_companions
 
@@ -114,7 +114,8 @@ def run(
     like: RunFolder | None = None,
 ) -> RunFolder:
     """The whole way: build, verify, train, evaluate (`like`: see there), report."""
-    # Text that a later stage would refuse is refused before the first begins.
+    # What a later stage would refuse is refused before the first begins.
+    refuse_untrainable(recipe)
     held_out_windows(recipe, open_sources(recipe, download=False))
     folder = build(recipe, out, resume=resume, overwrite=overwrite)
     verify(folder)

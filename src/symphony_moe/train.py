@@ -30,9 +30,13 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from symphony_moe import text_files
-from symphony_moe.errors import RunFolderError, TextError
+from symphony_moe.errors import RecipeError, RunFolderError, TextError
 from symphony_moe.families import FINAL_NORM, HEAD_BIAS
 from symphony_moe.machine import is_out_of_memory, is_out_of_room, peak_rss_bytes
 from symphony_moe.recipe import Recipe, Train
@@ -73,6 +77,7 @@ def train_run(
     and where the loss stops being a number.
     """
     run.require_checkpoint()
+    refuse_untrainable(recipe)
     begun = run.training / "settings.json"
     if run.trained.is_dir() and not overwrite and not (resume and begun.is_file()):
         raise RunFolderError(f"{run.trained}: exists; --overwrite trains the checkpoint again")
@@ -99,7 +104,6 @@ def train_run(
         # The Trainer divides the language-model loss by the tokens of all of a step's batches and
         # adds the batches up; the balance loss comes with each batch, and is divided here.
         batches = settings.gradient_accumulation * trainer.args.world_size
-        batches *= max(1, trainer.args.n_gpu)
         setattr(model, balance_weight_name(model), settings.balance_weight / batches)
         digest = text.digest() if processes.is_main_process else ""
         if processes.is_main_process:
@@ -132,6 +136,39 @@ def train_run(
         _explain(error, run, None if trainer is None else trainer.state.global_step)
         raise
     processes.wait_for_everyone()
+
+
+def refuse_untrainable(recipe: Recipe) -> None:
+    """SymphonyError for what `train_run` could not do on this machine, before
+    anything else is done: text that fills no step of one process, loggers that are not there, and
+    several GPUs in one process (the Trainer would take the batches of all of them for one)."""
+    settings, sources = recipe.train, len(recipe.sources)
+    windows = max(1, settings.tokens // settings.sequence_length // sources) * sources
+    _refuse_short(windows, settings.batch_size * settings.gradient_accumulation, settings)
+    asked = settings.report_to if isinstance(settings.report_to, list) else [settings.report_to]
+    for name in asked:
+        if name in ("none", "all") or name in get_available_reporting_integrations():
+            continue
+        if name in INTEGRATION_TO_CALLBACK:
+            raise RecipeError(f"train.report_to: the package of {name!r} is not installed")
+        known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+        raise RecipeError(f"train.report_to: {name!r} is none of {known}")
+    if torch.cuda.device_count() > 1 and PartialState().num_processes == 1:
+        raise RunFolderError(
+            f"training: this machine shows {torch.cuda.device_count()} GPUs to one process; start "
+            "one process for each (torchrun --nproc-per-node N -m symphony_moe train RUN), or show "
+            "one (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def _refuse_short(windows: int, per_step: int, settings: Train) -> None:
+    """TextError for text that fills no step."""
+    if windows < per_step:
+        raise TextError(
+            f"training text: {windows} windows of {settings.sequence_length} tokens do not fill "
+            f"one step of {per_step} (train.batch_size x train.gradient_accumulation x processes); "
+            "raise train.tokens, or lower one of those"
+        )
 
 
 def _explain(error: Exception, run: RunFolder, step: int | None) -> None:
@@ -510,12 +547,7 @@ def _make_trainer(
     world = processes.num_processes
     per_step = settings.batch_size * settings.gradient_accumulation * world
     steps = len(text) // per_step
-    if not steps:
-        raise TextError(
-            f"training text: {len(text)} windows of {settings.sequence_length} tokens do not fill "
-            f"one step of {per_step} (train.batch_size x train.gradient_accumulation x processes); "
-            "raise train.tokens, or lower one of those"
-        )
+    _refuse_short(len(text), per_step, settings)
     logging_steps = max(1, steps // 50)
     save_steps = math.ceil(steps / settings.checkpoints)
     by_documents = settings.packing == "documents"
