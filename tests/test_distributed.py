@@ -44,7 +44,10 @@ SETTINGS = [
 # accelerate shards on accelerators only; FSDP2 itself runs anywhere. The one change is what it is
 # told of the machine.
 SCRIPT = """
+import os
 import sys
+import time
+from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
@@ -73,14 +76,21 @@ if "--kill" in sys.argv:
 
     train._Progress.on_step_begin = killed
 
-publish = train._publish
+publish, ended = train._publish, Path(__file__).with_name("ended")
 
 def publish_seen(run, recipe, model, *rest):
     print("MODEL", type(model).__name__)
+    began = time.monotonic()
+    while not ended.exists():  # writing may take long: the other process must not wait for it
+        assert time.monotonic() - began < 60, "the other process waits"
+        time.sleep(0.1)
     publish(run, recipe, model, *rest)
 
 train._publish = publish_seen
-sys.exit(main(sys.argv[1:]))
+code = main(sys.argv[1:])
+if os.environ["RANK"] != "0":
+    ended.touch()
+sys.exit(code)
 """
 
 
@@ -88,6 +98,7 @@ def launch(folder: Path, launcher: list[str], *arguments: str) -> tuple[int, str
     """(exit code, everything printed) of a command in two processes."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
+    (folder / "ended").unlink(missing_ok=True)
     kinds = [] if launcher is TORCHRUN else ["--fsdp"]
     sets = [word for setting in SETTINGS for word in ("--set", setting)]
     done = subprocess.run(

@@ -286,6 +286,8 @@ def _train(options: argparse.Namespace) -> Result:
 
     folder = RunFolder(options.dir)
     pipeline.train(folder, options.overrides, resume=options.resume, overwrite=options.overwrite)
+    if process_number() > 0:
+        return {}, ""  # the first process may still be writing
     training = folder.read_json(folder.metrics)["training"]
     text = f"trained {folder.trained}: {training['steps']} steps, {training['seconds']:.0f} s"
     return {"training": training, "paths": {"trained": str(folder.trained)}}, text

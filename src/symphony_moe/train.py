@@ -70,7 +70,8 @@ def train_run(
     measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
 ) -> None:
     """Train `checkpoint/` into `trained/`, which appears when it is whole. Under `accelerate
-    launch` or `torchrun`, every process calls this, and the first writes.
+    launch` or `torchrun`, every process calls this, and the first writes; the others return before
+    it has.
 
     `measure`: model -> held-out losses, for `train.evaluations`. Raises RunFolderError where there
     is no checkpoint, where `trained/` exists (unless `overwrite`), where memory does not suffice,
@@ -88,7 +89,7 @@ def train_run(
             if not resume:
                 shutil.rmtree(run.work, ignore_errors=True)
             run.training.mkdir(parents=True, exist_ok=True)
-        _note_settings(begun, recipe)
+        _note_settings(begun, recipe)  # the first process comes first
     text = training_text(recipe, sources, run.work / "text")
     started = time.monotonic()
 
@@ -105,10 +106,11 @@ def train_run(
         # adds the batches up; the balance loss comes with each batch, and is divided here.
         batches = settings.gradient_accumulation * trainer.args.world_size
         setattr(model, balance_weight_name(model), settings.balance_weight / batches)
-        digest = text.digest() if processes.is_main_process else ""
+        digest = ""
         if processes.is_main_process:
+            digest = text.digest()
             of_step = _tokens_per_step(trainer, settings)
-            _note_text(run.training / "text.json", {"text": digest, "tokens per step": of_step})
+            _note(run.training / "text.json", {"text": digest, "tokens per step": of_step})
         trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if processes.is_main_process:
@@ -135,15 +137,16 @@ def train_run(
     except Exception as error:
         _explain(error, run, None if trainer is None else trainer.state.global_step)
         raise
-    processes.wait_for_everyone()
+    # The other processes do not wait here: where the weights are large, writing them takes longer
+    # than a collective operation may.
 
 
 def refuse_untrainable(recipe: Recipe) -> None:
-    """SymphonyError for what `train_run` could not do on this machine, before
-    anything else is done: text that fills no step of one process, loggers that are not there, and
-    several GPUs in one process (the Trainer would take the batches of all of them for one)."""
+    """SymphonyError for what `train_run` could not do on this machine, before anything else is
+    done: text that fills no step of one process, loggers that are not there, and several GPUs in
+    one process (the Trainer would take the batches of all of them for one)."""
     settings, sources = recipe.train, len(recipe.sources)
-    windows = max(1, settings.tokens // settings.sequence_length // sources) * sources
+    windows = _windows_per_source(settings, sources) * sources
     _refuse_short(windows, settings.batch_size * settings.gradient_accumulation, settings)
     asked = settings.report_to if isinstance(settings.report_to, list) else [settings.report_to]
     for name in asked:
@@ -264,44 +267,39 @@ def _soften(trainer: Trainer, settings: Train) -> dict[str, Any] | None:
 
 
 def _note_settings(path: Path, recipe: Recipe) -> None:
-    """Write down what is trained with; RunFolderError where a training that is resumed was begun
-    with other settings."""
+    """`_note` of the settings of a training."""
     settings = recipe.train.model_dump() | {"seed": recipe.seed}
     del settings["soften"]  # no step knows of it
-    if not path.is_file():  # the first process comes first
-        write_text(path, json.dumps(settings, indent=2))
-        return
     # An older version's has not all of today's settings: it did what their defaults do.
-    begun = Train().model_dump() | json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in settings if settings[name] != begun[name]]
-    if changed:
-        raise RunFolderError(
-            f"--resume: this training was begun with {changed[0]} = {begun[changed[0]]}, not "
-            f"{settings[changed[0]]}; give the same settings, or begin again without --resume"
-        )
+    _note(path, settings, Train().model_dump())
 
 
-def _note_text(path: Path, facts: Mapping[str, str | int]) -> None:
-    """Write down what a step is made of; RunFolderError where a training that is resumed was begun
-    with other text, or in another number of processes."""
+def _note(path: Path, facts: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+    """Write down what a training is made of; RunFolderError where one that is resumed was begun
+    with something else. `defaults`: of facts that it did not write down."""
     if not path.is_file():
         write_text(path, json.dumps(facts, indent=2))
         return
-    begun = json.loads(path.read_text(encoding="utf-8"))
+    begun = dict(defaults or {}) | json.loads(path.read_text(encoding="utf-8"))
     for name, value in facts.items():
         if begun.get(name) != value:
             raise RunFolderError(
-                f"--resume: this training was begun with another {name} ({begun.get(name)}, now "
-                f"{value}); give it the same text and as many processes, or begin again without "
+                f"--resume: this training was begun with {name} = {begun.get(name)}, not {value}; "
+                "give it the same settings, text and number of processes, or begin again without "
                 "--resume"
             )
+
+
+def _windows_per_source(settings: Train, num_sources: int) -> int:
+    """Each source's share of the text."""
+    return max(1, settings.tokens // settings.sequence_length // num_sources)
 
 
 def training_text(recipe: Recipe, sources: Sequence[Source], folder: Path) -> TrainingText:
     """Equal shares of every source's text, shuffled together. Text that is shorter than its share
     is repeated, each time in a new order. `folder`: where large text is kept."""
     settings = recipe.train
-    share = max(1, settings.tokens // settings.sequence_length // len(sources))
+    share = _windows_per_source(settings, len(sources))
     generator = torch.Generator().manual_seed(recipe.seed)
     parts, rows = [], []
     for source in sources:
