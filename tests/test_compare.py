@@ -137,6 +137,44 @@ def test_every_method_is_measured_by_the_reference_of_its_seed() -> None:
     assert "2.750 (2.500 to 3.000)" in text and "65 %" in text
 
 
+def test_the_way_to_a_loss_that_nobody_measured_is_not_invented() -> None:
+    """Between the built and the trained model a straight line would say much too many tokens."""
+    unmeasured = metrics()["training"] | {"held_out": []}
+    runs = {
+        ("symphony", 1): metrics(trained={"a": 2.5, "b": 3.5, "x": 5.0}),
+        ("btx", 1): metrics(training=unmeasured),
+        ("bam", 1): metrics(built={"a": 2.0, "b": 3.0, "x": 5.0}, training=unmeasured),
+    }
+    entries = entries_of(runs, ["a", "b"])
+    mark_reached(entries, "symphony")
+    reached = {e["method"]: e["reaches"]["tokens"] for e in entries if "reaches" in e}
+    assert reached == {"symphony": None, "btx": None, "bam": 200}  # as it was built
+
+
+def test_the_way_to_a_loss_is_that_of_the_models_as_they_were_trained() -> None:
+    """`train.soften` changes the trained model only, not those on the way to it."""
+
+    def softened(end: float | None, final: float) -> dict[str, Any]:
+        points = [(500, 3.0)] + ([] if end is None else [(1000, end)])
+        training = metrics()["training"] | {
+            "softened": {"temperature": 1.2},
+            "held_out": [{"tokens": t, "losses": {"a": x, "b": x, "x": 5.0}} for t, x in points],
+        }
+        return metrics(training=training, trained={"a": final, "b": final, "x": 4.0})
+
+    def reached(reference: dict[str, Any]) -> int | None:
+        entries = entries_of(
+            {("symphony", 1): reference, ("btx", 1): softened(2.0, 2.3)}, ["a", "b"]
+        )
+        mark_reached(entries, "symphony")
+        assert [entry.get("temperature") for entry in entries] == [None, 1.2, None, 1.2]
+        return entries[3]["reaches"]["tokens"]
+
+    # 2.5 is half way from 3.0 at 700 tokens to 2.0 at 1200.
+    assert reached(softened(2.5, 2.9)) == 950
+    assert reached(softened(None, 2.9)) is None
+
+
 def manifest(**sources: str) -> dict[str, Any]:
     return {"sources": {"a": {"model.safetensors": "1"}} | sources}
 
@@ -528,6 +566,10 @@ def test_a_method_that_cannot_be_built_is_refused_before_any_is(
     )
     assert run_compare(path, tmp_path / "out", "--methods", "btx,wrong") == 2
     assert "output.architecture" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    settings = ["--methods", "btx", "--set", "train.report_to=fooboard"]
+    assert run_compare(path, tmp_path / "out", *settings) == 2
+    assert "'fooboard' is none of" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

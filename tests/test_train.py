@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -121,8 +122,7 @@ def test_the_trained_dtype_is_the_outputs(recipes: Callable[[str], Path], tmp_pa
 
 
 def test_training_can_be_repeated_to_the_bit(copied: Callable[[str], RunFolder]) -> None:
-    """Same recipe, same machine: same bytes, and no path or time in them; another seed, another
-    order of the text."""
+    """Same recipe, same machine: same bytes, and no path or time in them."""
     first, second = copied("qwen3"), copied("qwen3")
     for run in (first, second):
         pipeline.train(run, ["train.tokens=512"])
@@ -357,13 +357,127 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_built(
     train.refuse_untrainable(load_recipe(recipes("llama"), ["train.report_to=mlflow"]))
 
 
-def test_one_process_is_not_given_several_gpus(
+def test_one_process_trains_on_one_gpu(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Where it sees several, the stock Trainer would make every step several times as large."""
+    whole, run = copied("llama"), copied("llama")
+    pipeline.train(whole)
+    prepare = train.TrainingArguments.__post_init__
+
+    def of_three(self: Any) -> None:
+        prepare(self)
+        self._n_gpu = 3
+
+    monkeypatch.setattr(train.TrainingArguments, "__post_init__", of_three)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with caplog.at_level("INFO"):
+        pipeline.train(run)
+    assert "training on one of 3 GPUs; for all: torchrun --nproc-per-node 3 " in caplog.text
+    assert hash_folder(run.trained) == hash_folder(whole.trained)
+
+
+def test_what_was_cut_short_is_not_begun_again_unasked(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Days of training may lie there. `build --resume` leaves them alone too, beside an older
+    `trained/` as without one."""
+    run = copied("llama")
+    for old in (False, True):
+        with monkeypatch.context() as patch:
+            kill_at(patch, 5)
+            with pytest.raises(Killed):
+                pipeline.train(run, overwrite=old)
+        saved = {path.name for path in run.training.glob("checkpoint-*")}
+        assert saved == {"checkpoint-2", "checkpoint-4"} and run.trained.exists() == old
+        with pytest.raises(
+            RunFolderError, match="--overwrite" if old else "after step 4; --resume"
+        ):
+            pipeline.train(run)
+        pipeline.build(run.read_recipe(), run.root, resume=True)
+        assert {path.name for path in run.training.glob("checkpoint-*")} == saved
+        pipeline.train(run, resume=True)
+        assert run.trained.exists() and not run.work.exists()
+
+
+def test_the_time_of_a_training_is_that_of_all_its_parts(
     copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = copied("llama")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(RunFolderError, match="shows 2 GPUs to one process; start one process for"):
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            pipeline.train(run)
+    path = run.training / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert [0 < entry["seconds"] < 60 for entry in state["log_history"]] == [True] * 4
+    state["log_history"][-1]["seconds"] = 1000.0
+    path.write_text(json.dumps(state))
+    pipeline.train(run, resume=True)
+    assert 1000 < run.read_json(run.metrics)["training"]["seconds"] < 1060
+
+
+def test_what_a_logger_has_written_stays(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard writes into the Trainer's own folder, which goes when a training ends."""
+    run = copied("llama")
+    stock = train.Trainer.train
+
+    def logged(self: Any, **settings: Any) -> Any:
+        folder = Path(self.args.output_dir) / "runs" / "today"
+        folder.mkdir(parents=True)
+        (folder / "events").write_text("loss")
+        return stock(self, **settings)
+
+    monkeypatch.setattr(train.Trainer, "train", logged)
+    pipeline.train(run)
+    assert (run.logs / "today" / "events").read_text() == "loss"
+    pipeline.train(run, overwrite=True)
+    assert not run.work.exists()
+    recipe = run.read_recipe()
+    pipeline.build(recipe, run.root, overwrite=True)  # the folder is a run's still
+    assert not run.logs.exists()
+
+
+@pytest.mark.parametrize(("shards", "place"), [("true", torch.device("cpu")), ("false", None)])
+def test_sharded_weights_are_not_put_on_one_gpu_first(
+    shards: str, place: Any, copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = copied("llama"), []
+
+    def load(folder: Path, on: Any) -> Any:
+        asked.append((folder, on))
+        raise Killed
+
+    monkeypatch.setattr(train, "load_stock", load)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", shards)
+    with pytest.raises(Killed):
         pipeline.train(run)
+    assert asked == [(run.checkpoint, place)]
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
+def test_the_recipe_says_how_precisely_it_computes(
+    precision: str, copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not what a launcher has in its own configuration."""
+    run, seen = copied("llama"), []
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    stock = train.Trainer.train
+
+    def look(self: Any, **settings: Any) -> Any:
+        seen.append(self.accelerator.mixed_precision)
+        return stock(self, **settings)
+
+    monkeypatch.setattr(train.Trainer, "train", look)
+    AcceleratorState._reset_state()
+    pipeline.train(run, [f"train.precision={precision}", "train.tokens=512"])
+    AcceleratorState._reset_state()
+    assert seen == ["bf16" if precision == "bfloat16" else "no"]
+    weights = read_tensors(run.trained)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 def test_trained_models_are_not_replaced_unasked(copied: Callable[[str], RunFolder]) -> None:
@@ -394,10 +508,10 @@ def test_resuming_with_other_settings_is_refused(
             pipeline.train(folder)
     with pytest.raises(RunFolderError, match=r"begun with learning_rate = 0\.001, not 0\.5"):
         pipeline.train(folder, ["train.learning_rate=0.5"], resume=True)
-    # Other text, or another number of processes.
+    # Other text, another number of processes, or shards.
     path = folder.training / "text.json"
     begun = json.loads(path.read_text())
-    for name, other in (("text", "0"), ("tokens per step", 7)):
+    for name, other in (("text", "0"), ("tokens per step", 7), ("launch", "FSDP")):
         path.write_text(json.dumps(begun | {name: other}))
         with pytest.raises(RunFolderError, match=f"begun with {name} = {other}, not "):
             pipeline.train(folder, resume=True)

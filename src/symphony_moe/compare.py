@@ -76,6 +76,7 @@ def entries_of(
             "seconds": round(timing["build_seconds"] + training["seconds"], 2),
             "peak_rss_bytes": timing["train_peak_rss_bytes"],
             "calibration_tokens": calibration,
+            "temperature": training.get("softened", {}).get("temperature", 1.0),
             "curve": [
                 {"tokens": calibration + point["tokens"], **_means(point["losses"], sources)}
                 for point in training.get("held_out", [])
@@ -102,16 +103,29 @@ def _mean(losses: Sequence[float | None]) -> float | None:
 def mark_reached(entries: Sequence[dict[str, Any]], reference: str) -> None:
     """Say in every trained row when its in-domain mean is down to the final one of the reference
     method with the same seed: `reaches: {tokens, share of the reference's tokens}`, each None where
-    it never is, and for the reference itself."""
+    it never is, where nothing was measured on the way there (`train.evaluations: 0`), and for the
+    reference itself. What is compared is as it was trained, before `train.soften`."""
     final = {e["seed"]: e for e in entries if (e["method"], e["stage"]) == (reference, "trained")}
     for built, trained in zip(entries[::2], entries[1::2], strict=True):
-        goal = final[trained["seed"]]
-        points = [(e["tokens"], e["mean_in_domain"]) for e in (built, *trained["curve"], trained)]
-        tokens = None
-        if trained is not goal and goal["mean_in_domain"] is not None:
-            tokens = tokens_to_reach(points, goal["mean_in_domain"])
+        goal, tokens = final[trained["seed"]], None
+        end = _as_trained(goal)
+        if trained is not goal and end is not None:
+            points = [(e["tokens"], e["mean_in_domain"]) for e in (built, *trained["curve"])]
+            last = _as_trained(trained)
+            if trained["curve"] and last is not None:
+                points.append((trained["tokens"], last))
+            tokens = tokens_to_reach(points, end)
         share = None if tokens is None else round(tokens / goal["tokens"], 4)
         trained["reaches"] = {"tokens": tokens, "share": share}
+
+
+def _as_trained(row: Mapping[str, Any]) -> float | None:
+    """A trained row's mean in domain before the logits were softened; None where nobody measured
+    that."""
+    if row["temperature"] == 1:
+        return row["mean_in_domain"]
+    last = row["curve"][-1:]
+    return last[0]["mean_in_domain"] if last and last[0]["tokens"] == row["tokens"] else None
 
 
 def tokens_to_reach(points: Sequence[tuple[int, float | None]], goal: float) -> int | None:

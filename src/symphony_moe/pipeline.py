@@ -146,7 +146,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     folder = start_run(out, recipe, resume=resume, overwrite=overwrite)
     if folder.checkpoint.is_dir():
         log.info("%s is finished already", folder.checkpoint)
-        if folder.trained.is_dir() or not folder.training.is_dir():
+        if not folder.training_begun.is_file():
             shutil.rmtree(folder.work)  # nothing that a training could go on from
         return folder
     with log_to(folder):
@@ -294,11 +294,11 @@ def generate(folder: RunFolder) -> list[tuple[str, str, str]]:
 def report(folder: RunFolder) -> Path:
     """`metrics.json` to one self-contained `report.html`."""
     folder.require_checkpoint()
-    html = render(
-        folder.read_json(folder.metrics),
-        folder.read_json(folder.plan),
-        folder.read_recipe().model_dump(mode="json"),
-    )
+    metrics = folder.read_json(folder.metrics)
+    recipe = folder.read_recipe().model_dump(mode="json")
+    # A training may have had settings of its own.
+    recipe["train"] |= metrics.get("training", {}).get("settings", {})
+    html = render(metrics, folder.read_json(folder.plan), recipe)
     write_text(folder.report, html)
     return folder.report
 
@@ -369,7 +369,9 @@ def prepare_comparison(
     folder = CompareFolder(out)
     for method, of_seeds in variants.items():
         try:
-            plan(next(iter(of_seeds.values())))
+            first = next(iter(of_seeds.values()))
+            refuse_untrainable(first)
+            plan(first)
         except SymphonyError as error:
             raise type(error)(f"{method}: {error} (--methods chooses what is compared)") from None
     held_out_windows(recipe, open_sources(recipe, download=False))

@@ -89,6 +89,16 @@ class RunFolder:
         """The Trainer's own checkpoints."""
         return self.work / "training"
 
+    @property
+    def training_begun(self) -> Path:
+        """What is trained with. Where it exists, a training is under way or was cut short."""
+        return self.training / "settings.json"
+
+    @property
+    def logs(self) -> Path:
+        """What TensorBoard reads, of all trainings."""
+        return self.root / "logs"
+
     def owns(self, path: Path) -> bool:
         """Whether this package makes an entry of that name in the folder."""
         files = {
@@ -98,9 +108,8 @@ class RunFolder:
         if path.is_symlink():
             return False
         if path.is_dir():
-            return path in {self.checkpoint, self.trained, self.work} or path.name.startswith(
-                "verify-"
-            )
+            folders = {self.checkpoint, self.trained, self.work, self.logs}
+            return path in folders or path.name.startswith("verify-")
         return path in files or path.with_name(path.name.removesuffix(".tmp")) in files
 
     def layer_compared(self, layer: int) -> Path:

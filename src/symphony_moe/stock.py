@@ -16,9 +16,11 @@ from symphony_moe.forward import device
 from symphony_moe.sources import Source
 
 
-def load_stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a checkpoint folder from disk, in evaluation mode, onto the GPU where there is
-    one.
+def load_stock(
+    folder: Path, dtype: torch.dtype = torch.float32, on: torch.device | None = None
+) -> PreTrainedModel:
+    """Load a checkpoint folder from disk, in evaluation mode, `on` a device: the GPU, where there
+    is one and nothing else is said.
 
     `transformers` only warns of tensors that are missing, left over or of another shape; here each
     is a VerificationError. A head bias that the recipe left out may be missing where it is zero.
@@ -32,7 +34,7 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     wrong = {what: sorted(map(str, names)) for what, names in info.items() if names}
     if wrong:
         raise VerificationError(f"{folder} does not load cleanly in transformers: {wrong}")
-    return model.eval().to(device())
+    return model.eval().to(on or device())
 
 
 def ffn_routers(

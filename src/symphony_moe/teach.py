@@ -109,6 +109,8 @@ class Teachers:
     ) -> Mapping[int, tuple[list[int], Float[Tensor, "windows sequence vocabulary"]]]:
         """Source's number -> (which of the windows asked for are its own, its logits on them).
         `numbers`: of windows."""
+        if not self._models and not all(number in self._waiting for number in numbers):
+            self._prepare(min(numbers))  # of all owners' windows
         owners = self.text.owners[list(numbers)].tolist()
         found = {}
         for owner in sorted(set(owners)):
@@ -123,8 +125,6 @@ class Teachers:
         """What the source's output head reads."""
         if self._models:
             return self._run(self._models[owner], numbers)
-        if not all(number in self._waiting for number in numbers):
-            self._prepare(min(numbers))
         rows = [self._waiting[number] for number in numbers]
         return torch.from_numpy(self._states[rows]).to(device(), _dtype())
 

@@ -9,11 +9,13 @@ shares, held-out documents left out.
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from accelerate import PartialState
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -74,14 +77,21 @@ def train_run(
     it has.
 
     `measure`: model -> held-out losses, for `train.evaluations`. Raises RunFolderError where there
-    is no checkpoint, where `trained/` exists (unless `overwrite`), where memory does not suffice,
-    and where the loss stops being a number.
+    is no checkpoint, where `trained/` exists (unless `overwrite`) or a training was cut short
+    (unless `resume` or `overwrite`), where memory does not suffice, and where the loss stops being
+    a number.
     """
     run.require_checkpoint()
     refuse_untrainable(recipe)
-    begun = run.training / "settings.json"
-    if run.trained.is_dir() and not overwrite and not (resume and begun.is_file()):
+    saved = _last_saved(run.training)
+    if run.trained.is_dir() and not overwrite and not (resume and run.training_begun.is_file()):
         raise RunFolderError(f"{run.trained}: exists; --overwrite trains the checkpoint again")
+    if saved is not None and not (resume or overwrite):
+        raise RunFolderError(
+            f"{run.root}: a training was cut short there after step {_step_of(saved)}; --resume "
+            "goes on from it, --overwrite begins again"
+        )
+    saved = saved if resume else None
     processes = PartialState(cpu=not torch.cuda.is_available())
     settings = recipe.train
     with processes.main_process_first():
@@ -89,15 +99,17 @@ def train_run(
             if not resume:
                 shutil.rmtree(run.work, ignore_errors=True)
             run.training.mkdir(parents=True, exist_ok=True)
-        _note_settings(begun, recipe)  # the first process comes first
+        _note_settings(run.training_begun, recipe)  # the first process comes first
     text = training_text(recipe, sources, run.work / "text")
     started = time.monotonic()
 
-    saved = _last_saved(run.training) if resume else None
     sharded = saved is not None and any(saved.glob("pytorch_model_fsdp*"))
     trainer = None
     try:
-        model = load_stock(run.checkpoint if saved is None or sharded else saved)
+        # FSDP takes the weights from the CPU, layer by layer: whole, they may not fit on a GPU.
+        shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        folder = run.checkpoint if saved is None or sharded else saved
+        model = load_stock(folder, on=torch.device("cpu") if shards else None)
         num_trained = choose_parameters(model, settings.scope)
         log.info("training %s: %s parameters", settings.scope, f"{num_trained:,}")
         model.config.output_router_logits = True  # for the balance loss, and to report the balance
@@ -109,8 +121,13 @@ def train_run(
         digest = ""
         if processes.is_main_process:
             digest = text.digest()
-            of_step = _tokens_per_step(trainer, settings)
-            _note(run.training / "text.json", {"text": digest, "tokens per step": of_step})
+            facts = {
+                "text": digest,
+                "tokens per step": _tokens_per_step(trainer, settings),
+                # What one kind of launch has saved, another does not find.
+                "launch": trainer.accelerator.distributed_type.value,
+            }
+            _note(run.training / "text.json", facts, {"launch": facts["launch"]})
         trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if processes.is_main_process:
@@ -123,7 +140,7 @@ def train_run(
                 "scope": settings.scope,
                 "tokens": trainer.state.global_step * _tokens_per_step(trainer, settings),
                 "steps": trainer.state.global_step,
-                "seconds": round(time.monotonic() - started, 2),
+                "seconds": round(time.monotonic() - started + trainer.seconds_before(), 2),
                 "learning_rate": settings.learning_rate,
                 "trained_parameters": num_trained,
                 "text": digest,
@@ -143,8 +160,7 @@ def train_run(
 
 def refuse_untrainable(recipe: Recipe) -> None:
     """SymphonyError for what `train_run` could not do on this machine, before anything else is
-    done: text that fills no step of one process, loggers that are not there, and several GPUs in
-    one process (the Trainer would take the batches of all of them for one)."""
+    done: text that fills no step of one process, and loggers that are not there."""
     settings, sources = recipe.train, len(recipe.sources)
     windows = _windows_per_source(settings, sources) * sources
     _refuse_short(windows, settings.batch_size * settings.gradient_accumulation, settings)
@@ -156,12 +172,6 @@ def refuse_untrainable(recipe: Recipe) -> None:
             raise RecipeError(f"train.report_to: the package of {name!r} is not installed")
         known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
         raise RecipeError(f"train.report_to: {name!r} is none of {known}")
-    if torch.cuda.device_count() > 1 and PartialState().num_processes == 1:
-        raise RunFolderError(
-            f"training: this machine shows {torch.cuda.device_count()} GPUs to one process; start "
-            "one process for each (torchrun --nproc-per-node N -m symphony_moe train RUN), or show "
-            "one (CUDA_VISIBLE_DEVICES=0)"
-        )
 
 
 def _refuse_short(windows: int, per_step: int, settings: Train) -> None:
@@ -181,8 +191,8 @@ def _explain(error: Exception, run: RunFolder, step: int | None) -> None:
         raise RunFolderError(
             f"training ran out of memory {next_step}: lower train.batch_size (and raise "
             "train.gradient_accumulation), or set train.gradient_checkpointing: true; the teachers "
-            "need less with train.teacher_loading: in-turn. The checkpoint is untouched; other "
-            "settings begin the training again, without --resume"
+            "need less with train.teacher_loading: in-turn. The checkpoint is untouched; "
+            "--overwrite begins the training again, with other settings"
         ) from None
     if is_out_of_room(error):
         free = shutil.disk_usage(run.root).free / 1e6
@@ -235,7 +245,10 @@ def _publish(
     run.update_json(
         run.metrics, {"training": training, "timing": timing, **true}, forget=["trained"]
     )
+    if (logs := run.training / "runs").is_dir():  # TensorBoard's
+        shutil.copytree(logs, run.logs, dirs_exist_ok=True)
     publish(run.staged_trained, run.trained)
+    run.training_begun.unlink(missing_ok=True)  # nothing that is left can be gone on from
     shutil.rmtree(run.work)
 
 
@@ -285,8 +298,8 @@ def _note(path: Path, facts: Mapping[str, Any], defaults: Mapping[str, Any] | No
         if begun.get(name) != value:
             raise RunFolderError(
                 f"--resume: this training was begun with {name} = {begun.get(name)}, not {value}; "
-                "give it the same settings, text and number of processes, or begin again without "
-                "--resume"
+                "give it the same settings, text and number of processes, or begin again with "
+                "--overwrite"
             )
 
 
@@ -351,7 +364,11 @@ def _last_saved(folder: Path) -> Path | None:
     """The newest whole state of an interrupted training. The Trainer writes trainer_state.json
     last: a kill while it saves leaves a folder without, or with half of it."""
     whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(saved: Path) -> int:
+    return int(saved.name.removeprefix("checkpoint-"))
 
 
 def _is_json(path: Path) -> bool:
@@ -370,6 +387,13 @@ class _Trainer(Trainer):
         self.settings, self.teachers = recipe.train, teachers
         self.names, self.top_k = recipe.expert_names, recipe.router.top_k
         self.seen: dict[str, list[Tensor]] = defaultdict(list)  # since the last log
+        self.began = time.monotonic()
+        self._before: float | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        """The windows are in the order of training already."""
+        windows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(windows)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -433,9 +457,17 @@ class _Trainer(Trainer):
         for name, value in values.items():
             self.seen[name].append(value)
 
+    def seconds_before(self) -> float:
+        """What a training that is resumed had taken until it was saved."""
+        if self._before is None:
+            told = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
+            self._before = told[-1] if told else 0.0
+        return self._before
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The stock log, with the means of what was noted since the last."""
         if "loss" in logs:
+            logs["seconds"] = round(time.monotonic() - self.began + self.seconds_before(), 2)
             logs |= {name: float(torch.stack(values).mean()) for name, values in self.seen.items()}
         self.seen.clear()
         super().log(logs, start_time)
@@ -465,10 +497,13 @@ class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class _Measure(TrainerCallback):
-    """Held-out losses at some steps, into the Trainer's history."""
+    """Held-out losses at some steps, into the Trainer's history. `at_end`: at the last one too (it
+    is the trained model's otherwise, which is evaluated)."""
 
-    def __init__(self, measure: Callable[[PreTrainedModel], dict[str, float]], steps: int) -> None:
-        self.measure, self.steps = measure, steps
+    def __init__(
+        self, measure: Callable[[PreTrainedModel], dict[str, float]], steps: int, *, at_end: bool
+    ) -> None:
+        self.measure, self.steps, self.at_end = measure, steps, at_end
 
     def on_step_end(
         self,
@@ -480,8 +515,9 @@ class _Measure(TrainerCallback):
     ) -> None:
         count = self.steps
         done = [n * count // state.max_steps for n in (state.global_step - 1, state.global_step)]
-        if done[0] == done[1] or state.global_step == state.max_steps:
-            return  # the last is the trained model's, which is evaluated
+        ended = state.global_step == state.max_steps
+        if done[0] == done[1] or (ended and not self.at_end):
+            return
         model.eval()
         losses = self.measure(model)
         model.train()
@@ -538,7 +574,7 @@ def _make_trainer(
     folder: Path,
     num_trained: int,
     measure: Callable[[PreTrainedModel], dict[str, float]] | None,
-) -> Trainer:
+) -> _Trainer:
     settings = recipe.train
     cuda = torch.cuda.is_available()
     processes = PartialState()
@@ -550,6 +586,10 @@ def _make_trainer(
     save_steps = math.ceil(steps / settings.checkpoints)
     by_documents = settings.packing == "documents"
     has_bfloat16 = cuda and torch.cuda.is_bf16_supported()
+    in_bfloat16 = {"auto": has_bfloat16, "float32": False, "bfloat16": True}[settings.precision]
+    checkpointing: dict[str, Any] = {_checkpointing_setting(): settings.gradient_checkpointing}
+    # A launcher's own setting would win over the recipe's.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -561,12 +601,9 @@ def _make_trainer(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch",
-        bf16={"auto": has_bfloat16, "float32": False, "bfloat16": True}[settings.precision],
+        bf16=in_bfloat16,
         ddp_find_unused_parameters=False,
-        activation_checkpointing=settings.gradient_checkpointing,
         use_cpu=not cuda,
-        # The windows are in the order of training already.
-        train_sampling_strategy="sequential",
         logging_steps=logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -577,7 +614,14 @@ def _make_trainer(
         report_to=settings.report_to,
         remove_unused_columns=False,
         disable_tqdm=True,
+        **checkpointing,
     )
+    if arguments.n_gpu > 1:
+        log.info(
+            "training on one of %d GPUs; for all: torchrun --nproc-per-node %d -m symphony_moe "
+            "train RUN", arguments.n_gpu, arguments.n_gpu,
+        )  # fmt: skip
+        arguments._n_gpu = 1  # the Trainer would split batches over all of them (DataParallel)
     teachers = None
     if settings.teacher == "sources":
         together = settings.teacher_loading == "together" or (
@@ -603,8 +647,15 @@ def _make_trainer(
 
     trainer.remove_callback(PrinterCallback)
     if measure is not None and settings.evaluations:
-        trainer.add_callback(_Measure(measure, settings.evaluations))
+        trainer.add_callback(_Measure(measure, settings.evaluations, at_end=settings.soften > 0))
     return trainer
+
+
+def _checkpointing_setting() -> str:
+    """What this version of transformers calls it."""
+    names = {field.name for field in fields(TrainingArguments)}
+    new = "activation_checkpointing"
+    return new if new in names else "gradient_checkpointing"
 
 
 def _tokens_per_step(trainer: Trainer, settings: Train) -> int:
