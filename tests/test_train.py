@@ -344,6 +344,7 @@ def test_text_that_does_not_fill_a_step_is_refused(copied: Callable[[str], RunFo
         ("train.report_to=fooboard", "'fooboard' is none of azure_ml, "),
         ("train.report_to=wandb", "the package of 'wandb' is not installed"),
         ("train.tokens=192", "3 windows of 64 tokens do not fill one step of 4 "),
+        ("train.sequence_length=400000", "training text of a: .* tokens"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_built(
@@ -352,7 +353,8 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_built(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(train, "get_available_reporting_integrations", lambda: ["mlflow"])
     with pytest.raises(SymphonyError, match=words):
-        pipeline.run(load_recipe(recipes("llama"), [setting]), tmp_path / "run")
+        more = ["train.tokens=4000000"] if "length" in setting else []
+        pipeline.run(load_recipe(recipes("llama"), [setting, *more]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train.refuse_untrainable(load_recipe(recipes("llama"), ["train.report_to=mlflow"]))
 

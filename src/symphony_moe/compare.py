@@ -122,7 +122,7 @@ def mark_reached(entries: Sequence[dict[str, Any]], reference: str) -> None:
 def _as_trained(row: Mapping[str, Any]) -> float | None:
     """A trained row's mean in domain before the logits were softened; None where nobody measured
     that."""
-    if row["temperature"] == 1:
+    if row.get("temperature", 1) == 1:  # older tables do not say
         return row["mean_in_domain"]
     last = row["curve"][-1:]
     return last[0]["mean_in_domain"] if last and last[0]["tokens"] == row["tokens"] else None

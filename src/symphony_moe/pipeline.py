@@ -92,7 +92,7 @@ from symphony_moe.sources import Source, anchor_of, experts_of, open_sources
 from symphony_moe.streams import Streams
 from symphony_moe.tasks import choose_models, load_tasks, run_tasks
 from symphony_moe.text import check_data_exists, digest_of
-from symphony_moe.train import refuse_untrainable, train_run
+from symphony_moe.train import refuse_no_text, refuse_untrainable, train_run
 from symphony_moe.verify import compare_builds, verify_run
 from symphony_moe.write import write_companions
 
@@ -116,7 +116,9 @@ def run(
     """The whole way: build, verify, train, evaluate (`like`: see there), report."""
     # What a later stage would refuse is refused before the first begins.
     refuse_untrainable(recipe)
-    held_out_windows(recipe, open_sources(recipe, download=False))
+    opened = open_sources(recipe, download=False)
+    held_out_windows(recipe, opened)
+    refuse_no_text(recipe, opened)
     folder = build(recipe, out, resume=resume, overwrite=overwrite)
     verify(folder)
     if not folder.trained.is_dir():

@@ -174,6 +174,12 @@ def refuse_untrainable(recipe: Recipe) -> None:
         raise RecipeError(f"train.report_to: {name!r} is none of {known}")
 
 
+def refuse_no_text(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """TextError where a source's text does not fill one window of `train.sequence_length`."""
+    one = recipe.train.model_copy(update={"tokens": recipe.train.sequence_length})
+    training_text(recipe.model_copy(update={"train": one}), sources, Path())  # small: in memory
+
+
 def _refuse_short(windows: int, per_step: int, settings: Train) -> None:
     """TextError for text that fills no step."""
     if windows < per_step:
