@@ -142,6 +142,37 @@ def _one_source(project: Path) -> None:
     edit_recipe(project, sources={"a": {"model": "models/a", "data": "a.jsonl"}})
 
 
+def _no_settings_of_a_source(project: Path) -> None:
+    sources = json.loads((project / "recipe.yaml").read_text())["sources"]
+    edit_recipe(project, sources=sources | {"b": "models/b"})
+
+
+def _number_for_text(project: Path) -> None:
+    sources = json.loads((project / "recipe.yaml").read_text())["sources"]
+    edit_recipe(project, sources=sources | {"b": {"model": "models/b", "data": 5}})
+
+
+def _folder_for_text(project: Path) -> None:
+    (project / "b.jsonl").unlink()
+    (project / "b.jsonl").mkdir()
+
+
+def _file_for_a_model(project: Path) -> None:
+    shutil.rmtree(project / "models" / "b")
+    (project / "models" / "b").write_text("")
+
+
+def _folder_for_a_recipe(project: Path) -> None:
+    (project / "recipe.yaml").unlink()
+    (project / "recipe.yaml").mkdir()
+
+
+def _two_columns(project: Path) -> None:
+    sources = json.loads((project / "recipe.yaml").read_text())["sources"]
+    own = {"model": "models/b", "data": {"hub": "texts"}, "column": "output"}
+    edit_recipe(project, sources=sources | {"b": own})
+
+
 def _too_many_experts(project: Path) -> None:
     edit_recipe(project, router={"top_k": 4})
 
@@ -164,7 +195,19 @@ EARLY = [
     (_other_shapes, "intermediate_size (a, c: 48; b: 40)"),
     (_no_tensor, Q),
     (_truncated, "fetch it again"),
-    (_one_source, "sources: "),
+    (
+        _one_source,
+        "sources: expected two sources or more, each as NAME: {model: ..., data: ...} (got 1)\n",
+    ),
+    (_no_settings_of_a_source, "sources.b: expected {model: ..., data: ...} (got 'models/b')\n"),
+    (
+        _number_for_text,
+        "sources.b.data: expected a file, a list of files, or {hub: ..., column: ...} (got 5)\n",
+    ),
+    (_folder_for_text, "b.jsonl is a folder; name its files"),
+    (_file_for_a_model, "is a file; name the folder of the model"),
+    (_folder_for_a_recipe, "is a folder, not a recipe file"),
+    (_two_columns, "the column stands in data: {hub: texts, column: ...}"),
     (_too_many_experts, "router.top_k: 4"),
     (_no_tokenizer, "b: no usable tokenizer"),
 ]
@@ -394,9 +437,30 @@ def test_a_broken_run_does_not_verify(run: RunFolder, symphony: Symphony) -> Non
     assert "checkpoint/model.safetensors (changed)" in symphony.refused("verify", run.root)
 
 
-@pytest.mark.parametrize("command", ["report", "verify"])
-def test_set_without_effect_is_refused(command: str, run: RunFolder, symphony: Symphony) -> None:
-    assert "no effect" in symphony.refused(command, run.root, "--set", "seed=1")
+def _gone(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def _half(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def _bad_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize("spoil", [_gone, _half, _no_config, _bad_config])
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_damaged_checkpoint_is_named(
+    command: str, spoil: Callable[[Path], None], run: RunFolder, symphony: Symphony
+) -> None:
+    spoil(run.checkpoint)
+    assert "checkpoint: a file of it is missing or damaged" in symphony.refused(command, run.root)
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
@@ -407,7 +471,8 @@ def test_what_is_built_cannot_be_set(command: str, run: RunFolder, symphony: Sym
 @pytest.mark.parametrize(
     "arguments",
     [
-        [], ["nonsense"], ["plan"], ["build", "recipe.yaml"], ["plan", "recipe.yaml", "--ot", "x"],
+        [], ["nonsense"], ["plan"], ["report", "x", "--set", "seed=1"],
+        ["build", "recipe.yaml"], ["plan", "recipe.yaml", "--ot", "x"],
         ["build", "r.yaml", "--out", "x", "--resume", "--overwrite"], ["train"], ["plan", "a", "b"],
     ],
     ids=str,

@@ -232,6 +232,8 @@ def test_windows_beyond_the_context_of_any_source_that_reads_them_are_noted(
         ("align.neuron_share=0.5", ["method=btx"], "no neurons are matched", ["method=symphony"]),
         ("experts.drop_share=0.1", [], "experts.init is not drop", ["method=drop-upcycling"]),
         ("train.teacher_weight=0.1", [], "train.teacher is none", ["train.teacher=sources"]),
+        ("sources.a.revision=main", [], "the model is not on the hub", []),
+        ("sources.a.adapter_revision=main", [], "no adapter on the hub", []),
     ],
 )  # fmt: skip
 def test_settings_that_nothing_reads_are_noted(
@@ -242,4 +244,22 @@ def test_settings_that_nothing_reads_are_noted(
         return [note for note in found if "has no effect" in note]
 
     assert notes(setting, *unread) == [f"{setting.split('=')[0]} has no effect: {reason}"]
-    assert not notes(setting, *read) and not notes(*unread)
+    assert not notes(*unread) and not (read and notes(setting, *read))
+
+
+def test_what_training_would_refuse_is_noted(recipes: Recipes) -> None:
+    """Not refused: a build alone does not mind, and the training may be another machine's."""
+    found = pipeline.plan(load_recipe(recipes("llama"), ["train.batch_size=100000"])).notes
+    assert "`symphony train` stops here: training text: " in found[-1]
+    assert not any("stops here" in n for n in pipeline.plan(load_recipe(recipes("llama"))).notes)
+
+
+def test_variants_that_compare_would_refuse_are_refused(
+    recipes: Recipes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(recipes("llama").read_text())
+    content["compare"] = {"variants": {"one": {"methd": "btx"}}}
+    path = recipes("llama").with_name("variants.yaml")
+    path.write_text(json.dumps(content))
+    assert main(["plan", str(path)]) == 2
+    assert "did you mean" in capsys.readouterr().err

@@ -438,7 +438,7 @@ def test_missing_empty_and_unknown_files_are_refused_before_reading(tmp_path: Pa
         ("gone.jsonl", "no such data file"),
         ("empty.txt", "is empty"),
         ("a.csv", r"expected one of \.jsonl, \.txt, \.parquet"),
-        ("", "no such data file"),
+        ("", "is a folder; name its files, or {hub: "),
     ):
         with pytest.raises(TextError, match=f"^w: .*{message}"):
             check_data_exists("w", [str(good), str(tmp_path / bad)])

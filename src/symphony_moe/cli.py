@@ -162,10 +162,11 @@ def _parser() -> argparse.ArgumentParser:
             )  # fmt: skip
         if "tasks" in takes:
             _add_task_options(command)
-        command.add_argument(
-            "--set", action="append", default=[], metavar="A.B=C", dest="overrides",
-            help="override a recipe value (repeatable)",
-        )  # fmt: skip
+        if function not in (_verify, _report):
+            command.add_argument(
+                "--set", action="append", default=[], metavar="A.B=C", dest="overrides",
+                help="override a recipe value (repeatable)",
+            )  # fmt: skip
         command.add_argument(
             "--json", action="store_true", help="machine-readable result on stdout"
         )
@@ -197,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
 def _words(text: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
-        raise argparse.ArgumentTypeError("expected names, such as symphony,harmonized")
+        raise argparse.ArgumentTypeError("expected names with commas between them")
     return list(dict.fromkeys(words))
 
 
@@ -246,9 +247,11 @@ Result = tuple[Any, str]
 
 
 def _plan(options: argparse.Namespace) -> Result:
-    from symphony_moe.recipe import load_recipe
+    from symphony_moe.recipe import load_recipe, load_variants
 
     recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.compare.variants or recipe.compare.methods:
+        load_variants(options.recipe, options.overrides)  # what `compare` would refuse of them
     from symphony_moe import pipeline  # seconds of imports, when the recipe is known to be good
 
     plan = pipeline.plan(recipe)
@@ -307,7 +310,8 @@ def _evaluate(options: argparse.Namespace) -> Result:
             raise RecipeError(f"--{given.replace('_', '-')}: has no effect without --tasks")
         metrics = pipeline.evaluate(folder, options.overrides, like=_like(options))
         return metrics, loss_table(metrics)
-    _refuse_overrides(options)
+    if options.overrides:
+        raise RecipeError(f"--set {options.overrides[0]}: has no effect with --tasks")
     tasks = pipeline.evaluate_tasks(
         folder,
         options.tasks,
@@ -324,7 +328,6 @@ def _report(options: argparse.Namespace) -> Result:
     from symphony_moe import pipeline
     from symphony_moe.run_folder import RunFolder
 
-    _refuse_overrides(options)
     path = pipeline.report(RunFolder(options.dir))
     return {"paths": {"report": str(path)}}, f"wrote {path}"
 
@@ -333,7 +336,6 @@ def _verify(options: argparse.Namespace) -> Result:
     from symphony_moe import pipeline
     from symphony_moe.run_folder import RunFolder
 
-    _refuse_overrides(options)
     checks = pipeline.verify(RunFolder(options.dir), deep=options.deep)
     lines = [f"{name}: {found}" for name, found in checks.items()]
     return {"verified": True, "checks": checks}, "\n".join([*lines, "verified"])
@@ -446,11 +448,6 @@ def _one_liner(folder: "RunFolder") -> str:
 def _paths(folder: "RunFolder") -> dict[str, str]:
     parts = ("checkpoint", "trained", "report")
     return {part: str(getattr(folder, part)) for part in parts}
-
-
-def _refuse_overrides(options: argparse.Namespace) -> None:
-    if options.overrides:
-        raise RecipeError(f"--set {options.overrides[0]}: has no effect on this command")
 
 
 def describe_plan(plan: "Plan") -> str:

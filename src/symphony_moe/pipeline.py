@@ -3,7 +3,8 @@
     recipe -> sources -> plan -> calibrate -> align -> fuse -> refit -> route -> write
            -> train -> evaluate -> report
 
-Stages do not import one another; only this module knows their order.
+Stages do not import one another (but for three exceptions that tests/test_layout.py names); only
+this module knows their order. Fusing and routing are called from assemble.py and refit.py.
 """
 
 import json
@@ -102,7 +103,12 @@ log = logging.getLogger(__name__)
 def plan(recipe: Recipe) -> Plan:
     """What a build of this recipe will do, from headers and tokenizers alone. Writes nothing."""
     _check_text(recipe)
-    return make_plan(recipe, experts_of(recipe, open_sources(recipe, download=False)))
+    planned = make_plan(recipe, experts_of(recipe, open_sources(recipe, download=False)))
+    try:
+        refuse_untrainable(recipe)
+    except SymphonyError as error:  # a build alone does not mind, nor another machine
+        planned = replace(planned, notes=[*planned.notes, f"`symphony train` stops here: {error}"])
+    return planned
 
 
 def run(

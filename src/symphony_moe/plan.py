@@ -30,7 +30,7 @@ from symphony_moe.families import (
     target_config,
 )
 from symphony_moe.forward import LOGITS_AT_ONCE, WINDOWS_TOKENS
-from symphony_moe.recipe import Recipe
+from symphony_moe.recipe import BUNDLED, Recipe
 from symphony_moe.route import windows_for_router
 from symphony_moe.shards import BYTES, assign_shards
 from symphony_moe.sources import (
@@ -390,6 +390,10 @@ def _notes(
     return notes + _without_effect(recipe)
 
 
+def _is_here(model: str) -> bool:
+    return model.startswith(BUNDLED) or Path(model).exists()
+
+
 def _without_effect(recipe: Recipe) -> list[str]:
     """What a user has set (to another value than the default) that nothing reads."""
     of_refit = ("refit.ridge", "refit.epochs", "refit.learning_rate", "refit.pull", "refit.soften")
@@ -407,6 +411,15 @@ def _without_effect(recipe: Recipe) -> list[str]:
         (recipe.train.teacher == "none", "train.teacher is none", of_teacher),
     )
     notes = []
+    for name, spec in recipe.sources.items():
+        if spec.revision is not None and (
+            spec.model.startswith(BUNDLED) or Path(spec.model).exists()
+        ):
+            notes.append(f"sources.{name}.revision has no effect: the model is not on the hub")
+        if spec.adapter_revision is not None and (
+            spec.adapter is None or Path(spec.adapter).exists()
+        ):
+            notes.append(f"sources.{name}.adapter_revision has no effect: no adapter on the hub")
     for is_unread, reason, settings in unread:
         for setting in settings if is_unread else ():
             section, name = setting.split(".")

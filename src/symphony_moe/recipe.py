@@ -74,11 +74,13 @@ class HubData(Section):
     hub: str
     """Dataset id on the hub, or a local folder that `datasets` can load."""
     split: str = "train"
+    """Of the dataset's splits, the one that is read."""
     column: str = "text"
     """Column that holds the text (or chat `messages`)."""
     name: str | None = None
     """Configuration of the dataset, where it has several."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     streaming: bool = False
     """Read the rows one by one, and only as far as the tokens asked for need, instead of fetching
     and holding all of them: for data sets of any size, on the hub or in a local folder."""
@@ -109,6 +111,13 @@ class SourceSpec(Section):
     sha256: dict[str, str] | None = None
     """File name -> SHA-256 of the weights. Written into a run's recipe; where given, checked."""
 
+    @model_validator(mode="after")
+    def _one_column(self) -> "SourceSpec":
+        if isinstance(self.data, HubData) and self.column != "text":
+            hub = self.data.hub
+            raise ValueError(f"of a dataset the column stands in data: {{hub: {hub}, column: ...}}")
+        return self
+
 
 class Calibration(Section):
     tokens: int = Field(262_144, gt=0)
@@ -120,6 +129,7 @@ class Calibration(Section):
     """The sources whose text the alignment sees. Default: all. Where something is fitted, text of
     every source is needed."""
     seed: Seed = 114514
+    """Seed of the windows that are drawn."""
 
 
 class Backbone(Section):
@@ -198,6 +208,7 @@ class Output(Section):
     """`auto`, or the name of the architecture that the sources' family has (a check, not a
     choice)."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What the weights are rounded to when they are written."""
     max_shard_size: str = "5GB"
     """Size of a weights file at most, as `5GB`, `500MB` or `20KB`."""
     chat: str | None = None
@@ -222,7 +233,9 @@ class Train(Section):
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from zero."""
     weight_decay: float = Field(0.01, ge=0)
+    """AdamW's."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient is scaled down to this norm where it is larger."""
     balance_weight: float = Field(0.01, ge=0)
     """Weight of the load-balancing loss (the stock model's own)."""
     sequence_length: int = Field(2048, ge=2)
@@ -237,7 +250,8 @@ class Train(Section):
     checkpoints: int = Field(4, ge=1)
     """How many times to save, evenly over the training, for resuming."""
     evaluations: int = Field(0, ge=0)
-    """How many times to measure the held-out losses, evenly over the training."""
+    """Into how many parts of the same length measurements of the held-out losses divide the
+    training; after the last part it is the trained model's own evaluation."""
     teacher: Literal["none", "sources"] = "none"
     """`sources`: every window's own source teaches its distribution over the next token."""
     teacher_weight: float = Field(0.7, ge=0, le=1)
@@ -269,7 +283,7 @@ class Evaluation(Section):
     sequence_length: int = Field(2048, ge=2)
     """Tokens in a window."""
     extra: dict[str, Data] = {}
-    """Out-of-domain text: name -> data. Evaluated only."""
+    """Out-of-domain text: name -> data (in files, the column `text`). Evaluated only."""
     seed: Seed | None = None
     """Seed of the held-out windows; the recipe's own where it is not given."""
     thresholds: list[Annotated[float, Field(ge=0, le=1)]] = []
@@ -284,7 +298,8 @@ class Compare(Section):
     seeds: list[Seed] = Field([114514], min_length=1)
     """Each method is built and trained once per seed (of calibration text, router and training)."""
     reference: str = "symphony"
-    """The method whose final loss the others' way there is measured by."""
+    """The method whose final loss the others' way there is measured by; where nobody has named it
+    and `symphony` is not compared, the first of them."""
     variants: dict[str, dict[str, Any]] = {}
     """Name -> settings in the place of the recipe's, such as `{method: symphony, align: {neurons:
     none}}`."""
@@ -296,7 +311,8 @@ class Recipe(Section):
     anchor: str
     """The source that the others are aligned to. Default: the first."""
     method: str = "symphony"
-    """Preset for the sections below."""
+    """Preset for the sections below: one of PRESETS (`symphony`, `harmonized`, `btx`, `bam`,
+    `drop-upcycling`, `sparse-upcycling`), whose values are the defaults of those sections."""
     calibration: Calibration = Calibration()
     backbone: Backbone = Backbone()
     align: Align = Align()
@@ -501,7 +517,8 @@ def load_variants(
     chosen = list(methods or settings.methods or PRESETS)
     known = [*PRESETS, *settings.variants]
     found: dict[str, dict[int, Recipe]] = {}
-    for name in chosen:
+    # Variants that are not compared now may have mistakes too.
+    for name in [*chosen, *(name for name in settings.variants if name not in chosen)]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"there is: {', '.join(known)}"
@@ -521,7 +538,8 @@ def load_variants(
             common = _over(shared, seeded)
             one = resolve_recipe(_over(common, variant), folder, f"{path}: {name}")
             _refuse_another_budget(path, name, one, resolve_recipe(common, folder, str(path)))
-            found.setdefault(name, {})[seed] = one
+            if name in chosen:
+                found.setdefault(name, {})[seed] = one
     _refuse_the_same(path, found)
     if settings.reference not in found and "reference" in settings.model_fields_set:
         raise RecipeError(
@@ -600,6 +618,8 @@ def _over(settings: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, A
 
 def _read_content(path: Path, overrides: Iterable[str]) -> dict[Any, Any]:
     """What a recipe file says, with `a.b=c` overrides."""
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder, not a recipe file")
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     try:
@@ -656,6 +676,9 @@ def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe
         raise RecipeError(
             f"{who}: method: {method!r} is not available; available: {', '.join(PRESETS)}"
         )
+    for section, own in settings.items():
+        if isinstance(own, Mapping) and section not in ("sources", "compare"):
+            settings[section] = {key: value for key, value in own.items() if value is not None}
     for section, preset in PRESETS[method].items():
         own = settings.get(section, {})
         settings[section] = preset | own if isinstance(own, dict) else own
@@ -677,16 +700,16 @@ def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe
             settings["evaluation"] = evaluation | {"extra": absolute}
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        raise RecipeError(f"{who}: " + "; ".join(_describe(e) for e in error.errors())) from None
+        raise RecipeError(f"{who}: " + "; ".join(_describe_all(error))) from None
     except RecursionError:
         raise RecipeError(f"{who}: a YAML alias stands inside itself") from None
 
 
 def _override(content: dict[str, Any], override: str) -> None:
     """Apply one `a.b=c`; the value is read as YAML."""
-    path, sign, value = override.partition("=")
+    path, _, value = override.partition("=")
     *parents, last = path.strip().split(".")
-    if not sign or not all([*parents, last]):
+    if not value.strip() or not all([*parents, last]):
         raise RecipeError(f"--set {override}: expected KEY=VALUE, such as train.tokens=1000000")
     section = content
     for parent in parents:
@@ -782,9 +805,30 @@ def _sections(annotation: Any) -> list[tuple[type[BaseModel], bool]]:
     return []
 
 
+def _describe_all(error: ValidationError) -> list[str]:
+    """A sentence for each mistake, in the recipe's words."""
+    found = error.errors()
+    if any(one["loc"][:1] == ("sources",) for one in found):
+        found = [one for one in found if one["loc"] != ("anchor",)]  # it is the first of them
+    return list(dict.fromkeys(_describe(one) for one in found))
+
+
 def _describe(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    got = error.get("input")
+    place, got = error["loc"], error.get("input")
     shown = f" (got {got!r})" if isinstance(got, str | int | float | bool) else ""
-    return f"{where}: {message}{shown}" if where else message
+    expected = error["msg"].removeprefix("Value error, ")
+    of_source = place[:1] == ("sources",)
+    if place == ("sources",) and error["type"] != "too_long":
+        expected = "expected two sources or more, each as NAME: {model: ..., data: ...}"
+        shown = f" (got {len(got)})" if error["type"] == "too_short" else ""
+    elif of_source and len(place) == 2 and error["type"] in ("model_type", "dict_type"):
+        expected = "expected {model: ..., data: ...}"
+    elif of_source and place[2:3] == ("data",) and place[3:] in _DATA_BRANCHES:
+        place = place[:3]
+        expected = "expected a file, a list of files, or {hub: ..., column: ...}"
+    where = ".".join(str(part) for part in place)
+    return f"{where}: {expected}{shown}" if where else expected
+
+
+_DATA_BRANCHES = {("str",), ("list[str]",), ("HubData",)}
+"""What pydantic says of text that is none of `Data`: one mistake, three times."""

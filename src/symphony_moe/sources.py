@@ -357,6 +357,8 @@ def open_source(
         folder = Path(spec.model)
         if from_hub:
             folder = _fetch(name, spec.model, spec.revision, patterns)
+    if folder.is_file() and not _gguf_hint(name, folder):
+        raise SourceError(f"{name}: {folder} is a file; name the folder of the model that it is in")
     if not folder.is_dir():
         raise SourceError(f"{name}: no such model folder: {folder}{_gguf_hint(name, folder)}")
     if (folder / ADAPTER_FILES[0]).is_file():

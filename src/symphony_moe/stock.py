@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -23,11 +24,19 @@ def load_stock(
     is one and nothing else is said.
 
     `transformers` only warns of tensors that are missing, left over or of another shape; here each
-    is a VerificationError. A head bias that the recipe left out may be missing where it is zero.
+    is a VerificationError, and so are files that are missing or damaged. A head bias that the
+    recipe left out may be missing where it is zero.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, SafetensorError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise VerificationError(
+            f"{folder}: a file of it is missing or damaged ({why}); make the folder again"
+        ) from error
     model, info = loaded
     if HEAD_BIAS in info["missing_keys"] and not bool(model.get_parameter(HEAD_BIAS).any()):
         info["missing_keys"].discard(HEAD_BIAS)  # left out by output.head_bias; filled with zeros

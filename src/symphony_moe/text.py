@@ -341,6 +341,10 @@ def check_data_exists(who: str, data: Data) -> None:
             raise TextError(f"{who}: no bundled text {data!r}; there is: {', '.join(known)}")
     elif isinstance(data, str):
         path = Path(data)
+        if data and path.is_dir():
+            raise TextError(
+                f"{who}: {path} is a folder; name its files, or {{hub: {path}}} for a dataset"
+            )
         if not path.is_file():
             raise TextError(f"{who}: no such data file: {path}")
         if path.suffix not in _READERS:
