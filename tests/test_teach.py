@@ -238,6 +238,17 @@ def test_the_curve_tells_of_the_balance(variant: str, copied: Callable[[str], Ru
         assert first[f"share/{name}"] == pytest.approx(share, abs=1e-6)
 
 
+def test_the_report_is_of_the_recipe_that_was_trained(copied: Callable[[str], RunFolder]) -> None:
+    run = copied("llama")
+    pipeline.evaluate(run)
+    before = pipeline.report(run).read_text()
+    pipeline.train(run, [*SHORT, "train.teacher=sources"])
+    pipeline.evaluate(run)
+    after = pipeline.report(run).read_text()
+    assert "teacher: none" in before and "teacher: sources" not in before
+    assert "teacher: sources" in after and "teacher: none" not in after
+
+
 def test_the_text_of_a_training_is_on_record(copied: Callable[[str], RunFolder]) -> None:
     digests = []
     for overrides in ([], ["train.teacher=sources"], ["train.batch_size=2"], SHORT):

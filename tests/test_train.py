@@ -482,6 +482,33 @@ def test_the_recipe_says_how_precisely_it_computes(
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+def test_what_is_trained_may_have_been_trained_elsewhere(
+    recipes: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with a logger that this one lacks: it is evaluated here."""
+    recipe = load_recipe(recipes("llama"), ["train.report_to=wandb"])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "get_available_reporting_integrations", lambda: ["wandb"])
+        patch.setattr(train, "_make_trainer", without_loggers(train._make_trainer))
+        run = pipeline.run(recipe, tmp_path / "run")
+    hashes = hash_folder(run.trained)
+    pipeline.run(run.read_recipe(), run.root, resume=True)
+    assert hash_folder(run.trained) == hashes
+    with pytest.raises(RecipeError, match="'wandb' is not installed"):
+        pipeline.run(run.read_recipe(), run.root, overwrite=True)
+    assert hash_folder(run.trained) == hashes
+
+
+def without_loggers(make: Callable[..., Any]) -> Callable[..., Any]:
+    """The Trainer as it would be made for `train.report_to: none`."""
+
+    def made(model: Any, text: Any, recipe: Any, *rest: Any) -> Any:
+        settings = recipe.train.model_copy(update={"report_to": "none"})
+        return make(model, text, recipe.model_copy(update={"train": settings}), *rest)
+
+    return made
+
+
 def test_trained_models_are_not_replaced_unasked(copied: Callable[[str], RunFolder]) -> None:
     """`--overwrite` is the word; the manifest then holds the new files."""
     run = copied("llama")

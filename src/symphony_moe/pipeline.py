@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def run(
 ) -> RunFolder:
     """The whole way: build, verify, train, evaluate (`like`: see there), report."""
     # What a later stage would refuse is refused before the first begins.
-    refuse_untrainable(recipe)
+    if overwrite or not RunFolder(out).trained.is_dir():
+        refuse_untrainable(recipe)
     opened = open_sources(recipe, download=False)
     held_out_windows(recipe, opened)
     refuse_no_text(recipe, opened)
@@ -327,8 +329,12 @@ def compare(
     what any of the methods cannot build before the first begins, and to tabulate runs that differ
     in sources, text, order of batches or number of trained tokens.
     """
-    folder = prepare_comparison(recipe, variants, out, resume=resume, overwrite=overwrite)
     names = [(method, seed) for method, of_seeds in variants.items() for seed in of_seeds]
+    for method, seed in names:
+        if overwrite or not CompareFolder(out).run(method, seed).trained.is_dir():
+            with _naming(method):
+                refuse_untrainable(variants[method][seed])
+    folder = prepare_comparison(recipe, variants, out, resume=resume, overwrite=overwrite)
     for number, (method, seed) in enumerate(names, start=1):
         log.info("%d of %d: %s, seed %d", number, len(names), method, seed)
         _adopt_build(folder, names[: number - 1], (method, seed), variants[method][seed])
@@ -376,12 +382,8 @@ def prepare_comparison(
     (SymphonyError) what `compare` refuses before it begins."""
     folder = CompareFolder(out)
     for method, of_seeds in variants.items():
-        try:
-            first = next(iter(of_seeds.values()))
-            refuse_untrainable(first)
-            plan(first)
-        except SymphonyError as error:
-            raise type(error)(f"{method}: {error} (--methods chooses what is compared)") from None
+        with _naming(method):
+            plan(next(iter(of_seeds.values())))
     held_out_windows(recipe, open_sources(recipe, download=False))
     named = {(method, seed): one for method, of in variants.items() for seed, one in of.items()}
     if resume:
@@ -394,6 +396,15 @@ def prepare_comparison(
         path.parent.mkdir(exist_ok=True)
         write_text(path, one.to_yaml())
     return folder
+
+
+@contextmanager
+def _naming(method: str) -> Iterator[None]:
+    """What a method is refused for, with its name."""
+    try:
+        yield
+    except SymphonyError as error:
+        raise type(error)(f"{method}: {error} (--methods chooses what is compared)") from None
 
 
 def _refuse_another_recipe(run: RunFolder, recipe: Recipe) -> None:
