@@ -247,6 +247,20 @@ def test_settings_that_nothing_reads_are_noted(
     assert not notes(*unread) and not (read and notes(setting, *read))
 
 
+@pytest.mark.parametrize(("method", "used"), [("symphony", 3 * 32), ("harmonized", 6 * 32)])
+def test_calibration_text_that_is_too_little_is_noted(
+    method: str, used: int, recipes: Recipes, tmp_path: Path
+) -> None:
+    settings = [f"method={method}", "calibration.tokens=10", "calibration.sequence_length=32"]
+    recipe = load_recipe(recipes("llama"), settings)
+    notes = [note for note in pipeline.plan(recipe).notes if "calibration.tokens 10 is" in note]
+    assert len(notes) == 1 and f" {used}, " in notes[0]
+    metrics = (run := pipeline.build(recipe, tmp_path / "run")).read_json(run.metrics)
+    assert metrics["timing"]["calibration_tokens"] == used
+    enough = load_recipe(recipes("llama"), [*settings, f"calibration.tokens={used}"])
+    assert not any("calibration.tokens" in note for note in pipeline.plan(enough).notes)
+
+
 def test_what_training_would_refuse_is_noted(recipes: Recipes) -> None:
     """Not refused: a build alone does not mind, and the training may be another machine's."""
     found = pipeline.plan(load_recipe(recipes("llama"), ["train.batch_size=100000"])).notes

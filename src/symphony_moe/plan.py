@@ -383,6 +383,13 @@ def _notes(
         short = [f"{name}'s {context}" for name, context in contexts.items() if context < length]
         if short:
             notes.append(f"{section}.sequence_length {length} is beyond {' and '.join(short)}")
+    each = max(1, recipe.windows_each - recipe.windows_aside) + recipe.windows_aside
+    least = each * len(recipe.calibration_domains) * recipe.calibration.sequence_length
+    if (recipe.aligns or recipe.fits) and recipe.calibration.tokens < least:
+        notes.append(
+            f"calibration.tokens {recipe.calibration.tokens:,} is less than what is used at least: "
+            f"{least:,}, {each} window(s) of every source"
+        )
     if recipe.experts.init == "copy":
         notes.append(f"experts.init copy: every expert is {recipe.anchor}'s FFN; nothing to align")
     if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:
