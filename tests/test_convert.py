@@ -158,7 +158,7 @@ def test_gguf_files_that_are_none_are_messages(
         raise ImportError("no gguf here")
 
     monkeypatch.setattr(convert.AutoConfig, "from_pretrained", without)
-    with pytest.raises(SourceError, match=r"pip install 'symphony-moe\[gguf\]'"):
+    with pytest.raises(SourceError, match="pip install gguf"):
         opened(tmp_path, gguf_file="m.gguf")
     assert not list(cache.glob("*")), "half a conversion"
 

@@ -816,7 +816,7 @@ def test_what_reads_a_sentencepiece_model_is_named(
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.model").write_bytes(b"no model")
     source = open_source("b", load_recipe(path).sources["b"])
-    for found, told in ((None, r"pip install 'symphony-moe\[sentencepiece\]'"),
+    for found, told in ((None, "pip install sentencepiece protobuf"),
                         (object(), "no usable tokenizer in")):  # fmt: skip
         monkeypatch.setattr("symphony_moe.sources.find_spec", lambda name, found=found: found)
         with pytest.raises(SourceError, match=f"b: .*{told}"):

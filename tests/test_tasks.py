@@ -436,7 +436,7 @@ def test_the_extra_that_is_missing_is_named(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert "pip install 'symphony-moe[lm-eval]'" in refused("--tasks", "gsm8k")
+    assert "pip install 'lm_eval>=" in refused("--tasks", "gsm8k")
 
 
 def test_models_that_are_not_there_are_named(refused: Callable[..., str], own: Path) -> None:

@@ -146,9 +146,7 @@ def open_adapter(owner: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise SourceError(
-            f"{owner}: reading adapters needs peft: pip install 'symphony-moe[adapters]'"
-        ) from None
+        raise SourceError(f"{owner}: reading adapters needs peft: pip install peft") from None
     try:
         with safe_open(folder / FILES[1], framework="pt") as file:
             tensors = {

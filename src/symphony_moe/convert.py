@@ -176,8 +176,7 @@ def _once(
         ) from None
     except ImportError as error:
         raise SourceError(
-            f"{name}: {files[0]}: reading GGUF needs the package gguf: "
-            f"pip install 'symphony-moe[gguf]' ({error})"
+            f"{name}: {files[0]}: reading GGUF needs the package gguf: pip install gguf ({error})"
         ) from None
     except OSError:
         raise

@@ -303,9 +303,9 @@ def generate(folder: RunFolder) -> list[tuple[str, str, str]]:
 
 def report(folder: RunFolder) -> Path:
     """`metrics.json` to one self-contained `report.html`."""
+    recipe = folder.read_recipe().model_dump(mode="json")
     folder.require_checkpoint()
     metrics = folder.read_json(folder.metrics)
-    recipe = folder.read_recipe().model_dump(mode="json")
     # A training may have had settings of its own.
     recipe["train"] |= metrics.get("training", {}).get("settings", {})
     html = render(metrics, folder.read_json(folder.plan), recipe)

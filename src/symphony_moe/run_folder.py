@@ -151,7 +151,9 @@ class RunFolder:
         """Content of one of the folder's JSON files. Raises RunFolderError where it is not there or
         not JSON."""
         if not path.is_file():
-            raise RunFolderError(f"{path}: not there")
+            raise RunFolderError(
+                f"{path}: not there; the run has not come so far, or the file is lost"
+            )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -155,10 +155,11 @@ class Source:
                 raise SourceError(
                     f"{self.name}: {self.folder} has no tokenizer.json, and reading its "
                     "tokenizer.model needs sentencepiece and protobuf: "
-                    "pip install 'symphony-moe[sentencepiece]'"
+                    "pip install sentencepiece protobuf"
                 ) from None
             raise SourceError(
-                f"{self.name}: no usable tokenizer in {self.folder}: {_first_line(error)}"
+                f"{self.name}: no usable tokenizer in {self.folder} (tokenizer.json and "
+                f"tokenizer_config.json, or what its class reads): {_first_line(error)}"
             ) from None
         if rowless:
             log.warning(
@@ -506,6 +507,8 @@ def _read_config(name: str, folder: Path, attention: str) -> PreTrainedConfig:
     try:
         declared = json.loads(path.read_text(encoding="utf-8"))
         model_type = declared.get("model_type") if isinstance(declared, dict) else None
+        if model_type is None:
+            raise SourceError(f"{name}: {path} names no model_type; is it a model's?")
         if model_type not in FAMILIES:
             raise SourceError(
                 f"{name}: {folder} is a {model_type!r} model; "

@@ -144,7 +144,7 @@ def _require_harness() -> None:
             import lm_eval.tasks  # noqa: F401
     except ImportError as error:
         raise RecipeError(
-            "--tasks: benchmarks need lm-evaluation-harness: pip install 'symphony-moe[lm-eval]' "
+            "--tasks: benchmarks need lm-evaluation-harness: pip install 'lm_eval>=0.4.13,<0.5' "
             f"({error})"
         ) from None
 
