@@ -359,6 +359,20 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_built(
     train.refuse_untrainable(load_recipe(recipes("llama"), ["train.report_to=mlflow"]))
 
 
+def test_attention_experts_are_trained_where_transformers_can(
+    recipes: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions' JetMoE has no balance loss in training, or cannot compute it."""
+    recipe = load_recipe(recipes("llama"), ["method=bam"])
+    train.refuse_untrainable(recipe)
+    monkeypatch.setattr(train.transformers, "__version__", "5.9.0")
+    with pytest.raises(
+        RecipeError, match=r"bam\): the stock JetMoE of transformers 5\.9\.0 has no "
+    ):
+        train.refuse_untrainable(recipe)
+    train.refuse_untrainable(load_recipe(recipes("llama"), ["method=btx"]))
+
+
 def test_one_process_trains_on_one_gpu(
     copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
+from packaging.version import Version
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
@@ -58,6 +60,9 @@ from symphony_moe.teach import Teachers, divergence, fit_in_memory
 from symphony_moe.text_files import TrainingText
 
 log = logging.getLogger(__name__)
+
+JETMOE_TRAINS = Version("5.18")
+"""The first version whose stock JetMoE trains."""
 
 _ROUTER = re.compile(r"\.(gate|router|router\.layer)\.weight$")
 _EXPERT = re.compile(r"\.experts\.(?!bias$)|\.(input|output)_linear\.weight$")
@@ -160,7 +165,8 @@ def train_run(
 
 def refuse_untrainable(recipe: Recipe) -> None:
     """SymphonyError for what `train_run` could not do on this machine, before anything else is
-    done: text that fills no step of one process, and loggers that are not there."""
+    done: text that fills no step of one process, loggers that are not there, and an architecture
+    that this version of transformers does not train."""
     settings, sources = recipe.train, len(recipe.sources)
     windows = _windows_per_source(settings, sources) * sources
     _refuse_short(windows, settings.batch_size * settings.gradient_accumulation, settings)
@@ -172,6 +178,12 @@ def refuse_untrainable(recipe: Recipe) -> None:
             raise RecipeError(f"train.report_to: the package of {name!r} is not installed")
         known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
         raise RecipeError(f"train.report_to: {name!r} is none of {known}")
+    if recipe.experts.attention == "source" and Version(transformers.__version__) < JETMOE_TRAINS:
+        raise RecipeError(
+            "experts.attention: source (bam): the stock JetMoE of transformers "
+            f"{transformers.__version__} has no balance loss in training; {JETMOE_TRAINS} has: "
+            "pip install -U transformers"
+        )
 
 
 def refuse_no_text(recipe: Recipe, sources: Sequence[Source]) -> None:
