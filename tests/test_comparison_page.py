@@ -130,11 +130,16 @@ def test_every_mean_and_range_is_on_the_page() -> None:
 
 
 def test_the_page_says_what_a_method_costs_and_when_it_reaches_the_reference() -> None:
-    page = rendered(sample_entries())
+    entries = sample_entries()
+    page = rendered(entries)
     cost = ["1 min 41 s (build 41.0 s)", "2.0 GB (build 1.0 GB)"]
     assert cells(page, "Held-out loss", "ours")[4:] == ["40.1 % (40.0 to 40.2 %)", *cost]
     assert cells(page, "Held-out loss", "paper")[4:] == ["reference", *cost]
     assert cells(page, "Held-out loss", "btx")[4:] == ["not reached", *cost]
+    # Where nothing was measured on the way nobody knows.
+    for seed in range(3):
+        entry(entries, "btx", seed, "trained")["curve"] = []
+    assert cells(rendered(entries), "Held-out loss", "btx")[4:] == [MISSING, *cost]
 
 
 def test_a_seed_that_does_not_reach_the_reference_is_not_averaged_away() -> None:

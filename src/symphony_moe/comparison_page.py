@@ -392,8 +392,10 @@ def reach_cells(entries: Entries, reference: str) -> dict[str, Cell]:
         reached = {
             seed: entry["reaches"]
             for seed, entry in _of(entries, method, "trained").items()
-            # Nobody can reach a loss that is not a number.
+            # Nobody can reach a loss that is not a number, and nobody knows where nothing was
+            # measured on the way.
             if entry.get("reaches")
+            and (entry["reaches"]["tokens"] is not None or entry.get("curve"))
             and not (seed in goals and not is_number(goals[seed][_MEANS[_IN]]))
         }
         if method == reference:
