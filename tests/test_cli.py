@@ -142,14 +142,17 @@ def _one_source(project: Path) -> None:
     edit_recipe(project, sources={"a": {"model": "models/a", "data": "a.jsonl"}})
 
 
-def _no_settings_of_a_source(project: Path) -> None:
+def _edit_b(project: Path, settings: Any) -> None:
     sources = json.loads((project / "recipe.yaml").read_text())["sources"]
-    edit_recipe(project, sources=sources | {"b": "models/b"})
+    edit_recipe(project, sources=sources | {"b": settings})
+
+
+def _no_settings_of_a_source(project: Path) -> None:
+    _edit_b(project, "models/b")
 
 
 def _number_for_text(project: Path) -> None:
-    sources = json.loads((project / "recipe.yaml").read_text())["sources"]
-    edit_recipe(project, sources=sources | {"b": {"model": "models/b", "data": 5}})
+    _edit_b(project, {"model": "models/b", "data": 5})
 
 
 def _folder_for_text(project: Path) -> None:
@@ -168,9 +171,7 @@ def _folder_for_a_recipe(project: Path) -> None:
 
 
 def _two_columns(project: Path) -> None:
-    sources = json.loads((project / "recipe.yaml").read_text())["sources"]
-    own = {"model": "models/b", "data": {"hub": "texts"}, "column": "output"}
-    edit_recipe(project, sources=sources | {"b": own})
+    _edit_b(project, {"model": "models/b", "data": {"hub": "texts"}, "column": "output"})
 
 
 def _too_many_experts(project: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symphony_moe import __version__
-from symphony_moe.errors import RecipeError, SymphonyError
+from symphony_moe.errors import RecipeError, SymphonyError, first_line
 from symphony_moe.machine import is_out_of_memory, is_refusal, process_number
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         if is_out_of_memory(error):
-            return _fail(options, f"out of memory: {_first_line(error)}{_less_memory(options)}", 2)
+            return _fail(options, f"out of memory: {first_line(error)}{_less_memory(options)}", 2)
         if is_refusal(error):
-            return _fail(options, _first_line(error), 2)
+            return _fail(options, first_line(error), 2)
         traceback.print_exc()
         return _fail(options, f"a bug in symphony-moe: {type(error).__name__}: {error}", 1)
 
@@ -59,10 +59,6 @@ def _json(result: Any) -> str:
     from symphony_moe.run_folder import to_json
 
     return to_json(result)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _less_memory(options: argparse.Namespace) -> str:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from symphony_moe.errors import SourceError
+from symphony_moe.errors import SourceError, first_line
 from symphony_moe.families import HEAD
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -171,8 +171,7 @@ def _once(
                 out.rename(entry)
     except pickle.UnpicklingError as error:
         raise SourceError(
-            f"{name}: {files[0]} holds more than tensors, and is not read: "
-            f"{str(error).splitlines()[0]}"
+            f"{name}: {files[0]} holds more than tensors, and is not read: {first_line(error)}"
         ) from None
     except ImportError as error:
         raise SourceError(

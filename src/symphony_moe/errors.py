@@ -32,3 +32,8 @@ class RunFolderError(SymphonyError):
 
 class VerificationError(SymphonyError):
     """A finished checkpoint does not hold what its sources and its manifest say it must."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

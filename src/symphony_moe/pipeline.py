@@ -123,11 +123,13 @@ def run(
 ) -> RunFolder:
     """The whole way: build, verify, train, evaluate (`like`: see there), report."""
     # What a later stage would refuse is refused before the first begins.
-    if overwrite or not RunFolder(out).trained.is_dir():
+    is_to_train = overwrite or not RunFolder(out).trained.is_dir()
+    if is_to_train:
         refuse_untrainable(recipe)
     opened = open_sources(recipe, download=False)
     held_out_windows(recipe, opened)
-    refuse_no_text(recipe, opened)
+    if is_to_train:
+        refuse_no_text(recipe, opened)
     folder = build(recipe, out, resume=resume, overwrite=overwrite)
     verify(folder)
     if not folder.trained.is_dir():
@@ -676,22 +678,22 @@ def compare(
     what any of the methods cannot build before the first begins, and to tabulate runs that differ
     in sources, text, order of batches or number of trained tokens.
     """
-    names = [(method, seed) for method, of_seeds in variants.items() for seed in of_seeds]
-    for method, seed in names:
+    recipes = _by_name(variants)
+    for (method, seed), one in recipes.items():
         if overwrite or not CompareFolder(out).run(method, seed).trained.is_dir():
             with _naming(method):
-                refuse_untrainable(variants[method][seed])
+                refuse_untrainable(one)
     folder = prepare_comparison(recipe, variants, out, resume=resume, overwrite=overwrite)
-    for number, (method, seed) in enumerate(names, start=1):
-        log.info("%d of %d: %s, seed %d", number, len(names), method, seed)
-        _adopt_build(folder, names[: number - 1], (method, seed), variants[method][seed])
-        run = folder.run(method, seed)
-        _run_apart(run, folder.recipe(method, seed), folder.run(*names[0]))
+    names = list(recipes)
+    for number, name in enumerate(names, start=1):
+        log.info("%d of %d: %s, seed %d", number, len(names), *name)
+        _adopt_build(folder, names[: number - 1], name, recipes[name])
+        _run_apart(folder.run(*name), folder.recipe(*name), folder.run(*names[0]))
     runs = {name: folder.run(*name) for name in names}
     metrics = {name: run.read_json(run.metrics) for name, run in runs.items()}
     manifests = {name: run.read_json(run.manifest) for name, run in runs.items()}
     for name, of_run in metrics.items():
-        _refuse_other_training(runs[name], of_run["training"], variants[name[0]][name[1]].train)
+        _refuse_other_training(runs[name], of_run["training"], recipes[name].train)
     refuse_different(metrics, manifests)
     entries = entries_of(metrics, list(recipe.sources))
     reference = recipe.compare.reference
@@ -707,9 +709,7 @@ def compare(
         entries,
         limits,
         reference,
-        comparison_facts(
-            [one.model_dump(mode="json") for of in variants.values() for one in of.values()]
-        ),
+        comparison_facts([one.model_dump(mode="json") for one in recipes.values()]),
         settings,
         in_domain=list(recipe.sources),
     )
@@ -732,7 +732,7 @@ def prepare_comparison(
         with _naming(method):
             plan(next(iter(of_seeds.values())))
     held_out_windows(recipe, open_sources(recipe, download=False))
-    named = {(method, seed): one for method, of in variants.items() for seed, one in of.items()}
+    named = _by_name(variants)
     if resume:
         for name, one in named.items():
             _refuse_another_recipe(folder.run(*name), one)
@@ -743,6 +743,11 @@ def prepare_comparison(
         path.parent.mkdir(exist_ok=True)
         write_text(path, one.to_yaml())
     return folder
+
+
+def _by_name(variants: Mapping[str, Mapping[int, Recipe]]) -> dict[tuple[str, int], Recipe]:
+    """(method, seed) -> recipe, in the order of the table."""
+    return {(method, seed): one for method, of in variants.items() for seed, one in of.items()}
 
 
 @contextmanager

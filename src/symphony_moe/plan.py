@@ -398,6 +398,7 @@ def _notes(
 
 
 def _is_here(model: str) -> bool:
+    """Whether it is bundled or a local folder, and nothing on the hub."""
     return model.startswith(BUNDLED) or Path(model).exists()
 
 
@@ -419,13 +420,9 @@ def _without_effect(recipe: Recipe) -> list[str]:
     )
     notes = []
     for name, spec in recipe.sources.items():
-        if spec.revision is not None and (
-            spec.model.startswith(BUNDLED) or Path(spec.model).exists()
-        ):
+        if spec.revision is not None and _is_here(spec.model):
             notes.append(f"sources.{name}.revision has no effect: the model is not on the hub")
-        if spec.adapter_revision is not None and (
-            spec.adapter is None or Path(spec.adapter).exists()
-        ):
+        if spec.adapter_revision is not None and (spec.adapter is None or _is_here(spec.adapter)):
             notes.append(f"sources.{name}.adapter_revision has no effect: no adapter on the hub")
     for is_unread, reason, settings in unread:
         for setting in settings if is_unread else ():

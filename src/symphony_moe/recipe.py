@@ -669,16 +669,15 @@ def _read_yaml(text: str) -> Any:
 def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe:
     """Check settings and fill in presets and absolute paths. `who` names the recipe in errors."""
     _refuse_unknown_keys(content, Recipe, who, "")
-    # A setting without a value (null) is left at its default.
-    settings = {key: value for key, value in content.items() if value is not None}
+    settings = _without_nulls(content)
     method = settings.get("method", "symphony")
     if not isinstance(method, str) or method not in PRESETS:
         raise RecipeError(
             f"{who}: method: {method!r} is not available; available: {', '.join(PRESETS)}"
         )
-    for section, own in settings.items():
-        if isinstance(own, Mapping) and section not in ("sources", "compare"):
-            settings[section] = {key: value for key, value in own.items() if value is not None}
+    for section in settings.keys() - {"sources", "compare"}:
+        if isinstance(own := settings[section], Mapping):
+            settings[section] = _without_nulls(own)
     for section, preset in PRESETS[method].items():
         own = settings.get(section, {})
         settings[section] = preset | own if isinstance(own, dict) else own
@@ -703,6 +702,11 @@ def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe
         raise RecipeError(f"{who}: " + "; ".join(_describe_all(error))) from None
     except RecursionError:
         raise RecipeError(f"{who}: a YAML alias stands inside itself") from None
+
+
+def _without_nulls(settings: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A setting without a value is left at its default."""
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -40,7 +40,7 @@ from symphony_moe.convert import (
     pickles_of,
     weight_map,
 )
-from symphony_moe.errors import SourceError, SourceMismatch
+from symphony_moe.errors import SourceError, SourceMismatch, first_line
 from symphony_moe.families import (
     EMBEDDING,
     FAMILIES,
@@ -159,7 +159,7 @@ class Source:
                 ) from None
             raise SourceError(
                 f"{self.name}: no usable tokenizer in {self.folder} (tokenizer.json and "
-                f"tokenizer_config.json, or what its class reads): {_first_line(error)}"
+                f"tokenizer_config.json, or what its class reads): {first_line(error)}"
             ) from None
         if rowless:
             log.warning(
@@ -358,10 +358,10 @@ def open_source(
         folder = Path(spec.model)
         if from_hub:
             folder = _fetch(name, spec.model, spec.revision, patterns)
-    if folder.is_file() and not _gguf_hint(name, folder):
-        raise SourceError(f"{name}: {folder} is a file; name the folder of the model that it is in")
     if not folder.is_dir():
-        raise SourceError(f"{name}: no such model folder: {folder}{_gguf_hint(name, folder)}")
+        hint = ", which is a file; name the folder of the model that it is in"
+        hint = _gguf_hint(name, folder) or (hint if folder.is_file() else "")
+        raise SourceError(f"{name}: no such model folder: {folder}{hint}")
     if (folder / ADAPTER_FILES[0]).is_file():
         raise SourceError(
             f"{name}: {folder} has an {ADAPTER_FILES[0]}: it holds a LoRA, which transformers "
@@ -457,7 +457,7 @@ def _fetch(name: str, hub_id: str, revision: str | None, patterns: Sequence[str]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(
             f"{name}: {hub_id!r} is no folder here, and as a hub id it cannot be fetched: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from None
 
 
@@ -491,7 +491,7 @@ def _hub_headers(name: str, spec: SourceSpec) -> dict[str, Header]:
     except Exception as error:
         # Connection, permission and format errors of the client alike: none is a bug of ours.
         raise SourceError(
-            f"{name}: no safetensors headers for hub id {spec.model!r}: {_first_line(error)}"
+            f"{name}: no safetensors headers for hub id {spec.model!r}: {first_line(error)}"
         ) from None
     return {
         tensor: Header(file, tuple(info.shape), info.dtype)
@@ -628,7 +628,7 @@ def _check_generation_config(source: Source) -> None:
     except Exception as error:
         # Whatever the library's own checks raise: the file is the user's.
         raise SourceError(
-            f"{source.name}: {path} is not usable: {_first_line(error)}; mend or remove it"
+            f"{source.name}: {path} is not usable: {first_line(error)}; mend or remove it"
         ) from None
 
 
@@ -882,10 +882,6 @@ def _spell(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return ", ".join(map(_spell, value)) if isinstance(value, list) else str(value)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def refuse_mismatch(differences: Sequence[Difference]) -> None:

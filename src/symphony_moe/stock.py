@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from symphony_moe.errors import VerificationError
+from symphony_moe.errors import VerificationError, first_line
 from symphony_moe.families import EMBEDDING, HEAD_BIAS
 from symphony_moe.forward import device
 from symphony_moe.sources import Source
@@ -33,9 +33,9 @@ def load_stock(
             output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, SafetensorError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise VerificationError(
-            f"{folder}: a file of it is missing or damaged ({why}); make the folder again"
+            f"{folder}: a file of it is missing or damaged ({first_line(error)}); make the folder "
+            "again"
         ) from error
     model, info = loaded
     if HEAD_BIAS in info["missing_keys"] and not bool(model.get_parameter(HEAD_BIAS).any()):

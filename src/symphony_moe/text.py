@@ -341,7 +341,7 @@ def check_data_exists(who: str, data: Data) -> None:
             raise TextError(f"{who}: no bundled text {data!r}; there is: {', '.join(known)}")
     elif isinstance(data, str):
         path = Path(data)
-        if data and path.is_dir():
+        if path.is_dir():
             raise TextError(
                 f"{who}: {path} is a folder; name its files, or {{hub: {path}}} for a dataset"
             )

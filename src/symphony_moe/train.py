@@ -15,7 +15,6 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from symphony_moe import text_files
-from symphony_moe.errors import RecipeError, RunFolderError, TextError
+from symphony_moe.errors import RecipeError, RunFolderError, TextError, first_line
 from symphony_moe.families import FINAL_NORM, HEAD_BIAS
 from symphony_moe.machine import is_out_of_memory, is_out_of_room, peak_rss_bytes
 from symphony_moe.recipe import Recipe, Train
@@ -106,7 +105,7 @@ def train_run(
             run.training.mkdir(parents=True, exist_ok=True)
         _note_settings(run.training_begun, recipe)  # the first process comes first
     text = training_text(recipe, sources, run.work / "text")
-    started = time.monotonic()
+    began = time.monotonic() - (0 if saved is None else _seconds_until(saved))
 
     sharded = saved is not None and any(saved.glob("pytorch_model_fsdp*"))
     trainer = None
@@ -118,7 +117,9 @@ def train_run(
         num_trained = choose_parameters(model, settings.scope)
         log.info("training %s: %s parameters", settings.scope, f"{num_trained:,}")
         model.config.output_router_logits = True  # for the balance loss, and to report the balance
-        trainer = _make_trainer(model, text, recipe, sources, run.training, num_trained, measure)
+        trainer = _make_trainer(
+            model, text, recipe, sources, run.training, num_trained, measure, began
+        )
         # The Trainer divides the language-model loss by the tokens of all of a step's batches and
         # adds the batches up; the balance loss comes with each batch, and is divided here.
         batches = settings.gradient_accumulation * trainer.args.world_size
@@ -145,7 +146,7 @@ def train_run(
                 "scope": settings.scope,
                 "tokens": trainer.state.global_step * _tokens_per_step(trainer, settings),
                 "steps": trainer.state.global_step,
-                "seconds": round(time.monotonic() - started + trainer.seconds_before(), 2),
+                "seconds": round(time.monotonic() - began, 2),
                 "learning_rate": settings.learning_rate,
                 "trained_parameters": num_trained,
                 "text": digest,
@@ -216,7 +217,7 @@ def _explain(error: Exception, run: RunFolder, step: int | None) -> None:
         free = shutil.disk_usage(run.root).free / 1e6
         raise RunFolderError(
             f"{run.root}: no room for what the training writes at step {step or 0} ({free:,.1f} MB "
-            f"are free; {str(error).splitlines()[0]}). Make room and --resume: it "
+            f"are free; {first_line(error)}). Make room and --resume: it "
             "goes on from what was saved last. The checkpoint is untouched"
         ) from None
 
@@ -389,6 +390,12 @@ def _step_of(saved: Path) -> int:
     return int(saved.name.removeprefix("checkpoint-"))
 
 
+def _seconds_until(saved: Path) -> float:
+    """What a training had taken when it was saved."""
+    history = json.loads((saved / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return max((entry.get("seconds", 0.0) for entry in history), default=0.0)
+
+
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text(encoding="utf-8"))
@@ -400,13 +407,15 @@ def _is_json(path: Path) -> bool:
 class _Trainer(Trainer):
     """The stock Trainer, given a model that holds the weights to go on from, and teachers."""
 
-    def __init__(self, *, recipe: Recipe, teachers: Teachers | None, **stock: Any) -> None:
+    def __init__(
+        self, *, recipe: Recipe, teachers: Teachers | None, began: float, **stock: Any
+    ) -> None:
+        """`began`: when, by the monotonic clock, it would have begun in one go."""
         super().__init__(**stock)
+        self.began = began
         self.settings, self.teachers = recipe.train, teachers
         self.names, self.top_k = recipe.expert_names, recipe.router.top_k
         self.seen: dict[str, list[Tensor]] = defaultdict(list)  # since the last log
-        self.began = time.monotonic()
-        self._before: float | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         """The windows are in the order of training already."""
@@ -475,17 +484,10 @@ class _Trainer(Trainer):
         for name, value in values.items():
             self.seen[name].append(value)
 
-    def seconds_before(self) -> float:
-        """What a training that is resumed had taken until it was saved."""
-        if self._before is None:
-            told = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
-            self._before = told[-1] if told else 0.0
-        return self._before
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The stock log, with the means of what was noted since the last."""
         if "loss" in logs:
-            logs["seconds"] = round(time.monotonic() - self.began + self.seconds_before(), 2)
+            logs["seconds"] = round(time.monotonic() - self.began, 2)
             logs |= {name: float(torch.stack(values).mean()) for name, values in self.seen.items()}
         self.seen.clear()
         super().log(logs, start_time)
@@ -592,6 +594,7 @@ def _make_trainer(
     folder: Path,
     num_trained: int,
     measure: Callable[[PreTrainedModel], dict[str, float]] | None,
+    began: float,
 ) -> _Trainer:
     settings = recipe.train
     cuda = torch.cuda.is_available()
@@ -605,7 +608,9 @@ def _make_trainer(
     by_documents = settings.packing == "documents"
     has_bfloat16 = cuda and torch.cuda.is_bf16_supported()
     in_bfloat16 = {"auto": has_bfloat16, "float32": False, "bfloat16": True}[settings.precision]
-    checkpointing: dict[str, Any] = {_checkpointing_setting(): settings.gradient_checkpointing}
+    name = "activation_checkpointing"  # older versions of transformers know the other name alone
+    name = name if hasattr(TrainingArguments, name) else "gradient_checkpointing"
+    checkpointing: dict[str, Any] = {name: settings.gradient_checkpointing}
     # A launcher's own setting would win over the recipe's.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
     arguments = TrainingArguments(
@@ -653,6 +658,7 @@ def _make_trainer(
     trainer = _Trainer(
         recipe=recipe,
         teachers=teachers,
+        began=began,
         model=model,
         args=arguments,
         # Whole steps only: of windows that are left over the Trainer would make one step more when
@@ -667,13 +673,6 @@ def _make_trainer(
     if measure is not None and settings.evaluations:
         trainer.add_callback(_Measure(measure, settings.evaluations, at_end=settings.soften > 0))
     return trainer
-
-
-def _checkpointing_setting() -> str:
-    """What this version of transformers calls it."""
-    names = {field.name for field in fields(TrainingArguments)}
-    new = "activation_checkpointing"
-    return new if new in names else "gradient_checkpointing"
 
 
 def _tokens_per_step(trainer: Trainer, settings: Train) -> int:
