@@ -14,6 +14,7 @@ The same machine and versions give the same bytes: one thread per process, seeds
 
 import argparse
 import itertools
+import json
 import logging
 import math
 import multiprocessing
@@ -39,14 +40,21 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from symphony_moe import bundled
 from symphony_moe.bundled.corpus import DOMAINS, OUT_OF_DOMAIN, documents
-from symphony_moe.text import is_held_out, pack_windows
+from symphony_moe.evaluate import losses_and_routing
+from symphony_moe.text import (
+    Encoder,
+    Packed,
+    Pieces,
+    draw_pieces,
+    is_held_out,
+    pack_windows,
+)
 
 logger = logging.getLogger("train_bundled")
 
@@ -56,8 +64,8 @@ HOLDOUT = 0.05
 SEQUENCE_LENGTH = 256
 BATCH_WINDOWS = 16
 VOCABULARY = 1024
-TABLE_WINDOWS = 128
-"""Held-out windows per domain in the table: 32,768 tokens where the domain has as many."""
+TABLE_TOKENS = 32_768
+"""Held-out text per domain in the table."""
 
 BASE = "branches/base"
 SEEDS = {
@@ -140,27 +148,25 @@ def training_documents(domain: str) -> list[str]:
     return [text for text in documents(domain) if not is_held_out(text, HOLDOUT)]
 
 
-def held_out_windows(domain: str, tokenizer: PreTrainedTokenizerBase, most: int) -> Tensor:
-    """At most `most` windows of held-out text, each `SEQUENCE_LENGTH` tokens."""
+def held_out_text(domain: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Pieces:
+    """At most so many tokens of held-out text, documents of at most `SEQUENCE_LENGTH` tokens."""
     held_out = [text for text in documents(domain) if is_held_out(text, HOLDOUT)]
-    return pack_windows(held_out, tokenizer, SEQUENCE_LENGTH)[:most]
+    return draw_pieces(
+        domain, held_out, Encoder.of(tokenizer), tokens=tokens, sequence_length=SEQUENCE_LENGTH,
+        seed=0,
+    )  # fmt: skip
 
 
-@torch.inference_mode()
-def loss_per_token(model: PreTrainedModel, windows: Tensor) -> float:
-    """Mean next-token loss, in nats."""
-    losses = [
-        model(input_ids=part, labels=part).loss.item() * len(part) for part in windows.split(16)
-    ]
-    return sum(losses) / len(windows)
-
-
-def shuffled_forever(windows: Tensor, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches of `count` windows; every window once before any comes again."""
+def shuffled_forever(
+    text: Packed, count: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of `count` windows, with their labels; every window once before any comes again. The
+    first token of a document is no label: nothing before it foretells it."""
     while True:
-        for chosen in torch.randperm(len(windows), generator=generator).split(count):
+        for chosen in torch.randperm(len(text), generator=generator).split(count):
             if len(chosen) == count:
-                yield windows[chosen]
+                windows = text.windows[chosen]
+                yield windows, windows.masked_fill(text.positions[chosen] == 0, -100)
 
 
 def train(name: str, start: Path | None, tokenizer_folder: Path, folder: Path) -> None:
@@ -173,7 +179,7 @@ def train(name: str, start: Path | None, tokenizer_folder: Path, folder: Path) -
     domains = DOMAINS if name == BASE else (name.split("/")[1],)
     streams = [
         shuffled_forever(
-            pack_windows(training_documents(domain), tokenizer, SEQUENCE_LENGTH),
+            pack_windows(training_documents(domain), Encoder.of(tokenizer), SEQUENCE_LENGTH),
             BATCH_WINDOWS // len(domains),
             generator,
         )
@@ -194,8 +200,9 @@ def train(name: str, start: Path | None, tokenizer_folder: Path, folder: Path) -
         progress = max(0, step - warm_up) / (steps - warm_up)
         share = min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * progress))
         optimizer.param_groups[0]["lr"] = schedule.learning_rate * share
-        batch = torch.cat([next(stream) for stream in streams])
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        drawn = [next(stream) for stream in streams]
+        batch, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        loss = model(input_ids=batch, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -216,11 +223,20 @@ def train(name: str, start: Path | None, tokenizer_folder: Path, folder: Path) -
         shutil.copy(file, folder)
 
 
+def _name_a_class_that_all_know(path: Path) -> None:
+    """transformers 5 writes a class that older versions, and other readers, do not have."""
+    config = json.loads(path.read_text(encoding="utf-8")) | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def train_all(names: Sequence[str], out: Path, base: Path, jobs: int) -> None:
     """Train the named models below `out`, at most `jobs` at once, each in a process of its own."""
     with tempfile.TemporaryDirectory() as tokenizer_name:
         tokenizer = Path(tokenizer_name)
         train_tokenizer().save_pretrained(tokenizer)
+        _name_a_class_that_all_know(tokenizer / "tokenizer_config.json")
         # Forking a process that has used torch's threads can hang.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, context) as pool:
@@ -243,13 +259,13 @@ def table(family: str, out: Path) -> str:
     """Held-out loss of every source on every domain, in nats per token, as a markdown table."""
     tokenizer = AutoTokenizer.from_pretrained(out / family / DOMAINS[0])
     columns = (*DOMAINS, OUT_OF_DOMAIN)
-    windows = {name: held_out_windows(name, tokenizer, TABLE_WINDOWS) for name in columns}
+    texts = {name: held_out_text(name, tokenizer, TABLE_TOKENS) for name in columns}
     lines = [f"| {family} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for domain in DOMAINS:
         model = AutoModelForCausalLM.from_pretrained(out / family / domain, dtype=torch.float32)
-        losses = [f"{loss_per_token(model, windows[column]):.3f}" for column in columns]
+        losses = [f"{loss:.3f}" for loss in losses_and_routing(model, texts)[0].values()]
         lines.append(f"| {domain} | {' | '.join(losses)} |")
-    tokens = ", ".join(f"{name} {part.numel():,}" for name, part in windows.items())
+    tokens = ", ".join(f"{name} {len(text.tokens):,}" for name, text in texts.items())
     return "\n".join([*lines, "", f"Held-out tokens: {tokens}."])
 
 

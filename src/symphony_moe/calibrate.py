@@ -22,10 +22,11 @@ from symphony_moe.families import EMBEDDING, head_dim
 from symphony_moe.forward import device, load_dense_layer, observe, run_layer
 from symphony_moe.recipe import Recipe
 from symphony_moe.sources import Source
-from symphony_moe.streams import Streams, Windows, windows_at_once
+from symphony_moe.streams import Streams, windows_at_once
 from symphony_moe.text import (
     Documents,
-    draw_windows,
+    Packed,
+    draw_packed,
     read_documents,
     split_aside,
     split_held_out,
@@ -35,7 +36,7 @@ _ASIDE_DOCUMENTS = 1 / 8
 """Share of a source's documents that a fit is judged by."""
 
 
-def calibration_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Windows]:
+def calibration_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Packed]:
     """Source -> calibration text of its domain (Sec. 3.2), for those that give some: the same
     number of tokens each, held-out documents left out, and where something is fitted, those of
     `aside_windows`."""
@@ -47,7 +48,7 @@ def calibration_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, 
     return windows
 
 
-def aside_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Windows]:
+def aside_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Packed]:
     """Source -> text of its domain that a fit is judged by: of documents of their own.
 
     Raises TextError where a source has a single document.
@@ -70,17 +71,19 @@ def _documents(recipe: Recipe, source: Source) -> tuple[Documents, Documents]:
     """(to fit on, to judge a fit by); where nothing is fitted, the former are all."""
     spec = recipe.sources[source.name]
     who = f"calibration text of {source.name}"
-    documents: Documents = read_documents(who, spec.data, spec.column, source.own_tokenizer)
+    documents: Documents = read_documents(
+        who, spec.data, spec.column, source.own_tokenizer, recipe.chat_rules(source.name)
+    )
     documents, _ = split_held_out(documents, recipe.evaluation.holdout)
     return split_aside(documents, _ASIDE_DOCUMENTS) if recipe.fits else (documents, [])
 
 
-def _draw(recipe: Recipe, source: Source, what: str, documents: Documents, windows: int) -> Windows:
+def _draw(recipe: Recipe, source: Source, what: str, documents: Documents, windows: int) -> Packed:
     length = recipe.calibration.sequence_length
-    return draw_windows(
+    return draw_packed(
         f"{what} of {source.name}",
         documents,
-        source.tokenizer,
+        source.encoder,
         tokens=windows * length,
         sequence_length=length,
         seed=recipe.calibration.seed,

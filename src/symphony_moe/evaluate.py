@@ -1,8 +1,9 @@
 """Held-out loss per domain of every model, where the routers send each domain's tokens, and how
 alike the experts are.
 
-Losses are nats per token: the mean negative log-likelihood of every token of a window but its
-first.
+Losses are nats per token: the mean negative log-likelihood of every token but the first of a
+document. Documents are read one by one, as stock models read them (a document that is longer than
+`evaluation.sequence_length` in pieces of that length, the first token of each left out).
 """
 
 import hashlib
@@ -20,7 +21,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from symphony_moe.forward import WINDOWS_TOKENS
 from symphony_moe.recipe import Recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import Source, anchor_of
@@ -42,13 +42,19 @@ from symphony_moe.specialize import (
 from symphony_moe.stock import load_source, load_stock
 from symphony_moe.text import (
     Documents,
+    Pieces,
+    as_pieces,
     digest_of,
-    draw_windows,
+    draw_pieces,
     read_documents,
     split_held_out,
 )
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE = 1024
+"""Tokens of short documents that go through a model together: attention is computed between all
+of them, and masked."""
 
 
 def evaluate_run(
@@ -63,8 +69,8 @@ def evaluate_run(
     """
     run.require_checkpoint()
     started = time.monotonic()
-    windows = held_out_windows(recipe, sources)
-    shared = shared_text(windows)
+    windows = held_out_text(recipe, sources)
+    shared = shared_text({name: text.windows for name, text in windows.items()})
     names = recipe.expert_names
     held_out = {"text": _digest_of_domains(windows)}
     known = _known_of_sources(run, like, recipe, held_out) if like else None
@@ -80,7 +86,7 @@ def evaluate_run(
         metrics["routing"][stage] = {
             "experts": names,
             "routers": "ffn",
-            "tokens": {domain: text.numel() for domain, text in windows.items()},
+            "tokens": {domain: len(text.tokens) for domain, text in windows.items()},
             **describe_routing(routing, names),
         }
         if dynamic:
@@ -100,7 +106,7 @@ def evaluate_run(
 
 def _evaluate_sources(
     sources: Sequence[Source],
-    windows: Mapping[str, Int[Tensor, "windows sequence"]],
+    windows: Mapping[str, Pieces],
     shared: Int[Tensor, "shared sequence"],
 ) -> tuple[Mapping[str, Mapping[str, float | None]], dict[str, Any]]:
     """Source -> domain -> loss, and the likeness of their FFNs."""
@@ -112,9 +118,12 @@ def _evaluate_sources(
     return losses, describe_cka([source.name for source in sources], alike, shared.numel())
 
 
-def _digest_of_domains(windows: Mapping[str, Int[Tensor, "_ _"]]) -> str:
+def _digest_of_domains(windows: Mapping[str, Pieces]) -> str:
     """SHA-256 of what is evaluated on under which names."""
-    digests = {name: [*text.shape, digest_of([text])] for name, text in windows.items()}
+    digests = {
+        name: digest_of([torch.stack((text.tokens, text.positions))])
+        for name, text in windows.items()
+    }
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
@@ -140,7 +149,7 @@ def _known_of_sources(
 
 def _evaluate_moe(
     folder: Path,
-    windows: Mapping[str, Int[Tensor, "windows sequence"]],
+    windows: Mapping[str, Pieces],
     thresholds: Sequence[float],
 ) -> tuple[dict[str, float], dict[str, Routing], dict[str, Any]]:
     """Losses and routing of a checkpoint, and its losses with other numbers of experts (nothing
@@ -150,11 +159,9 @@ def _evaluate_moe(
     return losses, routing, dynamic_routing(model, windows, thresholds) if thresholds else {}
 
 
-def held_out_windows(
-    recipe: Recipe, sources: Sequence[Source]
-) -> dict[str, Int[Tensor, "windows sequence"]]:
-    """Domain -> held-out windows: the sources' domains, then the extra ones. All of an extra
-    domain's documents are evaluated on, as none is trained on."""
+def held_out_text(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Pieces]:
+    """Domain -> held-out text: the sources' domains, then the extra ones. All of an extra domain's
+    documents are evaluated on, as none is trained on. Raises TextError where there is none."""
     settings = recipe.evaluation
     anchor = anchor_of(recipe, sources)
     windows = {}
@@ -162,15 +169,18 @@ def held_out_windows(
         settings.extra.items()
     ):
         spec = recipe.sources.get(name)
-        tokenizer = next((s.own_tokenizer for s in sources if s.name == name), anchor.tokenizer)
+        # Text of no source is spelled and begun as the anchor does it.
+        owner = next((source for source in sources if source.name == name), anchor)
+        tokenizer = owner.own_tokenizer if spec else anchor.tokenizer
         who = f"held-out text of {name}"
-        documents: Documents = read_documents(who, data, spec.column if spec else "text", tokenizer)
+        column, rules = spec.column if spec else "text", recipe.chat_rules(name)
+        documents: Documents = read_documents(who, data, column, tokenizer, rules)
         if spec:
             _, documents = split_held_out(documents, settings.holdout)
-        windows[name] = draw_windows(
+        windows[name] = draw_pieces(
             who,
             documents,
-            anchor.tokenizer,
+            owner.encoder,
             tokens=settings.tokens,
             sequence_length=settings.sequence_length,
             seed=recipe.seed if settings.seed is None else settings.seed,
@@ -181,10 +191,12 @@ def held_out_windows(
 @torch.inference_mode()
 def losses_and_routing(
     model: PreTrainedModel,
-    windows: Mapping[str, Int[Tensor, "windows sequence"]],
+    windows: Mapping[str, Pieces | Int[Tensor, "windows sequence"]],
     known: Bool[Tensor, " vocabulary"] | None = None,
 ) -> tuple[dict[str, float], dict[str, Routing]]:
     """Domain -> nats per token; and, for an MoE, domain -> the routing of its FFNs.
+
+    `windows`: the text, in pieces that are read one by one, as windows are.
 
     `known`: the tokens that the model has, where the vocabulary has others (None: all). It gives no
     probability to the others, and where the text has one, it is not asked. The loss of a domain of
@@ -196,9 +208,11 @@ def losses_and_routing(
         total, predicted = 0.0, 0
         with ExitStack() as stack:
             so_far = stack.enter_context(observe_routing(model)) if is_moe else None
-            for batch in text.to(model.device).split(max(1, WINDOWS_TOKENS // text.shape[1])):
-                output = model(input_ids=batch, use_cache=False)
-                nats = negative_log_likelihood(output.logits, batch, known)
+            pieces = as_pieces(text) if isinstance(text, Tensor) else text
+            for parts in pieces.batches(max(pieces.sequence_length, _AT_ONCE)):
+                tokens, positions = (part.to(model.device) for part in parts)
+                output = model(input_ids=tokens, position_ids=positions, use_cache=False)
+                nats = negative_log_likelihood(output.logits, tokens, known, positions)
                 total, predicted = total + float(nats.double().sum()), predicted + len(nats)
         losses[domain] = total / predicted if predicted else math.nan
         if so_far is not None:
@@ -208,7 +222,7 @@ def losses_and_routing(
 
 def dynamic_routing(
     model: PreTrainedModel,
-    windows: Mapping[str, Int[Tensor, "windows sequence"]],
+    windows: Mapping[str, Pieces | Int[Tensor, "windows sequence"]],
     thresholds: Sequence[float],
 ) -> dict[str, Any]:
     """Losses of a stock MoE with 1 .. N experts per token, and with as many as reach each of the
@@ -240,9 +254,14 @@ def negative_log_likelihood(
     logits: Float[Tensor, "windows sequence vocabulary"],
     tokens: Int[Tensor, "windows sequence"],
     known: Bool[Tensor, " vocabulary"] | None = None,
+    positions: Int[Tensor, "windows sequence"] | None = None,
 ) -> Float[Tensor, " predicted"]:
-    """Nats of every token but each window's first (of those that are `known`)."""
+    """Nats of every token but each window's first (of those that are `known`). `positions`: each
+    token's place in its document, whose first token is not asked for."""
     logits, wanted = logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()
+    if positions is not None:
+        continues = positions[:, 1:].flatten() > 0
+        logits, wanted = logits[continues], wanted[continues]
     if known is not None:
         known = known.to(logits.device)
         asked = known[wanted]
@@ -258,16 +277,16 @@ def _spell(losses: Mapping[str, float]) -> str:
 def continuations(
     run: RunFolder, recipe: Recipe, sources: Sequence[Source], *, count: int = 3, tokens: int = 48
 ) -> list[tuple[str, str, str]]:
-    """(domain, prompt, sampled continuation) for the beginnings of held-out windows, by the trained
-    model (or, where there is none, the built one). `tokens`: length of the prompt, and of the
-    text."""
+    """(domain, prompt, sampled continuation) for the beginnings of held-out documents, by the
+    trained model (or, where there is none, the built one). `tokens`: length of the prompt, and of
+    the text."""
     folder = run.trained if run.trained.is_dir() else run.checkpoint
     model = load_stock(folder)
     tokenizer = anchor_of(recipe, sources).tokenizer
     torch.manual_seed(recipe.seed)
     found = []
-    for domain, windows in list(held_out_windows(recipe, sources).items())[:count]:
-        prompt = windows[:1, :tokens].to(model.device)
+    for domain, text in list(held_out_text(recipe, sources).items())[:count]:
+        prompt = text.tokens[None, :tokens].to(model.device)
         generate: Any = model.generate
         output = generate(
             prompt,

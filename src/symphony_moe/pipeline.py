@@ -52,7 +52,7 @@ from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError
 from symphony_moe.evaluate import (
     continuations,
     evaluate_run,
-    held_out_windows,
+    held_out_text,
     losses_and_routing,
 )
 from symphony_moe.families import (
@@ -94,7 +94,7 @@ from symphony_moe.shards import CheckpointWriter, hash_folder, sha256_of
 from symphony_moe.sources import Source, anchor_of, experts_of, open_sources
 from symphony_moe.streams import Streams
 from symphony_moe.tasks import choose_models, load_tasks, run_tasks
-from symphony_moe.text import check_data_exists, digest_of
+from symphony_moe.text import Packed, check_data_exists, digest_of, joined
 from symphony_moe.train import refuse_no_text, refuse_untrainable, train_run
 from symphony_moe.verify import compare_builds, verify_run
 from symphony_moe.write import write_companions
@@ -127,7 +127,7 @@ def run(
     if is_to_train:
         refuse_untrainable(recipe)
     opened = open_sources(recipe, download=False)
-    held_out_windows(recipe, opened)
+    held_out_text(recipe, opened)
     if is_to_train:
         refuse_no_text(recipe, opened)
     folder = build(recipe, out, resume=resume, overwrite=overwrite)
@@ -164,7 +164,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
         return folder
     with log_to(folder):
         folder.update_json(folder.plan, planned.to_json())
-        text = digest_of((*windows.values(), *aside.values()))
+        text = digest_of(some.windows for some in (*windows.values(), *aside.values()))
         record = _align(recipe, sources, windows, aside, folder, text)
         if recipe.refit.method != "none":
             record |= _count_tokens(windows, sources[0].config.vocab_size)
@@ -201,7 +201,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
                     "build_seconds": round(time.monotonic() - started, 2),
                     "build_peak_rss_bytes": peak_rss_bytes(),
                     "calibration_tokens": sum(
-                        text.numel() for text in (*windows.values(), *aside.values())
+                        text.windows.numel() for text in (*windows.values(), *aside.values())
                     ),
                 },
             },
@@ -241,7 +241,7 @@ def train(
         sources = open_sources(recipe)
         measure = None
         if recipe.train.evaluations:
-            windows = held_out_windows(recipe, sources)
+            windows = held_out_text(recipe, sources)
 
             def measure(model: Any) -> dict[str, float]:
                 return losses_and_routing(model, windows)[0]
@@ -336,8 +336,8 @@ def _with_hashes(recipe: Recipe, sources: Sequence[Source]) -> Recipe:
 def _align(
     recipe: Recipe,
     sources: Sequence[Source],
-    windows: Mapping[str, Tensor],
-    aside: Mapping[str, Tensor],
+    windows: Mapping[str, Packed],
+    aside: Mapping[str, Packed],
     folder: RunFolder,
     text: str,
 ) -> dict[str, Tensor]:
@@ -351,9 +351,9 @@ def _align(
     if not all(compared):
         in_memory = streams_in_memory(recipe, sources[0].config, len(sources))
         streams = Streams(None if in_memory else folder.work)
-        parts = [aside[name] for name in sorted(aside)]
+        parts = [aside[name].windows for name in sorted(aside)]
         num_aside = sum(map(len, parts))
-        together = torch.cat([*parts, *(windows[name] for name in sorted(windows))])
+        together = torch.cat([*parts, *(windows[name].windows for name in sorted(windows))])
         for source in sources:
             table = embedding_blocks(source)
             streams.embed({source.name: together}, source.config.hidden_size, table)
@@ -406,10 +406,10 @@ def _is_compared(path: Path, text: str) -> bool:
     return (_noted(path) or {}).get("text") == text
 
 
-def _count_tokens(windows: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
+def _count_tokens(windows: Mapping[str, Packed], vocabulary: int) -> dict[str, Tensor]:
     """`<source>.tokens`: how often each token is in a source's calibration text (int64)."""
     return {
-        f"{name}.tokens": torch.bincount(text.flatten(), minlength=vocabulary)
+        f"{name}.tokens": torch.bincount(text.windows.flatten(), minlength=vocabulary)
         for name, text in windows.items()
     }
 
@@ -435,8 +435,8 @@ def _begin_fit(
     recipe: Recipe,
     sources: Sequence[Source],
     record: dict[str, Tensor],
-    windows: Mapping[str, Tensor],
-    aside: Mapping[str, Tensor],
+    windows: Mapping[str, Packed],
+    aside: Mapping[str, Packed],
     folder: RunFolder,
 ) -> Calibration | None:
     """All streams of the fit at their token embeddings; None where nothing is fitted. `aside`: the
@@ -446,12 +446,14 @@ def _begin_fit(
     anchor = anchor_of(recipe, sources)
     in_memory = streams_in_memory(recipe, anchor.config, len(sources))
     streams = Streams(None if in_memory else folder.work)
-    by_name = {name: torch.cat((aside[name], windows[name])) for name in sorted(windows)}
+    texts = {name: joined((aside[name], windows[name])) for name in sorted(windows)}
+    by_name = {name: text.windows for name, text in texts.items()}
+    positions = {name: text.positions for name, text in texts.items()}
     counts = {name: len(text) for name, text in aside.items()}
     configs = {source.name: source.config for source in sources}
     known = {source.name: source.known for source in sources}
     calibration = Calibration(
-        recipe, anchor.family, configs, anchor.name, by_name, counts, streams, known
+        recipe, anchor.family, configs, anchor.name, by_name, counts, streams, known, positions
     )
     hidden = anchor.config.hidden_size
     new = {f"new/{name}": text for name, text in by_name.items()}
@@ -731,7 +733,7 @@ def prepare_comparison(
     for method, of_seeds in variants.items():
         with _naming(method):
             plan(next(iter(of_seeds.values())))
-    held_out_windows(recipe, open_sources(recipe, download=False))
+    held_out_text(recipe, open_sources(recipe, download=False))
     named = _by_name(variants)
     if resume:
         for name, one in named.items():

@@ -11,6 +11,8 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
 from itertools import combinations
 from operator import attrgetter
 from pathlib import Path
@@ -24,6 +26,9 @@ from symphony_moe.errors import RecipeError
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What every generator that is seeded with it takes."""
+
+TEMPLATE_DATE = date(2025, 1, 1)
+"""What chat templates are told is today's date, where the recipe says nothing else."""
 
 BUNDLED = "bundled:"
 """Prefix of models and texts that come with the package: `bundled:strangers/python`."""
@@ -70,6 +75,16 @@ class Section(BaseModel):
     )
 
 
+@dataclass(frozen=True)
+class ChatRules:
+    """How the chats of a source are read."""
+
+    format: Literal["messages", "sharegpt"] = "messages"
+    """`messages`: lists of {role, content}. `sharegpt`: lists of {from, value} as well."""
+    today: date = TEMPLATE_DATE
+    """What templates that write the date are told."""
+
+
 class HubData(Section):
     hub: str
     """Dataset id on the hub, or a local folder that `datasets` can load."""
@@ -108,6 +123,9 @@ class SourceSpec(Section):
     column: str = "text"
     """Column of `.jsonl` and `.parquet` files that holds the text; `messages` (a chat) goes through
     the source's chat template."""
+    chat_format: Literal["messages", "sharegpt"] = "messages"
+    """How the data stores chats. `messages`: each message has `role` and `content`. `sharegpt`:
+    each has `from` and `value`; `human` becomes the role `user`, `gpt` the role `assistant`."""
     sha256: dict[str, str] | None = None
     """File name -> SHA-256 of the weights. Written into a run's recipe; where given, checked."""
 
@@ -326,6 +344,9 @@ class Recipe(Section):
     """What `symphony compare` compares. It is no part of any one build."""
     seed: Seed = 114514
     """Seed of the router's and the training's random draws."""
+    chat_date: date = TEMPLATE_DATE
+    """The date that chat templates are told is today (those of Llama 3.2 write it). It is fixed, so
+    that the same recipe gives the same text on any day."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -451,6 +472,11 @@ class Recipe(Section):
         """The sources that become experts, in the recipe's order."""
         chosen = self.experts.sources
         return [name for name in self.sources if chosen is None or name in chosen]
+
+    def chat_rules(self, domain: str) -> ChatRules:
+        """How the chats of a domain (a source's, or one of `evaluation.extra`) are read."""
+        spec = self.sources.get(domain)
+        return ChatRules("messages" if spec is None else spec.chat_format, self.chat_date)
 
     @property
     def windows_each(self) -> int:

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -76,6 +76,8 @@ class Calibration:
     `plain/<name>`: the plain mean on some of it."""
     known: Mapping[str, Tensor | None] = field(default_factory=dict)
     """Source -> which tokens of the shared vocabulary it has; None (or no entry): all."""
+    positions: Mapping[str, Windows] = field(default_factory=dict)
+    """Source -> the place of each token of its text in its document, 0 where one begins."""
     warned: set[tuple[str, str]] = field(default_factory=set)
     """What has been said, and need not be said of every layer."""
 
@@ -96,6 +98,15 @@ class Calibration:
     def fitted(self, name: str) -> slice:
         """The windows that are fitted on."""
         return slice(self.kept_aside[name], len(self.windows[name]))
+
+    def asks(self, name: str, rows: slice | Tensor | int) -> Bool[Tensor, "*windows sequence"]:
+        """Which tokens of some windows are asked what comes next: those that the same document
+        goes on after, within the window."""
+        windows = self.windows[name]
+        places = self.positions.get(name)
+        if places is None:  # no document ends
+            places = torch.arange(windows.shape[1]).expand_as(windows)
+        return torch.nn.functional.pad(places[rows][..., 1:] > 0, (0, 1))
 
     def plain_windows(self, name: str) -> int:
         """Windows that the plain mean runs on: those kept aside, and what its router is calibrated
@@ -467,9 +478,9 @@ def _refine(
         parameter.requires_grad_(True)
     gain = start.shared[_MIDDLE_NORM]
 
-    def step(batch: Sequence[tuple[str, Tensor, Tensor]]) -> Tensor:
-        before = torch.cat([x for _, x, _ in batch])
-        wanted = torch.cat([y for _, _, y in batch])
+    def step(batch: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> Tensor:
+        before = torch.cat([x for _, _, x, _ in batch])
+        wanted = torch.cat([y for _, _, _, y in batch])
         middle = run_layer(attention, before)
         x = rms_norm(middle, gain.to(middle), calibration.config.rms_norm_eps)
         return _relative_error(middle + mixture(x), wanted)
@@ -489,7 +500,7 @@ def descend(
     parameters: Sequence[Tensor],
     toward: Sequence[Tensor | None],
     parts: tuple[str, str],
-    loss_of: Callable[[Sequence[tuple[str, Tensor, Tensor]]], Tensor | None],
+    loss_of: Callable[[Sequence[tuple[str, Tensor, Tensor, Tensor]]], Tensor | None],
     *,
     seed: int,
 ) -> int:
@@ -499,7 +510,8 @@ def descend(
     the learning rate of the way to its counterpart in `toward` (decoupled from the gradient, as
     AdamW's decay is). Adam moves an entry that hardly matters on this text as far as any other; the
     pull takes those back, and keeps what the aligned weights know of other text. `loss_of`:
-    (source, input, target) batches -> loss (or None, where it has set the gradients itself).
+    (source, windows' numbers, input, target) batches -> loss (or None, where it has set the
+    gradients itself).
     """
     settings = calibration.recipe.refit
     names = calibration.names
@@ -525,7 +537,7 @@ def descend(
         for name in names:
             chosen = next(draws[name]) + first[name]
             new, wanted = (calibration.streams[f"{part}/{name}"][chosen] for part in parts)
-            batch.append((name, new.to(device()), wanted.to(device())))
+            batch.append((name, chosen, new.to(device()), wanted.to(device())))
         optimizer.zero_grad()
         loss = loss_of(batch)
         if loss is not None:

@@ -8,7 +8,8 @@ Last, the logits are softened a little: a fitted model is surer of itself on tex
 it to than it has reason to be.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from symphony_moe.forward import LOGITS_AT_ONCE, device, rms_norm
 from symphony_moe.least_squares import Fit, LeastSquares
 from symphony_moe.refit import Calibration, descend, described, judged, solve, to_fit
 from symphony_moe.soften import TEMPERATURES, largest_temperature
+from symphony_moe.streams import windows_at_once
 
 Head = Float[Tensor, "vocabulary hidden"]
 
@@ -66,10 +68,12 @@ def next_token_losses(calibration: Calibration, stream: str, head: Head) -> dict
         for number in range(calibration.kept_aside[name]):
             rows = _normed(calibration, calibration.streams[f"{stream}/{name}"][number])
             tokens = calibration.windows[name][number].to(device())
-            for x, wanted in zip(_chunks(rows[:-1], head), _chunks(tokens[1:], head), strict=True):
+            asked = calibration.asks(name, number).to(device())
+            follow = tokens.roll(-1)[asked]
+            for x, wanted in zip(*(_chunks(r, head) for r in (rows[asked], follow)), strict=True):
                 loss = torch.nn.functional.cross_entropy(x @ head.T, wanted, reduction="sum")
                 total, predicted = total + float(loss), predicted + len(wanted)
-        losses[name] = total / predicted
+        losses[name] = total / predicted if predicted else math.nan
     return losses
 
 
@@ -93,8 +97,7 @@ def _closed_form(
     the solution is `sum H_i B_i + H_0 (I - B)`."""
     names, hidden = calibration.names, start.shape[1]
     sums = LeastSquares(hidden, hidden * (len(names) + 1), device=device())
-    for name, (new, source) in to_fit(calibration, "new", "source"):
-        x, wanted = (_normed(calibration, stream).flatten(0, 1) for stream in (new, source))
+    for name, x, wanted in _to_fit(calibration):
         targets = x.new_zeros(len(x), len(names) + 1, hidden)
         targets[:, names.index(name)] = wanted
         targets[:, -1] = x
@@ -108,6 +111,18 @@ def _closed_form(
     return head, fit
 
 
+def _to_fit(calibration: Calibration) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(source, rows of the new model's last stream, rows of the source's) over the text that is
+    fitted on, where a next token is asked for."""
+    for name in calibration.names:
+        asked = calibration.asks(name, calibration.fitted(name))
+        masks = asked.split(windows_at_once(asked.shape[1]))
+        batches = to_fit(calibration, "new", "source", only=name)
+        for mask, (_, streams) in zip(masks, batches, strict=True):
+            new, source = (_normed(calibration, x)[mask.to(x.device)] for x in streams)
+            yield name, new, source
+
+
 def _refine(
     calibration: Calibration, start: Head, aligned: Head, heads: Mapping[str, Head]
 ) -> Head:
@@ -115,11 +130,12 @@ def _refine(
     holds no more than one piece of two models' logits."""
     head = start.clone()
 
-    def gradient(batch: Sequence[tuple[str, Tensor, Tensor]]) -> None:
-        tokens = sum(new.shape[0] * new.shape[1] for _, new, _ in batch)
+    def gradient(batch: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> None:
+        masks = [calibration.asks(name, numbers).to(device()) for name, numbers, _, _ in batch]
+        tokens = max(1, sum(int(mask.sum()) for mask in masks))
         total = torch.zeros_like(head)
-        for name, new, source in batch:
-            rows = (_normed(calibration, x).flatten(0, 1) for x in (new, source))
+        for mask, (name, _, new, source) in zip(masks, batch, strict=True):
+            rows = (_normed(calibration, x)[mask] for x in (new, source))
             for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
                 surplus = torch.softmax(x @ head.T, dim=-1)
                 surplus -= torch.softmax(_wanted(calibration, name, wanted, heads), dim=-1)
@@ -165,8 +181,9 @@ def _divergences(
     found = []
     for name in calibration.names:
         where, total, tokens = calibration.aside(name), [0.0] * len(temperatures), 0
+        asked = calibration.asks(name, where).to(device())
         parts = (calibration.streams[f"{part}/{name}"][where] for part in ("new", "source"))
-        rows = (_normed(calibration, part).flatten(0, 1) for part in parts)
+        rows = (_normed(calibration, part)[asked] for part in parts)
         for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
             logits = x @ head.T
             theirs = torch.log_softmax(_wanted(calibration, name, wanted, heads), dim=-1)
@@ -176,5 +193,5 @@ def _divergences(
                 ours = torch.log_softmax(logits / temperature, dim=-1)
                 total[place] += float((share * (theirs - ours)).sum())
             tokens += len(x)
-        found.append([value / tokens for value in total])
+        found.append([value / max(1, tokens) for value in total])
     return [sum(of) / len(found) for of in zip(*found, strict=True)]

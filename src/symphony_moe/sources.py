@@ -53,6 +53,7 @@ from symphony_moe.families import (
 from symphony_moe.forward import decoder_layer, one_layer_model
 from symphony_moe.recipe import BUNDLED, Recipe, SourceSpec
 from symphony_moe.shards import sha256_of
+from symphony_moe.text import Encoder
 from symphony_moe.vocabulary import (
     TOKENIZER_FILES,
     Owner,
@@ -175,6 +176,13 @@ class Source:
                 "Otherwise remove the tokens that have no embedding"
             )
         return tokenizer
+
+    @property
+    def encoder(self) -> Encoder:
+        """What makes tokens of its documents: begun and ended as its own tokenizer does it, in the
+        numbers of the shared vocabulary."""
+        eos = getattr(self.config, "eos_token_id", None)
+        return Encoder.of(self.own_tokenizer, self.tokenizer, eos)
 
     @property
     def owner(self) -> Owner:

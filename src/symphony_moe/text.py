@@ -2,12 +2,16 @@
 
 One rule each, shared by calibration, training, evaluation and the training of the bundled models:
 
-- a document is *held out* when the hash of its text falls below the `holdout` share, so that the
-  split depends neither on the order of the documents nor on what else there is;
-- every document is preceded by the tokenizer's BOS (where it has one), documents are packed end to
-  end, and the stream is cut into windows of `sequence_length`. The last, incomplete window is
-  dropped. `Packed` windows say where each token stands in its document, so that attention need not
-  cross from one document into the next.
+- a document is *held out* when the hash of its row, as it is stored, falls below the `holdout`
+  share, so that the split depends neither on the order of the documents nor on what else there is,
+  nor on a chat template or the date;
+- a document begins with what its own tokenizer puts before a text, and ends with that tokenizer's
+  EOS, once. A chat is what the chat template writes, and EOS;
+- documents are packed end to end, and the stream is cut into windows of `sequence_length`. The
+  last, incomplete window is dropped. `Packed` windows say where each token stands in its document:
+  the first token of a document is never a target, and attention need not cross from one document
+  into the next;
+- held-out text is not cut into such windows: every document is read on its own (`Pieces`).
 """
 
 import hashlib
@@ -26,8 +30,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from symphony_moe.errors import TextError
-from symphony_moe.recipe import BUNDLED, Data, HubData
+from symphony_moe.errors import TextError, first_line
+from symphony_moe.recipe import BUNDLED, ChatRules, Data, HubData
+from symphony_moe.rows import MESSAGES, Document, read_row, without_empty
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +62,13 @@ class DocumentStream:
     data: HubData
     tokenizer: PreTrainedTokenizerBase
     """Whose chat template spells chats."""
-    keep: tuple[Callable[[str], bool], ...] = ()
+    rules: ChatRules = MESSAGES
+    keep: tuple[Callable[[Document], bool], ...] = ()
     """What a document must be to be given out."""
     seed: int | None = None
     """Of the order; None: the data set's own."""
 
-    def where(self, condition: Callable[[str], bool]) -> "DocumentStream":
+    def where(self, condition: Callable[[Document], bool]) -> "DocumentStream":
         """The documents that this is true of."""
         return replace(self, keep=(*self.keep, condition))
 
@@ -71,10 +77,10 @@ class DocumentStream:
         their documents among the 10,000 that are read around them."""
         return replace(self, seed=seed)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
         has_text, useless = False, 0
-        for row in _hub_rows(self.who, self.data, self.seed):
-            document = _text_of(self.who, row, self.data.column, self.tokenizer)
+        for where, row in _hub_rows(self.who, self.data, self.seed):
+            document = _text_of(where, row, self.data.column, self.tokenizer, self.rules)
             has_text = has_text or bool(document.strip())
             if document.strip() and all(condition(document) for condition in self.keep):
                 useless = 0
@@ -97,11 +103,21 @@ Documents = Sequence[str] | DocumentStream
 def is_held_out(document: str, share: float) -> bool:
     """Whether a document belongs to the held-out text, which is for evaluation only.
 
-    `share` is a fraction of 1. The first 64 bits of the SHA-256 of the text, read as a fraction of
-    2**64, decide, so the same document falls on the same side everywhere.
+    `share` is a fraction of 1. The first 64 bits of the SHA-256 of the row as it is stored (of a
+    plain document: its text), read as a fraction of 2**64, decide, so the same document falls on
+    the same side everywhere, whoever's template spells it.
     """
-    digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
+    return _falls_below(_key(document), share)
+
+
+def _falls_below(key: str, share: float) -> bool:
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _key(document: str) -> str:
+    """What decides a document's side."""
+    return document.key if isinstance(document, Document) else document
 
 
 def split_held_out(documents: Documents, share: float) -> tuple[Documents, Documents]:
@@ -134,17 +150,80 @@ def split_aside(documents: Documents, share: float) -> tuple[Documents, Document
     """
     if isinstance(documents, DocumentStream):
         return (
-            documents.where(lambda document: not is_held_out(f"aside/{document}", share)),
-            documents.where(lambda document: is_held_out(f"aside/{document}", share)),
+            documents.where(lambda document: not _falls_below(f"aside/{document.key}", share)),
+            documents.where(lambda document: _falls_below(f"aside/{document.key}", share)),
         )
 
-    def place(document: str) -> bytes:
-        return hashlib.sha256(f"aside/{document}".encode("utf-8", "surrogatepass")).digest()
+    def place(key: str) -> bytes:
+        return hashlib.sha256(f"aside/{key}".encode("utf-8", "surrogatepass")).digest()
 
-    distinct = sorted(set(documents), key=place)
+    distinct = sorted({_key(document) for document in documents}, key=place)
     count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
     chosen = set(distinct[: max(0, count)])
-    return [d for d in documents if d not in chosen], [d for d in documents if d in chosen]
+    return (
+        [d for d in documents if _key(d) not in chosen],
+        [d for d in documents if _key(d) in chosen],
+    )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How the documents of one source become tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """What cuts text: the source's own, or that of the vocabulary that all sources share."""
+    begin: tuple[int, ...] = ()
+    """What the source's own tokenizer puts before a text: BOS, where it adds one."""
+    end: int | None = None
+    """The source's EOS; None where it has none."""
+    end_text: str = ""
+    """What EOS says."""
+
+    @staticmethod
+    def of(
+        own: PreTrainedTokenizerBase,
+        shared: PreTrainedTokenizerBase | None = None,
+        config_eos: Any = None,
+    ) -> "Encoder":
+        """As the source's `own` tokenizer begins and ends documents, in the numbers of the
+        `shared` one. `config_eos`: `eos_token_id` of the model's config (a number, or a list with
+        the main one first), for a tokenizer that names none."""
+        shared = own if shared is None else shared
+        eos = own.eos_token
+        if eos is None and config_eos not in (None, []):
+            number = config_eos[0] if isinstance(config_eos, list) else config_eos
+            eos = {value: token for token, value in own.get_vocab().items()}.get(number)
+        numbers = shared.get_vocab()
+        begin = [str(own.convert_ids_to_tokens(number)) for number in _added_before(own)]
+        return Encoder(
+            shared,
+            tuple(numbers[token] for token in begin if token in numbers),
+            numbers.get(str(eos)) if eos is not None else None,
+            "" if eos is None else str(eos),
+        )
+
+    def encode(self, document: str) -> list[int]:
+        """Token ids of one document. A chat is as its template wrote it; of plain text, what comes
+        first is not put there a second time."""
+        ids = _tokenize(document, self.tokenizer)
+        begin = list(self.begin)
+        is_chat = isinstance(document, Document) and document.is_chat
+        if not is_chat and ids[: len(begin)] != begin:
+            ids = begin + ids
+        # A template may write a line break behind it.
+        has_ended = ids[-1:] == [self.end] or document.rstrip().endswith(self.end_text)
+        return ids if self.end is None or has_ended else [*ids, self.end]
+
+
+def _added_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a tokenizer puts before a text by itself."""
+    alone, whole = (
+        list(tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"])
+        for special in (False, True)
+    )
+    starts = range(len(whole) - len(alone) + 1)
+    first = next((n for n in starts if whole[n : n + len(alone)] == alone), 0)
+    return whole[:first]
 
 
 @dataclass(frozen=True)
@@ -161,15 +240,30 @@ class Packed:
     """A token's place in its document, counted from 0 at the document's beginning, or at the
     window's where the document began before it."""
 
+    def __len__(self) -> int:
+        """Windows."""
+        return len(self.windows)
 
-def pack_windows(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
-) -> Int[Tensor, "windows sequence"]:
-    """Tokenize documents in the order given and cut the packed stream into windows (int64)."""
-    stream = array("i")
+
+def joined(parts: Sequence[Packed]) -> Packed:
+    """The windows of several texts, one text after the other."""
+    return Packed(
+        torch.cat([part.windows for part in parts]), torch.cat([part.positions for part in parts])
+    )
+
+
+def pack_windows(documents: Iterable[str], encoder: Encoder, sequence_length: int) -> Packed:
+    """Documents in the order given, packed end to end and cut into windows (int64)."""
+    stream, places = array("i"), array("i")
     for document in documents:
-        stream.extend(_tokenize(document, tokenizer))
-    return cut(torch.from_numpy(numpy.asarray(stream)), sequence_length).long()
+        ids = encoder.encode(document)
+        stream.extend(ids)
+        places.extend(range(len(ids)))
+    windows, positions = (
+        cut(torch.from_numpy(numpy.asarray(values)), sequence_length).long()
+        for values in (stream, places)
+    )
+    return packed(windows, positions)
 
 
 def cut(stream: Int[Tensor, " stream"], sequence_length: int) -> Int[Tensor, "windows sequence"]:
@@ -179,13 +273,11 @@ def cut(stream: Int[Tensor, " stream"], sequence_length: int) -> Int[Tensor, "wi
 
 
 def _tokenize(document: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of one document, beginning with BOS where the tokenizer has one."""
+    """Token ids of a text alone."""
     # JSON may hold half of a surrogate pair, which is no character; tokenizers refuse it.
-    document = document.encode("utf-8", "replace").decode()
-    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    start = tokenizer.bos_token_id
-    # A chat template may have written BOS into the text already.
-    return ids if start is None or ids[:1] == [start] else [start, *ids]
+    text = str.encode(document, "utf-8", "replace").decode()
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def digest_of(windows: Iterable[Int[Tensor, "_ _"]]) -> str:
@@ -199,7 +291,7 @@ def digest_of(windows: Iterable[Int[Tensor, "_ _"]]) -> str:
 def draw_windows(
     who: str,
     documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     *,
     tokens: int,
     sequence_length: int,
@@ -207,14 +299,14 @@ def draw_windows(
 ) -> Int[Tensor, "windows sequence"]:
     """The windows of `draw_packed` alone (int64)."""
     return draw_packed(
-        who, documents, tokenizer, tokens=tokens, sequence_length=sequence_length, seed=seed
+        who, documents, encoder, tokens=tokens, sequence_length=sequence_length, seed=seed
     ).windows
 
 
 def draw_packed(
     who: str,
     documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     *,
     tokens: int,
     sequence_length: int,
@@ -231,7 +323,7 @@ def draw_packed(
     """
     wanted = max(1, tokens // sequence_length)
     stream, places, num_documents = array("i"), array("i"), 0
-    for ids in pooled(documents, tokenizer, tokens=wanted * sequence_length, seed=seed):
+    for ids in pooled(documents, encoder, tokens=wanted * sequence_length, seed=seed):
         stream.extend(ids)
         places.extend(range(len(ids)))
         num_documents += 1
@@ -244,26 +336,118 @@ def draw_packed(
 
 
 def pooled(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int
+    documents: Documents, encoder: Encoder, *, tokens: int, seed: int
 ) -> Iterator[list[int]]:
     """Token ids of one document after the other, in an order drawn from `seed`, until there are
     enough to draw `tokens` of them at random."""
     enough = _POOL * tokens
-    ordered: Iterable[str]
     if isinstance(documents, DocumentStream):
         enough = min(enough, tokens + _STREAM_SPARE)
-        ordered = documents.shuffled(seed)
-    else:
-        order = list(range(len(documents)))
-        random.Random(seed).shuffle(order)
-        ordered = (documents[index] for index in order)
     count = 0
-    for document in ordered:
-        ids = _tokenize(document, tokenizer)
+    for document in _shuffled(documents, seed):
+        ids = encoder.encode(document)
         yield ids
         count += len(ids)
         if count >= enough:
             return
+
+
+def _shuffled(documents: Documents, seed: int) -> Iterable[str]:
+    if isinstance(documents, DocumentStream):
+        return documents.shuffled(seed)
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    return (documents[index] for index in order)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Documents that are read each on its own, in pieces no longer than a model reads at once."""
+
+    tokens: Int[Tensor, " tokens"]
+    """One piece after the other (int64)."""
+    positions: Int[Tensor, " tokens"]
+    """A token's place in its piece (int64). The one at place 0 is never a target."""
+    sequence_length: int
+    """The longest that a piece can be."""
+
+    @property
+    def windows(self) -> Int[Tensor, "windows sequence"]:
+        """The same tokens in windows, across the ends of documents: for measurements that compare
+        models on the same input, and no losses."""
+        return cut(self.tokens, self.sequence_length)
+
+    def batches(self, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(tokens, positions), each 1 x some: whole pieces, together no more than `at_once` tokens
+        or one piece. Stock models read each piece by itself where they get the positions as
+        `position_ids`, no attention mask and no cache."""
+        begins = torch.where(self.positions == 0)[0].tolist()
+        ends = [*begins[1:], len(self.tokens)]
+        first = 0
+        for begin, end in zip(begins, ends, strict=True):
+            if end - first > at_once and begin > first:
+                yield self.tokens[None, first:begin], self.positions[None, first:begin]
+                first = begin
+        if first < len(self.tokens):
+            yield self.tokens[None, first:], self.positions[None, first:]
+
+
+def as_pieces(windows: Int[Tensor, "windows sequence"]) -> Pieces:
+    """Windows that are read each on its own."""
+    count, length = windows.shape
+    return Pieces(windows.flatten(), torch.arange(length).repeat(count), length)
+
+
+def draw_pieces(
+    who: str,
+    documents: Documents,
+    encoder: Encoder,
+    *,
+    tokens: int,
+    sequence_length: int,
+    seed: int,
+) -> Pieces:
+    """Whole documents in an order drawn from `seed`, until there are `tokens` tokens (rounded down
+    to whole windows, at least one). A document longer than `sequence_length` is several pieces.
+
+    Less text than asked for, and too little, are told as by `draw_packed`.
+    """
+    wanted = max(1, tokens // sequence_length) * sequence_length
+    stream, places, num_documents = array("i"), array("i"), 0
+    for document in _shuffled(documents, seed):
+        ids = encoder.encode(document)[: wanted - len(stream)]
+        stream.extend(ids)
+        places.extend(place % sequence_length for place in range(len(ids)))
+        num_documents += 1
+        if len(stream) == wanted:
+            break
+    _refuse_too_little(who, num_documents, len(stream), sequence_length)
+    if len(stream) < wanted:
+        _say_less(who, wanted, len(stream))
+    text, positions = (
+        torch.from_numpy(numpy.asarray(values)).long() for values in (stream, places)
+    )
+    return Pieces(text, positions, sequence_length)
+
+
+def _refuse_too_little(who: str, num_documents: int, tokens: int, sequence_length: int) -> None:
+    """TextError for text that does not fill a window."""
+    if num_documents == 0:
+        raise TextError(
+            f"{who}: no document falls on this side of the hold-out (it is decided by the hash of "
+            "a document's row); give text in more documents"
+        )
+    if tokens < sequence_length:
+        raise TextError(
+            f"{who}: {num_documents} documents do not fill one window of {sequence_length} "
+            "tokens; give more text or set a smaller sequence_length"
+        )
+
+
+def _say_less(who: str, wanted: int, found: int) -> None:
+    log.warning(
+        "%s: %s tokens asked for, the text has %s; using those", who, f"{wanted:,}", f"{found:,}"
+    )
 
 
 def choose_windows(
@@ -271,21 +455,9 @@ def choose_windows(
 ) -> Int[Tensor, " chosen"]:
     """Which of a pool's windows are used: `wanted` of them in an order drawn from `seed`, or all
     that there are, with a warning. Raises TextError where there is none."""
-    if num_documents == 0:
-        raise TextError(
-            f"{who}: no document falls on this side of the hold-out (it is decided by the hash of "
-            "a document's text); give text in more documents"
-        )
-    if num_windows == 0:
-        raise TextError(
-            f"{who}: {num_documents} documents do not fill one window of {sequence_length} "
-            "tokens; give more text or set a smaller sequence_length"
-        )
+    _refuse_too_little(who, num_documents, num_windows * sequence_length, sequence_length)
     if num_windows < wanted:
-        log.warning(
-            "%s: %s tokens asked for, the text has %s; using those",
-            who, f"{wanted * sequence_length:,}", f"{num_windows * sequence_length:,}",
-        )  # fmt: skip
+        _say_less(who, wanted * sequence_length, num_windows * sequence_length)
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(num_windows, generator=generator)[:wanted]
 
@@ -299,31 +471,50 @@ def packed(
 
 
 def read_documents(
-    who: str, data: Data, column: str, tokenizer: PreTrainedTokenizerBase
-) -> list[str] | DocumentStream:
+    who: str,
+    data: Data,
+    column: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: ChatRules = MESSAGES,
+) -> list[Document] | DocumentStream:
     """All documents of a `data` setting, or where it says `streaming`, a stream of them. `who`
-    names it in errors.
+    names it in errors, `tokenizer` spells chats. How many documents are empty is said.
 
-    Raises TextError for a file that is missing, unreadable, of an unknown kind or without text (a
-    stream does when it is read).
+    Raises TextError for a file that is missing, unreadable, of an unknown kind or without text, and
+    for a row that is neither text nor a chat, with its place (a stream does when it is read).
     """
     if isinstance(data, HubData) and data.streaming:
-        return DocumentStream(who, data, tokenizer)
+        return DocumentStream(who, data, tokenizer, rules)
+    documents = list(_documents(who, data, column, tokenizer, rules))
+    found = [document for document in documents if document.strip()]
+    if not found:
+        raise TextError(
+            f"{who}: no text in {_spelled(data)}"
+            + (f" (all {len(documents)} documents are empty)" if documents else "")
+        )
+    if len(found) < len(documents):
+        log.warning(
+            "%s: %d of %d documents are empty and left out",
+            who, len(documents) - len(found), len(documents),
+        )  # fmt: skip
+    return found
+
+
+def _documents(
+    who: str, data: Data, column: str, tokenizer: PreTrainedTokenizerBase, rules: ChatRules
+) -> Iterator[Document]:
     if isinstance(data, HubData):
-        rows = _hub_rows(who, data)
-        documents = [_text_of(who, row, data.column, tokenizer) for row in rows]
+        for where, row in _hub_rows(who, data):
+            yield _text_of(where, row, data.column, tokenizer, rules)
     elif isinstance(data, list):
-        documents = [d for item in data for d in read_documents(who, item, column, tokenizer)]
+        for item in data:
+            yield from _documents(who, item, column, tokenizer, rules)
     elif data.startswith(BUNDLED):
         from symphony_moe.bundled import corpus
 
-        documents = corpus.documents(data.removeprefix(BUNDLED))
+        yield from map(Document, corpus.documents(data.removeprefix(BUNDLED)))
     else:
-        documents = list(_file_documents(who, Path(data), column, tokenizer))
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise TextError(f"{who}: no text in {_spelled(data)}")
-    return documents
+        yield from _file_documents(who, Path(data), column, tokenizer, rules)
 
 
 def check_data_exists(who: str, data: Data) -> None:
@@ -347,94 +538,135 @@ def check_data_exists(who: str, data: Data) -> None:
             )
         if not path.is_file():
             raise TextError(f"{who}: no such data file: {path}")
-        if path.suffix not in _READERS:
-            raise TextError(f"{who}: {path}: expected one of {', '.join(_READERS)}")
+        if path.suffix.lower() not in _READERS:
+            raise TextError(f"{who}: {path}: expected one of {', '.join(_READERS)}{_hint(path)}")
         if path.stat().st_size == 0:
             raise TextError(f"{who}: {path} is empty")
+
+
+def _hint(path: Path) -> str:
+    """What reads a file of another kind."""
+    kind = path.suffix.lower()
+    if kind in (".gz", ".zst", ".bz2", ".xz", ".csv", ".tsv", ".json", ".arrow"):
+        return (
+            f"; the datasets library reads {kind} files: put it into a folder of its own and "
+            "write data: {hub: FOLDER, column: ...}"
+        )
+    return ""
 
 
 def _spelled(data: Data) -> str:
     return f"dataset {data.hub}" if isinstance(data, HubData) else str(data)
 
 
+def _text_of(
+    where: str,
+    row: Any,
+    column: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: ChatRules = MESSAGES,
+) -> Document:
+    """The document of a row: see `read_row`."""
+    return read_row(where, row, column, tokenizer, rules)
+
+
 def _file_documents(
-    who: str, path: Path, column: str, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[str]:
+    who: str, path: Path, column: str, tokenizer: PreTrainedTokenizerBase, rules: ChatRules
+) -> Iterator[Document]:
     check_data_exists(who, str(path))
+    kind = path.suffix.lower()
     try:
-        for row in _READERS[path.suffix](path):
-            yield (
-                row if isinstance(row, str) else _text_of(f"{who}: {path}", row, column, tokenizer)
-            )
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        for where, row in _READERS[kind](path):
+            if isinstance(row, str) and kind == ".txt":
+                yield Document(row)
+            else:
+                yield _text_of(f"{who}: {path}, {where}", row, column, tokenizer, rules)
+    except (OSError, ValueError) as error:
         if isinstance(error, TextError):
             raise
-        raise TextError(f"{who}: {path} is not readable as {path.suffix}: {error}") from None
+        reason = first_line(error)[:200]
+        raise TextError(f"{who}: {path} is not readable as {kind}: {reason}") from None
 
 
-def _read_txt(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of a file's lines. Raises ValueError for one that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"line {number} is not UTF-8 (byte {error.object[error.start]:#04x} at its "
+                    f"position {error.start}); save the file as UTF-8"
+                ) from None
+
+
+def _read_txt(path: Path) -> Iterator[tuple[str, str]]:
     """Documents separated by blank lines."""
     lines: list[str] = []
-    with path.open(encoding="utf-8-sig") as file:
-        for line in file:
-            if line.strip():
-                lines.append(line)
-            elif lines:
-                yield "".join(lines)
-                lines = []
+    for _, line in _lines(path):
+        if line.strip():
+            # Line breaks as Python reads them in text.
+            lines.append(line.replace("\r\n", "\n"))
+        elif lines:
+            yield "", "".join(lines)
+            lines = []
     if lines:
-        yield "".join(lines)
+        yield "", "".join(lines)
 
 
-def _read_jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number}: {error}") from None
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in _lines(path):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            except RecursionError:
+                raise ValueError(f"line {number} is nested too deeply") from None
 
 
-def _read_parquet(path: Path) -> Iterator[Any]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
+        number = 0
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", _of_columns(row)
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from None
 
 
-_READERS = {".jsonl": _read_jsonl, ".txt": _read_txt, ".parquet": _read_parquet}
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _read_jsonl, ".txt": _read_txt, ".parquet": _read_parquet,
+}  # fmt: skip
 
 
-def _text_of(who: str, row: Any, column: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a row: a named column, or a chat in `messages` through the chat template."""
-    if isinstance(row, dict) and column not in row and "messages" in row:
-        column = "messages"
-    if not isinstance(row, dict) or column not in row:
-        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise TextError(f"{who}: expected a column {column!r} in every row; a row has: {has}")
-    value = row[column]
-    if isinstance(value, list):
-        if not getattr(tokenizer, "chat_template", None):
-            raise TextError(
-                f"{who}: {column!r} holds chats, but the tokenizer has no chat template"
-            )
-        try:
-            return str(tokenizer.apply_chat_template(value, tokenize=False))
-        except Exception as error:
-            # Templates are programs of the model's authors and refuse chats in their own ways.
-            raise TextError(f"{who}: the chat template refuses a chat: {error}") from None
-    if not isinstance(value, str):
-        raise TextError(f"{who}: {column!r} holds {type(value).__name__}; expected text")
-    return value
+def _of_columns(row: Any) -> Any:
+    """A row of a columnar file as it was before it was stored: such files give every table in a
+    list the keys of all others, empty. Of a message only `content` may be meant to be empty."""
+    if not isinstance(row, dict):
+        return row
+    return {name: _filled(value) for name, value in row.items()}
 
 
-def _hub_rows(who: str, data: HubData, seed: int | None = None) -> Iterator[Any]:
-    """Rows of a data set; of a streamed one, in an order drawn from `seed` where there is one."""
+def _filled(value: Any) -> Any:
+    if not isinstance(value, list):
+        return without_empty(value) if isinstance(value, dict) else value
+    return [
+        without_empty(item) | ({"content": None} if item.get("content", "") is None else {})
+        if isinstance(item, dict)
+        else item
+        for item in value
+    ]
+
+
+def _hub_rows(who: str, data: HubData, seed: int | None = None) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a data set; of a streamed one, in an order drawn from `seed` where there is
+    one."""
     import datasets
 
     try:
@@ -443,9 +675,12 @@ def _hub_rows(who: str, data: HubData, seed: int | None = None) -> Iterator[Any]
         )
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        yield from rows
+        for number, row in enumerate(rows, start=1):
+            yield f"{who}: dataset {data.hub}, row {number}", _of_columns(row)
+    except TextError:
+        raise
     except Exception as error:
         # Not there, no such split, no connection or none any more (after the library's own
         # retries): it raises many kinds, some with many lines.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise TextError(f"{who}: dataset {data.hub!r} cannot be loaded: {reason}") from None
+        raise TextError(f"{who}: dataset {data.hub!r} cannot be loaded: {reason[:300]}") from None

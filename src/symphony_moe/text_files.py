@@ -24,10 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from symphony_moe import __version__
-from symphony_moe.recipe import BUNDLED, Data, HubData
+from symphony_moe.recipe import BUNDLED, ChatRules, Data, HubData
 from symphony_moe.run_folder import publish
 from symphony_moe.text import (
     Documents,
+    Encoder,
     Packed,
     choose_windows,
     cut,
@@ -94,8 +95,9 @@ def source_text(
     data: Data,
     column: str,
     own_tokenizer: PreTrainedTokenizerBase,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     *,
+    rules: ChatRules,
     holdout: float,
     tokens: int,
     sequence_length: int,
@@ -109,23 +111,23 @@ def source_text(
     read whole), with up to five times their size on the disk meanwhile, and taken as they are where
     they were made of the same. Other processes that ask for the same text wait until it is there.
 
-    `own_tokenizer` spells chats, `tokenizer` makes tokens. Raises TextError as `read_documents` and
-    `draw_packed` do, and OSError where the disk has no room.
+    `own_tokenizer` and `rules` spell chats, `encoder` makes tokens. Raises TextError as
+    `read_documents` and `draw_packed` do, and OSError where the disk has no room.
     """
 
     def documents() -> Documents:
-        return split_held_out(read_documents(who, data, column, own_tokenizer), holdout)[0]
+        return split_held_out(read_documents(who, data, column, own_tokenizer, rules), holdout)[0]
 
     if tokens * _BYTES_PER_TOKEN <= _IN_MEMORY:
         return draw_packed(
-            who, documents(), tokenizer, tokens=tokens, sequence_length=sequence_length, seed=seed
+            who, documents(), encoder, tokens=tokens, sequence_length=sequence_length, seed=seed
         )
     made_from = {
         "version": __version__,
         "data": _stamp(data),
         "column": column,
-        "chats": [own_tokenizer.chat_template, own_tokenizer.special_tokens_map],
-        "tokenizer": _spell(tokenizer),
+        "chats": [own_tokenizer.chat_template, own_tokenizer.special_tokens_map, str(rules)],
+        "tokenizer": [*_spell(encoder.tokenizer), encoder.begin, encoder.end],
         "numbers": [holdout, tokens, sequence_length, seed],
     }
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
@@ -137,7 +139,7 @@ def source_text(
         else:
             log.info("%s: written to %s", who, final)
             write_packed(
-                final, who, documents(), tokenizer,
+                final, who, documents(), encoder,
                 tokens=tokens, sequence_length=sequence_length, seed=seed,
             )  # fmt: skip
     return read_packed(final, sequence_length)
@@ -147,7 +149,7 @@ def write_packed(
     final: Path,
     who: str,
     documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     *,
     tokens: int,
     sequence_length: int,
@@ -162,7 +164,7 @@ def write_packed(
     pool_files, drawn_files = ([partial / name for name in names] for names in (_POOL, _DRAWN))
     try:
         with pool_files[0].open("wb") as stream, pool_files[1].open("wb") as places:
-            for ids in pooled(documents, tokenizer, tokens=wanted * sequence_length, seed=seed):
+            for ids in pooled(documents, encoder, tokens=wanted * sequence_length, seed=seed):
                 array("i", ids).tofile(stream)
                 array("i", range(len(ids))).tofile(places)
                 num_documents += 1
@@ -225,4 +227,4 @@ def _spell(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """All that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return [type(tokenizer).__name__, tokenizer.bos_token_id, rules]
+    return [type(tokenizer).__name__, rules]

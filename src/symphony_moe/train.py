@@ -342,7 +342,8 @@ def training_text(recipe: Recipe, sources: Sequence[Source], folder: Path) -> Tr
             spec.data,
             spec.column,
             source.own_tokenizer,
-            source.tokenizer,
+            source.encoder,
+            rules=recipe.chat_rules(source.name),
             holdout=recipe.evaluation.holdout,
             tokens=share * settings.sequence_length,
             sequence_length=settings.sequence_length,
@@ -494,10 +495,11 @@ class _Trainer(Trainer):
 
 
 class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Packed windows as the Trainer wants them; labels are the tokens (the model shifts them).
+    """Packed windows as the Trainer wants them; labels are the tokens (the model shifts them), but
+    for the first of a document, which nothing before it foretells.
 
     `by_documents`: with the place of each token in its document, from which the stock models see
-    where one ends: attention stays within a document, and its first token is not predicted.
+    where one ends: attention stays within a document.
     """
 
     def __init__(self, text: TrainingText, count: int, *, by_documents: bool) -> None:
@@ -508,12 +510,10 @@ class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         tokens = self.text.tokens([index])[0]
-        item = {"input_ids": tokens, "labels": tokens, "window": index}
-        if self.by_documents:
-            positions = self.text.positions([index])[0]
-            item["position_ids"] = positions
-            item["labels"] = tokens.masked_fill(positions == 0, -100)
-        return item
+        positions = self.text.positions([index])[0]
+        labels = tokens.masked_fill(positions == 0, -100)
+        item = {"input_ids": tokens, "labels": labels, "window": index}
+        return item | {"position_ids": positions} if self.by_documents else item
 
 
 class _Measure(TrainerCallback):
