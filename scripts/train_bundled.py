@@ -165,8 +165,7 @@ def shuffled_forever(
     while True:
         for chosen in torch.randperm(len(text), generator=generator).split(count):
             if len(chosen) == count:
-                windows = text.windows[chosen]
-                yield windows, windows.masked_fill(text.positions[chosen] == 0, -100)
+                yield text[chosen].windows, text[chosen].labels
 
 
 def train(name: str, start: Path | None, tokenizer_folder: Path, folder: Path) -> None:

@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,7 +40,7 @@ from transformers import (
 )
 
 from symphony_moe.bundled.corpus import documents
-from symphony_moe.text import is_held_out, pack_windows
+from symphony_moe.text import Encoder, Packed, is_held_out, joined, pack_windows
 
 HOLDOUT = 0.05
 SEQUENCE_LENGTH, BATCH_WINDOWS = 256, 16
@@ -169,23 +168,23 @@ def write_text(out: Path) -> None:
 
 def batches(
     texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, seed: int
-) -> Iterator[Tensor]:
+) -> Iterator[Packed]:
     """Endless batches, equal shares of each kind of text."""
     generator = torch.Generator().manual_seed(seed)
-    windows = [pack_windows(t, tokenizer, SEQUENCE_LENGTH) for t in texts]
-    each = BATCH_WINDOWS // len(windows)
+    packed = [pack_windows(t, Encoder.of(tokenizer), SEQUENCE_LENGTH) for t in texts]
+    each = BATCH_WINDOWS // len(packed)
     while True:
-        yield torch.cat([w[torch.randint(len(w), (each,), generator=generator)] for w in windows])
+        yield joined([p[torch.randint(len(p), (each,), generator=generator)] for p in packed])
 
 
-def train(model: Any, stream: Iterator[Tensor], tokens: int, rate: float, name: str) -> None:
+def train(model: Any, stream: Iterator[Packed], tokens: int, rate: float, name: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), fused=True)
     steps = tokens // (BATCH_WINDOWS * SEQUENCE_LENGTH)
     for step in range(steps):
         share = min((step + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = rate * share
         batch = next(stream)
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss = model(input_ids=batch.windows, labels=batch.labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

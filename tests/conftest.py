@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # Pico models gain nothing by more threads, and lose much where cores are shared: here, and in the
@@ -71,9 +71,10 @@ WORDS = [
 ]
 
 
-def make_tokenizer(folder: Path, bos: bool = True) -> None:
+def make_tokenizer(folder: Path, bos: bool = True, adds_bos: bool | None = None) -> None:
     """A byte-level tokenizer of 300 tokens: the 256 bytes, `<s>`, `</s>`, `<|endoftext|>` (which
-    Qwen's tokenizer would otherwise add), and words."""
+    Qwen's tokenizer would otherwise add), and words. `bos`: it has a BOS, and `adds_bos` (default:
+    the same): it puts it before every text, as Llama's does."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(alphabet)}
     vocabulary |= {"<s>": 256, "</s>": 257, "<|endoftext|>": 258}
@@ -88,6 +89,10 @@ def make_tokenizer(folder: Path, bos: bool = True) -> None:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    if bos if adds_bos is None else adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 256)]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>" if bos else None, eos_token="</s>"
     )

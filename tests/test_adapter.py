@@ -17,7 +17,7 @@ from symphony_moe import pipeline
 from symphony_moe.adapter import FILES, Adapter
 from symphony_moe.cli import main
 from symphony_moe.errors import SourceError
-from symphony_moe.evaluate import held_out_windows, losses_and_routing
+from symphony_moe.evaluate import held_out_text, losses_and_routing
 from symphony_moe.families import HEAD
 from symphony_moe.recipe import SourceSpec, load_recipe
 from symphony_moe.sources import open_source, open_sources
@@ -118,7 +118,7 @@ def test_a_run_with_an_adapter_is_a_run_with_the_merged_model(base: Path, tmp_pa
     path.write_text(json.dumps(content))
     recipe = load_recipe(path)
     assert recipe.sources["b"].adapter == str(adapter)
-    windows = held_out_windows(recipe, open_sources(recipe))
+    windows = held_out_text(recipe, open_sources(recipe))
     expected, _ = losses_and_routing(merged, windows)
     runs.append(pipeline.build(recipe, tmp_path / "with-adapter"))
     pipeline.verify(runs[0])

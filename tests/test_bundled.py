@@ -17,7 +17,7 @@ from symphony_moe.bundled import FAMILIES, demo_recipe, source_folder
 from symphony_moe.bundled.corpus import DOMAINS, OUT_OF_DOMAIN, documents
 from symphony_moe.errors import SourceError, TextError
 from symphony_moe.recipe import load_recipe
-from symphony_moe.text import is_held_out, pack_windows
+from symphony_moe.text import Encoder, is_held_out, pack_windows
 
 SOURCES = [f"{family}/{domain}" for family in FAMILIES for domain in DOMAINS]
 
@@ -106,7 +106,7 @@ def test_each_source_knows_its_own_domain_best(family: str) -> None:
     windows = {}
     for domain in DOMAINS:
         held_out = [text for text in documents(domain) if is_held_out(text, 0.05)]
-        windows[domain] = pack_windows(held_out[:20], tokenizer, 256)[:8]
+        windows[domain] = pack_windows(held_out[:20], Encoder.of(tokenizer), 256)[:8]
     losses: dict[str, dict[str, float]] = {domain: {} for domain in DOMAINS}
     for source in DOMAINS:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -116,7 +116,8 @@ def test_each_source_knows_its_own_domain_best(family: str) -> None:
         assert not any(loading.values())
         for domain in DOMAINS:
             with torch.inference_mode():
-                output = model(input_ids=windows[domain], labels=windows[domain])
+                text = windows[domain]
+                output = model(input_ids=text.windows, labels=text.labels)
             losses[domain][source] = output.loss.item()
     for domain, by_source in losses.items():
         own = by_source.pop(domain)

@@ -17,11 +17,11 @@ from symphony_moe import evaluate, pipeline
 from symphony_moe.calibrate import calibration_windows
 from symphony_moe.cli import main
 from symphony_moe.errors import RunFolderError, TextError
-from symphony_moe.evaluate import held_out_windows, losses_and_routing
+from symphony_moe.evaluate import held_out_text, losses_and_routing
 from symphony_moe.recipe import Recipe, load_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import Source, open_sources
-from symphony_moe.text import is_held_out
+from symphony_moe.text import Pieces, is_held_out, joined
 from symphony_moe.train import training_text
 
 
@@ -34,11 +34,17 @@ def random_windows(seed: int, windows: int, sequence: int) -> Tensor:
     return torch.randint(300, (windows, sequence), generator=generator)
 
 
+def pieces_of(text: Pieces) -> list[Tensor]:
+    """Every document, or piece of a long one, by itself."""
+    begins = torch.where(text.positions == 0)[0].tolist()
+    return list(text.tokens.tensor_split(begins[1:]))
+
+
 @torch.inference_mode()
-def loss_by_hand(model: Any, windows: Tensor) -> float:
-    """Window by window, token by token, in float64."""
+def loss_by_hand(model: Any, windows: Tensor | Pieces) -> float:
+    """Piece by piece, token by token, in float64."""
     losses = []
-    for window in windows:
+    for window in windows if isinstance(windows, Tensor) else pieces_of(windows):
         logits = model(input_ids=window[None]).logits[0].double()
         for place in range(len(window) - 1):
             losses.append(float(cross_entropy(logits[place], window[place + 1])))
@@ -48,7 +54,7 @@ def loss_by_hand(model: Any, windows: Tensor) -> float:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two windows of 24 tokens at once, so that 5 windows are three uneven batches."""
-    monkeypatch.setattr("symphony_moe.evaluate.WINDOWS_TOKENS", 48)
+    monkeypatch.setattr("symphony_moe.evaluate._AT_ONCE", 48)
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
@@ -135,8 +141,9 @@ def telling(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, list[Sour
     return recipe, sources, held_out
 
 
-def without_bos(windows: Tensor) -> set[int]:
-    return set(windows.flatten().tolist()) - {256}
+def letters_of(windows: Tensor) -> set[int]:
+    """The tokens, but BOS and EOS."""
+    return set(windows.flatten().tolist()) - {256, 257}
 
 
 def test_held_out_text_is_for_evaluation_only(
@@ -144,14 +151,14 @@ def test_held_out_text_is_for_evaluation_only(
 ) -> None:
     """No token of a held-out document is calibrated or trained on, and evaluation sees no other."""
     recipe, sources, held_out = telling
-    evaluated = {name: without_bos(w) for name, w in held_out_windows(recipe, sources).items()}
+    evaluated = {name: letters_of(w.tokens) for name, w in held_out_text(recipe, sources).items()}
     assert set().union(*evaluated.values()) <= held_out
     assert not evaluated["a"] & evaluated["b"]
     assert all(len(tokens) > 5 for tokens in evaluated.values())
-    calibrated = torch.cat(list(calibration_windows(recipe, sources).values()))
+    calibrated = joined(list(calibration_windows(recipe, sources).values())).windows
     text = training_text(recipe, sources, tmp_path)
     for windows in (calibrated, text.tokens(range(len(text)))):
-        seen = without_bos(windows)
+        seen = letters_of(windows)
         assert not seen & held_out
         assert len(seen) > 40
 
@@ -164,10 +171,10 @@ def test_every_extra_document_is_evaluated(
     path = tmp_path / "extra.txt"
     path.write_text("\n\n".join(chr(number) * 50 for number in range(33, 83)))
     settings = recipe.evaluation.model_copy(update={"extra": {"x": str(path)}, "tokens": 10_000})
-    windows = held_out_windows(recipe.model_copy(update={"evaluation": settings}), sources)
+    windows = held_out_text(recipe.model_copy(update={"evaluation": settings}), sources)
     assert list(windows) == ["a", "b", "x"]
-    letters = [chr(token) for token in without_bos(windows["x"]) if token < 100]
-    assert len(without_bos(windows["x"])) >= 50 and letters
+    letters = [chr(token) for token in letters_of(windows["x"].tokens) if token < 100]
+    assert len(letters_of(windows["x"].tokens)) >= 50 and letters
 
 
 def test_a_domain_without_held_out_text_is_refused(
@@ -177,7 +184,7 @@ def test_a_domain_without_held_out_text_is_refused(
     recipe, sources, _ = telling
     settings = recipe.evaluation.model_copy(update={"holdout": 1e-9})
     with pytest.raises(TextError, match="held-out text of a"):
-        held_out_windows(recipe.model_copy(update={"evaluation": settings}), sources)
+        held_out_text(recipe.model_copy(update={"evaluation": settings}), sources)
 
 
 # ------------------------------------------------------------------------------------- the run
@@ -191,7 +198,7 @@ def test_metrics_hold_every_model_on_every_domain(
     shutil.copytree(built("llama").root, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     recipe = load_recipe(recipes("llama"))
-    windows = held_out_windows(recipe, open_sources(recipe))
+    windows = held_out_text(recipe, open_sources(recipe))
     pipeline.evaluate(run)
     metrics = run.read_json(run.metrics)
     assert set(metrics["sources"]) == {"a", "b", "c"}
@@ -206,7 +213,7 @@ def test_metrics_hold_every_model_on_every_domain(
             assert loss == pytest.approx(loss_by_hand(model, windows[domain]), rel=1e-5)
     routing = metrics["routing"]["built"]
     assert routing["experts"] == ["a", "b", "c"]
-    assert routing["tokens"] == {domain: text.numel() for domain, text in windows.items()}
+    assert routing["tokens"] == {domain: len(text.tokens) for domain, text in windows.items()}
     _, found_routing = losses_and_routing(load(run.checkpoint), windows)
     for domain, found_here in found_routing.items():
         assert torch.tensor(routing["share"][domain]) == pytest.approx(found_here.share, abs=1e-6)
@@ -236,15 +243,17 @@ def test_there_must_be_a_checkpoint_to_evaluate(
 def test_continuations_begin_where_held_out_text_does(
     recipes: Callable[[str], Path], built: Callable[[str], RunFolder], tmp_path: Path
 ) -> None:
-    """One per domain: the beginning of a held-out window, and what the model makes of it; the same
+    """One per domain: the beginning of a held-out document, and what the model makes of it; the same
     every time, and the trained model's where there is one."""
     recipe = load_recipe(recipes("llama"))
     sources = open_sources(recipe)
-    windows = held_out_windows(recipe, sources)
+    windows = held_out_text(recipe, sources)
     found = pipeline.generate(built("llama"))
     assert [domain for domain, _, _ in found] == ["a", "b", "c"]
     for domain, before, after in found:
-        expected = sources[0].tokenizer.decode(windows[domain][0, :48], skip_special_tokens=True)
+        expected = sources[0].tokenizer.decode(
+            windows[domain].tokens[:48], skip_special_tokens=True
+        )
         assert before == expected and after
     assert pipeline.generate(built("llama")) == found
     shutil.copytree(built("llama").root, tmp_path / "run")

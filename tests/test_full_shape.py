@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from symphony_moe import pipeline
 from symphony_moe.calibrate import calibration_windows
-from symphony_moe.evaluate import held_out_windows
+from symphony_moe.evaluate import held_out_text
 from symphony_moe.plan import Plan
 from symphony_moe.recipe import load_recipe, load_variants
 from symphony_moe.sources import expected_shapes, open_sources
@@ -473,11 +473,12 @@ def test_the_papers_data_sets_are_streamed(
     name = "paper-llama3.2-1b.yaml"
     recipe = load_recipe(RECIPES / name, [*local(name, data_sets), *less])
     sources = open_sources(recipe, download=False)
-    read = held_out_windows(recipe, sources)
+    read = held_out_text(recipe, sources)
     columns = {"general": "text", "math": "response", "code": "output", "science": "answer",
                "medmcqa": "question"}  # fmt: skip
     assert set(read) == set(columns)
-    for domain, windows in (*read.items(), *calibration_windows(recipe, sources).items()):
-        words = re.findall("[a-z]+", str(sources[0].tokenizer.decode(windows[0])))
+    calibration = calibration_windows(recipe, sources)
+    for domain, text in (*read.items(), *calibration.items()):
+        words = re.findall("[a-z]+", str(sources[0].tokenizer.decode(text.windows[0])))
         # A window may begin and end within a word.
         assert set(words[1:-1]) == {columns[domain]}, domain

@@ -9,7 +9,7 @@ import torch
 
 from conftest import make_recipe
 from symphony_moe import pipeline
-from symphony_moe.evaluate import held_out_windows, losses_and_routing
+from symphony_moe.evaluate import held_out_text, losses_and_routing
 from symphony_moe.recipe import load_recipe
 from symphony_moe.shards import hash_folder
 from symphony_moe.sources import open_sources
@@ -56,7 +56,7 @@ def test_twins_are_brought_back_on_cuda(variant: str, prefer_the_fit: None, tmp_
     recipe = load_recipe(path, ["method=harmonized", "refit.epochs=2"])
     run = pipeline.build(recipe, tmp_path / "run")
     pipeline.verify(run)
-    windows = held_out_windows(recipe, open_sources(recipe))
+    windows = held_out_text(recipe, open_sources(recipe))
     dense, moe = (
         losses_and_routing(load_stock(folder), windows)[0]
         for folder in (models / "a", run.checkpoint)

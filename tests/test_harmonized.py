@@ -25,7 +25,7 @@ from conftest import VARIANTS, make_recipe, make_text
 from symphony_moe import pipeline
 from symphony_moe.calibrate import aside_windows, calibration_windows
 from symphony_moe.errors import RunFolderError, SourceError, TextError, VerificationError
-from symphony_moe.evaluate import held_out_windows, losses_and_routing
+from symphony_moe.evaluate import held_out_text, losses_and_routing
 from symphony_moe.recipe import load_recipe, resolve_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.shards import hash_folder, sha256_of
@@ -148,12 +148,12 @@ def aligned_only(twins: Recipes, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 def windows_of(recipe: Path) -> dict[str, Tensor]:
     loaded = load_recipe(recipe, QUICK)
-    return dict(calibration_windows(loaded, open_sources(loaded)))
+    return {n: t.windows for n, t in calibration_windows(loaded, open_sources(loaded)).items()}
 
 
 def kept_aside(recipe: Path) -> dict[str, Tensor]:
     loaded = load_recipe(recipe, QUICK)
-    return dict(aside_windows(loaded, open_sources(loaded)))
+    return {n: t.windows for n, t in aside_windows(loaded, open_sources(loaded)).items()}
 
 
 def maps_in(run: RunFolder) -> set[str]:
@@ -253,7 +253,7 @@ def test_a_real_models_twins_lose_what_the_model_loses(
     recipe = resolve_recipe(english | {"sources": sources}, tmp_path, "twins")
     run = pipeline.build(recipe, tmp_path / "run")
     opened = open_sources(recipe)
-    windows = {"english": held_out_windows(recipe, opened)["english"]}
+    windows = {"english": held_out_text(recipe, opened)["english"]}
     dense, moe = (
         losses_and_routing(load_stock(folder), windows)[0]["english"]
         for folder in (opened[0].folder, run.checkpoint)
@@ -694,7 +694,7 @@ def test_branches_with_little_text_are_not_made_worse(windows: int, tmp_path: Pa
         "evaluation": {"tokens": 4096, "sequence_length": 128},
     }
     recipe = resolve_recipe(content, tmp_path, "branches")
-    held_out = held_out_windows(recipe, open_sources(recipe))
+    held_out = held_out_text(recipe, open_sources(recipe))
     run = pipeline.build(recipe, tmp_path / "run")
     fit = run.read_json(run.metrics)["refit"]
     assert fit["chosen"] == min(fit["loss"], key=fit["loss"].__getitem__)

@@ -29,6 +29,7 @@ from symphony_moe.run_folder import RunFolder
 from symphony_moe.shards import hash_folder, sha256_of
 from symphony_moe.sources import open_sources
 from symphony_moe.streams import Streams
+from symphony_moe.text import joined
 
 EXACT = 1e-5
 """Law 2: max |a - b| over max |logit|, float32 output."""
@@ -505,8 +506,8 @@ def test_neurons_are_matched_by_the_stock_models_activations(
     run = build(recipes(variant), tmp_path / "run")
     recipe = load_recipe(recipes(variant))
     by_source = calibration_windows(recipe, open_sources(recipe))
-    assert [text.shape for text in by_source.values()] == [(8, 64)] * 3
-    windows = torch.cat(list(by_source.values()))  # four batches of five, and four windows
+    assert [text.windows.shape for text in by_source.values()] == [(8, 64)] * 3
+    windows = joined(list(by_source.values())).windows  # four batches of five, and four windows
     neurons: dict[str, list[np.ndarray]] = {}
     for name in "abc":
         model = load_clean(models_of(recipes(variant)) / name)

@@ -46,6 +46,7 @@ from symphony_moe.refit_head import fit_head, next_token_losses
 from symphony_moe.route import hidden_router, regression_router
 from symphony_moe.sources import open_sources
 from symphony_moe.streams import Streams
+from symphony_moe.text import joined
 
 FITTED = ["llama", "qwen2", "qwen3", "mistral"]
 """No biases and no QK-norm; biases; QK-norm; a sliding window."""
@@ -95,7 +96,7 @@ def begin(recipe: Recipe) -> Begun:
     config, family, hidden = sources[0].config, sources[0].family, sources[0].config.hidden_size
     aside, to_fit = aside_windows(recipe, sources), calibration_windows(recipe, sources)
     names = list(to_fit)
-    windows = {name: torch.cat((aside[name], to_fit[name])) for name in names}
+    windows = {name: joined((aside[name], to_fit[name])).windows for name in names}
     kept = {name: len(aside[name]) for name in names}
     configs = {source.name: source.config for source in sources}
     calibration = Calibration(recipe, family, configs, recipe.anchor, windows, kept, Streams())

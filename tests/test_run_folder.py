@@ -587,7 +587,8 @@ def test_training_on_a_really_full_disk_is_a_message(
 def test_streams_that_do_not_fit_the_disk_are_a_message(disk: Disk, llama: Recipe) -> None:
     """A memory-mapped file without space behind it would end the process by SIGBUS."""
     disk.leave(50_000)
-    windows = calibration_windows(llama, pipeline.open_sources(llama))
+    text = calibration_windows(llama, pipeline.open_sources(llama))
+    windows = {name: packed.windows for name, packed in text.items()}
     reached = []
 
     def table() -> Iterator[tuple[int, torch.Tensor]]:

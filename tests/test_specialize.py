@@ -15,7 +15,7 @@ from conftest import make_recipe
 from symphony_moe import pipeline
 from symphony_moe.evaluate import (
     dynamic_routing,
-    held_out_windows,
+    held_out_text,
     losses_and_routing,
 )
 from symphony_moe.families import DOWN, GATE, UP
@@ -494,7 +494,7 @@ def test_metrics_and_report_hold_likeness_routing_and_the_dynamic_curve(
     assert list(metrics["cka"]) == ["sources", "built", "trained"]
     recipe = load_recipe(recipes("llama"))
     sources = open_sources(recipe)
-    text = shared_text(held_out_windows(recipe, sources))
+    text = shared_text({n: t.windows for n, t in held_out_text(recipe, sources).items()})
     alike = compare_sources(sources, text)
     assert metrics["cka"]["sources"] == describe_cka(["a", "b", "c"], alike, text.numel())
     assert metrics["cka"]["sources"]["tokens"] == 4 * 256

@@ -24,17 +24,17 @@ from conftest import VARIANTS, WORDS, make_text, make_tokenizer
 from symphony_moe import text as text_module
 from symphony_moe.calibrate import aside_windows, calibration_windows
 from symphony_moe.errors import TextError
-from symphony_moe.evaluate import held_out_windows
+from symphony_moe.evaluate import held_out_text
 from symphony_moe.recipe import HubData, Refit, Router, resolve_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import open_sources
 from symphony_moe.text import (
+    Documents,
     DocumentStream,
+    Encoder,
+    Packed,
     check_data_exists,
-    draw_packed,
-    draw_windows,
     is_held_out,
-    pack_windows,
     read_documents,
     split_aside,
     split_held_out,
@@ -42,7 +42,7 @@ from symphony_moe.text import (
 
 CHAT = [{"role": "user", "content": "alpha?"}, {"role": "assistant", "content": "beta."}]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-BOS = 256
+BOS, EOS = 256, 257
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,24 @@ def chatty(tmp_path: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chatty")
     tokenizer.chat_template = TEMPLATE
     return tokenizer
+
+
+def draw_packed(
+    who: str, documents: Documents, tokenizer: PreTrainedTokenizerBase, **drawing: int
+) -> Packed:
+    return text_module.draw_packed(who, documents, Encoder.of(tokenizer), **drawing)
+
+
+def draw_windows(
+    who: str, documents: Documents, tokenizer: PreTrainedTokenizerBase, **drawing: int
+) -> torch.Tensor:
+    return draw_packed(who, documents, tokenizer, **drawing).windows
+
+
+def pack_windows(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int
+) -> torch.Tensor:
+    return text_module.pack_windows(documents, Encoder.of(tokenizer), length).windows
 
 
 def lines(path: Path, rows: list[Any]) -> Path:
@@ -116,32 +134,66 @@ def test_the_held_out_share_is_about_right(share: float) -> None:
 # -------------------------------------------------------------------------------------- packing
 
 
-def test_documents_are_packed_end_to_end_each_behind_a_bos(
+def test_documents_are_packed_end_to_end_each_between_bos_and_eos(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """The windows, read in a row, are the documents' tokens; the incomplete one is dropped."""
     documents = ["alpha beta", "x", "gamma " * 30, "some bytes: é"]
     stream: list[int] = []
     for document in documents:
-        stream += [BOS, *tokenizer(document, add_special_tokens=False)["input_ids"]]
+        stream += [BOS, *tokenizer(document, add_special_tokens=False)["input_ids"], EOS]
     windows = pack_windows(documents, tokenizer, 16)
     assert windows.shape == (len(stream) // 16, 16) and windows.dtype == torch.int64
     assert len(stream) % 16
     assert windows.flatten().tolist() == stream[: len(stream) // 16 * 16]
-    assert stream.count(BOS) == 4
+    assert stream.count(BOS) == stream.count(EOS) == 4
 
 
-def test_a_tokenizer_without_bos_adds_none(plain: PreTrainedTokenizerBase) -> None:
-    """As Qwen's."""
-    windows = pack_windows(["ab", "cd"], plain, 4)
-    assert windows.tolist() == [plain("abcd")["input_ids"]]
+def test_a_tokenizer_that_adds_no_bos_gets_none(
+    plain: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Neither Qwen's, which has none, nor Yi's and SmolLM2's, which have one and do not add it."""
+    make_tokenizer(tmp_path, adds_bos=False)
+    silent = AutoTokenizer.from_pretrained(tmp_path)
+    assert silent.bos_token_id == BOS
+    a, b, c, d = plain("abcd")["input_ids"]
+    for tokenizer in (plain, silent):
+        windows = pack_windows(["ab", "cd"], tokenizer, 3)
+        assert windows.tolist() == [[a, b, EOS], [c, d, EOS]]
 
 
-def test_bos_is_not_doubled(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Chat templates write it into the text themselves."""
-    windows = pack_windows(["<s>ab", "cd<s>"], tokenizer, 7)
+def test_bos_and_eos_are_not_doubled(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Text may have them already."""
+    windows = pack_windows(["<s>ab</s>", "cd<s>"], tokenizer, 9)
     a, b, c, d = tokenizer("abcd", add_special_tokens=False)["input_ids"]
-    assert windows.tolist() == [[BOS, a, b, BOS, c, d, BOS]]
+    assert windows.tolist() == [[BOS, a, b, EOS, BOS, c, d, BOS, EOS]]
+
+
+def test_documents_are_begun_by_their_own_tokenizer_in_the_numbers_of_the_union(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """One BOS where a source's is another token than the anchor's, and its own EOS."""
+    make_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        # Its BOS says </s>, and its EOS <s>.
+        swapped = (tmp_path / name).read_text().replace('"<s>"', '"?"').replace('"</s>"', '"<s>"')
+        (tmp_path / name).write_text(swapped.replace('"?"', '"</s>"'))
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    assert (other.bos_token, other.bos_token_id) == ("</s>", BOS)
+    ids = Encoder.of(other, tokenizer).encode("ab")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["</s>", "a", "b", "<s>"]
+
+
+def test_the_first_token_of_a_document_is_never_a_target(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Whether the document begins with the window or within it; everything else is."""
+    text = text_module.pack_windows(["abc", "xyz", "i"], Encoder.of(tokenizer), 4)
+    first = text.windows == BOS
+    first[:, 0] = True
+    assert ((text.labels == -100) == first).all()
+    assert (text.labels[~first] == text.windows[~first]).all()
+    assert first.sum() == 5  # three documents, two of them within a window; three windows
 
 
 def test_too_little_text_packs_into_no_window(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -154,8 +206,8 @@ def test_too_little_text_packs_into_no_window(tokenizer: PreTrainedTokenizerBase
 
 
 def one_token_documents(count: int) -> list[str]:
-    """Documents of 8 tokens behind BOS, in 9-token windows of their own: no two alike."""
-    return [f"{number:08d}" for number in range(count)]
+    """Documents of 7 tokens between BOS and EOS, in 9-token windows of their own: no two alike."""
+    return [f"{number:07d}" for number in range(count)]
 
 
 def test_windows_are_drawn_without_repetition(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -173,7 +225,7 @@ def test_windows_are_drawn_over_the_whole_text(tokenizer: PreTrainedTokenizerBas
     windows = draw_windows(
         "w", one_token_documents(5000), tokenizer, tokens=900, sequence_length=9, seed=0
     )
-    numbers = [int(str(tokenizer.decode(window[1:]))) for window in windows.tolist()]
+    numbers = [int(str(tokenizer.decode(window[1:-1]))) for window in windows.tolist()]
     for tenth in range(10):
         assert any(500 * tenth <= number < 500 * (tenth + 1) for number in numbers)
 
@@ -202,7 +254,7 @@ def test_every_window_is_one_of_the_texts(
         "w", [document] * 3, tokenizer, tokens=tokens, sequence_length=length, seed=seed
     )
     assert 1 <= len(windows) <= max(1, tokens // length)
-    known = {BOS, *tokenizer(document, add_special_tokens=False)["input_ids"]}
+    known = {BOS, EOS, *tokenizer(document, add_special_tokens=False)["input_ids"]}
     assert set(windows.flatten().tolist()) <= known
 
 
@@ -240,15 +292,15 @@ def test_text_shorter_than_a_window_is_refused(tokenizer: PreTrainedTokenizerBas
 @pytest.mark.parametrize(
     ("bos", "tokens", "length", "seed", "count", "digest"),
     [
-        (True, 64, 16, 0, 4, "e97b3e7c8283ab5c"),
-        (True, 5000, 128, 7, 39, "f870bb0890c6f9fa"),
-        (True, 10**6, 33, 114514, 914, "0c272f5ea361a36d"),
-        (False, 64, 16, 0, 4, "177091dbd8370072"),
-        (False, 5000, 128, 7, 39, "3c21c6d2538cd803"),
-        (False, 10**6, 33, 114514, 902, "f1a84365381aa851"),
+        (True, 64, 16, 0, 4, "79b8a0c43278eeb8"),
+        (True, 5000, 128, 7, 39, "896e7e1e2db1351c"),
+        (True, 10**6, 33, 114514, 926, "6db60fd318ec6c5e"),
+        (False, 64, 16, 0, 4, "9d156f401ac0beb7"),
+        (False, 5000, 128, 7, 39, "ae59801aa39cd526"),
+        (False, 10**6, 33, 114514, 914, "f36cc7ef1f6d53d8"),
     ],
 )
-def test_the_windows_are_those_they_always_were(
+def test_the_windows_are_those_they_have_been_since_documents_end_with_eos(
     bos: bool,
     tokens: int,
     length: int,
@@ -291,7 +343,7 @@ def test_positions_count_from_the_beginning_of_document_and_window(
     for window, positions in zip(drawn.windows.tolist(), drawn.positions.tolist(), strict=True):
         expected: list[int] = []
         for place, token in enumerate(window):
-            begins = token == BOS if bos else place == 0 or token != window[place - 1]
+            begins = token == BOS if bos else place == 0 or window[place - 1] == EOS
             expected.append(0 if begins or place == 0 else expected[-1] + 1)
         assert positions == expected
     assert (drawn.positions[:, 1:] == 0).any() and (drawn.positions == 15).any()
@@ -384,19 +436,25 @@ def test_chats_that_cannot_be_spelled_are_refused(
 ) -> None:
     """No template, and a template that refuses."""
     path = str(lines(tmp_path / "a.jsonl", [{"messages": CHAT}]))
-    with pytest.raises(TextError, match=r"w: .*'messages' holds chats.*no chat template"):
+    with pytest.raises(TextError, match=r"w: .*line 1: 'messages' holds a chat.*no chat template"):
         read_documents("w", path, "text", tokenizer)
     chatty.chat_template = "{{ raise_exception('no system prompt') }}"
-    with pytest.raises(TextError, match=r"refuses a chat: no system prompt"):
+    with pytest.raises(TextError, match=r"refuses the chat: no system prompt"):
         read_documents("w", path, "text", chatty)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "a"}, {"body": "b"}], r"expected a column 'text' in every row; a row has: body"),
-        (["only a string", ["a", "list"]], r"expected a column 'text'.*a row has: list"),
-        ([{"text": 5}], r"'text' holds int; expected text"),
+        (
+            [{"text": "a"}, {"body": "b"}],
+            r"line 2: expected a column 'text' in every row; the row has: body",
+        ),
+        (
+            ["only a string", ["a", "list"]],
+            r"line 1: expected a table of columns such as \{'text': ...\}, got text",
+        ),
+        ([{"text": 5}], r"line 1: 'text' holds a number; expected text"),
         ([{"text": ""}, {"text": "  \n"}], r"w: no text in .*a\.jsonl"),
     ],
 )
@@ -554,7 +612,7 @@ def test_the_text_kept_aside_is_of_documents_of_its_own() -> None:
             ]
             pieces = [
                 spelled(piece)
-                for window in windows[source.name].tolist()
+                for window in windows[source.name].windows.tolist()
                 for piece in pieces_of_one_document(window, source.tokenizer.bos_token_id)
             ]
             assert pieces and all(piece in streams[0] for piece in pieces)
@@ -613,7 +671,7 @@ def streamed(folder: str, tokenizer: PreTrainedTokenizerBase) -> DocumentStream:
 
 def numbers(windows: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What `one_token_documents` fill windows of nine tokens with."""
-    return [int(str(tokenizer.decode(window[1:]))) for window in windows.tolist()]
+    return [int(str(tokenizer.decode(window[1:-1]))) for window in windows.tolist()]
 
 
 @pytest.fixture(autouse=True)
@@ -744,11 +802,11 @@ def test_calibration_and_evaluation_read_streams(tmp_path: Path) -> None:
     recipe = resolve_recipe(content, tmp_path, "x")
     opened = open_sources(recipe)
     sides = [
-        windows["arithmetic"]
+        windows["arithmetic"].windows
         for windows in (
             calibration_windows(recipe, opened),
             aside_windows(recipe, opened),
-            held_out_windows(recipe, opened),
+            held_out_text(recipe, opened),
         )
     ]
     assert [len(windows) for windows in sides] == [36, 4, 10]

@@ -15,7 +15,8 @@ from conftest import WORDS, make_text, make_tokenizer
 from symphony_moe import text_files
 from symphony_moe.errors import TextError
 from symphony_moe.recipe import Data, HubData
-from symphony_moe.text import Packed, draw_packed, read_documents, split_held_out
+from symphony_moe.rows import MESSAGES
+from symphony_moe.text import Encoder, Packed, draw_packed, read_documents, split_held_out
 from symphony_moe.text_files import read_packed, source_text, write_packed
 
 SETTINGS: dict[str, Any] = {"holdout": 0.1, "tokens": 3200, "sequence_length": 32, "seed": 3}
@@ -48,7 +49,14 @@ def get(
     **changes: Any,
 ) -> Packed:
     return source_text(
-        "text of b", data, column, tokenizer, tokenizer, folder=folder, **(SETTINGS | changes)
+        "text of b",
+        data,
+        column,
+        tokenizer,
+        Encoder.of(tokenizer),
+        rules=MESSAGES,
+        folder=folder,
+        **(SETTINGS | changes),
     )
 
 
@@ -57,7 +65,7 @@ def in_memory(data: Data, tokenizer: PreTrainedTokenizerBase) -> Packed:
         read_documents("text of b", data, "text", tokenizer), SETTINGS["holdout"]
     )
     drawing = {key: value for key, value in SETTINGS.items() if key != "holdout"}
-    return draw_packed("text of b", documents, tokenizer, **drawing)
+    return draw_packed("text of b", documents, Encoder.of(tokenizer), **drawing)
 
 
 def same(one: Packed, other: Packed) -> bool:
@@ -239,7 +247,7 @@ def test_writing_takes_bounded_memory(
     for tokens in (10_000, 80_000):
         tracemalloc.start()
         write_packed(
-            tmp_path / str(tokens), "w", documents, tokenizer,
+            tmp_path / str(tokens), "w", documents, Encoder.of(tokenizer),
             tokens=tokens, sequence_length=100, seed=0,
         )  # fmt: skip
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -526,7 +526,7 @@ def test_chats_go_through_the_template_of_their_own_source(tmp_path: Path) -> No
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, chats)))
     recipe = load_recipe(path, ["method=harmonized", "refit.epochs=0"])
     sources = open_sources(recipe)
-    windows = pipeline.calibration_windows(recipe, sources)["b"]
+    windows = pipeline.calibration_windows(recipe, sources)["b"].windows
     start, end = (sources[0].tokenizer.get_vocab()[f"<|im_{x}|>"] for x in ("start", "end"))
     assert (windows == start).any() and (windows == end).any()
 

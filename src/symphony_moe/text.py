@@ -197,7 +197,7 @@ class Encoder:
         begin = [str(own.convert_ids_to_tokens(number)) for number in _added_before(own)]
         return Encoder(
             shared,
-            tuple(numbers[token] for token in begin if token in numbers),
+            tuple(numbers[token] for token in begin),
             numbers.get(str(eos)) if eos is not None else None,
             "" if eos is None else str(eos),
         )
@@ -244,6 +244,15 @@ class Packed:
         """Windows."""
         return len(self.windows)
 
+    @property
+    def labels(self) -> Int[Tensor, "windows sequence"]:
+        """What a stock model is to foretell: the tokens, but -100 for the first of a document."""
+        return self.windows.masked_fill(self.positions == 0, -100)
+
+    def __getitem__(self, rows: Any) -> "Packed":
+        """Some of the windows."""
+        return Packed(self.windows[rows], self.positions[rows])
+
 
 def joined(parts: Sequence[Packed]) -> Packed:
     """The windows of several texts, one text after the other."""
@@ -286,21 +295,6 @@ def digest_of(windows: Iterable[Int[Tensor, "_ _"]]) -> str:
     for some in windows:
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()
-
-
-def draw_windows(
-    who: str,
-    documents: Documents,
-    encoder: Encoder,
-    *,
-    tokens: int,
-    sequence_length: int,
-    seed: int,
-) -> Int[Tensor, "windows sequence"]:
-    """The windows of `draw_packed` alone (int64)."""
-    return draw_packed(
-        who, documents, encoder, tokens=tokens, sequence_length=sequence_length, seed=seed
-    ).windows
 
 
 def draw_packed(
