@@ -1,5 +1,6 @@
 """Losses and routing are what one would work out by hand, on text that nobody trained on."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import VARIANTS, make_recipe
+from conftest import VARIANTS, make_recipe, make_tokenizer
 from symphony_moe import evaluate, pipeline
 from symphony_moe.calibrate import calibration_windows
 from symphony_moe.cli import main
@@ -21,7 +22,7 @@ from symphony_moe.evaluate import held_out_text, losses_and_routing
 from symphony_moe.recipe import Recipe, load_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import Source, open_sources
-from symphony_moe.text import Pieces, is_held_out, joined
+from symphony_moe.text import Encoder, Pieces, draw_pieces, is_held_out, joined
 from symphony_moe.train import training_text
 
 
@@ -219,6 +220,56 @@ def test_metrics_hold_every_model_on_every_domain(
         assert torch.tensor(routing["share"][domain]) == pytest.approx(found_here.share, abs=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2", "qwen3"])
+def test_losses_are_those_of_stock_document_by_document(
+    variant: str, recipes: Callable[[str], Path], copied: Callable[[str], RunFolder]
+) -> None:
+    """Every held-out document read by itself, as its own tokenizer spells it, EOS at its end, its
+    first token not asked for: the mean over all tokens, within rounding. Nothing of this project
+    is in the reference."""
+    run = copied(variant)
+    pipeline.evaluate(run, ["evaluation.tokens=100000", "evaluation.sequence_length=256"])
+    metrics = run.read_json(run.metrics)
+    home = recipes(variant).parent
+    rows = [json.loads(line)["text"] for line in (home / "b.jsonl").read_text().splitlines()]
+    digests = {text: hashlib.sha256(text.encode()).digest() for text in rows}
+    held_out = [t for t, d in digests.items() if int.from_bytes(d[:8], "big") < 0.1 * 2**64]
+    assert len(held_out) > 10
+    tokenizer = AutoTokenizer.from_pretrained(home / "models" / "b")
+    for folder, found in (
+        (home / "models" / "b", metrics["sources"]["b"]["b"]),
+        (run.checkpoint, metrics["built"]["b"]),
+    ):
+        model, total, count = load(folder), 0.0, 0
+        for text in held_out:
+            ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+            assert len(ids) <= 256
+            x = torch.tensor([ids])
+            with torch.inference_mode():
+                total += float(model(input_ids=x, labels=x).loss) * (len(ids) - 1)
+            count += len(ids) - 1
+        assert found == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_long_document_is_read_in_pieces(tmp_path: Path) -> None:
+    """Each no longer than `sequence_length`, and none goes on in another document's."""
+    make_tokenizer(tmp_path)
+    encoder = Encoder.of(AutoTokenizer.from_pretrained(tmp_path))
+    documents = ["0" * 20, "1" * 5, "2" * 30, "3"]
+    text = draw_pieces("w", documents, encoder, tokens=64, sequence_length=8, seed=0)
+    assert len(text.tokens) == 64  # 22 + 7 + 32 + 3
+    found = [piece.tolist() for piece in pieces_of(text)]
+    assert max(map(len, found)) == 8
+    assert [tokens for piece in found for tokens in piece] == text.tokens.tolist()
+    assert all(256 not in piece[1:] for piece in found)
+    assert sum(piece[0] == 256 for piece in found) == 4
+    for at_once in (1, 8, 20, 1000):
+        batches = list(text.batches(at_once))
+        assert torch.equal(torch.cat([tokens[0] for tokens, _ in batches]), text.tokens)
+        assert all(positions[0, 0] == 0 for _, positions in batches)
+        assert all(tokens.shape[1] <= max(at_once, 8) for tokens, _ in batches)
+
+
 def test_evaluation_may_change_after_the_build(
     built: Callable[[str], RunFolder], tmp_path: Path
 ) -> None:
@@ -243,8 +294,8 @@ def test_there_must_be_a_checkpoint_to_evaluate(
 def test_continuations_begin_where_held_out_text_does(
     recipes: Callable[[str], Path], built: Callable[[str], RunFolder], tmp_path: Path
 ) -> None:
-    """One per domain: the beginning of a held-out document, and what the model makes of it; the same
-    every time, and the trained model's where there is one."""
+    """One per domain: the beginning of a held-out document, and what the model makes of it; the
+    same every time, and the trained model's where there is one."""
     recipe = load_recipe(recipes("llama"))
     sources = open_sources(recipe)
     windows = held_out_text(recipe, sources)

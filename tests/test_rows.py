@@ -320,7 +320,8 @@ def test_drawing_rows_at_random_finds_nothing_unforeseen(base: PreTrainedTokeniz
     values: list[Any] = [
         None, 5, 1.5, True, "", "text", [], {}, [None], [[]], [{}], [{"role": None}], CHAT, PARTS,
         SHAREGPT, [{"role": "user"}], [{"role": 3, "content": "x"}],
-        [{"role": "user", "content": [{}]}], {"enable_thinking": True}, [TOOL], "[", json.dumps(CHAT), b"bytes",
+        [{"role": "user", "content": [{}]}], {"enable_thinking": True}, [TOOL], "[",
+        json.dumps(CHAT), b"bytes",
     ]  # fmt: skip
     names = ["text", "messages", "conversations", "tools", "documents", "chat_template_kwargs"]
     for _ in range(1000):

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import random
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import VARIANTS
+from conftest import VARIANTS, WORDS, make_recipe
 from symphony_moe import pipeline, train
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, TextError
@@ -24,6 +27,7 @@ from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.shards import hash_folder
 from symphony_moe.sources import open_sources
+from symphony_moe.text import Encoder, Packed, pack_windows
 
 ROUTER = re.compile(r"\.gate\.weight$")
 EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -52,10 +56,22 @@ def first_loss(run: RunFolder, overrides: Sequence[str]) -> float:
     return run.read_json(run.metrics)["training"]["curve"][0]["loss"]
 
 
-def training_text(run: RunFolder, overrides: Sequence[str] = ()) -> Tensor:
+def packed_text(run: RunFolder, overrides: Sequence[str] = ()) -> Packed:
+    """All windows that are trained on, in their order."""
     recipe = load_recipe(run.recipe, overrides)
     text = train.training_text(recipe, open_sources(recipe), run.work)
-    return text.tokens(range(len(text)))
+    numbers = range(len(text))
+    return Packed(text.tokens(numbers), text.positions(numbers))
+
+
+def training_text(run: RunFolder, overrides: Sequence[str] = ()) -> Tensor:
+    return packed_text(run, overrides).windows
+
+
+def loss_by_hand(logits: Tensor, text: Packed) -> Tensor:
+    """Nats of every token but the first of a document (or window)."""
+    asked = text.positions[:, 1:] > 0
+    return cross_entropy(logits[:, :-1][asked], text.windows[:, 1:][asked], reduction="none")
 
 
 @pytest.mark.parametrize(
@@ -138,35 +154,104 @@ def test_the_balance_loss_reaches_the_model(
     """The first step's loss is the language-model loss plus the weight times the stock balance
     loss of the same windows."""
     run = copied(variant)
-    windows = training_text(run, ["train.tokens=512"])[:4]
+    text = packed_text(run, ["train.tokens=512"])[:4]
+    assert (text.positions[:, 1:] == 0).any()  # a document begins within a window
     model = load_clean(run.checkpoint)
     with torch.inference_mode():
-        output = model(input_ids=windows, labels=windows, output_router_logits=True)
-    plain, _ = losses_and_routing(model, {"x": windows})
+        output = model(input_ids=text.windows, output_router_logits=True)
+    plain = float(loss_by_hand(output.logits, text).mean())
     assert float(output.aux_loss) > 1
     for weight in (0.0, 1.0, 3.0):
         loss = first_loss(run, ["train.tokens=512", f"train.balance_weight={weight}"])
-        assert loss == pytest.approx(plain["x"] + weight * float(output.aux_loss), abs=1e-3)
+        assert loss == pytest.approx(plain + weight * float(output.aux_loss), abs=1e-3)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_accumulated_batches_count_once(weight: float, copied: Callable[[str], RunFolder]) -> None:
-    """Four windows in two batches of two have the loss of the two batches' mean: both the
-    language-model loss and the balance loss."""
+    """Four windows in two batches of two: the language-model loss is the mean over the tokens of
+    both, the balance loss the mean of the two."""
     run = copied("llama")
     overrides = [
         "train.tokens=512", "train.batch_size=2", "train.gradient_accumulation=2",
         f"train.balance_weight={weight}",
     ]  # fmt: skip
-    windows = training_text(run, overrides)[:4]
+    text = packed_text(run, overrides)[:4]
     model = load_clean(run.checkpoint)
-    expected = 0.0
-    for batch in windows.split(2):
+    nats, balance = [], 0.0
+    for batch in (text[:2], text[2:]):
         with torch.inference_mode():
-            output = model(input_ids=batch, output_router_logits=True)
-        losses, _ = losses_and_routing(model, {"x": batch})
-        expected += (losses["x"] + weight * float(output.aux_loss)) / 2
+            output = model(input_ids=batch.windows, output_router_logits=True)
+        nats.append(loss_by_hand(output.logits, batch))
+        balance += float(output.aux_loss) / 2
+    expected = float(torch.cat(nats).mean()) + weight * balance
     assert first_loss(run, overrides) == pytest.approx(expected, abs=1e-3)
+
+
+def taught_to_end(folder: Path, documents: Sequence[str]) -> None:
+    """Train a source on documents that end, as released models were."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = pack_windows(documents, Encoder.of(AutoTokenizer.from_pretrained(folder)), 64)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        batch = text[torch.randint(len(text), (8,))]
+        optimizer.zero_grad()
+        model(input_ids=batch.windows, labels=batch.labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+def test_a_trained_model_still_stops(
+    packing: str, ending: Callable[[], tuple[RunFolder, list[str]]], tmp_path: Path
+) -> None:
+    """Sources that end their documents make a model that ends them, before training and after:
+    greedy generation comes to EOS, and BOS follows nothing."""
+    built, documents = ending()
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(built.root, run.root)
+    pipeline.train(run, [f"train.packing={packing}"])
+    tokenizer = AutoTokenizer.from_pretrained(run.trained)
+    for folder in (run.checkpoint, run.trained):
+        model = load_clean(folder)
+        after = []
+        for document in documents[:10]:
+            ids = torch.tensor([tokenizer(document)["input_ids"]])
+            with torch.inference_mode():
+                after.append(model(ids).logits[0, -1].softmax(-1))
+            half = ids[:, : ids.shape[1] // 2]
+            generated = model.generate(
+                half, attention_mask=torch.ones_like(half), max_new_tokens=80, do_sample=False
+            )
+            assert generated[0, -1] == tokenizer.eos_token_id
+        chances = torch.stack(after).mean(dim=0)
+        assert chances[tokenizer.eos_token_id] > 0.9
+        assert chances[tokenizer.bos_token_id] < 0.01
+
+
+@pytest.fixture(scope="module")
+def ending(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[], tuple[RunFolder, list[str]]]:
+    """A build of two sources whose documents are six words and a full stop; some of these."""
+    made: list[tuple[RunFolder, list[str]]] = []
+
+    def get() -> tuple[RunFolder, list[str]]:
+        if not made:
+            path = make_recipe(
+                tmp_path_factory.mktemp("ending"), count=2, method="btx",
+                train={"tokens": 16384, "batch_size": 8, "learning_rate": 3e-3},
+            )  # fmt: skip
+            torch.manual_seed(0)
+            generator, texts = random.Random(0), []
+            for name, words in (("a", WORDS[:6]), ("b", WORDS[6:])):
+                texts = [" ".join(generator.choices(words, k=6)) + "." for _ in range(400)]
+                rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+                (path.parent / f"{name}.jsonl").write_text(rows)
+                taught_to_end(path.parent / "models" / name, texts)
+            made.append((pipeline.build(load_recipe(path), path.parent / "run"), texts))
+        return made[0]
+
+    return get
 
 
 class Killed(BaseException):
