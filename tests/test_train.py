@@ -591,14 +591,21 @@ def test_only_the_training_may_change_after_the_build(copied: Callable[[str], Ru
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_loss_that_is_no_number_stops_the_training(copied: Callable[[str], RunFolder]) -> None:
+def test_a_loss_that_is_no_number_stops_the_training(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the step and what to do; nothing half-trained appears, the checkpoint stays."""
     run = copied("llama")
     before = hash_folder(run.checkpoint)
+    recipe = run.read_recipe(["train.warmup=0"], sections=("train",))
+    # A recipe file cannot say so.
+    absurd = recipe.train.model_copy(update={"learning_rate": 1e30})
+    absurd_recipe = recipe.model_copy(update={"train": absurd})
+    monkeypatch.setattr(RunFolder, "read_recipe", lambda *_args, **_options: absurd_recipe)
     with pytest.raises(
         RunFolderError, match=r"diverged (at step [23]: the loss is (nan|inf)|by step 2)"
     ):
-        pipeline.train(run, ["train.learning_rate=1e30", "train.warmup=0"])
+        pipeline.train(run)
     assert not run.trained.exists()
     assert hash_folder(run.checkpoint) == before
 
