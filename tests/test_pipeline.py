@@ -763,6 +763,34 @@ def cut_short(recipe: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
     return RunFolder(root)
 
 
+def test_a_build_resumed_by_other_software_says_so(
+    recipes: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """It names both, goes on, and the manifest keeps both."""
+    recipe = load_recipe(recipes("llama"))
+    now = pipeline.versions()
+    then = now | {"torch": "1.0", "transformers": "5.0.1"}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "versions", lambda: then)
+        run = cut_short(recipe, tmp_path / "other", monkeypatch)
+    same = cut_short(recipe, tmp_path / "same", monkeypatch)
+    caplog.clear()
+    pipeline.build(recipe, same.root, resume=True)
+    assert not [m for m in caplog.messages if "was begun with" in m]
+    assert "begun_with" not in same.read_json(same.manifest)
+    pipeline.build(recipe, run.root, resume=True)
+    warned = [m for m in caplog.messages if "was begun with" in m]
+    assert len(warned) == 1 and warned[0].startswith(
+        "this build was begun with torch 1.0, transformers 5.0.1 and goes on with "
+        f"torch {now['torch']}, transformers {now['transformers']}: "
+    )
+    assert warned[0] in run.log.read_text()
+    manifest = run.read_json(run.manifest)
+    assert (manifest["begun_with"], manifest["versions"]) == (then, now)
+    pipeline.verify(run)
+
+
 @pytest.mark.parametrize(
     "damage",
     ["record emptied", "record cut", "comparison emptied", "comparison cut", "shard deleted",

@@ -211,6 +211,25 @@ def test_resumed_training_equals_training_in_one_go(
     pipeline.verify(run)
 
 
+def test_a_training_resumed_by_other_software_says_so(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    run, now = copied("llama"), train.versions()
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        patch.setattr(train, "versions", lambda: now | {"torch": "1.0"})
+        with pytest.raises(Killed):
+            pipeline.train(run)
+    assert not [m for m in caplog.messages if "was begun with" in m]
+    pipeline.train(run, resume=True)
+    warned = [m for m in caplog.messages if "was begun with" in m]
+    assert len(warned) == 1 and warned[0].startswith(
+        f"this training was begun with torch 1.0 and goes on with torch {now['torch']}: "
+    )
+    assert run.trained.is_dir()
+
+
 def test_a_kill_in_the_middle_of_saving_loses_no_more_than_that(
     copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
