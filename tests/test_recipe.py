@@ -164,7 +164,6 @@ def test_a_name_stays_the_name_that_is_written(tmp_path: Path) -> None:
             "anchor=1e6",
             "sources.01.revision=1e-3",
             "sources.no.column=007",
-            "sources.off.data=2024",
         ],
     )
     assert list(recipe.sources) == NAMES == list(recipe.backbone.weights or {})
@@ -172,7 +171,6 @@ def test_a_name_stays_the_name_that_is_written(tmp_path: Path) -> None:
     assert recipe.calibration.domains == ["1", "01", "1e6", "no", "off"]
     assert recipe.expert_names == ["1", "01", "1.0", "1e6", "no", "off", "0x10"]
     assert recipe.sources["01"].revision == "1e-3" and recipe.sources["no"].column == "007"
-    assert recipe.sources["off"].data == str(tmp_path / "2024")
 
 
 @pytest.mark.parametrize("anchor", ["no", "1", "01"])

@@ -654,7 +654,8 @@ def _read_content(path: Path, overrides: Iterable[str]) -> dict[Any, Any]:
     try:
         content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        where = f"byte {error.start} is not UTF-8"
+        raise RecipeError(f"{path}: not readable as YAML: {where}; save it as UTF-8") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -752,7 +753,6 @@ def _absolute_source(spec: Any, folder: Path, where: str) -> Any:
 
 
 def _absolute_data(data: Any, folder: Path, where: str) -> Any:
-    data = spelled(data)
     if isinstance(data, list):
         return [_absolute_data(item, folder, where) for item in data]
     if isinstance(data, dict):
