@@ -212,7 +212,7 @@ class Refit(Section):
     learning_rate: Real = Field(0.06, gt=0, le=10)
     """Peak learning rate of the refinement (Adam, cosine), as a share of each tensor's root mean
     square."""
-    pull: Real = Field(0.1, ge=0, le=1000)
+    pull: Real = Field(0.1, ge=0, le=1e9)
     """Pull of the refinement toward the aligned weights: a step takes a tensor this many times the
     learning rate of the way back. More of it fits the calibration text less, and keeps more of what
     the sources know of other text."""
