@@ -214,6 +214,20 @@ EARLY = [
 ]
 
 
+@pytest.mark.parametrize("odd", ["b\udcffd", "\ud800"])
+def test_arguments_that_are_no_text_are_refused(
+    odd: str, project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    """A file name may be any bytes, but no safetensors file can lie there."""
+    recipe = project / "recipe.yaml"
+    for arguments in (
+        ["plan", f"{odd}.yaml"], ["build", recipe, "--out", tmp_path / odd], ["verify", odd],
+        ["plan", recipe, "--set", f"anchor={odd}"],
+    ):  # fmt: skip
+        assert "is not UTF-8 text; rename what it names" in symphony.refused(*arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["project"]
+
+
 # `build` begins with all that `plan` does.
 @pytest.mark.parametrize(
     ("command", "spoil", "named"),

@@ -404,10 +404,13 @@ def test_no_build_of_other_software_is_taken_over(
     folder = CompareFolder(tmp_path)
     first = folder.run("first", 1)
     shutil.copytree(built("llama").root, first.root)
-    first.update_json(first.manifest, {"versions": pipeline._versions() | {"torch": "1.0"}})
+    other = pipeline.versions() | {"torch": "1.0"}
     recipe = load_recipe(recipes("llama"))
-    pipeline._adopt_build(folder, [("first", 1)], ("second", 1), recipe)
-    assert not folder.run("second", 1).root.exists()
+    # Nor one that has been begun by it.
+    for versions in ({"versions": other}, {"versions": pipeline.versions(), "begun_with": other}):
+        first.update_json(first.manifest, versions)
+        pipeline._adopt_build(folder, [("first", 1)], ("second", 1), recipe)
+        assert not folder.run("second", 1).root.exists()
 
 
 def test_a_kill_while_a_build_is_taken_over(

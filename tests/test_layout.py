@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 import symphony_moe
 from symphony_moe import cli, pipeline
 from symphony_moe.bundled import demo_recipe
 from symphony_moe.recipe import BUNDLED, load_recipe, load_variants, resolve_recipe
+from symphony_moe.yaml_text import read_yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "symphony_moe"
@@ -131,7 +131,7 @@ def test_the_readmes_recipes_load(tmp_path: Path) -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert blocks
     for block in blocks:
-        resolve_recipe(yaml.safe_load(block), tmp_path, "README.md")
+        resolve_recipe(read_yaml(block), tmp_path, "README.md")
 
 
 def test_the_readmes_tree_is_what_is_there() -> None:

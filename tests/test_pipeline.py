@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
@@ -30,6 +31,7 @@ from symphony_moe.shards import hash_folder, sha256_of
 from symphony_moe.sources import open_sources
 from symphony_moe.streams import Streams
 from symphony_moe.text import joined
+from symphony_moe.yaml_text import read_yaml
 
 EXACT = 1e-5
 """Law 2: max |a - b| over max |logit|, float32 output."""
@@ -282,6 +284,29 @@ def test_no_path_and_no_time_in_the_checkpoint(
         for folder in (run.root, recipes(variant).parent, Path.home(), Path.cwd()):
             assert str(folder) not in text, name
         assert not re.search(r"\b(19|20)\d\d-\d\d-\d\d|\d\d:\d\d:\d\d|\b1[6-9]\d{8}\b", text), name
+
+
+def test_the_model_card_reads_the_same_by_every_reader(
+    recipes: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The hub reads its head with YAML 1.1: names stay names there too."""
+    names = ["no", "1e6", "0100"]
+    sources = {}
+    for name, model in zip(names, sorted(models_of(recipes("llama")).iterdir()), strict=True):
+        shutil.copytree(model, tmp_path / name)
+        data = recipes("llama").parent / f"{model.name}.jsonl"
+        sources[name] = {"model": name, "data": str(data)}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"sources": sources, "method": "btx"}))
+    run = build(path, tmp_path / "run")
+    _, head, body = (run.checkpoint / "README.md").read_text().split("---\n", 2)
+    shown = body.split("```yaml\n")[1].split("```")[0]
+    for read in (read_yaml, yaml.safe_load):
+        assert read(head)["base_model"] == names
+        assert list(read(shown)["sources"]) == names
+        assert read(run.recipe.read_text()) == run.read_recipe().model_dump(
+            mode="json", exclude={"compare"}
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -762,6 +787,34 @@ def cut_short(recipe: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
         with pytest.raises(Killed):
             pipeline.build(recipe, root)
     return RunFolder(root)
+
+
+def test_a_build_resumed_by_other_software_says_so(
+    recipes: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """It names both, goes on, and the manifest keeps both."""
+    recipe = load_recipe(recipes("llama"))
+    now = pipeline.versions()
+    then = now | {"torch": "1.0", "transformers": "5.0.1"}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "versions", lambda: then)
+        run = cut_short(recipe, tmp_path / "other", monkeypatch)
+    same = cut_short(recipe, tmp_path / "same", monkeypatch)
+    caplog.clear()
+    pipeline.build(recipe, same.root, resume=True)
+    assert not [m for m in caplog.messages if "was begun with" in m]
+    assert "begun_with" not in same.read_json(same.manifest)
+    pipeline.build(recipe, run.root, resume=True)
+    warned = [m for m in caplog.messages if "was begun with" in m]
+    assert len(warned) == 1 and warned[0].startswith(
+        "this build was begun with torch 1.0, transformers 5.0.1 and goes on with "
+        f"torch {now['torch']}, transformers {now['transformers']}: "
+    )
+    assert warned[0] in run.log.read_text()
+    manifest = run.read_json(run.manifest)
+    assert (manifest["begun_with"], manifest["versions"]) == (then, now)
+    pipeline.verify(run)
 
 
 @pytest.mark.parametrize(

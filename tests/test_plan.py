@@ -208,16 +208,54 @@ def test_windows_beyond_the_context_of_any_source_that_reads_them_are_noted(
         return [note for note in notes if "sequence_length" in note]
 
     assert beyond() == [
-        "calibration.sequence_length 64 is beyond b's 48",
-        "evaluation.sequence_length 64 is beyond b's 48",
+        "calibration.sequence_length 64 is beyond the context of b (48)",
+        "evaluation.sequence_length 64 is beyond the context of b (48)",
     ]
     assert beyond("train.sequence_length=300", "calibration.sequence_length=48") == [
-        "train.sequence_length 300 is beyond a's 256",
-        "evaluation.sequence_length 64 is beyond b's 48",
+        "train.sequence_length 300 is beyond the context of a (256)",
+        "evaluation.sequence_length 64 is beyond the context of b (48)",
+    ]
+    # Teachers read the text of training too; an aligned source that is no expert only evaluates.
+    taught = beyond("train.teacher=sources", "experts.sources=[a, c]")
+    assert taught == [
+        "train.sequence_length 64 is beyond the context of b (48)",
+        "evaluation.sequence_length 64 is beyond the context of b (48)",
+    ]
+    assert beyond("method=btx") == [
+        "evaluation.sequence_length 64 is beyond the context of b (48)",
     ]
     assert beyond("calibration.sequence_length=300")[0] == (
-        "calibration.sequence_length 300 is beyond a's 256 and b's 48 and c's 256"
+        "calibration.sequence_length 300 is beyond the context of a (256), b (48), c (256)"
     )
+
+
+def test_commands_warn_of_windows_beyond_a_context(
+    recipes: Recipes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that read them, in the plan's words; and they go on."""
+    path = shutil.copytree(recipes("llama").parent, tmp_path / "copy") / "recipe.yaml"
+    for name, context in (("a", 60), ("b", 48)):
+        config = path.parent / "models" / name / "config.json"
+        content = json.loads(config.read_text()) | {"max_position_embeddings": context}
+        config.write_text(json.dumps(content))
+
+    def warned(command: Callable[..., Any], *arguments: Any) -> list[str]:
+        caplog.clear()
+        command(*arguments)
+        return [m for m in caplog.messages if "sequence_length" in m]
+
+    run = RunFolder(tmp_path / "run")
+    recipe = load_recipe(path, ["anchor=a"])
+    assert warned(pipeline.build, recipe, run.root) == [
+        "calibration.sequence_length 64 is beyond the context of a (60), b (48)"
+    ]
+    assert warned(pipeline.train, run) == [
+        "train.sequence_length 64 is beyond the context of a (60)"
+    ]
+    assert warned(pipeline.evaluate, run, ["evaluation.sequence_length=50"]) == [
+        "evaluation.sequence_length 50 is beyond the context of b (48)"
+    ]
+    assert warned(pipeline.evaluate, run, ["evaluation.sequence_length=48"]) == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 be broken or two can differ is named, with who has what, before a weight is read."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from conftest import make_model, make_tokenizer
 from symphony_moe import pipeline
@@ -787,6 +789,119 @@ def test_equal_numbers_are_no_difference(recipes: Recipes, tmp_path: Path) -> No
     thetas = {type(source.config.rope_parameters["rope_theta"]) for source in sources}
     assert thetas == {int, float}
     assert compare_sources(sources, "a") == []
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8, "low_freq_factor": 1,
+          "high_freq_factor": 4, "original_max_position_embeddings": 64}  # fmt: skip
+OLD = {"rope_parameters": None, "rope_theta": 10000}
+"""As transformers 4 writes it; None: the key is not there."""
+
+
+@pytest.mark.parametrize(
+    ("variant", "one", "other"),
+    [
+        ("llama", {"hidden_act": "silu"}, {"hidden_act": "swish"}),
+        ("llama", {"hidden_act": "gelu_new"}, {"hidden_act": "gelu_pytorch_tanh"}),
+        ("llama", {"hidden_act": "gelu_fast"}, {"hidden_act": "gelu_accurate"}),
+        ("llama", {"hidden_act": "gelu"}, {"hidden_act": "gelu_python"}),
+        ("llama", {}, OLD),
+        ("llama", {}, {"rope_parameters": None}),
+        ("llama", {}, {"rope_parameters": ROPE | {"factor": 4}}),
+        ("llama", {}, OLD | {"rope_scaling": {"type": "default"}}),
+        ("llama", {}, OLD | {"rope_scaling": {"type": "linear", "factor": 1.0}}),
+        ("llama", {"rope_parameters": SCALED},
+         OLD | {"rope_scaling": {"type": "linear", "factor": 2}}),
+        ("llama", {"rope_parameters": SCALED},
+         {"rope_parameters": SCALED | {"original_max_position_embeddings": 64}}),
+        ("llama", {"rope_parameters": YARN},
+         {"rope_parameters": YARN | {"beta_fast": 32, "beta_slow": 1, "truncate": True}}),
+        ("llama", {"rope_parameters": YARN},
+         {"rope_parameters": YARN | {"attention_factor": 0.1 * math.log(4) + 1}}),
+        ("llama", {"rope_parameters": LLAMA3},
+         OLD | {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}),
+        ("llama", {}, {"sliding_window": 16}),
+        ("mistral", {"sliding_window": None}, {"sliding_window": 256}),
+        ("mistral", {"sliding_window": 256}, {"sliding_window": 4096}),
+        ("qwen2", {}, {"use_sliding_window": False, "sliding_window": 16}),
+        ("qwen2", {}, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2,
+                       "layer_types": None}),
+        ("qwen2", {}, {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 0,
+                       "layer_types": None}),
+        ("llama", {"eos_token_id": 257}, {"eos_token_id": [257]}),
+        ("llama", {"eos_token_id": [258, 257]}, {"eos_token_id": [257, 258]}),
+    ],
+)  # fmt: skip
+def test_two_spellings_of_one_meaning_are_no_difference(
+    variant: str, one: dict[str, Any], other: dict[str, Any], recipes: Recipes, tmp_path: Path
+) -> None:
+    """Either of them may be the anchor's, and what is written says what the anchor's config says,
+    and computes the same."""
+    folders = []
+    for name, changes in (("a", one), ("b", other)):
+        folder = shutil.copytree(recipes(variant).parent / "models" / "a", tmp_path / name)
+        config = json.loads((folder / "config.json").read_text()) | changes
+        kept = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
+        (folder / "config.json").write_text(json.dumps(kept))
+        folders.append(folder)
+    assert differences(*folders) == [] == differences(*reversed(folders))
+    text = torch.arange(2 * 200).view(2, 200) % 300
+    logits = [load_stock(folder)(text).logits for folder in folders]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    data = str(recipes(variant).parent / "a.jsonl")
+    path = tmp_path / "recipe.yaml"
+    sources = {name: {"model": name, "data": data} for name in "ab"}
+    settings = {"anchor": "b", "method": "btx", "output": {"dtype": "float32"}}
+    path.write_text(json.dumps({"sources": sources} | settings))
+    run = pipeline.build(load_recipe(path), tmp_path / "run")
+    pipeline.verify(run)
+    config = json.loads((run.checkpoint / "config.json").read_text())
+    own = AutoConfig.from_pretrained(tmp_path / "b")
+    assert config["hidden_act"] == own.hidden_act
+    assert config["rope_parameters"] == own.rope_parameters
+    found = load_stock(run.checkpoint)(text).logits
+    torch.testing.assert_close(found, logits[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("variant", "one", "other", "what"),
+    [
+        ("llama", {"hidden_act": "gelu"}, {"hidden_act": "gelu_new"}, "hidden_act"),
+        ("llama", {"hidden_act": "silu"}, {"hidden_act": "quick_gelu"}, "hidden_act"),
+        ("llama", {"hidden_act": "gelu"}, {"hidden_act": "gelu_10"}, "hidden_act"),
+        ("llama", {}, {"rope_parameters": ROPE | {"rope_theta": 10001}}, "rope_parameters"),
+        ("llama", {}, {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}},
+         "rope_parameters"),
+        ("llama", {"rope_parameters": YARN},
+         {"rope_parameters": YARN | {"mscale": 2, "mscale_all_dim": 1}}, "rope_parameters"),
+        ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"truncate": False}},
+         "rope_parameters"),
+        ("mistral", {"sliding_window": None}, {"sliding_window": 255}, "sliding_window"),
+    ],
+)  # fmt: skip
+def test_what_means_something_else_is_a_difference(
+    variant: str, one: dict[str, Any], other: dict[str, Any], what: str, recipes: Recipes,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folders = [make_model(tmp_path / n, variant, 1, **c) for n, c in (("a", one), ("b", other))]
+    assert [found.what for found in differences(*folders)] == [what]
+
+
+def test_a_rope_that_depends_on_the_context_says_so(recipes: Recipes, tmp_path: Path) -> None:
+    """The same parameters, but another context that they stretch."""
+    rope = {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}
+    folders = [
+        make_model(tmp_path / name, "llama", 1, **rope, max_position_embeddings=context)
+        for name, context in (("a", 64), ("b", 128))
+    ]
+    found = {difference.what: str(difference) for difference in differences(*folders)}
+    assert found.keys() == {"rope_parameters", "max_position_embeddings"}
+    assert "(a: context 64, factor 2" in found["rope_parameters"]
 
 
 def test_a_gguf_file_in_the_place_of_a_folder_is_told_how(recipes: Recipes, tmp_path: Path) -> None:

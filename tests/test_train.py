@@ -296,6 +296,25 @@ def test_resumed_training_equals_training_in_one_go(
     pipeline.verify(run)
 
 
+def test_a_training_resumed_by_other_software_says_so(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    run, now = copied("llama"), train.versions()
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        patch.setattr(train, "versions", lambda: now | {"torch": "1.0"})
+        with pytest.raises(Killed):
+            pipeline.train(run)
+    assert not [m for m in caplog.messages if "was begun with" in m]
+    pipeline.train(run, resume=True)
+    warned = [m for m in caplog.messages if "was begun with" in m]
+    assert len(warned) == 1 and warned[0].startswith(
+        f"this training was begun with torch 1.0 and goes on with torch {now['torch']}: "
+    )
+    assert run.trained.is_dir()
+
+
 def test_a_kill_in_the_middle_of_saving_loses_no_more_than_that(
     copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -676,14 +695,21 @@ def test_only_the_training_may_change_after_the_build(copied: Callable[[str], Ru
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_loss_that_is_no_number_stops_the_training(copied: Callable[[str], RunFolder]) -> None:
+def test_a_loss_that_is_no_number_stops_the_training(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the step and what to do; nothing half-trained appears, the checkpoint stays."""
     run = copied("llama")
     before = hash_folder(run.checkpoint)
+    recipe = run.read_recipe(["train.warmup=0"], sections=("train",))
+    # A recipe file cannot say so.
+    absurd = recipe.train.model_copy(update={"learning_rate": 1e30})
+    absurd_recipe = recipe.model_copy(update={"train": absurd})
+    monkeypatch.setattr(RunFolder, "read_recipe", lambda *_args, **_options: absurd_recipe)
     with pytest.raises(
         RunFolderError, match=r"diverged (at step [23]: the loss is (nan|inf)|by step 2)"
     ):
-        pipeline.train(run, ["train.learning_rate=1e30", "train.warmup=0"])
+        pipeline.train(run)
     assert not run.trained.exists()
     assert hash_folder(run.checkpoint) == before
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symphony_moe import __version__
-from symphony_moe.errors import RecipeError, SymphonyError, first_line
+from symphony_moe.errors import RecipeError, SymphonyError, first_line, shortened
 from symphony_moe.machine import is_out_of_memory, is_refusal, process_number
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _log(options.verbose)
     try:
+        _refuse_bytes(sys.argv[1:] if arguments is None else arguments)
         _refuse_processes(options)
         result, text = options.command(options)
         if process_number() == 0:
@@ -68,6 +69,18 @@ def _less_memory(options: argparse.Namespace) -> str:
         _evaluate: "evaluation.sequence_length",
     }.get(options.command)  # fmt: skip
     return f". A smaller {setting} needs less" if setting else ""
+
+
+def _refuse_bytes(arguments: list[str]) -> None:
+    """The weights' file format knows no paths that are not text, and no output could name them."""
+    for argument in map(str, arguments):
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise RecipeError(
+                f"the argument {shortened(ascii(argument), 200)} is not UTF-8 text; "
+                "rename what it names"
+            ) from None
 
 
 def _refuse_processes(options: argparse.Namespace) -> None:

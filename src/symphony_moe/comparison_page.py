@@ -202,7 +202,7 @@ def render_comparison(
     Losses are nats per token. One that is null, NaN or infinite (a model that diverged) is left out
     of means and lines, which the page says, and its method is not ranked.
     """
-    import yaml
+    from symphony_moe.yaml_text import write_yaml
 
     methods = _methods(entries)
     known = [where for where in _MEANS if where == _IN or _is_measured(entries, where)]
@@ -221,7 +221,7 @@ def render_comparison(
         charts=charts,
         lacking=[where for where in _MEANS if where not in known],
         settings=[
-            (method, yaml.safe_dump(dict(apart), sort_keys=False, allow_unicode=True) if apart
+            (method, write_yaml(dict(apart)) if apart
              else "")
             for method, apart in settings.items()
         ],

@@ -37,3 +37,8 @@ class VerificationError(SymphonyError):
 def first_line(error: Exception) -> str:
     """What a library's error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shortened(text: str, limit: int) -> str:
+    """Text that is cut to `limit` characters, where it is longer."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -145,7 +145,8 @@ def _mixtral(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str
     return {
         "intermediate_size": config.intermediate_size,
         "head_dim": head_dim(config),
-        "sliding_window": getattr(config, "sliding_window", None),
+        # Llama reads none, whatever its config says.
+        "sliding_window": config.sliding_window if config.model_type == "mistral" else None,
         "attention_dropout": config.attention_dropout,
         "num_local_experts": num_experts,
         "num_experts_per_tok": top_k,
@@ -200,8 +201,21 @@ def _jetmoe(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str,
     }
 
 
-def _has_sliding_layers(config: PreTrainedConfig) -> bool:
-    return "sliding_attention" in (getattr(config, "layer_types", None) or ())
+def attention_window(config: PreTrainedConfig) -> int | None:
+    """How far back (in tokens) a dense model's attention sees in some of its layers, where that is
+    less than its context; None where all layers see all of it."""
+    size = getattr(config, "sliding_window", None)
+    some_slide = config.model_type == "mistral" or (
+        config.model_type != "llama"
+        and "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    )
+    if size is None or not some_slide or size >= config.max_position_embeddings:
+        return None
+    return int(size)
+
+
+def _has_window(config: PreTrainedConfig) -> bool:
+    return attention_window(config) is not None
 
 
 _SLIDING = "the target has no layers with a sliding window beside layers without one"
@@ -247,7 +261,7 @@ FAMILIES: dict[str, Family] = {
             expert=_QWEN_EXPERTS,
             target_settings=_ernie,
             symmetries=_PRE_NORM,
-            refusals=((_SLIDING, _has_sliding_layers),),
+            refusals=((_SLIDING, _has_window),),
             vectors=tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
             interleaved_rotary=True,
             has_head_bias=True,
@@ -265,7 +279,7 @@ FAMILIES: dict[str, Family] = {
             target_settings=_qwen3_moe,
             symmetries=replace(_PRE_NORM, phases="half-turns"),
             refusals=(
-                (_SLIDING, _has_sliding_layers),
+                (_SLIDING, _has_window),
                 ("attention biases are not in this family's table", lambda c: c.attention_bias),
             ),
             vectors=("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
@@ -305,7 +319,7 @@ TARGETS: dict[str, dict[str, Family]] = {
         )
         for dense, lacks, has in (
             ("llama", "attention biases", lambda config: config.attention_bias),
-            ("mistral", "sliding window", lambda config: config.sliding_window is not None),
+            ("mistral", "sliding window", _has_window),
             ("qwen2", "attention biases", lambda config: True),
             ("qwen3", "norms of queries and keys", lambda config: True),
         )

@@ -6,7 +6,7 @@ for the FFN where the new model is run before it is written.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,20 @@ def one_layer_model(config: PreTrainedConfig, layer: int) -> PreTrainedModel:
         model = AutoModel.from_config(alone, dtype=torch.float32)
     model.norm = nn.Identity()
     return model.eval()
+
+
+@torch.no_grad()
+def rotations(
+    config: PreTrainedConfig, lengths: Iterable[int]
+) -> list[tuple[Float[Tensor, " frequencies"], float]]:
+    """(radians per position, factor of the rotated) of the dense model's RoPE, in texts of each of
+    the lengths: some kinds of RoPE depend on them."""
+    rotary: Any = type(one_layer_model(config, 0).rotary_emb)(copy.deepcopy(config))
+    found = []
+    for length in sorted(lengths):
+        rotary(torch.zeros(1), torch.tensor([[length - 1]]))
+        found.append((rotary.inv_freq.clone(), float(rotary.attention_scaling)))
+    return found
 
 
 def decoder_layer(model: PreTrainedModel) -> Any:

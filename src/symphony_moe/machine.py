@@ -1,13 +1,16 @@
-"""What the machine has and has not: memory, room on the disk. Nothing here imports torch: the
-command line asks it before it knows whether torch is needed."""
+"""What the machine has and has not: memory, room on the disk, versions of software. Importing it
+imports no torch: the command line asks it before it knows whether torch is needed."""
 
 import contextlib
 import ctypes
 import errno
 import os
+import platform
 import resource
 import sys
 from pathlib import Path
+
+from symphony_moe import __version__
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -25,6 +28,23 @@ _NO_ROOM = (
     "iostream error",
     "Error while serializing: I/O error",
 )
+
+
+def versions() -> dict[str, str]:
+    """Of the software that what is built and trained depends on, which this imports."""
+    import lap
+    import safetensors
+    import torch
+    import transformers
+
+    return {
+        "symphony_moe": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "lapx": lap.__version__,
+    }
 
 
 def process_number() -> int:

@@ -11,7 +11,6 @@ commands come first, then what a build is made of; `compare`, many runs, is at t
 import json
 import logging
 import math
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,14 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lap
 import safetensors
 import torch
-import transformers
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from symphony_moe import __version__
 from symphony_moe.align import describe_alignment, match, measured, settle
 from symphony_moe.assemble import (
     Record,
@@ -63,8 +59,13 @@ from symphony_moe.families import (
     layer_outputs,
     read_layer_outputs,
 )
-from symphony_moe.machine import peak_rss_bytes, release_freed_memory
-from symphony_moe.plan import Plan, make_plan, streams_in_memory
+from symphony_moe.machine import (
+    peak_rss_bytes,
+    process_number,
+    release_freed_memory,
+    versions,
+)
+from symphony_moe.plan import Plan, beyond_context, make_plan, streams_in_memory
 from symphony_moe.recipe import Recipe, Train
 from symphony_moe.refit import (
     Calibration,
@@ -81,6 +82,7 @@ from symphony_moe.run_folder import (
     RunFolder,
     adopt_build,
     log_to,
+    note_versions,
     publish,
     refuse_existing,
     require_room,
@@ -105,7 +107,8 @@ log = logging.getLogger(__name__)
 def plan(recipe: Recipe) -> Plan:
     """What a build of this recipe will do, from headers and tokenizers alone. Writes nothing."""
     _check_text(recipe)
-    planned = make_plan(recipe, experts_of(recipe, open_sources(recipe, download=False)))
+    opened = open_sources(recipe, download=False)
+    planned = make_plan(recipe, experts_of(recipe, opened), opened)
     try:
         refuse_untrainable(recipe)
     except SymphonyError as error:  # a build alone does not mind, nor another machine
@@ -149,7 +152,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     plan(recipe)  # before weights are fetched
     opened = open_sources(recipe)
     sources = experts_of(recipe, opened)
-    planned = make_plan(recipe, sources)
+    planned = make_plan(recipe, sources, opened)
     windows = calibration_windows(recipe, sources) if recipe.aligns or recipe.fits else {}
     aside = aside_windows(recipe, sources) if recipe.fits else {}
     recipe = _with_hashes(recipe, opened)
@@ -163,6 +166,8 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
             shutil.rmtree(folder.work)  # nothing that a training could go on from
         return folder
     with log_to(folder):
+        begun_with = note_versions(folder.begun_with, versions(), "this build")
+        _warn_beyond_context(recipe, opened, "calibration")
         folder.update_json(folder.plan, planned.to_json())
         text = digest_of(some.windows for some in (*windows.values(), *aside.values()))
         record = _align(recipe, sources, windows, aside, folder, text)
@@ -206,7 +211,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
                 },
             },
         )
-        _write_manifest(folder, recipe, tensor_hashes)
+        _write_manifest(folder, recipe, tensor_hashes, begun_with)
         publish(folder.staged_checkpoint, folder.checkpoint)
         shutil.rmtree(folder.work)
         log.info("built %s", folder.checkpoint)
@@ -240,6 +245,7 @@ def train(
     with log_to(folder):
         sources = open_sources(recipe)
         measure = None
+        _warn_beyond_context(recipe, sources, "train")
         if recipe.train.evaluations:
             windows = held_out_text(recipe, sources)
 
@@ -264,7 +270,9 @@ def evaluate(
         )
     folder.require_checkpoint()
     with log_to(folder):
-        return evaluate_run(folder, recipe, open_sources(recipe), like)
+        sources = open_sources(recipe)
+        _warn_beyond_context(recipe, sources, "evaluation")
+        return evaluate_run(folder, recipe, sources, like)
 
 
 def evaluate_tasks(
@@ -314,6 +322,12 @@ def report(folder: RunFolder) -> Path:
     html = render(metrics, folder.read_json(folder.plan), recipe)
     write_text(folder.report, html)
     return folder.report
+
+
+def _warn_beyond_context(recipe: Recipe, sources: Sequence[Source], section: str) -> None:
+    if process_number() == 0:
+        for sentence in beyond_context(recipe, sources, section):
+            log.warning("%s", sentence)
 
 
 def _check_text(recipe: Recipe) -> None:
@@ -636,12 +650,20 @@ def _noted(path: Path) -> dict[str, str] | None:
         return None
 
 
-def _write_manifest(folder: RunFolder, recipe: Recipe, tensor_hashes: Mapping[str, str]) -> None:
-    """Hashes of everything that was made and of what it was made from."""
+def _write_manifest(
+    folder: RunFolder,
+    recipe: Recipe,
+    tensor_hashes: Mapping[str, str],
+    begun_with: Mapping[str, str],
+) -> None:
+    """Hashes of everything that was made and of what it was made from. `begun_with`: the versions
+    of the software that the build was begun with, which it may not have ended with."""
+    now = versions()
     folder.update_json(
         folder.manifest,
         {
-            "versions": _versions(),
+            "versions": now,
+            **({} if begun_with == now else {"begun_with": dict(begun_with)}),
             "sources": {name: spec.sha256 for name, spec in recipe.sources.items()},
             "files": {
                 folder.alignment.name: sha256_of(folder.alignment),
@@ -650,18 +672,6 @@ def _write_manifest(folder: RunFolder, recipe: Recipe, tensor_hashes: Mapping[st
             "tensors": {"checkpoint": dict(tensor_hashes)},
         },
     )
-
-
-def _versions() -> dict[str, str]:
-    """Of the software that a build depends on."""
-    return {
-        "symphony_moe": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-        "lapx": lap.__version__,
-    }
 
 
 def compare(
@@ -791,8 +801,9 @@ def _adopt_build(
     for one in finished:
         other = folder.run(*one)
         as_theirs = other.read_recipe().model_copy(update={"train": recipe.train})
-        made_by = other.read_json(other.manifest)["versions"]
-        if _are_equal(as_theirs, recipe) and made_by == _versions():
+        manifest = other.read_json(other.manifest)
+        by_this = manifest["versions"] == versions() and "begun_with" not in manifest
+        if _are_equal(as_theirs, recipe) and by_this:
             # Pinned to the sources that it was built of.
             adopt_build(run, other, as_theirs, plan(recipe).to_json())
             log.info("%s: built as %s", run.root.name, other.root.name)

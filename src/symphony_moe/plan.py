@@ -93,8 +93,13 @@ class Plan:
         return content
 
 
-def make_plan(recipe: Recipe, sources: Sequence[Source]) -> Plan:
-    """Plan a build. Raises SourceMismatch or RecipeError where it cannot be done."""
+def make_plan(
+    recipe: Recipe, sources: Sequence[Source], opened: Sequence[Source] | None = None
+) -> Plan:
+    """Plan a build. `opened`: all of the recipe's sources, where some are no experts.
+
+    Raises SourceMismatch or RecipeError where it cannot be done.
+    """
     differences = compare_sources(sources, recipe.anchor, recipe.output.chat)
     refuse_mismatch(differences)
     anchor = anchor_of(recipe, sources)
@@ -138,7 +143,7 @@ def make_plan(recipe: Recipe, sources: Sequence[Source]) -> Plan:
         work_bytes=_work(recipe, anchor.config, len(sources)),
         peak_memory_bytes=_peak_memory(recipe, anchor.config, len(sources)),
         seconds=_seconds(recipe, sources, anchor.config),
-        notes=_notes(recipe, sources, differences),
+        notes=_notes(recipe, sources, differences, opened or sources),
     )
 
 
@@ -335,8 +340,39 @@ def _matmul_speed() -> float:
     return 2 * size**3 / min(seconds) / 2
 
 
+def beyond_context(recipe: Recipe, opened: Sequence[Source], *sections: str) -> list[str]:
+    """A sentence for each of the sections (`calibration`, `train`, `evaluation`) whose windows are
+    longer than the context of a model that reads them: RoPE goes on there, but no training was."""
+    sentences = []
+    for section in sections:
+        length = getattr(recipe, section).sequence_length
+        contexts = {
+            source.name: source.config.max_position_embeddings
+            for source in opened
+            if source.name in _readers(recipe, section)
+        }
+        short = [f"{name} ({context})" for name, context in contexts.items() if context < length]
+        if short:
+            sentences.append(
+                f"{section}.sequence_length {length} is beyond the context of {', '.join(short)}"
+            )
+    return sentences
+
+
+def _readers(recipe: Recipe, section: str) -> list[str]:
+    """The sources whose models read a section's windows. The result has the anchor's context."""
+    if section == "calibration":
+        return recipe.expert_names if recipe.aligns or recipe.fits else []
+    if section == "train" and recipe.train.teacher == "none":
+        return [recipe.anchor]
+    return list(recipe.sources)
+
+
 def _notes(
-    recipe: Recipe, sources: Sequence[Source], differences: Sequence[Difference]
+    recipe: Recipe,
+    sources: Sequence[Source],
+    differences: Sequence[Difference],
+    opened: Sequence[Source],
 ) -> list[str]:
     notes = [str(d) for d in differences if d.verdict == "warning"]
     for source in sources:
@@ -375,14 +411,7 @@ def _notes(
             f"{anchor.name}'s {anchor.config.rms_norm_eps}: the residual stream is written "
             f"{scale:.4g} times as large, which computes the same"
         )
-    for section in ("calibration", "train", "evaluation"):
-        length = getattr(recipe, section).sequence_length
-        # The result is trained, and has the anchor's context.
-        read_by = [anchor] if section == "train" else sources
-        contexts = {source.name: source.config.max_position_embeddings for source in read_by}
-        short = [f"{name}'s {context}" for name, context in contexts.items() if context < length]
-        if short:
-            notes.append(f"{section}.sequence_length {length} is beyond {' and '.join(short)}")
+    notes += beyond_context(recipe, opened, "calibration", "train", "evaluation")
     each = max(1, recipe.windows_each - recipe.windows_aside) + recipe.windows_aside
     least = each * len(recipe.calibration_domains) * recipe.calibration.sequence_length
     if (recipe.aligns or recipe.fits) and recipe.calibration.tokens < least:

@@ -18,17 +18,45 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from symphony_moe.errors import RecipeError
+from symphony_moe.errors import RecipeError, shortened
+from symphony_moe.yaml_text import SpelledFloat, SpelledInt, read_yaml, spelled, write_yaml
 
-Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+def _number(value: Any) -> Any:
+    """A number without its spelling. Raises ValueError for true and false, which are 1 and 0 to
+    Python."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    if isinstance(value, SpelledInt):
+        return int(value)
+    return float(value) if isinstance(value, SpelledFloat) else value
+
+
+Name = Annotated[str, BeforeValidator(spelled)]
+"""Text; what YAML reads as a number is taken as it was written."""
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number)]
+Share = Annotated[Real, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 """What every generator that is seeded with it takes."""
 
 TEMPLATE_DATE = date(2025, 1, 1)
 """What chat templates are told is today's date, where the recipe says nothing else."""
+MOST_TOKENS = 10**15
+"""More text than there is."""
+LONGEST = 2**24
+"""Tokens in a window that no machine holds."""
+MOST_STEPS = 10**6
+"""Of what is counted one by one."""
 
 BUNDLED = "bundled:"
 """Prefix of models and texts that come with the package: `bundled:strangers/python`."""
@@ -86,15 +114,15 @@ class ChatRules:
 
 
 class HubData(Section):
-    hub: str
+    hub: Name
     """Dataset id on the hub, or a local folder that `datasets` can load."""
-    split: str = "train"
+    split: Name = "train"
     """Of the dataset's splits, the one that is read."""
-    column: str = "text"
+    column: Name = "text"
     """Column that holds the text (or chat `messages`)."""
-    name: str | None = None
+    name: Name | None = None
     """Configuration of the dataset, where it has several."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit on the hub."""
     streaming: bool = False
     """Read the rows one by one, and only as far as the tokens asked for need, instead of fetching
@@ -106,27 +134,27 @@ Data = str | list[str] | HubData
 
 
 class SourceSpec(Section):
-    model: str
+    model: Name
     """Local folder, hub id, or `bundled:<family>/<domain>`."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit on the hub."""
-    gguf_file: str | None = None
+    gguf_file: Name | None = None
     """The GGUF file in `model` (a folder or hub id) that holds it."""
     allow_pickle: bool = False
     """Read `pytorch_model*.bin` where there are no safetensors (by torch's weights-only loader)."""
-    adapter: str | None = None
+    adapter: Name | None = None
     """LoRA adapter (folder or hub id, as `peft` saves it) that is merged into the model."""
-    adapter_revision: str | None = None
+    adapter_revision: Name | None = None
     """Branch, tag or commit of the adapter on the hub."""
     data: Data
     """Text of the domain that this source knows: for calibration, training and evaluation."""
-    column: str = "text"
+    column: Name = "text"
     """Column of `.jsonl` and `.parquet` files that holds the text; `messages` (a chat) goes through
     the source's chat template."""
     chat_format: Literal["messages", "sharegpt"] = "messages"
     """How the data stores chats. `messages`: each message has `role` and `content`. `sharegpt`:
     each has `from` and `value`; `human` becomes the role `user`, `gpt` the role `assistant`."""
-    sha256: dict[str, str] | None = None
+    sha256: dict[str, Name] | None = None
     """File name -> SHA-256 of the weights. Written into a run's recipe; where given, checked."""
 
     @model_validator(mode="after")
@@ -138,12 +166,12 @@ class SourceSpec(Section):
 
 
 class Calibration(Section):
-    tokens: int = Field(262_144, gt=0)
+    tokens: Whole = Field(262_144, gt=0, le=MOST_TOKENS)
     """Calibration text in tokens, in total; the same number from every source's data, and no less
     than a window of each (and one more to judge by, where something is fitted)."""
-    sequence_length: int = Field(2048, ge=2)
+    sequence_length: Whole = Field(2048, ge=2, le=LONGEST)
     """Tokens in a window."""
-    domains: list[str] | None = Field(None, min_length=1)
+    domains: list[Name] | None = Field(None, min_length=1)
     """The sources whose text the alignment sees. Default: all. Where something is fitted, text of
     every source is needed."""
     seed: Seed = 114514
@@ -170,7 +198,7 @@ class Align(Section):
     neurons: Literal["none", "activations", "auto"] = "activations"
     """Order of each expert's hidden neurons: its own, or matched to the anchor's by activations.
     `auto`: matched only where neurons of several experts are mixed, which no method here does."""
-    neuron_share: float = Field(1.0, ge=0, le=1)
+    neuron_share: Real = Field(1.0, ge=0, le=1)
     """Share of an expert's neurons that are matched: those that correlate most with their match.
     The others fill the places that are left, in their own order (Table 3)."""
 
@@ -182,10 +210,10 @@ class Experts(Section):
     attention: Literal["shared", "source"] = "shared"
     """`shared`: all of attention is fused. `source`: expert i has source i's q and o too, chosen by
     a router of their own; only k and v are fused (BAM)."""
-    sources: list[str] | None = Field(None, min_length=1)
+    sources: list[Name] | None = Field(None, min_length=1)
     """The sources that become experts. Default: all. Of the others only the text is used, for
     training and evaluation."""
-    drop_share: float = Field(0.5, ge=0, le=1)
+    drop_share: Real = Field(0.5, ge=0, le=1)
     """Share of each expert's neurons that `drop` draws anew, from a normal distribution with the
     mean and the standard deviation of the matrix."""
 
@@ -193,19 +221,19 @@ class Experts(Section):
 class Refit(Section):
     method: Literal["none", "least-squares"] = "none"
     """Fit the new model's layers, one after the other, to what the sources compute."""
-    ridge: float = Field(1e-2, gt=0)
+    ridge: Real = Field(1e-2, gt=0, le=1e6)
     """Pull toward the aligned weights, as a share of the mean squared input."""
-    epochs: float = Field(8.0, ge=0)
+    epochs: Real = Field(8.0, ge=0, le=10_000)
     """Passes over the calibration text in which each layer (and the head) is refined by local
     gradient steps, after the closed form. 0: the closed form alone."""
-    learning_rate: float = Field(0.06, gt=0, le=10)
+    learning_rate: Real = Field(0.06, gt=0, le=10)
     """Peak learning rate of the refinement (Adam, cosine), as a share of each tensor's root mean
     square."""
-    pull: float = Field(0.1, ge=0, allow_inf_nan=False)
+    pull: Real = Field(0.1, ge=0, le=1e9)
     """Pull of the refinement toward the aligned weights: a step takes a tensor this many times the
     learning rate of the way back. More of it fits the calibration text less, and keeps more of what
     the sources know of other text."""
-    soften: float = Field(0.05, ge=0, le=1, allow_inf_nan=False)
+    soften: Real = Field(0.05, ge=0, le=1)
     """How much farther from the sources' distributions (KL divergence on the text kept aside, as a
     share of itself) the fitted head's logits may be divided down: what a fitted model is too sure
     of on text of no source's domain. 0: not at all."""
@@ -215,21 +243,21 @@ class Router(Section):
     init: Literal["random", "regression", "hidden"] = "random"
     """`random`: normal with standard deviation 0.02. `regression`: logistic regression from the new
     model's own router inputs to the source. `hidden`: each source's mean router input."""
-    temperature: float = Field(1.0, ge=1e-6)
+    temperature: Real = Field(1.0, ge=1e-6, le=1e9)
     """What a calibrated router's rows are divided by."""
-    top_k: int = Field(2, ge=1)
+    top_k: Whole = Field(2, ge=1, le=64)
     """Experts per token."""
 
 
 class Output(Section):
-    architecture: str = "auto"
+    architecture: Name = "auto"
     """`auto`, or the name of the architecture that the sources' family has (a check, not a
     choice)."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What the weights are rounded to when they are written."""
-    max_shard_size: str = "5GB"
+    max_shard_size: Name = "5GB"
     """Size of a weights file at most, as `5GB`, `500MB` or `20KB`."""
-    chat: str | None = None
+    chat: Name | None = None
     """The source whose chat template, end and padding tokens and generation config the output has;
     the anchor where it is not given."""
     head_bias: bool = True
@@ -244,41 +272,41 @@ class Output(Section):
 class Train(Section):
     scope: Literal["router", "experts", "all"] = "all"
     """What learns: the router; router and experts; everything."""
-    tokens: int = Field(10_000_000, gt=0)
+    tokens: Whole = Field(10_000_000, gt=0, le=MOST_TOKENS)
     """Tokens trained on, in total, equal shares from every source's data."""
-    learning_rate: float = Field(5e-5, gt=0)
+    learning_rate: Real = Field(5e-5, gt=0, le=1)
     """Peak of the cosine schedule."""
-    warmup: float = Field(0.03, ge=0, lt=1)
+    warmup: Real = Field(0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from zero."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: Real = Field(0.01, ge=0, le=10)
     """AdamW's."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: Real = Field(1.0, gt=0, le=1e9)
     """The gradient is scaled down to this norm where it is larger."""
-    balance_weight: float = Field(0.01, ge=0)
+    balance_weight: Real = Field(0.01, ge=0, le=1000)
     """Weight of the load-balancing loss (the stock model's own)."""
-    sequence_length: int = Field(2048, ge=2)
+    sequence_length: Whole = Field(2048, ge=2, le=LONGEST)
     """Tokens in a window."""
     packing: Literal["windows", "documents"] = "windows"
     """`windows`: attention goes through all of a window; `documents`: it stays within each of the
     documents in it."""
-    batch_size: int = Field(2, ge=1)
+    batch_size: Whole = Field(2, ge=1, le=MOST_STEPS)
     """Windows in a step on one device."""
-    gradient_accumulation: int = Field(1, ge=1)
+    gradient_accumulation: Whole = Field(1, ge=1, le=MOST_STEPS)
     """Batches in a step."""
-    checkpoints: int = Field(4, ge=1)
+    checkpoints: Whole = Field(4, ge=1, le=MOST_STEPS)
     """How many times to save, evenly over the training, for resuming."""
-    evaluations: int = Field(0, ge=0)
+    evaluations: Whole = Field(0, ge=0, le=MOST_STEPS)
     """Into how many parts of the same length measurements of the held-out losses divide the
     training; after the last part it is the trained model's own evaluation."""
     teacher: Literal["none", "sources"] = "none"
     """`sources`: every window's own source teaches its distribution over the next token."""
-    teacher_weight: float = Field(0.7, ge=0, le=1)
+    teacher_weight: Real = Field(0.7, ge=0, le=1)
     """Weight of the KL divergence from the teacher; the language-model loss has the rest."""
-    teacher_temperature: float = Field(1.0, gt=0)
+    teacher_temperature: Real = Field(1.0, ge=0.01, le=1000)
     """What both sides' logits are divided by in the divergence."""
     teacher_loading: Literal["auto", "together", "in-turn"] = "auto"
     """All teachers in memory, or one after the other; `auto`: together where they fit."""
-    soften: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    soften: Real = Field(0.0, ge=0, le=1)
     """How much higher the language-model loss may be for softer logits, as a share of itself, on
     the text that was trained on last: at the end the final norm (of any scope) is divided by the
     largest temperature that keeps to it. A trained model is too sure of itself on text of no
@@ -294,28 +322,28 @@ class Train(Section):
 
 
 class Evaluation(Section):
-    tokens: int = Field(65_536, gt=0)
+    tokens: Whole = Field(65_536, gt=0, le=MOST_TOKENS)
     """Held-out text per domain, in tokens."""
-    holdout: float = Field(0.05, gt=0, lt=1)
+    holdout: Real = Field(0.05, gt=0, lt=1)
     """Share of documents that are held out, by the hash of their text."""
-    sequence_length: int = Field(2048, ge=2)
+    sequence_length: Whole = Field(2048, ge=2, le=LONGEST)
     """Tokens in a window."""
     extra: dict[str, Data] = {}
     """Out-of-domain text: name -> data (in files, the column `text`). Evaluated only."""
     seed: Seed | None = None
     """Seed of the held-out windows; the recipe's own where it is not given."""
-    thresholds: list[Annotated[float, Field(ge=0, le=1)]] = []
+    thresholds: list[Annotated[Real, Field(ge=0, le=1)]] = []
     """Dynamic routing is tried at these: a token has every expert whose router probability is at
     least the threshold, and its most probable one always. Beside them 1, 2, .. N experts per token
     for all. Each is one more evaluation. Default: not tried."""
 
 
 class Compare(Section):
-    methods: list[str] | None = Field(None, min_length=1)
+    methods: list[Name] | None = Field(None, min_length=1)
     """Presets, or names of `variants`, in the order of the table. Default: all presets."""
     seeds: list[Seed] = Field([114514], min_length=1)
     """Each method is built and trained once per seed (of calibration text, router and training)."""
-    reference: str = "symphony"
+    reference: Name = "symphony"
     """The method whose final loss the others' way there is measured by; where nobody has named it
     and `symphony` is not compared, the first of them."""
     variants: dict[str, dict[str, Any]] = {}
@@ -326,9 +354,9 @@ class Compare(Section):
 class Recipe(Section):
     sources: dict[str, SourceSpec] = Field(min_length=2, max_length=64)
     """Name -> source. One expert each, in this order."""
-    anchor: str
+    anchor: Name
     """The source that the others are aligned to. Default: the first."""
-    method: str = "symphony"
+    method: Name = "symphony"
     """Preset for the sections below: one of PRESETS (`symphony`, `harmonized`, `btx`, `bam`,
     `drop-upcycling`, `sparse-upcycling`), whose values are the defaults of those sections."""
     calibration: Calibration = Calibration()
@@ -497,7 +525,7 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The resolved recipe of one build: every setting spelled out."""
         content = self.model_dump(mode="json", exclude={"compare"})
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        return write_yaml(content)
 
 
 def parse_size(text: str) -> int:
@@ -649,57 +677,30 @@ def _read_content(path: Path, overrides: Iterable[str]) -> dict[Any, Any]:
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     try:
-        content = _read_yaml(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} is not UTF-8"
+        raise RecipeError(f"{path}: not readable as YAML: {where}; save it as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise RecipeError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):
-        raise RecipeError(
-            f"{path}: expected settings such as `sources:`, got {type(content).__name__}"
-        )
+        raise RecipeError(f"{path}: expected settings such as `sources:`, got {_kind(content)}")
     for override in overrides:
         _override(content, override)
     return content
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML, but a key given twice is an error (the first of the two would be lost silently), and so
-    are bytes (they would pass for text further on)."""
-
-    yaml_constructors: typing.ClassVar = {
-        tag: constructor
-        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
-        if tag != "tag:yaml.org,2002:binary"
-    }
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.YAMLError(f"{key.value!r} is given twice{key.start_mark}")
-                seen.add(key.value)
-        return node
-
-
-def _read_yaml(text: str) -> Any:
-    """Raises ValueError for whatever keeps the text from being read."""
-    try:
-        return yaml.load(text, _Loader)  # a safe loader
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe:
     """Check settings and fill in presets and absolute paths. `who` names the recipe in errors."""
     _refuse_unknown_keys(content, Recipe, who, "")
     settings = _without_nulls(content)
-    method = settings.get("method", "symphony")
+    method = spelled(settings.get("method", "symphony"))
     if not isinstance(method, str) or method not in PRESETS:
         raise RecipeError(
-            f"{who}: method: {method!r} is not available; available: {', '.join(PRESETS)}"
+            f"{who}: method: {shortened(repr(method), 60)} is not available; "
+            f"available: {', '.join(PRESETS)}"
         )
     for section in settings.keys() - {"sources", "compare"}:
         if isinstance(own := settings[section], Mapping):
@@ -711,7 +712,6 @@ def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe
     evaluation = settings.get("evaluation")
     try:
         if isinstance(sources, dict) and sources:
-            # YAML reads names such as 1 as numbers.
             settings["anchor"] = settings.get("anchor", str(next(iter(sources))))
             settings["sources"] = {
                 str(name): _absolute_source(spec, folder, f"{who}: sources.{name}")
@@ -725,9 +725,16 @@ def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe
             settings["evaluation"] = evaluation | {"extra": absolute}
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        raise RecipeError(f"{who}: " + "; ".join(_describe_all(error))) from None
+        raise RecipeError(f"{who}: {_describe_all(error)}") from None
     except RecursionError:
         raise RecipeError(f"{who}: a YAML alias stands inside itself") from None
+
+
+def _kind(content: Any) -> str:
+    """What a YAML text holds instead of settings, in words."""
+    if content is None:
+        return "nothing"
+    return {list: "a list", str: "text", bool: "true or false"}.get(type(content), "a number")
 
 
 def _without_nulls(settings: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -739,26 +746,20 @@ def _override(content: dict[str, Any], override: str) -> None:
     """Apply one `a.b=c`; the value is read as YAML."""
     path, _, value = override.partition("=")
     *parents, last = path.strip().split(".")
+    who = f"--set {shortened(override, 100)}"
     if not value.strip() or not all([*parents, last]):
-        raise RecipeError(f"--set {override}: expected KEY=VALUE, such as train.tokens=1000000")
+        raise RecipeError(f"{who}: expected KEY=VALUE, such as train.tokens=1000000")
     section = content
     for parent in parents:
         if section.get(parent) is None:
             section[parent] = {}
         section = section[parent]
         if not isinstance(section, dict):
-            raise RecipeError(f"--set {override}: {parent} is a value, not a section")
+            raise RecipeError(f"{who}: {shortened(parent, 40)} is a value, not a section")
     try:
-        section[last] = _number(_read_yaml(value))
+        section[last] = read_yaml(value)
     except ValueError as error:
-        raise RecipeError(f"--set {override}: the value is not YAML: {error}") from None
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 (no dot) as text; a recipe means the number."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
+        raise RecipeError(f"{who}: the value is not YAML: {error}") from None
 
 
 def _absolute_source(spec: Any, folder: Path, where: str) -> Any:
@@ -766,7 +767,7 @@ def _absolute_source(spec: Any, folder: Path, where: str) -> Any:
         return spec
     spec = dict(spec)
     for key in ("model", "adapter"):
-        value = spec.get(key)
+        value = spelled(spec.get(key))
         if isinstance(value, str) and not value.startswith(BUNDLED):
             local = _absolute(value, folder, f"{where}.{key}")
             looks_local = value.startswith((".", "/", "~")) or local.exists()
@@ -780,7 +781,7 @@ def _absolute_data(data: Any, folder: Path, where: str) -> Any:
     if isinstance(data, list):
         return [_absolute_data(item, folder, where) for item in data]
     if isinstance(data, dict):
-        hub = data.get("hub")
+        hub = spelled(data.get("hub"))
         if isinstance(hub, str) and (local := _absolute(hub, folder, where)).exists():
             return data | {"hub": str(local)}
         return data
@@ -795,7 +796,9 @@ def _absolute(path: str, folder: Path, where: str) -> Path:
         absolute = (folder / Path(path).expanduser()).resolve()
         absolute.exists()
     except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{where}: {path[:80]!r} is not a path: {error}") from None
+        reason = shortened(str(error), 120)
+        where = shortened(where, 200)
+        raise RecipeError(f"{where}: {shortened(path, 80)!r} is not a path: {reason}") from None
     return absolute
 
 
@@ -805,7 +808,7 @@ def _refuse_unknown_keys(content: Any, model: type[BaseModel], who: str, path: s
     if not isinstance(content, Mapping):
         return
     for key, value in content.items():
-        where = f"{path}{key}"
+        where = f"{path}{shortened(str(key), 60)}"
         field = model.model_fields.get(str(key))
         if field is None:
             near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5)
@@ -835,17 +838,21 @@ def _sections(annotation: Any) -> list[tuple[type[BaseModel], bool]]:
     return []
 
 
-def _describe_all(error: ValidationError) -> list[str]:
-    """A sentence for each mistake, in the recipe's words."""
+def _describe_all(error: ValidationError) -> str:
+    """A sentence for each of the first mistakes, in the recipe's words."""
     found = error.errors()
     if any(one["loc"][:1] == ("sources",) for one in found):
         found = [one for one in found if one["loc"] != ("anchor",)]  # it is the first of them
-    return list(dict.fromkeys(_describe(one) for one in found))
+    sentences = list(dict.fromkeys(_describe(one) for one in found))
+    shown = [shortened(sentence, 400 if len(sentences) == 1 else 150) for sentence in sentences[:2]]
+    return "; ".join(shown) + (f"; and {more} more" if (more := len(sentences) - 2) > 0 else "")
 
 
 def _describe(error: Any) -> str:
     place, got = error["loc"], error.get("input")
-    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool) else ""
+    shown = ""
+    if isinstance(got, str | int | float | bool):
+        shown = f" (got {shortened(repr(got), 80)})"
     expected = error["msg"].removeprefix("Value error, ")
     of_source = place[:1] == ("sources",)
     if place == ("sources",) and error["type"] != "too_long":
@@ -856,7 +863,9 @@ def _describe(error: Any) -> str:
     elif of_source and place[2:3] == ("data",) and place[3:] in _DATA_BRANCHES:
         place = place[:3]
         expected = "expected a file, a list of files, or {hub: ..., column: ...}"
-    where = ".".join(str(part) for part in place)
+    elif error["type"] == "string_type" and shown:
+        expected = "expected text; write it in quotes"
+    where = ".".join(shortened(str(part), 60) for part in place)
     return f"{where}: {expected}{shown}" if where else expected
 
 

@@ -286,7 +286,7 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
     token; NaN, infinite and null ones (a model that diverged) are shown as such, but for sources:
     theirs is null where the text has none of their tokens.
     """
-    import yaml
+    from symphony_moe.yaml_text import write_yaml
 
     training = metrics.get("training") or {}
     routing = metrics.get("routing") or {}
@@ -326,7 +326,7 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
         differences=plan["differences"],
         notes=other_notes(plan),
         timing=timing_rows(metrics.get("timing") or {}, plan),
-        recipe_yaml=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
+        recipe_yaml=write_yaml(dict(recipe)),
     )
 
 

@@ -85,6 +85,11 @@ class RunFolder:
         return self.work / "trained"
 
     @property
+    def begun_with(self) -> Path:
+        """The versions of the software that a build was begun with."""
+        return self.work / "versions.json"
+
+    @property
     def training(self) -> Path:
         """The Trainer's own checkpoints."""
         return self.work / "training"
@@ -93,6 +98,11 @@ class RunFolder:
     def training_begun(self) -> Path:
         """What is trained with. Where it exists, a training is under way or was cut short."""
         return self.training / "settings.json"
+
+    @property
+    def training_begun_with(self) -> Path:
+        """The versions of the software that a training was begun with."""
+        return self.training / "versions.json"
 
     @property
     def logs(self) -> Path:
@@ -309,6 +319,24 @@ def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> R
     _make(run.work)
     write_text(run.recipe, text)
     return run
+
+
+def note_versions(path: Path, now: Mapping[str, str], what: str) -> dict[str, str]:
+    """Write down the versions of the software that something is begun with, and return them. Where
+    it was begun with others, that is logged, and those are returned."""
+    if not path.is_file():
+        write_text(path, json.dumps(dict(now), indent=2))
+        return dict(now)
+    begun: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in now if begun.get(name) != now[name]]
+    if changed:
+        then = ", ".join(f"{name} {begun.get(name, '(none)')}" for name in changed)
+        today = ", ".join(f"{name} {now[name]}" for name in changed)
+        log.warning(
+            "%s was begun with %s and goes on with %s: what the two compute differently is both in "
+            "it; --overwrite begins again with one of them", what, then, today,
+        )  # fmt: skip
+    return begun
 
 
 def _make(folder: Path) -> None:

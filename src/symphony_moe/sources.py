@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 
 from symphony_moe.adapter import FILES as ADAPTER_FILES
 from symphony_moe.adapter import Adapter, open_adapter
@@ -48,9 +49,10 @@ from symphony_moe.families import (
     HEAD,
     TARGETS,
     Family,
+    attention_window,
     head_dim,
 )
-from symphony_moe.forward import decoder_layer, one_layer_model
+from symphony_moe.forward import decoder_layer, one_layer_model, rotations
 from symphony_moe.recipe import BUNDLED, Recipe, SourceSpec
 from symphony_moe.shards import sha256_of
 from symphony_moe.text import Encoder
@@ -697,6 +699,63 @@ _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
 """(config field, verdict where sources differ, consequence)."""
 
 
+def _config_values(field: str, sources: Sequence[Source], anchor: str) -> dict[str, Any]:
+    """Source name -> what its config says of a field; the anchor's words where they mean the
+    same."""
+    of_anchor = next(source.config for source in sources if source.name == anchor)
+    read = _READ.get(field, lambda config: getattr(config, field, None))
+    mean_the_same = _SAME.get(field, lambda one, other: False)
+    return {
+        source.name: read(of_anchor if mean_the_same(source.config, of_anchor) else source.config)
+        for source in sources
+    }
+
+
+def _rope_settings(config: PreTrainedConfig) -> Any:
+    """Its parameters, and what else its frequencies depend on."""
+    rope = config.rope_parameters
+    depends = isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope", "yarn")
+    return rope | {"context": config.max_position_embeddings} if depends else rope
+
+
+def _is_one_activation(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
+    """Whether two names of activation functions are one function: silu and swish, gelu_new and
+    gelu_pytorch_tanh, ..."""
+    inputs = torch.cat((torch.linspace(-10, 10, 2001), torch.linspace(-1e4, 1e4, 2001))).double()
+    with torch.no_grad():
+        first, second = (ACT2FN[c.hidden_act].double()(inputs) for c in (one, other))
+    return torch.allclose(first, second, rtol=1e-9, atol=1e-9)
+
+
+def _is_one_rope(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
+    """Whether two configs rotate alike (but for float32's rounding), at every length of text,
+    however they spell it."""
+    contexts = {config.max_position_embeddings for config in (one, other)}
+    lengths = {2, *contexts, *(times * context for context in contexts for times in (2, 8))}
+    return all(
+        first.shape == second.shape
+        and torch.allclose(first, second, rtol=3e-7, atol=0)
+        and math.isclose(factor, other_factor, rel_tol=1e-6)
+        for (first, factor), (second, other_factor) in zip(
+            rotations(one, lengths), rotations(other, lengths), strict=True
+        )
+    )
+
+
+_READ: dict[str, Callable[[PreTrainedConfig], Any]] = {
+    "head_dim": head_dim,
+    "rope_parameters": _rope_settings,
+    "sliding_window": attention_window,
+}
+"""Config field -> what it amounts to, where that is not what it says."""
+
+_SAME: dict[str, Callable[[PreTrainedConfig, PreTrainedConfig], bool]] = {
+    "hidden_act": _is_one_activation,
+    "rope_parameters": _is_one_rope,
+}
+"""Config field -> whether two configs mean the same by it."""
+
+
 def compare_sources(
     sources: Sequence[Source], anchor: str, chat: str | None = None
 ) -> list[Difference]:
@@ -711,11 +770,7 @@ def compare_sources(
             found.append(Difference(what, spelled, verdict, consequence))
 
     for field, verdict, consequence in _CONFIG_RULES:
-        values = {
-            s.name: head_dim(s.config) if field == "head_dim" else getattr(s.config, field, None)
-            for s in sources
-        }
-        differ(field, values, verdict, consequence)
+        differ(field, _config_values(field, sources, anchor), verdict, consequence)
     differ(
         "tie_word_embeddings",
         {s.name: s.config.tie_word_embeddings for s in sources},
@@ -762,9 +817,11 @@ def _special_ids(source: Source, field: str) -> Any:
     """A setting of special tokens, in the tokens' words: numbers of different vocabularies say
     nothing."""
     numbers = getattr(source.config, field, None)
-    if numbers is None or source.vocabulary is None:
-        return numbers
-    listed = numbers if isinstance(numbers, list) else [numbers]
+    if numbers is None:
+        return None
+    listed = sorted(set(numbers)) if isinstance(numbers, list) else [numbers]
+    if source.vocabulary is None:
+        return listed
     spelled = {number: token for token, number in source.own_tokenizer.get_vocab().items()}
     return [spelled.get(number, f"{number}, which is no token") for number in listed]
 

@@ -42,11 +42,12 @@ from transformers.integrations.integration_utils import (
 from symphony_moe import text_files
 from symphony_moe.errors import RecipeError, RunFolderError, TextError, first_line
 from symphony_moe.families import FINAL_NORM, HEAD_BIAS
-from symphony_moe.machine import is_out_of_memory, is_out_of_room, peak_rss_bytes
+from symphony_moe.machine import is_out_of_memory, is_out_of_room, peak_rss_bytes, versions
 from symphony_moe.recipe import Recipe, Train
 from symphony_moe.run_folder import (
     RunFolder,
     manifest_of_build,
+    note_versions,
     publish,
     retire,
     write_text,
@@ -104,6 +105,8 @@ def train_run(
                 shutil.rmtree(run.work, ignore_errors=True)
             run.training.mkdir(parents=True, exist_ok=True)
         _note_settings(run.training_begun, recipe)  # the first process comes first
+        if processes.is_main_process:
+            note_versions(run.training_begun_with, versions(), "this training")
     text = training_text(recipe, sources, run.work / "text")
     began = time.monotonic() - (0 if saved is None else _seconds_until(saved))
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-import yaml
 
 from symphony_moe.plan import Plan, in_words
 from symphony_moe.recipe import BUNDLED, Recipe
 from symphony_moe.run_folder import sync_folder, write_bytes, write_text
 from symphony_moe.sources import GENERATION, Source, anchor_of, public_name
 from symphony_moe.vocabulary import tokenizer_files
+from symphony_moe.yaml_text import write_yaml
 
 
 def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> None:
@@ -77,7 +77,7 @@ def model_card(plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> str:
         "[Symphony-MoE](https://arxiv.org/abs/2509.18542)."
     )
     return f"""---
-{yaml.safe_dump(metadata, sort_keys=False)}---
+{write_yaml(metadata)}---
 
 # Mixture of {len(sources)} experts
 
@@ -90,5 +90,5 @@ def model_card(plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> str:
 ## Recipe
 
 ```yaml
-{yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)}```
+{write_yaml(shown)}```
 """
