@@ -22,7 +22,6 @@ from conftest import VARIANTS, WORDS, make_recipe
 from symphony_moe import pipeline, train
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, TextError
-from symphony_moe.evaluate import losses_and_routing
 from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.shards import hash_folder

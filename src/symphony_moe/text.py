@@ -671,8 +671,6 @@ def _hub_rows(who: str, data: HubData, seed: int | None = None) -> Iterator[tupl
             rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         for number, row in enumerate(rows, start=1):
             yield f"{who}: dataset {data.hub}, row {number}", _of_columns(row)
-    except TextError:
-        raise
     except Exception as error:
         # Not there, no such split, no connection or none any more (after the library's own
         # retries): it raises many kinds, some with many lines.
