@@ -678,7 +678,11 @@ def test_a_tokenizer_beside_an_adapter_that_has_no_rows_is_refused_with_the_way_
 ) -> None:
     path, adapter = with_adapter(tmp_path)
     own_tokenizer(tmp_path / "models" / "b", adapter)
-    with pytest.raises(SourceError, match=r"301 tokens.*, or the adapter.s tokenizer files"):
+    way_out = r".*Without tokenizer files beside its adapter the model's are used$"
+    with pytest.raises(SourceError, match=r"^b: .* has 301 tokens" + way_out):
+        open_sources(load_recipe(path))
+    (adapter / "tokenizer.json").write_text("{")
+    with pytest.raises(SourceError, match=r"^b: no usable tokenizer" + way_out):
         open_sources(load_recipe(path))
 
 

@@ -165,8 +165,8 @@ class Source:
                 ) from None
             raise SourceError(
                 f"{self.name}: no usable tokenizer in {folder} (tokenizer.json and "
-                f"tokenizer_config.json, or what its class reads){self._or_the_models}: "
-                f"{first_line(error)}"
+                f"tokenizer_config.json, or what its class reads): {first_line(error)}"
+                f"{self._or_the_models}"
             ) from None
         if rowless:
             log.warning(
@@ -186,7 +186,7 @@ class Source:
     @property
     def _or_the_models(self) -> str:
         beside = self.tokenizer_folder is not None
-        return ", or the adapter's tokenizer files to use the model's" if beside else ""
+        return ". Without tokenizer files beside its adapter the model's are used" if beside else ""
 
     @property
     def generation(self) -> dict[str, Any] | None:
