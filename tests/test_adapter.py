@@ -10,17 +10,19 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import make_model, make_recipe
+from conftest import make_model, make_recipe, make_tokenizer
 from symphony_moe import pipeline
 from symphony_moe.adapter import FILES, Adapter
 from symphony_moe.cli import main
 from symphony_moe.errors import SourceError
 from symphony_moe.evaluate import held_out_text, losses_and_routing
-from symphony_moe.families import HEAD
+from symphony_moe.families import EMBEDDING, HEAD
+from symphony_moe.plan import make_plan
 from symphony_moe.recipe import SourceSpec, load_recipe
-from symphony_moe.sources import open_source, open_sources
+from symphony_moe.sources import Source, open_source, open_sources
+from symphony_moe.stock import load_source
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -34,19 +36,24 @@ def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
-    """A random adapter, saved by peft."""
+def make_adapter(
+    base: Path, folder: Path, rows: int | None = None, save: Any = "auto", **settings: Any
+) -> Path:
+    """A random adapter, saved by peft; its model's tables resized to `rows` before."""
     torch.manual_seed(7)
     config: dict[str, Any] = {
         "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "down_proj"],
         "init_lora_weights": False,
     } | settings  # fmt: skip
-    model = peft.get_peft_model(loaded(base), peft.LoraConfig(**config))
+    own = loaded(base)
+    if rows is not None:
+        own.resize_token_embeddings(rows)
+    model = peft.get_peft_model(own, peft.LoraConfig(**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "modules_to_save" in name or name.endswith("bias"):
+            if parameter.requires_grad and ("lora_" not in name or config["init_lora_weights"]):
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), save_embedding_layers=save)
     return folder
 
 
@@ -62,7 +69,25 @@ KINDS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "whole tables": {"modules_to_save": ["lm_head", "embed_tokens"]},
     "biases": {"bias": "all"},
+    "embeddings": {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+    "both tables": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "token rows": {"trainable_token_indices": [299, 5, 7]},
+    "token rows of both": {"trainable_token_indices": {"embed_tokens": [4, 8], "lm_head": [6]}},
+    "norms": {"modules_to_save": ["norm", "input_layernorm"]},
+    "a regex": {"target_modules": r".*\.(q|up)_proj", "exclude_modules": r".*\.0\.mlp.*"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "eva": {"init_lora_weights": "eva"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "OLoRA"},
+    "dora olora": {"init_lora_weights": "olora", "use_dora": True},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "lora_ga": {"init_lora_weights": "lora_ga"},
+    "mica": {"init_lora_weights": "mica"},
 }  # fmt: skip
+
+
+FEW = {"one layer": 3, "head": 3, "embeddings": 5, "both tables": 4, "a regex": 3}
+"""Tensors that a kind changes, where they are fewer."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +103,7 @@ def test_every_tensor_is_what_peft_makes_of_it(kind: str, base: Path, tmp_path: 
         torch.testing.assert_close(found, merged[name], atol=1e-6, rtol=1e-6, msg=name)
         assert torch.equal(source.read(name, slice(3, 9)), found[3:9])
         changed += not torch.equal(found, own[name])
-    assert changed >= {"one layer": 3, "head": 3}.get(kind, 6)
+    assert changed >= FEW.get(kind, 6)
     assert torch.equal(merged[Q], own[Q]) is False
 
 
@@ -97,8 +122,9 @@ def test_a_table_is_merged_once_in_whatever_blocks_it_is_read(
     merge = Adapter.merge
 
     def counted(self: Adapter, tensor: str, weight: torch.Tensor, rows: slice) -> torch.Tensor:
-        merged.append(len(weight))
-        return merge(self, tensor, weight, rows)
+        found = merge(self, tensor, weight, rows)
+        merged.append(len(found))
+        return found
 
     monkeypatch.setattr(Adapter, "merge", counted)
     monkeypatch.setattr("symphony_moe.sources.TABLE_ROWS", 64)
@@ -278,7 +304,10 @@ def test_an_adapter_that_does_not_fit_is_a_message(
 
 def test_an_adapter_that_began_with_the_whole_head_is_refused(base: Path, tmp_path: Path) -> None:
     """A block of the head has another decomposition."""
-    settings = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "pissa"}
+    settings: dict[str, Any] = {
+        "target_modules": ["q_proj", "lm_head"],
+        "init_lora_weights": "pissa",
+    }
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
     with pytest.raises(SourceError, match=r"^a: .* decomposition of the head \(pissa\)"):
         open_source("a", SourceSpec(model=str(base), data="x.txt", adapter=str(adapter)))
@@ -288,10 +317,12 @@ def test_an_adapter_that_began_with_the_whole_head_is_refused(base: Path, tmp_pa
     "settings",
     [
         {"modules_to_save": ["embed_tokens"]},
-        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
         {"modules_to_save": ["lm_head"]},
         {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
         {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        {"trainable_token_indices": {"embed_tokens": [4, 8], "lm_head": [6]}},
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -301,3 +332,376 @@ def test_an_adapter_of_tied_embeddings_is_refused(settings: dict[str, Any], tmp_
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
     with pytest.raises(SourceError, match=r"^a: .*, and the model's head is its embeddings"):
         open_source("a", SourceSpec(model=str(base), data="x.txt", adapter=str(adapter)))
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 rows more than tokens."""
+    return make_model(tmp_path_factory.mktemp("tied") / "model", "qwen2", 0, vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 rows more than tokens, and a head of its own."""
+    folder = tmp_path_factory.mktemp("padded") / "model"
+    return make_model(folder, "qwen2-untied", 0, vocab_size=320)
+
+
+def opened(base: Path, adapter: Path) -> Source:
+    return open_source("a", SourceSpec(model=str(base), data="x.txt", adapter=str(adapter)))
+
+
+BOTH = {"modules_to_save": ["embed_tokens", "lm_head"]}
+TABLES: dict[str, dict[str, Any]] = {
+    "grown, saved": BOTH | {"rows": 323},
+    "grown, kept": {"rows": 323},
+    "grown, token rows": {"rows": 323, "trainable_token_indices": [320, 322]},
+    "shrunk, saved": BOTH | {"rows": 303},
+    "shrunk, kept": {"rows": 303},
+    "saved": BOTH,
+    "saved as one": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "token rows": {"trainable_token_indices": [3, 310]},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("which", ["tied", "padded"])
+def test_tables_are_those_that_peft_ends_with(
+    kind: str, which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Grown, shrunk, or two where the model has one: rows, ties and logits."""
+    base: Path = request.getfixturevalue(which)
+    settings = TABLES[kind]
+    source = opened(base, make_adapter(base, tmp_path / "adapter", **settings))
+    own = loaded(base)
+    if rows := settings.get("rows"):
+        own.resize_token_embeddings(rows)
+    merged: Any = peft.PeftModel.from_pretrained(own, tmp_path / "adapter").merge_and_unload()
+    tensors = {EMBEDDING: merged.get_input_embeddings().weight,
+               source.head_name: merged.get_output_embeddings().weight}  # fmt: skip
+    assert source.config.tie_word_embeddings == merged.config.tie_word_embeddings
+    assert source.config.vocab_size == source.own_rows == len(tensors[EMBEDDING])
+    for name, expected in tensors.items():
+        assert torch.equal(source.read(name), expected)
+        assert torch.equal(source.read(name, slice(290, 400)), expected[290:])
+        assert torch.equal(torch.cat([rows for _, rows in source.table(name)]), expected)
+    ids = torch.tensor([[1, 299, 302, 5, 4]])
+    with torch.no_grad():
+        found, expected = (m.eval()(ids).logits for m in (load_source(source), merged))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_were_added_and_trained_one_by_one_need_no_table(
+    tied: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"rows": 322, "trainable_token_indices": [321, 320], "save": False}
+    source = opened(tied, make_adapter(tied, tmp_path / "adapter", **settings))
+    table = source.read(EMBEDDING)
+    assert table.shape == (322, 32) and source.config.vocab_size == 322
+    assert torch.equal(table[:320], loaded(tied).get_input_embeddings().weight)
+    trained = load_file(tmp_path / "adapter" / FILES[1])
+    rows = next(value for name, value in trained.items() if "trainable_tokens" in name)
+    assert torch.equal(table[320:], rows.flip(0))
+    assert torch.equal(source.read(EMBEDDING, slice(321, 400)), table[321:])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [320, 322]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+)
+def test_tables_that_the_file_has_not_whole_are_refused_with_the_way_out(
+    settings: dict[str, Any], padded: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(padded, tmp_path / "adapter", rows=323, save=False, **settings)
+    with pytest.raises(SourceError, match=r"^a: .* tables of 323 rows, the model has 320") as error:
+        opened(padded, adapter)
+    assert "m.resize_token_embeddings(323)" in str(error.value)
+    merge_as_told(str(error.value), padded, adapter, tmp_path / "merged")
+    assert opened_alone(tmp_path / "merged").own_rows == 323
+
+
+def merge_as_told(message: str, model: Path, adapter: Path, folder: Path) -> None:
+    """Run the lines of Python that a message ends with."""
+    assert len(message) < 500
+    lines = [line.strip() for line in message.splitlines() if line.startswith("  ")]
+    assert 3 <= len(lines) <= 5
+    names = {"MODEL": str(model), "ADAPTER": str(adapter), "FOLDER": str(folder)}
+    torch.manual_seed(0)
+    exec("\n".join(lines), names)
+    make_tokenizer(folder, bos=False)
+
+
+def opened_alone(folder: Path) -> Source:
+    return open_source("a", SourceSpec(model=str(folder), data="x.txt"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_tied_model_merged_as_told_computes_what_was_trained(
+    target: str, tied: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tied, tmp_path / "adapter", target_modules=["q_proj", target])
+    with pytest.raises(SourceError, match="head is its embeddings") as error:
+        opened(tied, adapter)
+    merge_as_told(str(error.value), tied, adapter, tmp_path / "merged")
+    ids = torch.tensor([[1, 299, 302, 5, 4]])
+    trained = peft.PeftModel.from_pretrained(loaded(tied), adapter).eval()
+    with torch.no_grad():
+        found = load_source(opened_alone(tmp_path / "merged"))(ids).logits
+        torch.testing.assert_close(found, trained(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "alora": ({"alora_invocation_tokens": [3, 4]}, "is an activated LoRA: it works only behind"),
+    "arrow": ({"arrow_config": {"top_k": 1}}, "routes between adapters"),
+    "qalora": ({"use_qalora": True}, "is of a GPTQ model"),
+    "megatron": ({"megatron_config": {"a": 1}}, "Megatron's parallel layers"),
+    "layers": ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers of its model; merge it"),
+    "bias": ({"lora_bias": True}, "adds biases beside its matrices; merge it"),
+    "parameters": ({"target_parameters": ["a"]}, "names parameters, not modules; merge it"),
+    "bdlora": ({"use_bdlora": {"nblocks": 2}}, "block-diagonal matrices (BD-LoRA); merge it"),
+    "velora": ({"velora_config": {"scale": 1.0}}, "is a VeLoRA; merge it"),
+    "kasa": ({"kasa_config": {"beta": 1.0}}, "(KaSA); merge it"),
+    "monteclora": ({"monteclora_config": {"num_samples": 2}}, "(MonteCLoRA); merge it"),
+    "corda": ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
+    "loftq": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "; merge it into"),
+    "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "that peft draws at random whenever"),
+    "unknown": ({"init_lora_weights": "brand_new"}, "'brand_new', which is not known here"),
+    "classifier": ({"task_type": "SEQ_CLS"}, "for the task 'SEQ_CLS'; expected 'CAUSAL_LM'"),
+    "features": ({"task_type": "FEATURE_EXTRACTION"}, "for the task 'FEATURE_EXTRACTION'"),
+    "others": ({"target_modules": ["q_proj", "v_proj"]}, "has a LoRA for model.layers.0.mlp.down"),
+    "no regex": ({"target_modules": "(("}, "target_modules (or what goes with them) in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_read_exactly_is_refused_by_name_in_plan(
+    kind: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the tensors; in a few lines, with the way out."""
+    settings, message = REFUSED[kind]
+    path = make_recipe(tmp_path, "qwen2-untied", count=2)
+    with_settings(**settings)(make_adapter(base, tmp_path / "adapter"))
+    content = json.loads(path.read_text())
+    content["sources"]["b"]["adapter"] = "./adapter"
+    path.write_text(json.dumps(content))
+    assert main(["plan", str(path)]) == 2
+    error = capsys.readouterr().err
+    error = error[error.index("symphony: error: b: ") :]
+    assert message in error and "Traceback" not in error
+    assert len(error.replace(str(tmp_path), "")) < 500
+    if "; merge it into" in error:
+        assert error.endswith("merge_and_unload().save_pretrained(FOLDER)\n")
+
+
+def test_a_lora_with_biases_merged_as_told_is_what_peft_makes_of_it(
+    base: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"target_modules": ["q_proj"], "lora_bias": True}
+    adapter = make_adapter(base, tmp_path / "adapter", **settings)
+    with pytest.raises(SourceError) as error:
+        opened(base, adapter)
+    merge_as_told(str(error.value), base, adapter, tmp_path / "merged")
+    merged = peft.PeftModel.from_pretrained(loaded(base), adapter).merge_and_unload()
+    expected = merged.state_dict()[Q]
+    torch.testing.assert_close(opened_alone(tmp_path / "merged").read(Q), expected)
+
+
+@pytest.mark.parametrize("indices", [[3], [3, 3], [3, -1], ["3", 4], {"lm_head": [3, 4]}, None])
+def test_token_rows_without_their_numbers_are_refused(
+    indices: Any, base: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", trainable_token_indices=[3, 4])
+    with_settings(trainable_token_indices=indices)(adapter)
+    with pytest.raises(SourceError, match=r"^a: .* expected one number for each row"):
+        opened(base, adapter)
+
+
+def said(path: Path) -> list[str]:
+    """The notes of a plan, of source b."""
+    recipe = load_recipe(path)
+    notes = make_plan(recipe, open_sources(recipe, download=False)).notes
+    return [note.removeprefix("b: ") for note in notes if note.startswith("b: ")]
+
+
+def with_adapter(tmp_path: Path, **settings: Any) -> tuple[Path, Path]:
+    """(a recipe of two models whose second has an adapter, that adapter)."""
+    path = make_recipe(tmp_path, "qwen2-untied", count=2)
+    adapter = make_adapter(tmp_path / "models" / "b", tmp_path / "adapter", **settings)
+    content = json.loads(path.read_text())
+    content["sources"]["b"]["adapter"] = "./adapter"
+    path.write_text(json.dumps(content))
+    return path, adapter
+
+
+def zeros(part: str) -> Callable[[Path], None]:
+    def damage(adapter: Path) -> None:
+        change(adapter, lambda t: [v.zero_() for k, v in t.items() if part in k])
+
+    return damage
+
+
+NOTHING = "its adapter changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("damage", "note"),
+    [
+        (zeros("lora_B"), NOTHING),
+        (zeros("lora_A"), NOTHING),
+        (zeros("layers.0"), None),
+        (with_settings(lora_alpha=0), NOTHING),
+        (with_settings(lora_alpha=0, alpha_pattern={"q_proj": 3}), None),
+        (with_settings(init_lora_weights="lora_ga"), "its adapter began with LoRA-GA"),
+        (with_settings(brand_new=3, other_new=None), "does not know and leaves out: brand_new"),
+        (
+            with_settings(target_modules=["q_proj", "v_proj", "down_proj", "up_proj"]),
+            "its adapter names 2 matrices that it has nothing for, first model.layers.0.mlp.up",
+        ),
+    ],
+)
+def test_a_plan_says_what_an_adapter_does_not_do(
+    damage: Callable[[Path], Any], note: str | None, tmp_path: Path
+) -> None:
+    path, adapter = with_adapter(tmp_path)
+    assert said(path) == []
+    damage(adapter)
+    notes = said(path)
+    assert len(notes) == (note is not None)
+    assert note is None or note in notes[0]
+
+
+CHAT = "{% for m in messages %}<|turn|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def own_tokenizer(model: Path, folder: Path) -> Any:
+    """A model's tokenizer with a token of its own, another end of text, and a template, as a
+    trainer saves it beside an adapter."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"], "pad_token": "<s>"})
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def chats(path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"alpha {n} beta"}]} for n in range(300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_tokenizer_beside_an_adapter_is_the_sources(tmp_path: Path) -> None:
+    """Its template reads the chats, its new token keeps the row that was trained for it, its end of
+    text ends texts, and its files are pinned."""
+    path = make_recipe(tmp_path, "qwen2-untied", count=2, anchor="b")
+    b = make_model(tmp_path / "models" / "b", "qwen2-untied", 1, vocab_size=320)
+    settings: dict[str, Any] = {
+        "trainable_token_indices": {"embed_tokens": [300, 310], "lm_head": [300]}
+    }
+    adapter = make_adapter(b, tmp_path / "adapter", **settings)
+    content = json.loads(path.read_text())
+    content["sources"]["b"]["adapter"] = "./adapter"
+    chats(tmp_path / "b.jsonl")
+    path.write_text(json.dumps(content))
+    assert any("2 row(s) of no token of its tokenizer, from 300" in note for note in said(path))
+    own = own_tokenizer(b, adapter)
+    assert said(path) == [
+        "its tokenizer is the one beside its adapter: 301 tokens, a chat template, text ends with "
+        "'<|endoftext|>'",
+        "its adapter trained 1 row(s) of no token of its tokenizer, from 310; they stay padding. "
+        "Put the tokenizer that it was trained with beside it",
+    ]
+    recipe = load_recipe(path)
+    a, source = open_sources(recipe)
+    assert source.own_tokenizer.get_vocab() == own.get_vocab()
+    assert source.config.eos_token_id == [258, 257] and source.config.pad_token_id == 256
+    turn = source.tokenizer.convert_tokens_to_ids("<|turn|>")
+    for name in (EMBEDDING, HEAD):
+        trained = load_file(adapter / FILES[1])
+        rows = next(v for k, v in trained.items() if "tokens_delta" in k and name[:-7] in k)
+        assert torch.equal(torch.cat([rows for _, rows in source.table(name)])[turn], rows[0])
+    assert a.known is not None and not a.known[turn]
+    run = pipeline.build(recipe, tmp_path / "out")
+    written = AutoTokenizer.from_pretrained(run.checkpoint)
+    assert written.chat_template == CHAT and written.eos_token == "<|endoftext|>"
+    generation = json.loads((run.checkpoint / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [258, 257]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        sha256 = run.read_recipe().sources["b"].sha256
+        assert sha256 is not None and f"adapter/{name}" in sha256
+    (adapter / "chat_template.jinja").write_text(CHAT + " ")
+    with pytest.raises(SourceError, match=r"b: .*chat_template.jinja has SHA-256"):
+        pipeline.verify(run)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize("of_model", ["inline", "file", "none"])
+def test_a_template_or_settings_alone_beside_an_adapter_change_the_models_tokenizer(
+    inline: bool, of_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYMPHONY_CACHE", str(tmp_path / "cache"))
+    path, adapter = with_adapter(tmp_path)
+    model = tmp_path / "models" / "b"
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    if of_model == "inline":
+        replaced = settings | {"chat_template": "old"}
+        (model / "tokenizer_config.json").write_text(json.dumps(replaced))
+    if of_model == "file":
+        (model / "chat_template.jinja").write_text("old")
+    if inline:
+        replaced = settings | {"chat_template": CHAT, "eos_token": "<|endoftext|>"}
+        (adapter / "tokenizer_config.json").write_text(json.dumps(replaced))
+    else:
+        (adapter / "chat_template.jinja").write_text(CHAT)
+    source = open_sources(load_recipe(path))[1]
+    found = source.own_tokenizer
+    ends = "<|endoftext|>" if inline else "</s>"
+    assert (found.chat_template, found.eos_token) == (CHAT, ends)
+    assert found.get_vocab() == AutoTokenizer.from_pretrained(model).get_vocab()
+    assert said(path)[0].startswith(
+        "its tokenizer is the model's with the files beside its adapter"
+    )
+    (adapter / "tokenizer_config.json").write_text("{")
+    with pytest.raises(SourceError, match=r"^b: .*tokenizer_config.json"):
+        open_sources(load_recipe(path))
+
+
+def test_a_tokenizer_beside_an_adapter_that_has_no_rows_is_refused_with_the_way_out(
+    tmp_path: Path,
+) -> None:
+    path, adapter = with_adapter(tmp_path)
+    own_tokenizer(tmp_path / "models" / "b", adapter)
+    way_out = r".*Without tokenizer files beside its adapter the model's are used$"
+    with pytest.raises(SourceError, match=r"^b: .* has 301 tokens" + way_out):
+        open_sources(load_recipe(path))
+    (adapter / "tokenizer.json").write_text("{")
+    with pytest.raises(SourceError, match=r"^b: no usable tokenizer" + way_out):
+        open_sources(load_recipe(path))
+
+
+def test_an_adapter_on_the_hub_comes_with_its_tokenizer(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    (adapter / "chat_template.jinja").write_text(CHAT)
+
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        snapshot = tmp_path / "snapshot"
+        snapshot.mkdir()
+        for pattern in allow_patterns:
+            for path in adapter.glob(pattern):
+                shutil.copyfile(path, snapshot / path.name)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    spec = SourceSpec(model=str(base), data="x.txt", adapter="someone/adapter")
+    source = open_source("a", spec, download=False)
+    assert source.own_tokenizer.chat_template == CHAT

@@ -671,9 +671,7 @@ def test_special_tokens_that_are_lost_cannot_be_chats(template: Path, tmp_path: 
     one = owner("a", tmp_path / "a", template, lambda content: drop_merges(content, 5))
     two = owner("b", tmp_path / "b", template, lambda content: None)
     lost = merge([one, two], "a", "a").lost["b"]
-    (two.folder / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": two.tokens[lost[0]]})
-    )
+    two = replace(two, generation={"eos_token_id": two.tokens[lost[0]]})
     with pytest.raises(SourceError, match=r"b: its special token .* is not in the merged"):
         merge([one, two], "a", "b")
 
@@ -1153,8 +1151,7 @@ def test_all_token_numbers_of_a_generation_config_are_translated_and_no_others(
                "begin_suppress_tokens": [300], "bad_words_ids": [[300, 256], [257]],
                "force_words_ids": [[[300]]], "sequence_bias": [[[300, 256], -10.0]]}  # fmt: skip
     others = {"max_length": 300, "temperature": 300.0}
-    path = owners[1].folder / "generation_config.json"
-    path.write_text(json.dumps(numbers | others))
+    owners[1] = replace(owners[1], generation=numbers | others)
     translated = json.loads(json.dumps(numbers).replace("300", "301"))
     assert merge(owners, "a", "b").generation == translated | others
 
@@ -1166,9 +1163,8 @@ def test_numbers_of_no_token_are_not_translated_to_none(
     owners = two_with_one_each(template, tmp_path, {"eos_token_id": [257, number]})
     with pytest.raises(SourceError, match=r"^b: eos_token_id of its config.json has .* no token"):
         merge(owners, "a", "b")
-    owners[1] = replace(owners[1], special={})
-    path = owners[1].folder / "generation_config.json"
-    path.write_text(json.dumps({"suppress_tokens": [[257, number]]}))
+    generation = {"suppress_tokens": [[257, number]]}
+    owners[1] = replace(owners[1], special={}, generation=generation)
     with pytest.raises(SourceError, match=r"^b: suppress_tokens of its generation_config.json has"):
         merge(owners, "a", "b")
 

@@ -28,6 +28,7 @@ from symphony_moe.families import HEAD
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """What transformers looks for in a model folder, in this order."""
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _SMALL = (".json", ".jinja", ".model", ".txt")
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -123,6 +124,30 @@ def from_pickle(name: str, folder: Path, files: Sequence[Path], *, tied: bool) -
         (out / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
     return _once(name, "pickle", folder, files, convert)
+
+
+def tokenizer_over(
+    name: str, model: Path, over: Path, files: Sequence[str], known: Sequence[str]
+) -> Path:
+    """A folder with the tokenizer of a `model` folder, in which `files` of another folder (a
+    template, settings; no vocabulary) take the place of its own. `known`: every file that a
+    tokenizer may have."""
+
+    def lay_over(out: Path) -> None:
+        replaced = set(files)
+        settings = {}
+        if "tokenizer_config.json" in replaced:
+            settings = json.loads((over / "tokenizer_config.json").read_text(encoding="utf-8"))
+            replaced.add("special_tokens_map.json")  # of older versions; the settings name them
+        if settings.get("chat_template") or replaced.intersection(_TEMPLATES):
+            replaced.update(_TEMPLATES)  # which would come first
+        for file in ("config.json", *known):  # its class goes by the config
+            if file not in replaced and (model / file).is_file():
+                shutil.copyfile(model / file, out / file)
+        for file in files:
+            shutil.copyfile(over / file, out / file)
+
+    return _once(name, "tokenizer", model, [over / file for file in files], lay_over)
 
 
 def _small_files(folder: Path) -> list[Path]:

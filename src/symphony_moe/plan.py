@@ -6,7 +6,7 @@ The list of output tensors comes from the same function that later writes them
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -376,12 +376,7 @@ def _notes(
 ) -> list[str]:
     notes = [str(d) for d in differences if d.verdict == "warning"]
     for source in sources:
-        base = _adapter_base(source)
-        if base is not None and Path(base).name != Path(source.model).name:
-            notes.append(
-                f"{source.name}: its adapter was trained on {public_name(base)}, and is merged "
-                f"into {source.public_name}; are they the same model?"
-            )
+        notes += [f"{source.name}: {note}" for note in _of_adapter(source)]
     if recipe.aligns_neurons:
         notes.append(NOTE_PERMUTATION)
     if recipe.refit.method != "none":
@@ -424,6 +419,35 @@ def _notes(
     if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:
         notes.append("backbone.weights has no effect on attention: it is the anchor's")
     return notes + _without_effect(recipe)
+
+
+def _of_adapter(source: Source) -> Iterator[str]:
+    """What is to be said of a source's adapter, and of the tokenizer beside it."""
+    adapter, base = source.adapter, _adapter_base(source)
+    if adapter is None:
+        return
+    if base is not None and Path(base).name != Path(source.model).name:
+        yield (
+            f"its adapter was trained on {public_name(base)}, and is merged into "
+            f"{source.public_name}; are they the same model?"
+        )
+    yield from adapter.notes()
+    tokenizer = source.own_tokenizer
+    if source.tokenizer_folder is not None:
+        whole = source.tokenizer_folder == adapter.folder
+        what = "the one" if whole else "the model's with the files"
+        yield (
+            f"its tokenizer is {what} beside its adapter: {len(tokenizer)} tokens, "
+            f"{'a' if tokenizer.chat_template else 'no'} chat template, text ends with "
+            f"{tokenizer.eos_token!r}"
+        )
+    unnamed = set(adapter.tokens.get(EMBEDDING, ())).difference(tokenizer.get_vocab().values())
+    if unnamed:
+        yield (
+            f"its adapter trained {len(unnamed)} row(s) of no token of its tokenizer, from "
+            f"{min(unnamed)}; they stay padding. Put the tokenizer that it was trained with beside "
+            "it"
+        )
 
 
 def _is_here(model: str) -> bool:

@@ -39,6 +39,7 @@ from symphony_moe.convert import (
     from_gguf,
     from_pickle,
     pickles_of,
+    tokenizer_over,
     weight_map,
 )
 from symphony_moe.errors import SourceError, SourceMismatch, first_line
@@ -58,6 +59,7 @@ from symphony_moe.shards import sha256_of
 from symphony_moe.text import Encoder
 from symphony_moe.vocabulary import (
     TOKENIZER_FILES,
+    VOCABULARY_FILES,
     Owner,
     Vocabulary,
     is_needed,
@@ -68,6 +70,7 @@ from symphony_moe.vocabulary import (
 log = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 TABLE_ROWS = 8192
 """Rows of an embedding table that are read at once."""
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -104,6 +107,8 @@ class Source:
     """Those of them that hold weights."""
     adapter: Adapter | None = None
     """LoRA that is merged into its tensors as they are read."""
+    tokenizer_folder: Path | None = None
+    """The folder with its tokenizer, where that is not `folder`: an adapter may have its own."""
     vocabulary: Vocabulary | None = None
     """What it shares with the other sources, where theirs is not its own; `config.vocab_size` is
     the size of that then."""
@@ -145,24 +150,26 @@ class Source:
 
     @cached_property
     def own_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's own, without what only its class adds beyond the model's rows. Raises
-        SourceError where its files cannot be read, and where they list tokens that the model has no
-        rows for."""
+        """The folder's own (or the adapter's), without what only its class adds beyond the model's
+        rows. Raises SourceError where its files cannot be read, and where they list tokens that the
+        model has no rows for."""
+        folder = self.tokenizer_folder or self.folder
         try:
-            loaded = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            tokenizer, rowless = without_rowless(loaded, self.folder, self.own_rows)
+            loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer, rowless = without_rowless(loaded, folder, self.own_rows)
             num_tokens = max(tokenizer.get_vocab().values()) + 1
         except Exception as error:
             # The loaders behind AutoTokenizer raise whatever their parser raised.
-            if _needs_sentencepiece(self.folder):
+            if _needs_sentencepiece(folder):
                 raise SourceError(
-                    f"{self.name}: {self.folder} has no tokenizer.json, and reading its "
+                    f"{self.name}: {folder} has no tokenizer.json, and reading its "
                     "tokenizer.model needs sentencepiece and protobuf: "
                     "pip install sentencepiece protobuf"
                 ) from None
             raise SourceError(
-                f"{self.name}: no usable tokenizer in {self.folder} (tokenizer.json and "
+                f"{self.name}: no usable tokenizer in {folder} (tokenizer.json and "
                 f"tokenizer_config.json, or what its class reads): {first_line(error)}"
+                f"{self._or_the_models}"
             ) from None
         if rowless:
             log.warning(
@@ -173,9 +180,9 @@ class Source:
             )
         if num_tokens > self.own_rows:
             raise SourceError(
-                f"{self.name}: the tokenizer in {self.folder} has {num_tokens} tokens, the model "
+                f"{self.name}: the tokenizer in {folder} has {num_tokens} tokens, the model "
                 f"embeddings for {self.own_rows}; is it another model's tokenizer? "
-                "Otherwise remove the tokens that have no embedding"
+                f"Otherwise remove the tokens that have no embedding{self._or_the_models}"
             )
         return tokenizer
 
@@ -187,19 +194,50 @@ class Source:
         return Encoder.of(self.own_tokenizer, self.tokenizer, eos)
 
     @property
+    def _or_the_models(self) -> str:
+        beside = self.tokenizer_folder is not None
+        return ". Without tokenizer files beside its adapter the model's are used" if beside else ""
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """What its generation_config.json says; None where it has none. Special tokens of an
+        adapter's own tokenizer are in it, as in its config: any of several ends a text."""
+        path = self.folder / GENERATION
+        if not path.is_file():
+            return None
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        return settings if self.tokenizer_folder is None else self._with_its_tokens(settings)
+
+    def _with_its_tokens(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings with the special tokens of its tokenizer, put there as transformers' Trainer
+        puts them into a model that it trains; an adapter's files do not keep them."""
+        changed = dict(settings)
+        for key in _SPECIAL:
+            number, old = getattr(self.own_tokenizer, key, None), settings.get(key)
+            listed = old if isinstance(old, list) else [old]
+            if number is None or number in listed:
+                continue
+            several = key == "eos_token_id" and old is not None
+            changed[key] = [number, *listed] if several else number
+        return changed
+
+    @property
     def owner(self) -> Owner:
         """Its own tokenizer, the size of its tables, and its config's special tokens."""
         special = {key: getattr(self.config, key, None) for key in ("eos_token_id", "pad_token_id")}
-        return Owner(self.name, self.folder, self.own_tokenizer, self.own_rows, special)
+        folder = self.tokenizer_folder or self.folder
+        return Owner(self.name, folder, self.own_tokenizer, self.own_rows, special, self.generation)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor (or some of its first axis) as float32, with the adapter in it.
 
         Raises SourceError for a file that cannot be read and for values that are not finite.
         """
-        weight = self._read(name, rows)
         if self.adapter is None or not self.adapter.touches(name):
-            return weight
+            return self._read(name, rows)
+        if rows is not None and self.adapter.needs_all_rows(name):
+            return self.read(name)[rows]
+        weight = None if self.adapter.holds(name) else self._read(name, rows)
         return self.adapter.merge(name, weight, slice(None) if rows is None else rows)
 
     def _read(self, name: str, rows: slice | None) -> Tensor:
@@ -277,7 +315,8 @@ class Source:
         found = {file: sha256_of(folder / file) for file in files}
         if self.adapter is not None:
             adapted = self.adapter.folder
-            found |= {f"adapter/{file}": sha256_of(adapted / file) for file in ADAPTER_FILES}
+            beside = [file for file in TOKENIZER_FILES if (adapted / file).is_file()]
+            found |= {f"adapter/{f}": sha256_of(adapted / f) for f in (*ADAPTER_FILES, *beside)}
         return found
 
 
@@ -414,7 +453,7 @@ def open_source(
     _check_tensors(source)
     _check_generation_config(source)
     if spec.adapter is not None:
-        source = replace(source, adapter=_open_adapter(name, spec, spec.adapter, config))
+        source = _adapted(source, _open_adapter(name, spec, spec.adapter, config))
     if spec.sha256 is not None and download:
         _check_hashes(source, spec.sha256)
     return source
@@ -447,10 +486,39 @@ def _open_adapter(name: str, spec: SourceSpec, adapter: str, config: PreTrainedC
     """The recipe's adapter. It is small: from the hub it is fetched whole, for a plan too."""
     folder = Path(adapter)
     if not folder.is_absolute():
-        folder = _fetch(f"{name}: adapter", adapter, spec.adapter_revision, list(ADAPTER_FILES))
+        patterns = [*ADAPTER_FILES, *TOKENIZER_FILES]
+        folder = _fetch(f"{name}: adapter", adapter, spec.adapter_revision, patterns)
     if not folder.is_dir():
         raise SourceError(f"{name}: no such adapter folder: {folder}")
     return open_adapter(name, folder, expected_shapes(config))
+
+
+def _adapted(source: Source, adapter: Adapter) -> Source:
+    """The source with an adapter: the adapter's tables, where they have other rows or are two, and
+    its tokenizer, where it has one."""
+    config = copy.deepcopy(source.config)
+    headers = dict(source.headers)
+    if adapter.unties:
+        config.tie_word_embeddings = False
+        headers[HEAD] = headers[EMBEDDING]
+    if adapter.rows is not None:
+        config.vocab_size = adapter.rows
+        for name in (EMBEDDING, HEAD):
+            if name in headers:
+                shape = (adapter.rows, headers[name].shape[1])
+                headers[name] = replace(headers[name], shape=shape)
+    changed = replace(source, adapter=adapter, config=config, headers=headers)
+    beside = [file for file in TOKENIZER_FILES if (adapter.folder / file).is_file()]
+    if not beside:
+        return changed
+    folder = adapter.folder
+    if not set(beside).intersection(VOCABULARY_FILES):
+        folder = tokenizer_over(source.name, source.folder, folder, beside, TOKENIZER_FILES)
+    changed = replace(changed, tokenizer_folder=folder)
+    special = {key: getattr(config, key, None) for key in _SPECIAL}
+    for key, value in changed._with_its_tokens(special).items():
+        setattr(config, key, value)
+    return changed
 
 
 def _fetch(name: str, hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -777,7 +845,7 @@ def compare_sources(
         "warning",
         "the output's head is untied; a tied source lends its embeddings as its head",
     )
-    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for field in _SPECIAL:
         theirs = _ANCHOR_WINS if field == "bos_token_id" else _of_chat(chat, anchor)
         differ(field, {s.name: _special_ids(s, field) for s in sources}, "warning", theirs)
     differ(
@@ -807,10 +875,8 @@ def compare_sources(
 
 def _generation_settings(source: Source) -> dict[str, Any]:
     """What the source's generation_config.json sets."""
-    path = source.folder / GENERATION
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     ignored = ("transformers_version", "_from_model_config")
-    return {key: value for key, value in content.items() if key not in ignored}
+    return {k: value for k, value in (source.generation or {}).items() if k not in ignored}
 
 
 def _special_ids(source: Source, field: str) -> Any:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from symphony_moe.adapter import Adapter
 from symphony_moe.errors import VerificationError, first_line
 from symphony_moe.families import EMBEDDING, HEAD_BIAS
 from symphony_moe.forward import device
@@ -61,14 +62,25 @@ def balance_weight_name(model: nn.Module) -> str:
     return next(n for n in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(model, n))
 
 
+def _merge_adapter(model: PreTrainedModel, source: Source, adapter: Adapter) -> None:
+    """Put what the adapter changes into the model, whose tables may grow or become two."""
+    if adapter.unties:
+        model.config.tie_word_embeddings = False
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    if adapter.rows is not None:
+        model.resize_token_embeddings(adapter.rows, mean_resizing=False)
+    with torch.no_grad():
+        for name in filter(adapter.touches, source.headers):
+            model.get_parameter(name).copy_(source.read(name))
+
+
 def load_source(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A source as everyone else loads it, with its adapter, and its tables in the vocabulary that
     the sources share."""
     model = load_stock(source.folder, dtype)
     if source.adapter is not None:
-        with torch.no_grad():
-            for name in filter(source.adapter.touches, source.headers):
-                model.get_parameter(name).copy_(source.read(name))
+        _merge_adapter(model, source, source.adapter)
     if source.vocabulary is None:
         return model
     embedding, head = (

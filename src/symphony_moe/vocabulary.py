@@ -29,6 +29,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Those that hold a vocabulary: without one of them there is no tokenizer."""
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes that do what tokenizer.json says."""
 _STAGES = ("normalizer", "pre_tokenizer", "decoder")
@@ -56,6 +58,8 @@ class Owner:
     """Rows of the model's embedding table (more than tokens, where it is padded)."""
     special: Mapping[str, Any] = field(default_factory=dict)
     """What the model's config says of special tokens."""
+    generation: Mapping[str, Any] | None = None
+    """The model's generation config; None where it has none."""
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -459,10 +463,10 @@ def _renumbered(chat: Owner, what: str, numbers: Any, tokens: Mapping[str, int])
 
 def _generation_of(chat: Owner, tokens: Mapping[str, int]) -> dict[str, Any] | None:
     """The chat owner's generation config, its token numbers being those of the union."""
-    path = chat.folder / "generation_config.json"
-    if not path.is_file():
+    if chat.generation is None:
         return None
-    settings = dict(json.loads(path.read_text(encoding="utf-8")))
+    settings = dict(chat.generation)
     for key in filter(settings.__contains__, _ID_SETTINGS):
-        settings[key] = _renumbered(chat, f"{key} of its {path.name}", settings[key], tokens)
+        what = f"{key} of its generation_config.json"
+        settings[key] = _renumbered(chat, what, settings[key], tokens)
     return settings

@@ -30,12 +30,11 @@ def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence
     for name, content in files.items():
         write_bytes(folder / name, content)
     settings = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    generation = anchor.folder / GENERATION
     if recipe.output.chat not in (None, recipe.anchor):
         assert vocabulary is not None
         settings = dict(vocabulary.generation or settings)
-    elif generation.is_file():
-        settings = json.loads(generation.read_text(encoding="utf-8"))
+    elif anchor.generation is not None:
+        settings = anchor.generation
     settings.pop("_from_model_config", None)
     write_json(
         folder / GENERATION,
