@@ -340,6 +340,7 @@ def _notes(
 ) -> list[str]:
     notes = [str(d) for d in differences if d.verdict == "warning"]
     for source in sources:
+        notes += source.notes
         base = _adapter_base(source)
         if base is not None and Path(base).name != Path(source.model).name:
             notes.append(
