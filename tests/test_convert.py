@@ -410,7 +410,7 @@ def test_nothing_that_transformers_filled_in_is_kept(
 ) -> None:
     """What it says of its loading must be empty, whatever the header promised."""
     write_gguf(llama, tmp_path / "m.gguf")
-    load = AutoModelForCausalLM.from_pretrained
+    load: Any = AutoModelForCausalLM.from_pretrained
 
     def filling_in(*args: Any, **settings: Any) -> Any:
         model, info = load(*args, **settings)

@@ -419,7 +419,7 @@ def open_source(
         converted = tuple(path.name for path in pickles)
     remote = from_hub and not download and not _has_weights(name, folder)
     if gguf is not None and not download:
-        headers, notes = _headers_of_gguf(gguf), []
+        headers, notes = _headers_of_gguf(gguf), list[str]()
     else:
         headers, notes = _hub_headers(name, spec) if remote else _read_headers(name, folder)
     notes += [] if gguf is None else gguf.notes
