@@ -633,6 +633,25 @@ def test_tied_and_untied_sources_give_an_untied_head(tmp_path: Path) -> None:
     pipeline.verify(run)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_expert_with_a_number_beyond_float16_is_refused_before_anything_is_made(
+    dtype: str, recipes: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(recipes("llama").parent, tmp_path / "recipe")
+    path = tmp_path / "recipe" / "models" / "b" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][2, 3] = 1e5
+    save_file(tensors, path, {"format": "pt"})
+    recipe = tmp_path / "recipe" / "recipe.yaml"
+    if dtype == "bfloat16":
+        build(recipe, tmp_path / "run", f"output.dtype={dtype}")
+        return
+    with pytest.raises(RecipeError, match=rf"^b: .*{name} has a value of 1e\+05, .*65504; write"):
+        build(recipe, tmp_path / "run", f"output.dtype={dtype}")
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------ sources and memory
 
 
