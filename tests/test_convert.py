@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from conftest import make_model, make_recipe
 from symphony_moe import convert, pipeline
 from symphony_moe.cli import main
 from symphony_moe.errors import SourceError
-from symphony_moe.gguf_file import llama3_parameters
+from symphony_moe.gguf_file import llama3_parameters, open_gguf
 from symphony_moe.recipe import SourceSpec, load_recipe
 from symphony_moe.sources import open_source
 
@@ -181,18 +182,39 @@ def test_gguf_files_that_are_none_are_messages(
     with pytest.raises(SourceError, match=r"^a: no such GGUF file: .*m.gguf"):
         opened(tmp_path, gguf_file="m.gguf")
     (tmp_path / "m.gguf").write_bytes(b"nothing" * 100)
-    with pytest.raises(SourceError, match=r"^a: .*m.gguf cannot be read as GGUF "):
+    with pytest.raises(SourceError, match=r"^a: .*m.gguf cannot be read as GGUF: "):
         opened(tmp_path, gguf_file="m.gguf")
     write_gguf(llama, tmp_path / "m.gguf")
     content = (tmp_path / "m.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(content[: len(content) * 2 // 3])
     for download in (False, True):
-        with pytest.raises(SourceError, match=r"^a: .*cut.gguf cannot be read .*is it whole"):
+        with pytest.raises(SourceError, match=r"^a: .*cut.gguf cannot be read .*Is it whole"):
             opened(tmp_path, gguf_file="cut.gguf", download=download)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(SourceError, match="pip install gguf"):
         opened(tmp_path, gguf_file="m.gguf")
     assert not list(cache.glob("*")), "half a conversion"
+
+
+def test_a_damaged_gguf_header_is_a_message(llama: Path, tmp_path: Path) -> None:
+    """Wherever it ends, and whatever is in a byte of it."""
+    path = tmp_path / "m.gguf"
+    write_gguf(llama, path)
+    whole = path.read_bytes()
+    end = len(whole) - sum(t.numel() * 4 for t in load_file(llama / WEIGHTS).values())
+    draw = random.Random(0)
+    places = [*range(0, 700, 3), *(draw.randrange(end) for _ in range(300))]
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] = draw.choice([0, 1, 8, 9, 127, 255])
+        for content in (whole[:place], bytes(changed)):
+            path.write_bytes(content)
+            try:
+                open_gguf("a", path)
+            except SourceError as error:
+                assert str(error).startswith("a: ") and len(str(error)) < 600
+            else:
+                assert content != whole[:place]
 
 
 def logits(folder: Path) -> Any:
@@ -361,6 +383,9 @@ def test_special_tokens_are_those_of_a_gguf_file(llama: Path, tmp_path: Path) ->
         ({"attention.layer_norm_rms_epsilon": None}, "does not say its attention.layer_norm_rms"),
         ({"context_length": None}, "does not say its context_length"),
         ({"split.count": 3}, "is one of 3 parts"),
+        ({"split.count": "x"}, "is one of x parts"),
+        ({"block_count": 0}, "does not say its block_count"),
+        ({"block_count": "2"}, "sets llama.block_count to 2"),
     ],
 )
 def test_what_transformers_would_not_read_of_a_gguf_file_is_refused(

@@ -7,11 +7,12 @@ here (scaled RoPE, the size of a head, the special tokens), or the file is refus
 
 import math
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
@@ -211,41 +212,126 @@ def open_gguf(owner: str, path: Path) -> GGUFFile:
     if not path.is_file():
         raise SourceError(f"{owner}: no such GGUF file: {path}")
     try:
-        from gguf import GGUFReader
+        from gguf import GGML_QUANT_SIZES
     except ImportError as error:
         raise SourceError(
             f"{owner}: {path}: reading GGUF needs the package gguf: pip install gguf ({error})"
         ) from None
+    blocks = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
     try:
-        reader = GGUFReader(path)
-        settings = {key: _value(field) for key, field in reader.fields.items()}
-        shapes = {t.name: tuple(int(size) for size in reversed(t.shape)) for t in reader.tensors}
-        factors = [float(f) for t in reader.tensors if t.name == _ROPE_FACTORS for f in t.data]
-    except Exception as error:
-        # Whatever the reader stumbles over: the file is the user's.
-        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        settings, shapes, factors = _read_header(path, blocks)
+    except (ValueError, OSError, OverflowError, MemoryError) as error:
+        # Sizes of a damaged file may be anything.
         raise SourceError(
-            f"{owner}: {path} cannot be read as GGUF ({reason}); is it whole? Fetch it again"
+            f"{owner}: {path} cannot be read as GGUF: {first_line(error)[:200]}. Is it whole? "
+            "Fetch it again"
         ) from None
     architecture = str(settings.get("general.architecture"))
-    file = GGUFFile(owner, path, architecture, settings, shapes, tuple(factors))
+    file = GGUFFile(owner, path, architecture, settings, shapes, factors)
     _check(file)
     return file
 
 
-def _value(field: Any) -> Any:
-    """A setting; of a list of words its length, as those are long and not looked at here."""
-    kinds = [kind.name for kind in field.types]
-    return len(field.data) if kinds == ["ARRAY", "STRING"] else field.contents()
+def _read_header(
+    path: Path, blocks: Mapping[int, tuple[int, int]]
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], tuple[float, ...]]:
+    """(settings, shapes, what RoPE's frequencies are divided by) of a GGUF file. `blocks`: kind of
+    number -> (numbers in a block, its bytes).
+
+    Raises ValueError for a file that is none, or that ends before its tensors do.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError("it does not begin as a GGUF file does")
+        version, num_tensors, num_settings = _numbers(file, "IQQ")
+        if version not in _VERSIONS:
+            raise ValueError(f"it is of version {version}, not {' or '.join(map(str, _VERSIONS))}")
+        settings: dict[str, Any] = {}
+        for _ in range(num_settings):
+            key = _word(file)
+            settings[key] = _value(file, *_numbers(file, "I"))
+        places: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        for _ in range(num_tensors):
+            name = _word(file)
+            dimensions = _numbers(file, f"{_numbers(file, 'I')[0]}Q")
+            if name in places:
+                raise ValueError(f"it holds {name[:80]} twice")
+            # Sizes are kept from the innermost axis outwards.
+            places[name] = (dimensions[::-1], *_numbers(file, "IQ"))
+        alignment = settings.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"its general.alignment is {str(alignment)[:40]}")
+        begin = -(-file.tell() // alignment) * alignment
+        for name, (shape, kind, offset) in places.items():
+            if kind not in blocks:
+                raise ValueError(f"{name[:80]} is of the unknown kind {kind}")
+            numbers, its_bytes = blocks[kind]
+            if begin + offset + math.prod(shape) // numbers * its_bytes > size:
+                raise ValueError(f"it ends before {name[:80]} does")
+        factors: tuple[float, ...] = ()
+        if _ROPE_FACTORS in places:
+            shape, kind, offset = places[_ROPE_FACTORS]
+            if kind != 0:
+                raise ValueError(f"{_ROPE_FACTORS} is not in float32")
+            file.seek(begin + offset)
+            factors = _numbers(file, f"{math.prod(shape)}f")
+    return settings, {name: shape for name, (shape, _, _) in places.items()}, factors
+
+
+_VERSIONS = (2, 3)
+_KINDS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""Kind of a setting -> its letter in `struct`; words are of kind 8, lists of 9."""
+_LONG = 1024
+"""Of lists that are longer than this (vocabularies) the length alone is kept."""
+
+
+def _numbers(file: BinaryIO, letters: str) -> tuple[Any, ...]:
+    """The next numbers of a file."""
+    size = struct.calcsize("<" + letters)
+    if size > _LONG * 8:
+        raise ValueError("it says sizes that cannot be")
+    content = file.read(size)
+    if len(content) < size:
+        raise ValueError("it ends within its header")
+    return struct.unpack("<" + letters, content)
+
+
+def _word(file: BinaryIO) -> str:
+    (size,) = _numbers(file, "Q")
+    # Less than this is read of a damaged length.
+    content = file.read(min(size, 2**24))
+    if len(content) < size:
+        raise ValueError("it ends within its header")
+    return content.decode("utf-8", errors="replace")
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    """The next setting; of a long list, and of one of words, its length."""
+    if kind in _KINDS:
+        return _numbers(file, _KINDS[kind])[0]
+    if kind == 8:
+        return _word(file)
+    if kind != 9:
+        raise ValueError(f"it has a setting of the unknown kind {kind}")
+    inner, length = _numbers(file, "IQ")
+    if inner == 9:
+        raise ValueError("it has a list of lists")
+    if inner in _KINDS and length > _LONG:
+        file.seek(length * struct.calcsize("<" + _KINDS[inner]), 1)
+        return length
+    values = [_value(file, inner) for _ in range(length)]
+    return length if inner == 8 else values
 
 
 def _check(file: GGUFFile) -> None:
     named = re.search(r"-\d{5}-of-(\d{5})\.gguf$", file.path.name)
-    parts = max(int(file.settings.get("split.count", 1)), int(named[1]) if named else 1)
-    if parts > 1:
+    parts = [file.settings.get("split.count", 1), int(named[1]) if named else 1]
+    several = [part for part in parts if part not in (0, 1)]
+    if several:
         raise SourceError(
-            f"{file.owner}: {file.path} is one of {parts} parts of a model, and transformers would "
-            "fill in the others at random; join them with llama.cpp's llama-gguf-split --merge, "
+            f"{file.owner}: {file.path} is one of {str(several[0])[:9]} parts of a model, and "
+            "transformers would fill in the others at random; join them with llama.cpp's llama-gguf-split --merge, "
             "and name the whole file"
         )
     if file.architecture not in ARCHITECTURES:
@@ -253,7 +339,7 @@ def _check(file: GGUFFile) -> None:
             f"{file.owner}: {file.path} is of the architecture {file.architecture[:50]!r}; of GGUF "
             f"files, {', '.join(ARCHITECTURES)} are read. Use the checkpoint that it was made of"
         )
-    missing = [key for key in _NEEDED if file.setting(key) is None]
+    missing = [key for key in _NEEDED if not file.setting(key)]
     if missing:
         raise SourceError(f"{file.owner}: {file.path} does not say its {', '.join(missing)}")
     _check_settings(file)
@@ -277,12 +363,12 @@ def _check_settings(file: GGUFFile) -> None:
         own = key.removeprefix(prefix)
         if own == key:
             continue
-        listed = isinstance(value, list)
-        if own in _WITHOUT_EFFECT and not listed:
+        if own in _WITHOUT_EFFECT:
             harmless = _WITHOUT_EFFECT[own]
             unread = harmless is not None and value not in harmless
         else:
-            unread = listed or own not in _NEEDED + _READ
+            kind: type | tuple[type, ...] = str if own == "rope.scaling.type" else (int, float)
+            unread = own not in _NEEDED + _READ or not isinstance(value, kind)
         if unread:
             raise SourceError(
                 f"{file.owner}: {file.path} sets {key[:60]} to {str(value)[:60]}, which "
