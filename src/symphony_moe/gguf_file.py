@@ -331,8 +331,8 @@ def _check(file: GGUFFile) -> None:
     if several:
         raise SourceError(
             f"{file.owner}: {file.path} is one of {str(several[0])[:9]} parts of a model, and "
-            "transformers would fill in the others at random; join them with llama.cpp's llama-gguf-split --merge, "
-            "and name the whole file"
+            "transformers would fill in the others at random; join them with llama.cpp's "
+            "llama-gguf-split --merge, and name the whole file"
         )
     if file.architecture not in ARCHITECTURES:
         raise SourceError(
