@@ -13,6 +13,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -281,6 +283,7 @@ ROPE = "rope_freqs.weight"
         (500000.0, 16.0, 1.0, 4.0, 8192),
         (1e6, 4.0, 1.0, 2.0, 5000),
         (500000.0, 8.0, 2.0, 8.0, 16384),
+        (1e6, 8.0, 1.0, 8.0, 8192),
     ],
 )
 def test_parameters_that_give_llama3s_frequencies_are_found(
@@ -298,8 +301,35 @@ def test_parameters_that_give_llama3s_frequencies_are_found(
     assert found["original_max_position_embeddings"] == pytest.approx(context / low, rel=1e-3)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    pairs=st.integers(2, 64),
+    theta=st.floats(1e3, 1e7),
+    factor=st.floats(1.5, 128.0),
+    low=st.floats(1.0, 4.0),
+    ratio=st.floats(1.2, 32.0),
+    context=st.integers(16, 65536),
+)
+def test_what_is_found_gives_the_factors_or_nothing_is_found(
+    pairs: int, theta: float, factor: float, low: float, ratio: float, context: int
+) -> None:
+    """Whatever they were made of. Nothing is found where they say too little, or are rounded."""
+    parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": factor,
+                  "low_freq_factor": low, "high_freq_factor": low * ratio,
+                  "original_max_position_embeddings": context}  # fmt: skip
+    factors = rope_factors(parameters, 2 * pairs)
+    found = llama3_parameters(theta, factors.tolist())
+    if found is not None:
+        again = rope_factors({**found, "rope_theta": theta}, 2 * pairs)
+        np.testing.assert_allclose(again, factors, rtol=1e-5)
+
+
 def test_factors_that_no_llama3_parameters_give_are_refused(llama: Path, tmp_path: Path) -> None:
-    for number, factors in enumerate(([1, 2, 4, 4.1], [8, 8, 1, 1], [0.5, 0.5, 0.5, 0.5])):
+    nan = float("nan")
+    for number, factors in enumerate(
+        ([1, 2, 4, 4.1], [8, 8, 1, 1], [0.5] * 4, [nan] * 4, [1, 1, 1, nan], [1, 2, 2, 8],
+         [1, 8, 8, 8, 8], [1, 8], [0, 1, 1, 8], [-1, 1, 1, 8], [1, 1, 1, float("inf")])
+    ):  # fmt: skip
         tensors = {ROPE: np.array(factors, np.float32)}
         write_gguf(llama, tmp_path / f"{number}.gguf", tensors=tensors)
         for download in (False, True):

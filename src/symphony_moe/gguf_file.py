@@ -129,7 +129,7 @@ class GGUFFile:
         """RoPE's parameters, as a config has them. Raises SourceError for scaling that no config
         of the architecture describes exactly."""
         theta = float(self.setting("rope.freq_base", 10000.0))
-        scaled = any(abs(factor - 1) > _CLOSE for factor in self.rope_factors)
+        scaled = not all(abs(factor - 1) <= _CLOSE for factor in self.rope_factors)
         parameters = self._scaling
         if scaled and parameters:
             raise SourceError(
@@ -138,8 +138,9 @@ class GGUFFile:
                 "it was made of"
             )
         if scaled:
-            found = llama3_parameters(theta, self.rope_factors)
-            if found is None or self.architecture != "llama":
+            fits = self.architecture == "llama" and 2 * len(self.rope_factors) == self.head_size
+            found = llama3_parameters(theta, self.rope_factors) if fits else None
+            if found is None:
                 raise SourceError(
                     f"{self.owner}: {self.path.name} scales RoPE by the tensor {_ROPE_FACTORS}, "
                     "which transformers drops, and no llama3 parameters give these factors "
@@ -402,7 +403,11 @@ def _their_name(name: str) -> str | None:
 def llama3_parameters(theta: float, factors: Sequence[float]) -> dict[str, Any] | None:
     """The `llama3` scaling that divides RoPE's frequencies by these factors, as a config spells it;
     None where none does. Many settings give the same frequencies: the usual ones come first."""
+    if not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        return None
     for low, high, original in _candidates(theta, factors):
+        if not (high > low and 1 < original < 2**31):
+            continue
         parameters = {
             "rope_type": "llama3",
             "factor": float(max(factors)),
@@ -455,10 +460,16 @@ def _candidates(theta: float, factors: Sequence[float]) -> Iterator[tuple[float,
     if len(between) > 1:
         (first, higher), (last, lower) = between[0], between[-1]
         slope = (higher - lower) / (first - last)
-        spread = 1 / (slope * last - lower)  # high - low
-        yield 1.0, round(1 + spread, 4), round(slope * spread)
+        if slope * last != lower:
+            spread = 1 / (slope * last - lower)  # high - low
+            yield 1.0, round(1 + spread, 4), round(slope * spread)
+    below = max((w for w, f in zip(waves, factors, strict=True) if f <= 1 + _CLOSE), default=1.0)
+    above = min(w for w, f in zip(waves, factors, strict=True) if f >= full * (1 - _CLOSE))
+    if len(between) == 1:
+        inverse, share = between[0]
+        for part in range(1, 40):
+            context = math.floor((above * inverse) ** (part / 40) / inverse)
+            yield 1.0, 1 + (context * inverse - 1) / share, context
     if not between:
-        below = max((w for w, f in zip(waves, factors, strict=True) if f < full), default=1.0)
-        above = min(w for w, f in zip(waves, factors, strict=True) if f >= full)
         context = max(2, math.floor(above * 0.99))
         yield 1.0, max(1.001, context / (below * 1.01)), context
