@@ -85,7 +85,9 @@ def write_gguf(
                float: writer.add_float32, str: writer.add_string,
                list: writer.add_array}  # fmt: skip
         if value is not None:
-            add[type(value)](key if key.startswith("split.") else f"{arch}.{key}", value)
+            add[type(value)](
+                key if key.startswith(("split.", "tokenizer.")) else f"{arch}.{key}", value
+            )
     content = json.loads((model / "tokenizer.json").read_text())["model"]
     tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
     special = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
@@ -392,6 +394,12 @@ def test_special_tokens_are_those_of_a_gguf_file(llama: Path, tmp_path: Path) ->
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (256, 257, None)
     said = json.loads((source.folder / "generation_config.json").read_text())
     assert (said["bos_token_id"], said["eos_token_id"]) == (256, 257)
+    # Where llama.cpp has another end for turns of a chat, both are ends.
+    for turn, ends in ((257, 257), (258, [257, 258])):
+        told = {"tokenizer.ggml.eot_token_id": turn, "tokenizer.ggml.padding_token_id": 259}
+        write_gguf(llama, tmp_path / "m.gguf", settings=told)
+        config = opened(tmp_path, gguf_file="m.gguf", download=False).config
+        assert (config.eos_token_id, config.pad_token_id) == (ends, 259)
 
 
 @pytest.mark.parametrize(
