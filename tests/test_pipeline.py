@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from symphony_moe.errors import RecipeError, RunFolderError, SourceError, Verifi
 from symphony_moe.recipe import Recipe, load_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.shards import hash_folder, sha256_of
-from symphony_moe.sources import open_sources
+from symphony_moe.sources import Source, open_sources
 from symphony_moe.streams import Streams
 from symphony_moe.text import joined
 from symphony_moe.yaml_text import read_yaml
@@ -658,6 +659,25 @@ def test_tied_and_untied_sources_give_an_untied_head(tmp_path: Path) -> None:
     pipeline.verify(run)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_expert_with_a_number_beyond_float16_is_refused_before_anything_is_made(
+    dtype: str, recipes: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(recipes("llama").parent, tmp_path / "recipe")
+    path = tmp_path / "recipe" / "models" / "b" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][2, 3] = 1e5
+    save_file(tensors, path, {"format": "pt"})
+    recipe = tmp_path / "recipe" / "recipe.yaml"
+    if dtype == "bfloat16":
+        build(recipe, tmp_path / "run", f"output.dtype={dtype}")
+        return
+    with pytest.raises(RecipeError, match=rf"^b: .*{name} has a value of 1e\+05, .*65504; write"):
+        build(recipe, tmp_path / "run", f"output.dtype={dtype}")
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------ sources and memory
 
 
@@ -967,6 +987,74 @@ def test_verify_refuses_tensors_that_the_sources_do_not_give(
     run = tampered(built("llama"), tmp_path / "run", change)
     with pytest.raises(VerificationError, match="not what the sources"):
         pipeline.verify(run)
+
+
+def _halve_the_head(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def changed(self: Source, name: str, rows: slice | None = None) -> Tensor:
+        return read(self, name, rows) * (0.5 if name == "lm_head.weight" else 1)
+
+    return changed
+
+
+def _forget_the_last_layer(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def changed(self: Source, name: str, rows: slice | None = None) -> Tensor:
+        return read(self, name, rows) * (0 if name == "model.layers.1.mlp.down_proj.weight" else 1)
+
+    return changed
+
+
+@pytest.mark.parametrize("change", [_halve_the_head, _forget_the_last_layer])
+def test_verify_refuses_a_source_that_is_not_read_as_transformers_reads_it(
+    change: Callable[[Any], Any],
+    recipes: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Build and recomputation read alike, and would agree on what nobody meant."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "read", change(Source.read))
+        run = build(recipes("llama"), tmp_path / "run")
+        with pytest.raises(VerificationError) as caught:
+            pipeline.verify(run)
+    for name in "abc":
+        assert f"{name} in stock transformers: computes something else" in str(caught.value)
+    assert "experts and backbone" not in str(caught.value)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_source_computes_what_stock_loading_of_it_does(
+    variant: str, built: Callable[[str], RunFolder]
+) -> None:
+    checks = pipeline.verify(built(variant))
+    for name in "abc":
+        said, _, difference = checks[f"{name} in stock transformers"].rpartition(" ")
+        assert said.startswith("computes what it does as it is read") and float(difference) < 1e-5
+
+
+def test_a_source_that_does_not_fit_into_memory_is_not_compared(
+    built: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SimpleNamespace(available=1000)
+    monkeypatch.setattr("symphony_moe.verify.psutil.virtual_memory", lambda: memory)
+    checks = pipeline.verify(built("llama"))
+    assert checks["a in stock transformers"].startswith("not checked: loading takes 0 GB")
+
+
+def test_a_source_whose_index_has_no_metadata_goes_all_the_way(
+    recipes: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """transformers asks for it and takes nothing from it; other tools leave it out."""
+    shutil.copytree(recipes("llama").parent, tmp_path / "recipe")
+    folder = tmp_path / "recipe" / "models" / "b"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    where = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    run = build(tmp_path / "recipe" / "recipe.yaml", tmp_path / "run")
+    assert "computes what it does" in pipeline.verify(run)["b in stock transformers"]
+    pipeline.evaluate(run)
+    assert json.loads(index.read_text()) == {"weight_map": where}
 
 
 def test_verify_refuses_a_file_that_the_manifest_does_not_know(

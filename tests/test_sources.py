@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import make_model, make_tokenizer
 from symphony_moe import pipeline
@@ -378,8 +378,85 @@ def test_a_tensor_in_the_index_that_no_file_holds_is_named(model: Path) -> None:
     tensors = load_file(path)
     del tensors[Q]
     save_file(tensors, path)
+    assert Q in refusal(model)
+
+
+STALE = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize("listed", [STALE, "lm_head.bias", "model.mtp.fc.weight"])
+def test_an_index_may_list_what_no_file_holds_and_no_model_needs(listed: str, model: Path) -> None:
+    """transformers takes what is in the files, and looks for what the model has."""
+    where = shard(model)
+    edit_index(model, {**where, listed: where[Q]})
+    source = opened(model)
+    assert torch.equal(source.read(Q), load_stock(model).state_dict()[Q].cpu())
+    (note,) = source.notes
+    assert f"lists 1 tensors that no file holds, first {listed}" in note
+
+
+def test_an_index_may_list_a_tied_head(recipes: Recipes, tmp_path: Path) -> None:
+    folder = tmp_path / "tied"
+    shutil.copytree(recipes("llama-tied-rope3").parent / "models" / "a", folder)
+    where = shard(folder)
+    edit_index(folder, {**where, HEAD: where[EMBEDDING]})
+    load_stock(folder)
+    assert opened(folder).head_name == EMBEDDING
+
+
+def test_what_is_ignored_of_the_files_is_said(model: Path) -> None:
+    edit_weights(model, lambda tensors: tensors.update({STALE: torch.ones(4)}))
+    (note,) = opened(model).notes
+    assert note.startswith("a: 1 tensors are ignored") and STALE in note
+
+
+def edit_index(model: Path, where: dict[str, str], **rest: Any) -> None:
+    index = {"metadata": {}, "weight_map": where} | rest
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_tensor_in_several_files_is_the_one_that_transformers_reads(model: Path) -> None:
+    """The last file's, whatever the index says."""
+    where = shard(model)
+    first, last = sorted({*where.values()})
+    for name in (Q, EMBEDDING):
+        for file in (first, last):
+            tensors = load_file(model / file)
+            tensors[name] = torch.full((300 if name == EMBEDDING else 32, 32), float(file == last))
+            save_file(tensors, model / file, {"format": "pt"})
+    source = opened(model)
+    stock = load_stock(model).state_dict()
+    for name in (Q, EMBEDDING):
+        assert torch.equal(source.read(name), stock[name].cpu())
+    (note,) = source.notes
+    assert "2 tensors are in more than one file" in note and f"that of {last}" in note
+
+
+@pytest.mark.parametrize("outside", ["../b.safetensors", "x/../../b.safetensors", "{root}/b"])
+@pytest.mark.parametrize("preferred", [False, True])
+def test_an_index_that_names_files_outside_the_folder_is_refused(
+    outside: str, preferred: bool, model: Path
+) -> None:
+    """Also where transformers would not read it, as model.safetensors is there."""
+    tensors = load_file(model / WEIGHTS)
+    where = shard(model)
+    outside = outside.format(root=model.parent)
+    save_file(tensors, model.parent / "b.safetensors", {"format": "pt"})
+    save_file(tensors, model.parent / "b", {"format": "pt"})
+    edit_index(model, {**where, Q: outside})
+    if preferred:
+        save_file(tensors, model / WEIGHTS, {"format": "pt"})
+    assert "outside of the model's folder" in refusal(model)
+
+
+@pytest.mark.parametrize("opening", ["[", '{"weight_map":'])
+def test_a_file_nested_without_end_is_refused(opening: str, model: Path) -> None:
+    shard(model)
+    (model / "model.safetensors.index.json").write_text(opening * 100_000)
     message = refusal(model)
-    assert Q in message and "index" in message
+    assert "not a usable index" in message and len(message) < 500
+    (model / "config.json").write_text(opening * 100_000)
+    assert "config.json" in refusal(model)
 
 
 @pytest.mark.parametrize(
@@ -574,6 +651,143 @@ def test_a_tied_checkpoint_may_store_its_head_twice(recipes: Recipes, tmp_path: 
     assert source.head_name == "model.embed_tokens.weight"
     assert source.headers.keys() == before.headers.keys()
     assert source.num_parameters == before.num_parameters
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+TIED = {"tie_word_embeddings": True}
+
+
+@pytest.fixture(params=["llama", "mistral", "qwen2-untied", "qwen3"])
+def untied(request: pytest.FixtureRequest, recipes: Recipes, tmp_path: Path) -> Path:
+    """A folder of every family with a head of its own."""
+    folder = tmp_path / "untied"
+    shutil.copytree(recipes(request.param).parent / "models" / "a", folder)
+    return folder
+
+
+def stock_tables(folder: Path) -> dict[str, torch.Tensor]:
+    """Embeddings and head, as stock transformers uses them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tables = {EMBEDDING: model.get_input_embeddings(), HEAD: model.get_output_embeddings()}
+    return {name: module.weight.detach() for name, module in tables.items()}
+
+
+def _equal_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[HEAD] = tensors[EMBEDDING].clone()
+
+
+def _rounded_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[EMBEDDING] = tensors[EMBEDDING].bfloat16().float()
+    tensors[HEAD] = tensors[EMBEDDING].bfloat16()
+
+
+def _head_of_another_last_row(tensors: dict[str, torch.Tensor]) -> None:
+    _equal_head(tensors)
+    tensors[HEAD][-1, -1] += 1
+
+
+HEADS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "another": lambda tensors: None,
+    "another in one number": _head_of_another_last_row,
+    "the same": _equal_head,
+    "the same in another dtype": _rounded_head,
+    "the embeddings alone": lambda tensors: tensors.pop(HEAD),
+    "the head alone": lambda tensors: tensors.pop(EMBEDDING),
+}
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("held", HEADS)
+def test_a_tied_models_head_is_the_one_that_transformers_uses(
+    held: str, pickled: bool, untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the config says: where the files hold another head, transformers does not tie."""
+    monkeypatch.setenv("SYMPHONY_CACHE", str(tmp_path / "cache"))
+    edit_json(untied / "config.json", **TIED)
+    edit_weights(untied, HEADS[held])
+    if pickled:
+        torch.save(load_file(untied / WEIGHTS), untied / "pytorch_model.bin")
+        (untied / WEIGHTS).unlink()
+    expected = stock_tables(untied)
+    for download in (False, True):
+        spec = SourceSpec(model=str(untied), data="unused.txt", allow_pickle=pickled)
+        source = open_source("a", spec, download=download)
+        assert torch.equal(source.read(EMBEDDING), expected[EMBEDDING])
+        assert torch.equal(source.read(source.head_name), expected[HEAD])
+        another = held.startswith("another")
+        assert source.config.tie_word_embeddings == (not another)
+        said = [note for note in source.notes if "files hold another head" in note]
+        assert len(said) == another
+
+
+def test_an_untied_model_has_the_head_that_it_says(untied: Path) -> None:
+    """transformers would draw a missing one at random, so would it where nothing is said of it."""
+    edit_weights(untied, _equal_head)
+    source = opened(untied)
+    assert source.head_name == HEAD and not source.notes
+    edit_weights(untied, lambda tensors: tensors.pop(HEAD))
+    for said in (False, None):
+        edit_json(untied / "config.json", tie_word_embeddings=said)
+        message = refusal(untied)
+        assert HEAD in message and "tie_word_embeddings: true" in message
+
+
+def test_a_tied_models_head_of_another_size_is_refused(untied: Path) -> None:
+    """transformers does not load it."""
+    edit_json(untied / "config.json", **TIED)
+    edit_weights(untied, lambda tensors: tensors.update({HEAD: torch.zeros(320, 32)}))
+    assert f"{HEAD} is [320, 32]" in refusal(untied)
+    with pytest.raises(RuntimeError):
+        stock_tables(untied)
+
+
+def test_a_head_that_cannot_be_compared_yet_is_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a hub model, a plan has the headers alone."""
+    asked = serve(model, tmp_path / "snapshot", monkeypatch)
+    edit_json(model / "config.json", **TIED)
+    spec = SourceSpec(model="someone/model", data="x.txt")
+    source = open_source("a", spec, download=False)
+    assert "*.safetensors" not in asked[0]
+    (note,) = source.notes
+    assert "whether they are equal shows once the weights are here" in note
+    assert open_source("a", spec).head_name == HEAD
+
+
+def test_a_plan_says_which_head_is_used(recipe: Recipe) -> None:
+    for spec in recipe.sources.values():
+        edit_json(Path(spec.model) / "config.json", **TIED)
+    planned = pipeline.plan(recipe)
+    assert sum("its files hold another head; that is used" in n for n in planned.notes) == 3
+    assert HEAD in planned.tensors
+
+
+@pytest.mark.parametrize("held", ["another", "the same"])
+def test_a_build_of_sources_with_a_head_against_their_config_is_verified(
+    held: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    for spec in recipe.sources.values():
+        edit_json(Path(spec.model) / "config.json", **TIED)
+        edit_weights(Path(spec.model), HEADS[held])
+    run = pipeline.build(recipe, tmp_path / "out")
+    config = json.loads((run.checkpoint / "config.json").read_text())
+    assert config["tie_word_embeddings"] == (held == "the same")
+    pipeline.verify(run)
+
+
+@pytest.mark.parametrize("value", [1e300, -3.5e38, 2.0**128])
+def test_a_number_beyond_float32_is_named_as_that(value: float, model: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[Q] = tensors[Q].double()
+        tensors[Q][3, 4] = value
+
+    edit_weights(model, spoil)
+    with pytest.raises(SourceError) as caught:
+        opened(model).read(Q)
+    message = str(caught.value)
+    assert message.startswith(f"a: {Q} in {model / WEIGHTS} has {value:.4g}, ")
+    assert "float32" in message and "NaN" not in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

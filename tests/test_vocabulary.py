@@ -20,7 +20,7 @@ from conftest import WORDS, make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.assemble import fused_tables
 from symphony_moe.cli import main
-from symphony_moe.errors import SourceError
+from symphony_moe.errors import SourceError, VerificationError
 from symphony_moe.evaluate import losses_and_routing, negative_log_likelihood
 from symphony_moe.families import EMBEDDING, HEAD
 from symphony_moe.recipe import load_recipe
@@ -511,6 +511,21 @@ def test_a_source_is_evaluated_on_the_tokens_that_it_has(pair: Path) -> None:
     assert losses["x"] == pytest.approx(float(each), rel=1e-6)
     losses, _ = losses_and_routing(model, {"x": torch.full((2, 9), 300)}, known)
     assert math.isnan(losses["x"]), "asked nothing, it is not perfect"
+
+
+def test_tables_that_transformers_does_not_read_are_not_put_into_a_source(
+    pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the union's numbers a source is compared with itself no more: before that, it is."""
+    source = next(s for s in open_sources(load_recipe(pair)) if s.name == "b")
+    read = Source.read
+
+    def other(self: Source, name: str, rows: slice | None = None) -> Any:
+        return read(self, name, rows) * (1.01 if name == source.head_name else 1)
+
+    monkeypatch.setattr(Source, "read", other)
+    with pytest.raises(VerificationError, match=r"^b: lm_head.weight is another in transformers"):
+        load_source(source)
 
 
 def test_chats_go_through_the_template_of_their_own_source(tmp_path: Path) -> None:

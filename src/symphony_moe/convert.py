@@ -21,15 +21,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from symphony_moe.errors import SourceError, first_line
-from symphony_moe.families import HEAD
+from symphony_moe.gguf_file import GGUFFile
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """What transformers looks for in a model folder, in this order."""
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _SMALL = (".json", ".jinja", ".model", ".txt")
+_FORMAT = 2
+"""What conversion makes of a file: raised where that changes, so that older entries are not
+read."""
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -43,15 +46,40 @@ def cache() -> Path:
 def weight_map(name: str, index: Path) -> dict[str, str]:
     """Tensor -> file, as an index says. Raises SourceError where it says nothing of the kind."""
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {str(tensor): str(Path(file)) for tensor, file in listed.items()}
+        found = _listed(index)
         if not found:
             raise ValueError("it lists no tensors")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNUSABLE as error:
         raise SourceError(
-            f"{name}: {index} is not a usable index: {error!r}; fetch it again"
+            f"{name}: {index} is not a usable index: {repr(error)[:200]}; fetch it again"
         ) from None
+    refuse_outside(name, index)
     return found
+
+
+def refuse_outside(name: str, index: Path) -> None:
+    """Raise SourceError where an index names a file that is not in its folder. One that cannot be
+    read, or is not there, names none."""
+    try:
+        files = _listed(index).values() if index.is_file() else ()
+    except _UNUSABLE:
+        return
+    for file in files:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise SourceError(
+                f"{name}: {index} names {file[:100]!r}, which is outside of the model's folder; "
+                "expected the names of files in it. Fetch the checkpoint again"
+            )
+
+
+_UNUSABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What JSON that is no index raises."""
+
+
+def _listed(index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index says."""
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return {str(tensor): str(Path(file)) for tensor, file in listed.items()}
 
 
 def pickles_of(name: str, folder: Path) -> list[Path]:
@@ -66,41 +94,46 @@ def pickles_of(name: str, folder: Path) -> list[Path]:
     return [folder / file for file in sorted(set(weight_map(name, index).values()))]
 
 
-def from_gguf(name: str, folder: Path, file: str, *, weights: bool) -> Path:
-    """A model folder of a GGUF file. `weights=False`: config and tokenizer alone.
+def from_gguf(name: str, folder: Path, file: GGUFFile, *, weights: bool) -> Path:
+    """A model folder of a GGUF file in a folder. `weights=False`: config and tokenizer alone.
 
-    Raises SourceError for a file that is not there or that transformers cannot read.
+    Raises SourceError for a file that transformers cannot read, or not wholly.
     """
-    path = folder / file
-    if not path.is_file():
-        raise SourceError(f"{name}: no such GGUF file: {path}")
+    named: dict[str, Any] = {"gguf_file": file.path.name, "local_files_only": True}
 
-    def describe(out: Path) -> None:
-        config = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True)
+    def describe(out: Path) -> PreTrainedConfig:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **named)
+        if config.model_type != file.architecture:
+            raise ValueError(f"transformers takes it for a {config.model_type!r} model")
         _forget_quantization(config)
-        config.save_pretrained(out)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
-        tokenizer.save_pretrained(out)
+        file.amend(config).save_pretrained(out)
+        AutoTokenizer.from_pretrained(folder, **named).save_pretrained(out)
+        return config
 
     def convert(out: Path) -> None:
-        describe(out)
+        config = describe(out)
         # float32 holds exactly what the quantized weights stand for.
-        read = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=torch.float32, local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, **named, config=config, dtype=torch.float32, output_loading_info=True
         )
+        read, info = loaded
+        wrong = {what: sorted(map(str, names)) for what, names in info.items() if names}
+        if wrong:
+            raise ValueError(f"transformers does not find all of it: {wrong}")
         # The model still says how it was quantized, and would not be saved.
-        config = AutoConfig.from_pretrained(out, local_files_only=True)
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(out, local_files_only=True), dtype=torch.float32
+        )
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(out)
 
-    kind, make = ("gguf", convert) if weights else ("gguf-described", describe)
-    return _once(name, kind, folder, [path], make)
+    if weights:
+        return _once(name, "gguf", folder, [file.path], convert)
+    return _once(name, "gguf-described", folder, [file.path], describe)
 
 
-def from_pickle(name: str, folder: Path, files: Sequence[Path], *, tied: bool) -> Path:
-    """A model folder with safetensors in the place of pickled weights. `tied`: a head that is
-    stored beside the embeddings is left out.
+def from_pickle(name: str, folder: Path, files: Sequence[Path]) -> Path:
+    """A model folder with safetensors in the place of pickled weights.
 
     Raises SourceError for files that are missing, or hold more than tensors.
     """
@@ -115,8 +148,6 @@ def from_pickle(name: str, folder: Path, files: Sequence[Path], *, tied: bool) -
         where: dict[str, str] = {}
         for number, path in enumerate(files, start=1):
             tensors = _tensors(path)
-            if tied:
-                tensors.pop(HEAD, None)
             file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
             save_file(tensors, out / file, {"format": "pt"})
             where |= dict.fromkeys(tensors, file)
@@ -175,11 +206,11 @@ def _forget_quantization(config: Any) -> None:
 
 
 def _once(
-    name: str, kind: str, folder: Path, files: Sequence[Path], make: Callable[[Path], None]
+    name: str, kind: str, folder: Path, files: Sequence[Path], make: Callable[[Path], object]
 ) -> Path:
     """The cache's entry for some files of a folder and the small ones in it; made, and put there by
     one rename, where it is missing."""
-    digest = hashlib.sha256(kind.encode())
+    digest = hashlib.sha256(f"{kind} {_FORMAT}".encode())
     for path in [*files, *_small_files(folder)]:
         state = path.stat()
         digest.update(f"\0{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}".encode())
@@ -197,10 +228,6 @@ def _once(
     except pickle.UnpicklingError as error:
         raise SourceError(
             f"{name}: {files[0]} holds more than tensors, and is not read: {first_line(error)}"
-        ) from None
-    except ImportError as error:
-        raise SourceError(
-            f"{name}: {files[0]}: reading GGUF needs the package gguf: pip install gguf ({error})"
         ) from None
     except OSError:
         raise

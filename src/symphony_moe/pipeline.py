@@ -92,7 +92,7 @@ from symphony_moe.run_folder import (
     write_bytes,
     write_text,
 )
-from symphony_moe.shards import CheckpointWriter, hash_folder, sha256_of
+from symphony_moe.shards import CheckpointWriter, beyond, hash_folder, sha256_of
 from symphony_moe.sources import Source, anchor_of, experts_of, open_sources
 from symphony_moe.streams import Streams
 from symphony_moe.tasks import choose_models, load_tasks, run_tasks
@@ -153,6 +153,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     opened = open_sources(recipe)
     sources = experts_of(recipe, opened)
     planned = make_plan(recipe, sources, opened)
+    _refuse_beyond(recipe, sources)
     windows = calibration_windows(recipe, sources) if recipe.aligns or recipe.fits else {}
     aside = aside_windows(recipe, sources) if recipe.fits else {}
     recipe = _with_hashes(recipe, opened)
@@ -169,6 +170,8 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
         begun_with = note_versions(folder.begun_with, versions(), "this build")
         _warn_beyond_context(recipe, opened, "calibration")
         folder.update_json(folder.plan, planned.to_json())
+        for note in (note for source in sources for note in source.notes):
+            log.warning("%s", note)
         text = digest_of(some.windows for some in (*windows.values(), *aside.values()))
         record = _align(recipe, sources, windows, aside, folder, text)
         if recipe.refit.method != "none":
@@ -216,6 +219,24 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
         shutil.rmtree(folder.work)
         log.info("built %s", folder.checkpoint)
     return folder
+
+
+def _refuse_beyond(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """Raise RecipeError where an expert's matrix that is written as it is has a number that float16
+    does not hold: found while it is written, that would be after hours."""
+    dtype = recipe.output.dtype
+    changed = recipe.folds or recipe.refit.method != "none" or recipe.experts.init == "drop"
+    if dtype != "float16" or changed or sources[0].family.norm_eps is not None:
+        return
+    copied = recipe.experts.init == "copy"
+    for source in [anchor_of(recipe, sources)] if copied else sources:
+        for layer in range(source.config.num_hidden_layers):
+            for name in (f"model.layers.{layer}.{part}" for part in source.family.expert):
+                if source.headers[name].dtype == "F16" and source.adapter is None:
+                    continue
+                largest = source.read(name).abs().max()
+                if not bool(largest.to(torch.float16).isfinite()):
+                    raise RecipeError(f"{source.name}: " + beyond(name, float(largest), dtype))
 
 
 def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, Any]:

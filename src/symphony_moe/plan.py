@@ -376,6 +376,7 @@ def _notes(
 ) -> list[str]:
     notes = [str(d) for d in differences if d.verdict == "warning"]
     for source in sources:
+        notes += source.notes
         notes += [f"{source.name}: {note}" for note in _of_adapter(source)]
     if recipe.aligns_neurons:
         notes.append(NOTE_PERMUTATION)

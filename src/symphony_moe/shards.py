@@ -123,7 +123,7 @@ class CheckpointWriter:
         )
         rounded = tensor.to(getattr(torch, self.dtype)).contiguous().cpu()
         if not bool(torch.isfinite(rounded).all()):
-            raise RecipeError(f"output.dtype: {name} has values that do not fit {self.dtype}")
+            raise RecipeError(beyond(name, float(tensor.abs().max()), self.dtype))
         file, offset, _ = self._where[name]
         row_bytes = math.prod(shape[1:]) * BYTES[self.dtype]
         with (self.folder / file).open("r+b") as opened:
@@ -184,6 +184,15 @@ class CheckpointWriter:
                 self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n"
             )
         return tensor_hashes(self.folder, self.files)
+
+
+def beyond(name: str, value: float, dtype: str) -> str:
+    """What to say of a number that an output's dtype does not hold."""
+    largest = torch.finfo(getattr(torch, dtype)).max
+    return (
+        f"output.dtype: {name} has a value of {value:.5g}, and {dtype} ends at {largest:.5g}; "
+        "write bfloat16 or float32"
+    )
 
 
 def reserve(file: BinaryIO, size: int) -> None:

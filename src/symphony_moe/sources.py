@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
@@ -39,6 +41,7 @@ from symphony_moe.convert import (
     from_gguf,
     from_pickle,
     pickles_of,
+    refuse_outside,
     tokenizer_over,
     weight_map,
 )
@@ -54,6 +57,7 @@ from symphony_moe.families import (
     head_dim,
 )
 from symphony_moe.forward import decoder_layer, one_layer_model, rotations
+from symphony_moe.gguf_file import GGUFFile, open_gguf
 from symphony_moe.recipe import BUNDLED, Recipe, SourceSpec
 from symphony_moe.shards import sha256_of
 from symphony_moe.text import Encoder
@@ -75,8 +79,8 @@ TABLE_ROWS = 8192
 """Rows of an embedding table that are read at once."""
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-_IGNORED = ("rotary_emb.inv_freq",)
-"""Buffers that old checkpoints carry and that the architecture computes itself."""
+_BUFFERS = r"rotary_emb\.inv_freq"
+"""What old checkpoints carry and the architecture computes itself: transformers reads past it."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class Header:
     shape: tuple[int, ...]
     dtype: str
     """As safetensors spells it: `BF16`, `F32`, ..."""
+    stored: str | None = None
+    """Its name in the file, where that is another."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class Source:
     the size of that then."""
     attention: str = "shared"
     """The recipe's `experts.attention`."""
+    notes: tuple[str, ...] = ()
+    """What its files hold that is ignored, or that its config does not say, in words."""
 
     @property
     def family(self) -> Family:
@@ -246,18 +254,16 @@ class Source:
         The file is mapped only while this runs, so that what was read does not stay in memory.
         """
         path = self.folder / self.headers[name].file
+        own = self.headers[name].stored or name
         try:
             with safe_open(path, framework="pt") as file:
-                stored = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+                stored = file.get_tensor(own) if rows is None else file.get_slice(own)[rows]
                 tensor = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)
+                if not bool(torch.isfinite(tensor).all()):
+                    reason = _why_not_finite(stored)
+                    raise SourceError(f"{self.name}: {own} in {path} has {reason}")
         except (SafetensorError, OSError) as error:
-            raise SourceError(f"{self.name}: {name} in {path} is not readable: {error}") from None
-        if not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise SourceError(
-                f"{self.name}: {name} in {path} has {bad} values that are NaN or infinite; "
-                "expected finite weights. Fetch the checkpoint again or leave this source out"
-            )
+            raise SourceError(f"{self.name}: {own} in {path} is not readable: {error}") from None
         return tensor
 
     def table(self, name: str) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
@@ -318,6 +324,26 @@ class Source:
             beside = [file for file in TOKENIZER_FILES if (adapted / file).is_file()]
             found |= {f"adapter/{f}": sha256_of(adapted / f) for f in (*ADAPTER_FILES, *beside)}
         return found
+
+
+def _why_not_finite(stored: Tensor) -> str:
+    """What keeps a tensor of a file from being finite in float32."""
+    # Of the dtypes that are read, only float64 holds numbers that float32 does not.
+    beyond = (
+        stored.abs() > torch.finfo(torch.float32).max if stored.dtype == torch.float64 else None
+    )
+    if beyond is not None and bool((beyond & stored.isfinite()).any()):
+        value = float(stored[beyond & stored.isfinite()][0])
+        return (
+            f"{value:.4g}, which is finite but beyond float32 (at most 3.4e38), in which "
+            "everything is computed. Expected the weights of a model; fetch the checkpoint again "
+            "or leave this source out"
+        )
+    bad = int((~torch.isfinite(stored.float())).sum())
+    return (
+        f"{bad} values that are NaN or infinite; expected finite weights. Fetch the checkpoint "
+        "again or leave this source out"
+    )
 
 
 def public_name(model: str) -> str:
@@ -419,8 +445,10 @@ def open_source(
         )
     origin = folder
     converted: tuple[str, ...] = ()
+    gguf: GGUFFile | None = None
     if spec.gguf_file is not None:
-        folder = from_gguf(name, folder, spec.gguf_file, weights=download)
+        gguf = open_gguf(name, folder / spec.gguf_file)
+        folder = _convert_gguf(name, folder, gguf, attention, weights=download)
         converted = (spec.gguf_file,)
     elif not any(folder.glob("*.safetensors")) and not from_hub and _gguf_hint(name, folder):
         found = f"{name}: {folder} has no .safetensors weights"
@@ -436,20 +464,20 @@ def open_source(
                 f"pickled; set sources.{name}.allow_pickle: true to have it read (tensors alone) "
                 "and converted"
             )
-        folder = from_pickle(name, folder, pickles, tied=config.tie_word_embeddings)
+        folder = from_pickle(name, folder, pickles)
         converted = tuple(path.name for path in pickles)
     remote = from_hub and not download and not _has_weights(name, folder)
-    if spec.gguf_file is not None and not download:
-        headers = _described(spec.gguf_file, config)
+    if gguf is not None and not download:
+        headers, notes = _headers_of_gguf(gguf), list[str]()
     else:
-        headers = _hub_headers(name, spec) if remote else _read_headers(name, folder)
-    headers = {k: v for k, v in headers.items() if not k.endswith(_IGNORED)}
-    if config.tie_word_embeddings:
-        # Some tied checkpoints carry their head a second time.
-        headers.pop(HEAD, None)
+        headers, notes = _hub_headers(name, spec) if remote else _read_headers(name, folder)
+    notes += [] if gguf is None else gguf.notes
     source = Source(name, spec.model, folder, config, headers, attention=attention)
+    source = replace(source, notes=tuple(notes))
     if converted:
         source = replace(source, origin=origin, converted=converted)
+    source = _with_its_head(_without_buffers(source), here=not remote)
+    config = source.config
     _check_tensors(source)
     _check_generation_config(source)
     if spec.adapter is not None:
@@ -477,9 +505,21 @@ def _needs_sentencepiece(folder: Path) -> bool:
     return find_spec("sentencepiece") is None
 
 
-def _described(file: str, config: PreTrainedConfig) -> dict[str, Header]:
-    """A GGUF model before its weights are converted: what its config promises."""
-    return {name: Header(file, shape, "F32") for name, shape in expected_shapes(config).items()}
+def _convert_gguf(
+    name: str, folder: Path, file: GGUFFile, attention: str, *, weights: bool
+) -> Path:
+    """The model folder of a GGUF file, which is proved to hold the whole model before its weights
+    are converted."""
+    described = from_gguf(name, folder, file, weights=False)
+    config = _read_config(name, described, attention)
+    source = Source(name, str(folder), folder, config, _headers_of_gguf(file))
+    _check_tensors(replace(source, origin=file.path))
+    return from_gguf(name, folder, file, weights=True) if weights else described
+
+
+def _headers_of_gguf(file: GGUFFile) -> dict[str, Header]:
+    """Headers of the tensors that it becomes."""
+    return {name: Header(file.path.name, shape, "F32") for name, shape in file.tensors.items()}
 
 
 def _open_adapter(name: str, spec: SourceSpec, adapter: str, config: PreTrainedConfig) -> Adapter:
@@ -560,8 +600,8 @@ def _has_weights(name: str, folder: Path) -> bool:
     )
 
 
-def _hub_headers(name: str, spec: SourceSpec) -> dict[str, Header]:
-    """Headers of a hub checkpoint by range requests, without its weights."""
+def _hub_headers(name: str, spec: SourceSpec) -> tuple[dict[str, Header], list[str]]:
+    """(headers of a hub checkpoint by range requests, without its weights; notes)."""
     from huggingface_hub import get_safetensors_metadata
 
     try:
@@ -571,11 +611,16 @@ def _hub_headers(name: str, spec: SourceSpec) -> dict[str, Header]:
         raise SourceError(
             f"{name}: no safetensors headers for hub id {spec.model!r}: {first_line(error)}"
         ) from None
-    return {
-        tensor: Header(file, tuple(info.shape), info.dtype)
-        for file, content in metadata.files_metadata.items()
-        for tensor, info in content.tensors.items()
-    }
+    return _by_tensor(
+        name,
+        {
+            file: {
+                tensor: Header(file, tuple(info.shape), info.dtype)
+                for tensor, info in content.tensors.items()
+            }
+            for file, content in sorted(metadata.files_metadata.items())
+        },
+    )
 
 
 def _read_config(name: str, folder: Path, attention: str) -> PreTrainedConfig:
@@ -614,10 +659,11 @@ def _read_config(name: str, folder: Path, attention: str) -> PreTrainedConfig:
     return config
 
 
-def _read_headers(name: str, folder: Path) -> dict[str, Header]:
-    """Headers of the files that transformers would load, whatever else is beside them."""
+def _read_headers(name: str, folder: Path) -> tuple[dict[str, Header], list[str]]:
+    """(headers of the files that transformers would load, whatever else is beside them; notes)."""
     listed: dict[str, str] = {}
     index = folder / INDEX
+    refuse_outside(name, index)
     if (folder / SAFETENSORS).is_file():
         files = [SAFETENSORS]
     elif index.is_file():
@@ -630,26 +676,110 @@ def _read_headers(name: str, folder: Path) -> dict[str, Header]:
             f"{', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}). "
             "Other formats: load the model with transformers and save_pretrained it"
         )
-    headers: dict[str, Header] = {}
     for file in files:
         if not (folder / file).is_file():
             raise SourceError(f"{name}: {file} is in the index of {folder}, but is not there")
-        try:
-            with safe_open(folder / file, framework="pt") as opened:
-                for tensor in opened.keys():  # noqa: SIM118 (a handle, not a dict)
-                    view = opened.get_slice(tensor)
-                    headers[tensor] = Header(file, tuple(view.get_shape()), view.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise SourceError(
-                f"{name}: {folder / file} is not a whole safetensors file ({error}); fetch it again"
-            ) from None
+    headers, notes = _by_tensor(name, {file: _headers_of(name, folder, file) for file in files})
     absent = sorted(set(listed) - set(headers))
     if absent:
-        raise SourceError(
-            f"{name}: the index of {folder} lists {absent[0]} (and {len(absent) - 1} more), "
-            "but no file holds it"
+        # transformers opens the files and takes what is in them: what a model needs is looked for
+        # there, and not here.
+        notes.append(
+            f"{name}: its index lists {len(absent)} tensors that no file holds, first {absent[0]}; "
+            "ignored, as transformers does"
         )
-    return headers
+    return headers, notes
+
+
+def _headers_of(name: str, folder: Path, file: str) -> dict[str, Header]:
+    """Headers of one file."""
+    found: dict[str, Header] = {}
+    try:
+        with safe_open(folder / file, framework="pt") as opened:
+            for tensor in opened.keys():  # noqa: SIM118 (a handle, not a dict)
+                view = opened.get_slice(tensor)
+                found[tensor] = Header(file, tuple(view.get_shape()), view.get_dtype())
+    except (SafetensorError, OSError) as error:
+        raise SourceError(
+            f"{name}: {folder / file} is not a whole safetensors file ({error}); fetch it again"
+        ) from None
+    return found
+
+
+def _by_tensor(
+    name: str, files: Mapping[str, Mapping[str, Header]]
+) -> tuple[dict[str, Header], list[str]]:
+    """(headers by tensor, notes) of files in the order of their names. Of a tensor that several
+    hold, the last file's is read, whatever an index says: so does transformers."""
+    headers: dict[str, Header] = {}
+    twice: set[str] = set()
+    for content in files.values():
+        twice |= headers.keys() & content.keys()
+        headers |= content
+    if not twice:
+        return headers, []
+    first = min(twice)
+    return headers, [
+        f"{name}: {len(twice)} tensors are in more than one file, first {first}; that of "
+        f"{headers[first].file}, the last of them, is read, as by transformers"
+    ]
+
+
+def _without_buffers(source: Source) -> Source:
+    """The source without the tensors that transformers reads past in silence."""
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
+    patterns = [_BUFFERS, *(getattr(stock, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    ignored = sorted(n for n in source.headers if any(re.search(p, n) for p in patterns))
+    if not ignored:
+        return source
+    note = (
+        f"{source.name}: {len(ignored)} tensors are ignored, as by transformers, which computes "
+        f"them itself, first {ignored[0]}"
+    )
+    headers = {n: h for n, h in source.headers.items() if n not in ignored}
+    return replace(source, headers=headers, notes=(*source.notes, note))
+
+
+def _with_its_head(source: Source, *, here: bool) -> Source:
+    """The source with the head that transformers gives it. Where a config ties the head to the
+    embeddings, and the files hold only one of both, it is both; where they hold both and they are
+    equal, they are tied; where they differ, they are not, whatever the config says. `here`: whether
+    the weights can be compared."""
+    headers = dict(source.headers)
+    if not source.config.tie_word_embeddings or HEAD not in headers:
+        return source
+    if EMBEDDING not in headers:
+        headers[EMBEDDING] = replace(headers.pop(HEAD), stored=HEAD)
+        return replace(source, headers=headers)
+    if headers[EMBEDDING].shape == headers[HEAD].shape:
+        if not here:
+            note = (
+                f"{source.name}: its config ties the head to the embeddings, and its files hold "
+                "both; whether they are equal shows once the weights are here. Where they are not, "
+                "the files' head is used, as transformers does, and the output's head is untied"
+            )
+            del headers[HEAD]
+            return replace(source, headers=headers, notes=(*source.notes, note))
+        if _has_equal_tables(source):
+            del headers[HEAD]
+            return replace(source, headers=headers)
+    config = copy.deepcopy(source.config)
+    config.tie_word_embeddings = False
+    note = (
+        f"{source.name}: its config ties the head to the embeddings, but its files hold another "
+        "head; that is used, as transformers does"
+    )
+    return replace(source, config=config, notes=(*source.notes, note))
+
+
+def _has_equal_tables(source: Source) -> bool:
+    """Whether the stored head is the embeddings. Block by block, up to the first that differs."""
+    return all(
+        torch.equal(
+            *(source._read(table, slice(first, first + TABLE_ROWS)) for table in (EMBEDDING, HEAD))
+        )
+        for first in range(0, source.own_rows, TABLE_ROWS)
+    )
 
 
 def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -665,6 +795,12 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+_NO_HEAD = (
+    ". transformers would draw a head at random; where the embeddings are the head, write "
+    "tie_word_embeddings: true in config.json"
+)
+
+
 def _check_tensors(source: Source) -> None:
     expected = expected_shapes(source.config)
     folder = source.origin or source.folder
@@ -673,6 +809,7 @@ def _check_tensors(source: Source) -> None:
         raise SourceError(
             f"{source.name}: {len(missing)} tensors are missing from {folder}, "
             f"first {missing[0]}; expected all that config.json describes"
+            + (_NO_HEAD if missing == [HEAD] else "")
         )
     surplus = sorted(set(source.headers) - set(expected))
     if surplus:

@@ -1,7 +1,10 @@
 """Models as everyone else loads them: stock `AutoModelForCausalLM`, with nothing missing or
 surplus."""
 
-from collections.abc import Sequence
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from symphony_moe.adapter import Adapter
+from symphony_moe.convert import INDEX, SAFETENSORS
 from symphony_moe.errors import VerificationError, first_line
 from symphony_moe.families import EMBEDDING, HEAD_BIAS
 from symphony_moe.forward import device
-from symphony_moe.sources import Source
+from symphony_moe.sources import TABLE_ROWS, Source
 
 
 def load_stock(
@@ -29,10 +33,11 @@ def load_stock(
     recipe left out may be missing where it is zero.
     """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
+        with _with_whole_index(folder) as loadable:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                loadable, dtype=dtype, local_files_only=True, use_safetensors=True,
+                output_loading_info=True,
+            )  # fmt: skip
     except (OSError, ValueError, SafetensorError) as error:
         raise VerificationError(
             f"{folder}: a file of it is missing or damaged ({first_line(error)}); make the folder "
@@ -45,6 +50,24 @@ def load_stock(
     if wrong:
         raise VerificationError(f"{folder} does not load cleanly in transformers: {wrong}")
     return model.eval().to(on or device())
+
+
+@contextmanager
+def _with_whole_index(folder: Path) -> Iterator[Path]:
+    """The folder; one of links to its files where its index has no `metadata`, as other tools write
+    it: transformers asks for that, and takes nothing from it."""
+    path = folder / INDEX
+    unread = (folder / SAFETENSORS).is_file() or not path.is_file()
+    index = {} if unread else json.loads(path.read_text(encoding="utf-8"))
+    if unread or "metadata" in index:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as links:
+        for file in folder.iterdir():
+            if file != path:
+                (Path(links) / file.name).symlink_to(file.resolve())
+        (Path(links) / INDEX).write_text(json.dumps(index | {"metadata": {}}), encoding="utf-8")
+        yield Path(links)
 
 
 def ffn_routers(
@@ -75,14 +98,34 @@ def _merge_adapter(model: PreTrainedModel, source: Source, adapter: Adapter) -> 
             model.get_parameter(name).copy_(source.read(name))
 
 
+def load_alone(source: Source) -> PreTrainedModel:
+    """A source in its own vocabulary, in float32, as transformers loads it and peft puts its
+    adapter in: nothing that this package reads is in it."""
+    model = load_stock(source.folder)
+    if source.adapter is None:
+        return model
+    from peft import PeftModel
+
+    if source.adapter.rows is not None:
+        model.resize_token_embeddings(source.adapter.rows, mean_resizing=False)
+    adapted: Any = PeftModel.from_pretrained(model, str(source.adapter.folder))
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged.eval()
+
+
 def load_source(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A source as everyone else loads it, with its adapter, and its tables in the vocabulary that
-    the sources share."""
+    the sources share.
+
+    Raises VerificationError where the tables that are put in are not those that transformers has
+    loaded.
+    """
     model = load_stock(source.folder, dtype)
     if source.adapter is not None:
         _merge_adapter(model, source, source.adapter)
     if source.vocabulary is None:
         return model
+    _require_equal_tables(model, source)
     embedding, head = (
         torch.cat([rows for _, rows in source.table(name)]).to(model.device, dtype)
         for name in (EMBEDDING, source.head_name)
@@ -93,3 +136,23 @@ def load_source(source: Source, dtype: torch.dtype = torch.float32) -> PreTraine
     model.set_output_embeddings(output)
     model.config.vocab_size = len(embedding)
     return model
+
+
+@torch.no_grad()
+def _require_equal_tables(model: Any, source: Source) -> None:
+    """Raise VerificationError where a table is read here as another than transformers reads."""
+    tables = {
+        EMBEDDING: model.get_input_embeddings().weight,
+        source.head_name: model.get_output_embeddings().weight,
+    }
+    for name, theirs in tables.items():
+        for first in range(0, source.own_rows, TABLE_ROWS):
+            rows = slice(first, first + TABLE_ROWS)
+            own, stock = source.read(name, rows).to(theirs.dtype), theirs[rows].cpu()
+            # A number may be rounded once or twice.
+            last_bit = torch.finfo(own.dtype).eps
+            if own.shape != stock.shape or not torch.allclose(own, stock, rtol=last_bit, atol=0):
+                raise VerificationError(
+                    f"{source.name}: {name} is another in transformers than as it is read here; "
+                    "expected the same. Please report the model as a bug"
+                )

@@ -4,6 +4,8 @@ Everything that the recipe and the recorded maps determine is computed again fro
 compared tensor by tensor (what was fitted to calibration text is not: `--deep` fits it again); then
 stock `AutoModelForCausalLM` must load the checkpoint with nothing missing or surplus, and give the
 logits that the pipeline's own layers give, and stock `AutoTokenizer` cut text as the pipeline does.
+Each source must compute, as it is read here, what it computes as stock `transformers` (and `peft`)
+load it.
 """
 
 import logging
@@ -17,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from symphony_moe.assemble import aligned_layer, assemble_layer, fused_final_norm, fused_tables
-from symphony_moe.errors import VerificationError
+from symphony_moe.errors import VerificationError, first_line
 from symphony_moe.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -30,13 +32,18 @@ from symphony_moe.families import (
     moe_config,
     read_layer_outputs,
 )
-from symphony_moe.forward import load_moe_layer, logits_from_stream, run_layer
+from symphony_moe.forward import (
+    load_dense_layer,
+    load_moe_layer,
+    logits_from_stream,
+    run_layer,
+)
 from symphony_moe.plan import Plan
 from symphony_moe.recipe import Recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.shards import SPELLED, hash_folder, sha256_of
 from symphony_moe.sources import Source, anchor_of
-from symphony_moe.stock import load_stock
+from symphony_moe.stock import load_alone, load_stock
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +52,9 @@ LOGITS_TOLERANCE = 1e-4
 
 _PROBE = (2, 48)
 """Windows and tokens per window of the random probe for logits."""
+
+_PROBE_OF_SOURCE = (2, 24)
+"""The same for a source against stock loading of it."""
 
 _TEXTS = (
     "Two  spaces,\ttabs\n\n  and lines.", " a space before", "    def f(x):\n        return x",
@@ -94,6 +104,9 @@ def verify_run(
         # What follows would read files that are known to be wrong.
         raise VerificationError(f"{run.root}: " + " | ".join(failed))
 
+    for source in sources:
+        problem, passed = _check_source(source, recipe.seed)
+        check(f"{source.name} in stock transformers", problem, passed)
     probe = torch.randint(
         plan.tensors[EMBEDDING][0], _PROBE, generator=torch.Generator().manual_seed(recipe.seed)
     )
@@ -332,16 +345,76 @@ def _check_tokenizer(folder: Path, ours: PreTrainedTokenizerBase, seed: int) -> 
     return None
 
 
+def _check_source(source: Source, seed: int) -> tuple[str | None, str]:
+    """(problem, what passed) of what a source computes as it is read here against stock loading of
+    it, in its own vocabulary."""
+    unchecked = _too_large(source.num_parameters)
+    if unchecked:
+        return None, unchecked
+    alone = replace(source, vocabulary=None)
+    tokens = torch.randint(
+        source.own_rows, _PROBE_OF_SOURCE, generator=torch.Generator().manual_seed(seed)
+    )
+    try:
+        theirs = _logits_of_stock(load_alone(alone), tokens)
+    except VerificationError as error:
+        return str(error), ""
+    except Exception as error:
+        # A config that does not fit its weights fails anywhere in transformers.
+        return f"does not load in transformers: {type(error).__name__}: {first_line(error)}", ""
+    ours = _logits_as_read(alone, tokens)
+    if ours.shape != theirs.shape:
+        return f"has {ours.shape[-1]} tokens as it is read, {theirs.shape[-1]} in transformers", ""
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not difference <= LOGITS_TOLERANCE:
+        return (
+            f"computes something else than as it is read: logits differ by {difference:.1e} (at "
+            f"most {LOGITS_TOLERANCE})",
+            "",
+        )
+    return None, f"computes what it does as it is read, logits differ by {difference:.1e}"
+
+
+@torch.inference_mode()
+def _logits_as_read(source: Source, tokens: Tensor) -> Tensor:
+    """What a source computes by the pipeline's own reading, layer by layer."""
+    config = source.config
+    stream = torch.empty(*tokens.shape, config.hidden_size)
+    for first, rows in source.table(EMBEDDING):
+        inside = (tokens >= first) & (tokens < first + len(rows))
+        stream[inside] = rows[tokens[inside] - first]
+    for layer in range(config.num_hidden_layers):
+        stream = run_layer(load_dense_layer(config, layer, source.read_layer(layer)), stream)
+    norm, eps = source.read(FINAL_NORM), config.rms_norm_eps
+    parts = [
+        logits_from_stream(stream.cpu(), norm, rows, eps)
+        for _, rows in source.table(source.head_name)
+    ]
+    return torch.cat(parts, dim=-1)
+
+
+def _too_large(parameters: int) -> str | None:
+    """Why a model of so many parameters is not loaded; None where there is room for it."""
+    needed = parameters * 4 * 1.2
+    available = psutil.virtual_memory().available
+    if needed <= available:
+        return None
+    return f"not checked: loading takes {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are free"
+
+
+@torch.inference_mode()
+def _logits_of_stock(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
+    return logits.float().cpu()
+
+
 def _check_stock(
     folder: Path, plan: Plan, expected: Tensor | None, probe: Tensor
 ) -> tuple[str | None, str]:
     """(problem, what passed) of loading a checkpoint and, where logits are expected, comparing."""
-    needed = plan.total_parameters * 4 * 1.2
-    available = psutil.virtual_memory().available
-    if needed > available:
-        return None, (
-            f"not checked: loading takes {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are free"
-        )
+    unchecked = _too_large(plan.total_parameters)
+    if unchecked:
+        return None, unchecked
     try:
         model = load_stock(folder)
     except VerificationError as error:
@@ -349,8 +422,7 @@ def _check_stock(
     except Exception as error:
         # A config that does not fit its weights fails anywhere in transformers.
         return f"does not load in transformers: {type(error).__name__}: {error}", ""
-    with torch.inference_mode():
-        logits = model(input_ids=probe.to(model.device), use_cache=False).logits.float().cpu()
+    logits = _logits_of_stock(model, probe)
     if not bool(torch.isfinite(logits).all()):
         return "logits are not finite", ""
     if expected is None:
