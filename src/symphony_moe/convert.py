@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from symphony_moe.errors import SourceError, first_line
 from symphony_moe.families import HEAD
+from symphony_moe.pretrained import LOCAL, load_config, load_tokenizer
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """What transformers looks for in a model folder, in this order."""
@@ -75,20 +76,20 @@ def from_gguf(name: str, folder: Path, file: str, *, weights: bool) -> Path:
         raise SourceError(f"{name}: no such GGUF file: {path}")
 
     def describe(out: Path) -> None:
-        config = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        config = load_config(folder, gguf_file=file)
         _forget_quantization(config)
         config.save_pretrained(out)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        tokenizer = load_tokenizer(folder, gguf_file=file)
         tokenizer.save_pretrained(out)
 
     def convert(out: Path) -> None:
         describe(out)
         # float32 holds exactly what the quantized weights stand for.
         read = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=torch.float32, local_files_only=True
+            folder, gguf_file=file, dtype=torch.float32, **LOCAL
         )
         # The model still says how it was quantized, and would not be saved.
-        config = AutoConfig.from_pretrained(out, local_files_only=True)
+        config = load_config(out)
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(out)
@@ -110,7 +111,9 @@ def from_pickle(name: str, folder: Path, files: Sequence[Path], *, tied: bool) -
     def convert(out: Path) -> None:
         for path in _small_files(folder):
             if path.name != _BIN_INDEX:
-                shutil.copyfile(path, out / path.name)
+                copy = out / path.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
         where: dict[str, str] = {}
         for number, path in enumerate(files, start=1):
             tensors = _tensors(path)
@@ -126,8 +129,10 @@ def from_pickle(name: str, folder: Path, files: Sequence[Path], *, tied: bool) -
 
 
 def _small_files(folder: Path) -> list[Path]:
-    """Config, tokenizer and what else is in a model folder beside weights."""
-    return sorted(path for path in folder.iterdir() if path.suffix in _SMALL and path.is_file())
+    """Config, tokenizer and what else is in a model folder beside weights, the chat templates that
+    have a folder of their own included."""
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")]
+    return sorted(path for path in found if path.suffix in _SMALL and path.is_file())
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ from symphony_moe.sources import (
     is_tied,
     public_name,
     refuse_mismatch,
+    remarks,
 )
 
 STREAMS_IN_MEMORY = 2 * 1024**3
@@ -340,6 +341,7 @@ def _notes(
 ) -> list[str]:
     notes = [str(d) for d in differences if d.verdict == "warning"]
     for source in sources:
+        notes += remarks(source)
         base = _adapter_base(source)
         if base is not None and Path(base).name != Path(source.model).name:
             notes.append(

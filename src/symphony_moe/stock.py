@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from symphony_moe.errors import VerificationError, first_line
 from symphony_moe.families import EMBEDDING, HEAD_BIAS
 from symphony_moe.forward import device
+from symphony_moe.pretrained import LOCAL
 from symphony_moe.sources import Source
 
 
@@ -29,8 +30,7 @@ def load_stock(
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-            output_loading_info=True,
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
         )  # fmt: skip
     except (OSError, ValueError, SafetensorError) as error:
         raise VerificationError(
