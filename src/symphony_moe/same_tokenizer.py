@@ -4,7 +4,7 @@ The one place that compares tokenizers as everyone else uses them: `verify` comp
 with its sources', the tests every kind of tokenizer with the result's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -53,8 +53,10 @@ def with_tokens(tokens: Sequence[str]) -> list[str]:
 
 
 def texts_for(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Awkward text, with and without the tokenizer's added tokens."""
-    return [*TEXTS, *with_tokens(sorted(tokenizer.get_added_vocab()))]
+    """Awkward text, with and without the tokenizer's added tokens. Without the mark for a gap in
+    code, which Code Llama's class alone handles: it makes two texts of one."""
+    added = set(tokenizer.get_added_vocab()) - {getattr(tokenizer, "fill_token", None)}
+    return [*TEXTS, *with_tokens(sorted(added))]
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
@@ -89,14 +91,23 @@ def first_difference(
 def _uses(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[tuple[str, Any]]:
     """(what is done with a text, what comes of it)."""
     for special in (True, False):
-        ids = cut(tokenizer, text, special=special)
+        ids = _tried(cut, tokenizer, text, special=special)
         yield f"cutting (add_special_tokens={special})", ids
         for skip in (True, False):
-            what = f"decoding ({special}, skip_special_tokens={skip})"
-            yield what, tokenizer.decode(ids, skip_special_tokens=skip)
-    yield "cutting short", dict(tokenizer(text, truncation=True, max_length=3, verbose=False))
+            what = f"decoding (after add_special_tokens={special}, skip_special_tokens={skip})"
+            yield what, _tried(tokenizer.decode, ids, skip_special_tokens=skip)
+    yield "cutting short", _tried(tokenizer, text, truncation=True, max_length=3)
     if tokenizer.pad_token is not None:
-        yield "padding", dict(tokenizer([text, text + " a b"], padding=True, verbose=False))
+        yield "padding", _tried(tokenizer, [text, text + " a b"], padding=True)
+
+
+def _tried(call: Callable[..., Any], *values: Any, **settings: Any) -> Any:
+    """What a call gives, or the kind of its error: that is the same where tokenizers are."""
+    try:
+        found = call(*values, **settings)
+    except Exception as error:
+        return type(error).__name__
+    return dict(found) if isinstance(found, Mapping) else found
 
 
 def _short(value: Any) -> str:

@@ -459,9 +459,11 @@ def _write_rules(owner: Owner, contents: dict[str, Any], rules: dict[str, Any]) 
             rules[stage] = owner.content[stage]
     if not (_adds_nothing(read) and _adds_nothing(owner.content)):
         rules["post_processor"] = owner.content["post_processor"]
-    for option in owner.content["model"].keys() - {"vocab", "merges"}:
-        if read["model"].get(option) != owner.content["model"][option]:
-            rules["model"][option] = owner.content["model"][option]
+    if read["model"]["type"] != owner.content["model"]["type"]:
+        rules["model"] = owner.content["model"]
+    for option, value in owner.content["model"].items():
+        if read["model"].get(option) != value:
+            rules["model"][option] = value
     listed = rules.get("added_tokens", [])
     decoder = contents["tokenizer_config.json"].get("added_tokens_decoder", {})
     for entry in [*listed, *decoder.values()]:
@@ -495,6 +497,9 @@ def _write_settings(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) 
     """Name special tokens and settings that are the class's."""
     for role, token in tokenizer.special_tokens_map.items():
         config.setdefault(role, token)
+    extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", [])]
+    if set(extra) - {token for key in _EXTRA for token in _spelled(config.get(key))}:
+        config["extra_special_tokens"] = extra
     for name, unset in SETTINGS.items():
         value = getattr(tokenizer, name, unset)
         if value != unset and config.get(name, unset) != value:
