@@ -157,7 +157,7 @@ def test_gguf_files_that_are_none_are_messages(
     def without(*_: Any, **__: Any) -> Any:
         raise ImportError("no gguf here")
 
-    monkeypatch.setattr(convert.AutoConfig, "from_pretrained", without)
+    monkeypatch.setattr(convert, "load_config", without)
     with pytest.raises(SourceError, match="pip install gguf"):
         opened(tmp_path, gguf_file="m.gguf")
     assert not list(cache.glob("*")), "half a conversion"

@@ -768,9 +768,9 @@ def _other_numbers(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_lowercase, "; the pipeline's into ["),
-        (_prefix_space, "; the pipeline's into ["),
-        (_no_merge, "; the pipeline's into ["),
+        (_lowercase, ", expected ["),
+        (_prefix_space, ", expected ["),
+        (_no_merge, ", expected ["),
         (_other_numbers, "2 tokens have other numbers, first 'A'"),
         (dict.clear, "does not load in transformers"),
     ],

@@ -644,6 +644,11 @@ def remarks(source: Source) -> list[str]:
             f"the model has no rows for {_some(gone)}, which only the tokenizer's class adds: left "
             "out"
         )
+    elif fill := getattr(tokenizer, "fill_token", None):
+        found.append(
+            f"its tokenizer's class makes two texts of one with {fill}; to the result, whose class "
+            "is another, it is a token like others"
+        )
     text = cut_otherwise(source.owner)
     if text is not None:
         found.append(
