@@ -53,6 +53,8 @@ from symphony_moe.vocabulary import (
     Owner,
     Vocabulary,
     cut_otherwise,
+    flags_of,
+    found_otherwise,
     is_needed,
     left_out,
     merge,
@@ -884,6 +886,8 @@ def _special_ids(source: Source, field: str) -> Any:
 
 def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> list[Difference]:
     found = _compare_vocabularies(sources, anchor)
+    if all(difference.verdict != "error" for difference in found):
+        found += _compare_added(sources, anchor)
     common = set.intersection(*(set(s.own_tokenizer.get_vocab()) for s in sources))
     rules: dict[str, dict[str, str]] = {
         "tokenizer merges and normalization": {},
@@ -913,6 +917,25 @@ def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> li
         for what, values in rules.items()
         if len(set(values.values())) > 1
     ]
+    return found
+
+
+def _compare_added(sources: Sequence[Source], anchor: str) -> list[Difference]:
+    """Added tokens that the result finds at other places of a text than the source they are of."""
+    result = next(source.tokenizer for source in sources if source.name == anchor)
+    found = []
+    for source in sources:
+        tokens = [] if source.name == anchor else found_otherwise(source.owner, result)
+        if tokens:
+            flags = {
+                name: flags_of(tokenizer, tokens[0])
+                for name, tokenizer in ((source.name, source.own_tokenizer), ("the result", result))
+            }
+            why = (
+                f"text around {len(tokens)} of {source.name}'s is cut otherwise than by "
+                f"{source.name}: {_some(tokens)}"
+            )
+            found.append(Difference(f"added token {tokens[0]!r}", flags, "warning", why))
     return found
 
 
@@ -965,11 +988,6 @@ def _fate(merged: Vocabulary, name: str, anchor: str, own: Collection[str]) -> s
     if unused:
         parts.append(
             f"{len(unused)} of {name}'s are left out, as no text becomes them: {_some(unused)}"
-        )
-    if otherwise := merged.otherwise[name]:
-        parts.append(
-            f"text around {len(otherwise)} of {name}'s is cut otherwise than by {name}, as "
-            f"another's flags (lstrip, rstrip, single_word, normalized) hold: {_some(otherwise)}"
         )
     if lacking:
         parts.append(f"{name} lacks {lacking} of the others' and reads their pieces instead")

@@ -157,8 +157,6 @@ class Vocabulary:
     """Source -> tokens that its tokenizer makes of text and the merged one does not."""
     unused: Mapping[str, list[str]]
     """Source -> tokens that the merged one lacks and that its own makes of no text either."""
-    otherwise: Mapping[str, list[str]]
-    """Source -> added tokens that it finds at other places in a text than the merged one does."""
     settings: Mapping[str, Any]
     """What the config says of special tokens, where it is not the anchor's."""
     generation: Mapping[str, Any] | None
@@ -206,40 +204,42 @@ def merge(owners: Sequence[Owner], anchor: str, chat: str) -> Vocabulary:
     lost = {owner.name: _lost(owner, first.made | as_text) for owner in others}
     unused = {o.name: sorted(o.tokens.keys() - tokens.keys() - set(lost[o.name])) for o in others}
     tables = {owner.name: _table(owner, tokens, as_text, size) for owner in owners}
-    otherwise = {owner.name: _otherwise(owner, first, new, tokenizer) for owner in others}
     settings: dict[str, Any] = {}
     generation = None
     if chat != anchor:
         settings = _settings_of(by_name[chat], tokens)
         generation = _generation_of(by_name[chat], tokens)
-    return Vocabulary(
-        tokenizer, files, size, tables, added, lost, unused, otherwise, settings, generation
-    )
+    return Vocabulary(tokenizer, files, size, tables, added, lost, unused, settings, generation)
 
 
 def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
     return {flag: bool(token.get(flag)) for flag in _FLAGS}
 
 
-def _otherwise(
-    owner: Owner,
-    anchor: Owner,
-    new: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[str]:
-    """Added tokens that the owner finds at other places than the union's tokenizer: the anchor, or
-    a source before it, has them with other flags, or as something that merges make."""
-    entries = anchor.added | {token["content"]: token for token in new}
+def found_otherwise(owner: Owner, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Added tokens of an owner that another tokenizer has too and finds at other places of a text:
+    it has them with other flags, or as something that merges make."""
+    entries = Owner("", owner.folder, tokenizer, owner.rows).added
+    numbers = tokenizer.get_vocab()
     return sorted(
         token
         for token, entry in owner.added.items()
-        if token in tokenizer.get_vocab()
+        if token in numbers
         and (entry["normalized"] or _flags(entry) != _flags(entries.get(token, {})))
         and any(
             _places(owner.tokenizer, token, text) != _places(tokenizer, token, text)
             for text in with_tokens([token])
         )
     )
+
+
+def flags_of(tokenizer: PreTrainedTokenizerBase, token: str) -> str:
+    """How a tokenizer finds an added token in a text, in words."""
+    added = {t.content: t for t in tokenizer.added_tokens_decoder.values()}
+    if token not in added:
+        return "none of the added ones"
+    set_ = [flag for flag in _FLAGS if flag != "special" and getattr(added[token], flag)]
+    return ", ".join(set_) or "plain"
 
 
 def _places(tokenizer: PreTrainedTokenizerBase, token: str, text: str) -> list[tuple[int, int]]:
