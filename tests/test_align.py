@@ -63,6 +63,7 @@ from symphony_moe.symmetry import (
     reorder_neurons,
     transform_layer,
 )
+from symphony_moe.text import Packed
 
 SEEDS = st.integers(0, 2**31)
 Layer = dict[str, Tensor]
@@ -823,7 +824,10 @@ def test_what_is_settled_from_is_read_when_asked_for_and_keeps_no_file_mapped(
         return settle(names, read, *others)
 
     monkeypatch.setattr(pipeline, "settle", look)
-    windows = {name: torch.randint(256, (2, 64)) for name in recipe.sources}
+    windows = {
+        name: Packed(torch.randint(256, (2, 64)), torch.arange(64).expand(2, 64))
+        for name in recipe.sources
+    }
     record = pipeline._align(recipe, open_sources(recipe), windows, {}, folder, "text")
     assert settled == [(["b", "c"], 2)]
     assert "b.layers.1.cosine" in record

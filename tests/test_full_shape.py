@@ -477,8 +477,9 @@ def test_the_papers_data_sets_are_streamed(
     columns = {"general": "text", "math": "response", "code": "output", "science": "answer",
                "medmcqa": "question"}  # fmt: skip
     assert set(read) == set(columns)
-    calibration = calibration_windows(recipe, sources)
-    for domain, text in (*read.items(), *calibration.items()):
-        words = re.findall("[a-z]+", str(sources[0].tokenizer.decode(text.windows[0])))
+    calibration = {n: text.windows for n, text in calibration_windows(recipe, sources).items()}
+    held_out = {name: text.windows for name, text in read.items()}
+    for domain, windows in (*held_out.items(), *calibration.items()):
+        words = re.findall("[a-z]+", str(sources[0].tokenizer.decode(windows[0])))
         # A window may begin and end within a word.
         assert set(words[1:-1]) == {columns[domain]}, domain

@@ -446,8 +446,8 @@ def test_no_gradient_leaves_the_layer(
         expected += [tensor.numel() for expert in start.experts for tensor in expert.values()]
         assert len(learned) == len(parameters) and sizes == sorted(expected)
 
-        def watched_loss(batch: Sequence[tuple[str, Tensor, Tensor]]) -> Tensor:
-            assert not any(t.requires_grad for _, *pair in batch for t in pair)
+        def watched_loss(batch: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> Tensor:
+            assert not any(t.requires_grad for _, _, *pair in batch for t in pair)
             loss = loss_of(batch)
             found = leaves(loss)
             assert learned <= found.keys()
@@ -676,9 +676,10 @@ def test_a_step_takes_as_much_of_every_source_and_every_window_once_an_epoch(
     def draws(seed: int) -> dict[str, list[int]]:
         drawn: dict[str, list[int]] = {"a": [], "b": [], "c": []}
 
-        def note(batch: Sequence[tuple[str, Tensor, Tensor]]) -> None:
-            assert [name for name, _, _ in batch] == ["a", "b", "c"]
-            for name, new, wanted in batch:
+        def note(batch: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> None:
+            assert [name for name, *_ in batch] == ["a", "b", "c"]
+            for name, numbers, new, wanted in batch:
+                assert torch.equal(new[:, 0, 0].long(), numbers)
                 assert new.shape == wanted.shape == (2, 8, 8)
                 assert torch.equal(wanted, new + 100)
                 drawn[name] += new[:, 0, 0].int().tolist()

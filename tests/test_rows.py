@@ -275,9 +275,10 @@ def test_a_chat_is_on_one_side_whoever_spells_it(
     for path, template, rules in ways:
         documents = read_documents("w", str(path), "text", spelled_by(base, template), rules)
         held_out = {number for number, d in enumerate(documents) if is_held_out(d, 0.1)}
+        assert isinstance(documents, list)
         training, _ = split_held_out(documents, 0.1)
-        _, aside = split_aside(list(training), 1 / 8)
-        sides.append((held_out, {documents.index(d) for d in aside}))
+        aside = split_aside(list(training), 1 / 8)[1]
+        sides.append((held_out, {n for n, d in enumerate(documents) if d in aside}))
     assert 10 < len(sides[0][0]) < 60 and len(sides[0][1]) > 20
     assert all(side == sides[0] for side in sides)
 

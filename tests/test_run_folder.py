@@ -769,9 +769,9 @@ def _other_numbers(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_lowercase, "; the pipeline's into ["),
-        (_prefix_space, "; the pipeline's into ["),
-        (_no_merge, "; the pipeline's into ["),
+        (_lowercase, ", expected ["),
+        (_prefix_space, ", expected ["),
+        (_no_merge, ", expected ["),
         (_other_numbers, "2 tokens have other numbers, first 'A'"),
         (dict.clear, "does not load in transformers"),
     ],
@@ -789,6 +789,23 @@ def test_a_tokenizer_that_cuts_text_otherwise_is_found(
     trust(run)
     message = complaint(run)
     assert f"{folder} tokenizer: " in message and said in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"padding_side": "left"},
+        {"model_max_length": 16},
+        {"pad_token": "<s>"},
+        {"chat_template": "x"},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_with_another_setting_is_found(changes: dict[str, Any], run: RunFolder) -> None:
+    path = run.checkpoint / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    trust(run)
+    assert "checkpoint tokenizer: its " in complaint(run)
 
 
 def test_a_config_that_does_not_load_the_weights_is_found(run: RunFolder) -> None:

@@ -11,7 +11,12 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+from huggingface_hub.utils import (
+    SafetensorsFileMetadata,
+    SafetensorsRepoMetadata,
+    TensorInfo,
+    filter_repo_objects,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,6 +26,7 @@ from symphony_moe.errors import SourceError, SourceMismatch
 from symphony_moe.plan import make_plan
 from symphony_moe.recipe import Recipe, SourceSpec, load_recipe
 from symphony_moe.sources import (
+    _SMALL_FILES,
     Difference,
     Source,
     compare_sources,
@@ -30,6 +36,7 @@ from symphony_moe.sources import (
     share_vocabulary,
 )
 from symphony_moe.stock import load_stock
+from test_vocabulary import add_tokens
 
 Recipes = Callable[[str], Path]
 WEIGHTS = "model.safetensors"
@@ -1150,3 +1157,117 @@ def test_what_reads_a_sentencepiece_model_is_named(
         monkeypatch.setattr("symphony_moe.sources.find_spec", lambda name, found=found: found)
         with pytest.raises(SourceError, match=f"b: .*{told}"):
             source.own_tokenizer  # noqa: B018 (reading it is what fails)
+
+
+# Numbers of tokens that no row has, and code that comes with a model
+
+
+@pytest.mark.parametrize("number", [300, 12345, -301])
+def test_a_padding_token_without_a_row_is_refused(number: int, model: Path) -> None:
+    """With it, transformers makes no model of any family."""
+    edit_json(model / "config.json", pad_token_id=number)
+    with pytest.raises(AssertionError, match="Padding_idx"):
+        load_stock(model)
+    message = refusal(model)
+    assert f"pad_token_id in {model / 'config.json'} is {number}, and" in message
+    assert "300 rows" in message and "Set it to null" in message
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("numbers", "kept"), [(300, None), ([257, 300], [257]), ([300, 999], None), (299, 299)]
+)
+def test_ends_without_a_row_are_left_out_and_said_to_be(
+    numbers: Any, kept: Any, file: str, recipes: Recipes, model: Path, tmp_path: Path
+) -> None:
+    """No model ever writes such a token; in a union of vocabularies, its number is another's."""
+    edit_json(model / file, eos_token_id=numbers)
+    recipe = load_recipe(recipes("llama"), [f"sources.a.model={model}"])
+    run = pipeline.build(recipe, tmp_path / "run")
+    written = json.loads((run.checkpoint / file).read_text())
+    assert written["eos_token_id"] == kept
+    load_stock(run.checkpoint)
+    notes = run.read_json(run.plan)["notes"]
+    said = [note for note in notes if note.startswith(f"a: eos_token_id in {file} names ")]
+    assert len(said) == (kept != numbers)
+    assert all("300 rows: left out" in note for note in said)
+    pipeline.verify(run)
+
+
+def test_a_number_beyond_the_table_is_no_other_sources_token(
+    recipes: Recipes, model: Path, tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other", "llama", 1, vocab_size=301)
+    edit_tokenizer(other, lambda content: add_tokens(content, ["<|theirs|>"]))
+    edit_json(model / "config.json", eos_token_id=[257, 300])
+    specs = {"a": str(model), "b": str(other)}
+    recipe = load_recipe(recipes("llama"), [f"sources.{n}.model={m}" for n, m in specs.items()])
+    planned = pipeline.plan(recipe)
+    assert planned.config["vocab_size"] == 301 and planned.config["eos_token_id"] == [257]
+
+
+def test_minus_one_pads_nothing_and_can_be_trained(
+    recipes: Recipes, model: Path, tmp_path: Path
+) -> None:
+    """As LLaMA's first configs have it. transformers loads it, but saves no generation config that
+    holds it."""
+    for file in ("config.json", "generation_config.json"):
+        edit_json(model / file, pad_token_id=-1)
+    recipe = load_recipe(recipes("llama"), [f"sources.a.model={model}"])
+    run = pipeline.run(recipe, tmp_path / "run")
+    for folder in (run.checkpoint, run.trained):
+        assert json.loads((folder / "generation_config.json").read_text())["pad_token_id"] is None
+        load_stock(folder)
+    notes = run.read_json(run.plan)["notes"]
+    assert any("a: pad_token_id in generation_config.json names -1" in note for note in notes)
+
+
+def test_no_code_of_a_model_is_run_or_asked_for(
+    recipes: Recipes, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named beside a class that transformers has: it is not used, the plan says so, and the result
+    names none."""
+
+    def ask(*_: object) -> str:
+        raise AssertionError("asked at the terminal")
+
+    monkeypatch.setattr("builtins.input", ask)
+    code = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass X: ...\n"
+    (model / "code.py").write_text(code)
+    edit_json(model / "config.json", auto_map={"AutoConfig": "code.X", "AutoModel": "code.X"})
+    edit_json(model / "generation_config.json", auto_map={"AutoModel": "code.X"})
+    named = {"auto_map": {"AutoTokenizer": [None, "code.X"]}}
+    edit_json(model / "tokenizer_config.json", **named)
+    recipe = load_recipe(recipes("llama"), [f"sources.a.model={model}"])
+    run = pipeline.build(recipe, tmp_path / "run")
+    pipeline.verify(run)
+    assert not list(tmp_path.rglob("ran"))
+    for path in run.checkpoint.glob("*.json"):
+        assert "auto_map" not in path.read_text()
+    notes = run.read_json(run.plan)["notes"]
+    for file in ("config.json", "tokenizer_config.json"):
+        assert any(
+            note.startswith(f"a: {file} names code (code.X), which is never") for note in notes
+        )
+
+
+def test_a_tokenizer_that_is_code_is_refused_unasked(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    named = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    edit_json(model / "tokenizer_config.json", **named)
+    with pytest.raises(SourceError, match=r"^a: .* needs own.Own, code that comes with it") as told:
+        opened(model).own_tokenizer  # noqa: B018 (reading it is what fails)
+    assert "take auto_map out" in str(told.value)
+
+
+# Chat templates beside the default
+
+
+def test_named_chat_templates_are_hashed_and_fetched(model: Path) -> None:
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "rag.jinja").write_text("RAG")
+    assert "additional_chat_templates/rag.jinja" in opened(model).hash_files()
+    files = ["additional_chat_templates/rag.jinja", "model.safetensors"]
+    assert list(filter_repo_objects(files, allow_patterns=_SMALL_FILES)) == files[:1]

@@ -582,6 +582,67 @@ def test_the_chat_conventions_may_be_another_sources(tmp_path: Path) -> None:
     assert settings["eos_token_id"] == [303, 257] and settings["pad_token_id"] == 304
 
 
+CHATS = {
+    "one": "{{ messages }}", "line ends of another system": "{{ messages }}\r\nx",
+    "several": {"default": "{{ messages }}", "rag": "RAG", "tool_use": "TOOLS"},
+    "no default": {"rag": "RAG"}, "none": None,
+}  # fmt: skip
+
+
+def write_templates(model: Path, templates: Any, how: str) -> None:
+    """As files, or in the tokenizer's config."""
+    if how == "config":
+        path = model / "tokenizer_config.json"
+        listed = templates
+        if isinstance(templates, dict):
+            listed = [{"name": name, "template": text} for name, text in templates.items()]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": listed}))
+        return
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    (model / "additional_chat_templates").mkdir()
+    for name, text in named.items():
+        where = model if name == "default" else model / "additional_chat_templates"
+        file = "chat_template.jinja" if name == "default" else f"{name}.jinja"
+        if text is not None:
+            (where / file).write_text(text)
+
+
+@pytest.mark.parametrize("how", ["config", "files"])
+@pytest.mark.parametrize("chat", ["a", "b"])
+@pytest.mark.parametrize("kind", CHATS)
+def test_every_chat_template_is_carried(kind: str, chat: str, how: str, tmp_path: Path) -> None:
+    """The anchor's, or those of the chat's source and none of the anchor's; into training too."""
+    path = a_pair(tmp_path)
+    for name in "ab":
+        other = {"default": "{{ 'other' }}", "other": "OTHER"}
+        write_templates(tmp_path / "models" / name, CHATS[kind] if name == chat else other, how)
+    stock = AutoTokenizer.from_pretrained(tmp_path / "models" / chat).chat_template
+    assert how == "files" or stock == CHATS[kind]
+    run = pipeline.build(load_recipe(path, [f"output.chat={chat}"]), tmp_path / "run")
+    assert AutoTokenizer.from_pretrained(run.checkpoint).chat_template == stock
+    pipeline.verify(run)
+    if kind == "several" and how == "files":
+        pipeline.train(run)
+        assert AutoTokenizer.from_pretrained(run.trained).chat_template == stock
+        pipeline.verify(run)
+
+
+@pytest.mark.parametrize("rows", [301, 302])
+def test_a_token_of_other_flags_is_named(
+    rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where two have one token, and one of them takes the spaces beside it: the anchor's way. With
+    tables of one size, or not."""
+    path = make_recipe(tmp_path, "llama", count=2)
+    for name, wide in (("a", False), ("b", True)):
+        model = tmp_path / "models" / name
+        make_model(model, "llama", 0, vocab_size=rows if wide else 301)
+        rewrite(model, partial(add_tokens, tokens=["<|x|>"], lstrip=wide))
+    assert main(["plan", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "added token '<|x|>' (b: lstrip; the result: plain): text around 1 of b's is cut" in out
+
+
 def test_the_chat_conventions_may_differ_where_the_vocabulary_does_not(tmp_path: Path) -> None:
     path = make_recipe(tmp_path, "llama", count=2)
     (tmp_path / "models" / "b" / "chat_template.jinja").write_text("{{ messages }}")

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from symphony_moe.errors import SourceError, first_line
 from symphony_moe.gguf_file import GGUFFile
+from symphony_moe.pretrained import LOCAL, load_config, load_tokenizer
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """What transformers looks for in a model folder, in this order."""
@@ -99,31 +100,33 @@ def from_gguf(name: str, folder: Path, file: GGUFFile, *, weights: bool) -> Path
 
     Raises SourceError for a file that transformers cannot read, or not wholly.
     """
-    named: dict[str, Any] = {"gguf_file": file.path.name, "local_files_only": True}
 
     def describe(out: Path) -> PreTrainedConfig:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **named)
+        config: PreTrainedConfig = load_config(folder, gguf_file=file.path.name)
         if config.model_type != file.architecture:
             raise ValueError(f"transformers takes it for a {config.model_type!r} model")
         _forget_quantization(config)
         file.amend(config).save_pretrained(out)
-        AutoTokenizer.from_pretrained(folder, **named).save_pretrained(out)
+        load_tokenizer(folder, gguf_file=file.path.name).save_pretrained(out)
         return config
 
     def convert(out: Path) -> None:
         config = describe(out)
         # float32 holds exactly what the quantized weights stand for.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, **named, config=config, dtype=torch.float32, output_loading_info=True
+            folder,
+            gguf_file=file.path.name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **LOCAL,
         )
         read, info = loaded
         wrong = {what: sorted(map(str, names)) for what, names in info.items() if names}
         if wrong:
             raise ValueError(f"transformers does not find all of it: {wrong}")
         # The model still says how it was quantized, and would not be saved.
-        plain = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(out, local_files_only=True), dtype=torch.float32
-        )
+        plain = AutoModelForCausalLM.from_config(load_config(out), dtype=torch.float32)
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(out)
 
@@ -144,7 +147,9 @@ def from_pickle(name: str, folder: Path, files: Sequence[Path]) -> Path:
     def convert(out: Path) -> None:
         for path in _small_files(folder):
             if path.name != _BIN_INDEX:
-                shutil.copyfile(path, out / path.name)
+                copy = out / path.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
         where: dict[str, str] = {}
         for number, path in enumerate(files, start=1):
             tensors = _tensors(path)
@@ -182,8 +187,10 @@ def tokenizer_over(
 
 
 def _small_files(folder: Path) -> list[Path]:
-    """Config, tokenizer and what else is in a model folder beside weights."""
-    return sorted(path for path in folder.iterdir() if path.suffix in _SMALL and path.is_file())
+    """Config, tokenizer and what else is in a model folder beside weights, the chat templates that
+    have a folder of their own included."""
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")]
+    return sorted(path for path in found if path.suffix in _SMALL and path.is_file())
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

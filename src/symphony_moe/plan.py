@@ -43,6 +43,7 @@ from symphony_moe.sources import (
     is_tied,
     public_name,
     refuse_mismatch,
+    remarks,
 )
 
 STREAMS_IN_MEMORY = 2 * 1024**3
@@ -376,7 +377,7 @@ def _notes(
 ) -> list[str]:
     notes = [str(d) for d in differences if d.verdict == "warning"]
     for source in sources:
-        notes += source.notes
+        notes += [*source.notes, *remarks(source)]
         notes += [f"{source.name}: {note}" for note in _of_adapter(source)]
     if recipe.aligns_neurons:
         notes.append(NOTE_PERMUTATION)

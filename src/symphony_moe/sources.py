@@ -24,8 +24,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -58,7 +56,9 @@ from symphony_moe.families import (
 )
 from symphony_moe.forward import decoder_layer, one_layer_model, rotations
 from symphony_moe.gguf_file import GGUFFile, open_gguf
+from symphony_moe.pretrained import code_of, load_config, load_tokenizer
 from symphony_moe.recipe import BUNDLED, Recipe, SourceSpec
+from symphony_moe.same_tokenizer import other_settings
 from symphony_moe.shards import sha256_of
 from symphony_moe.text import Encoder
 from symphony_moe.vocabulary import (
@@ -66,8 +66,13 @@ from symphony_moe.vocabulary import (
     VOCABULARY_FILES,
     Owner,
     Vocabulary,
+    cut_otherwise,
+    flags_of,
+    found_otherwise,
     is_needed,
+    left_out,
     merge,
+    tokenizer_paths,
     without_rowless,
 )
 
@@ -75,6 +80,7 @@ log = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TABLE_ROWS = 8192
 """Rows of an embedding table that are read at once."""
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -122,6 +128,8 @@ class Source:
     """The recipe's `experts.attention`."""
     notes: tuple[str, ...] = ()
     """What its files hold that is ignored, or that its config does not say, in words."""
+    dropped: tuple[str, ...] = ()
+    """What its config says and `config` does not, in words."""
 
     @property
     def family(self) -> Family:
@@ -163,21 +171,13 @@ class Source:
         model has no rows for."""
         folder = self.tokenizer_folder or self.folder
         try:
-            loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            loaded = load_tokenizer(folder)
             tokenizer, rowless = without_rowless(loaded, folder, self.own_rows)
             num_tokens = max(tokenizer.get_vocab().values()) + 1
         except Exception as error:
             # The loaders behind AutoTokenizer raise whatever their parser raised.
-            if _needs_sentencepiece(folder):
-                raise SourceError(
-                    f"{self.name}: {folder} has no tokenizer.json, and reading its "
-                    "tokenizer.model needs sentencepiece and protobuf: "
-                    "pip install sentencepiece protobuf"
-                ) from None
             raise SourceError(
-                f"{self.name}: no usable tokenizer in {folder} (tokenizer.json and "
-                f"tokenizer_config.json, or what its class reads): {first_line(error)}"
-                f"{self._or_the_models}"
+                f"{self.name}: {_why_unusable(folder, error)}{self._or_the_models}"
             ) from None
         if rowless:
             log.warning(
@@ -190,7 +190,9 @@ class Source:
             raise SourceError(
                 f"{self.name}: the tokenizer in {folder} has {num_tokens} tokens, the model "
                 f"embeddings for {self.own_rows}; is it another model's tokenizer? "
-                f"Otherwise remove the tokens that have no embedding{self._or_the_models}"
+                "Otherwise remove the tokens that have no embedding"
+                + _kinds_hint(Owner(self.name, folder, loaded, self.own_rows))
+                + self._or_the_models
             )
         return tokenizer
 
@@ -316,7 +318,7 @@ class Source:
     def hash_files(self) -> dict[str, str]:
         """File name -> SHA-256, for every file that a build reads: weights, config, tokenizer."""
         folder = self.origin or self.folder
-        others = ("config.json", GENERATION, *TOKENIZER_FILES)
+        others = ("config.json", GENERATION, *tokenizer_paths(folder))
         files = self._weights + [file for file in others if (folder / file).is_file()]
         found = {file: sha256_of(folder / file) for file in files}
         if self.adapter is not None:
@@ -472,7 +474,8 @@ def open_source(
     else:
         headers, notes = _hub_headers(name, spec) if remote else _read_headers(name, folder)
     notes += [] if gguf is None else gguf.notes
-    source = Source(name, spec.model, folder, config, headers, attention=attention)
+    dropped = tuple(_drop_numbers(name, folder, config))
+    source = Source(name, spec.model, folder, config, headers, attention=attention, dropped=dropped)
     source = replace(source, notes=tuple(notes))
     if converted:
         source = replace(source, origin=origin, converted=converted)
@@ -495,6 +498,36 @@ def _gguf_hint(name: str, path: Path) -> str:
     return (
         f". To read a GGUF file, write its folder as sources.{name}.model and "
         f"sources.{name}.gguf_file: {found[0].name}"
+    )
+
+
+def _why_unusable(folder: Path, error: Exception) -> str:
+    """Why no tokenizer was read from a folder, and what to do."""
+    if _needs_sentencepiece(folder):
+        return (
+            f"{folder} has no tokenizer.json, and reading its tokenizer.model needs sentencepiece "
+            "and protobuf: pip install sentencepiece protobuf"
+        )
+    code = code_of(folder, TOKENIZER_CONFIG)
+    if code and "trust_remote_code" in str(error):
+        return (
+            f"the tokenizer in {folder} needs {', '.join(code)[:80]}, code that comes with it, "
+            "which is never run; load it where you trust the code, save_pretrained it, and take "
+            f"auto_map out of its {TOKENIZER_CONFIG}"
+        )
+    return (
+        f"no usable tokenizer in {folder} (tokenizer.json and tokenizer_config.json, or what its "
+        f"class reads): {first_line(error)}"
+    )
+
+
+def _kinds_hint(owner: Owner) -> str:
+    """That the class makes another tokenizer of tokenizer.json than it holds, where it does."""
+    if owner.filed_kind == owner.kind:
+        return ""
+    return (
+        f". Its tokenizer.json is {owner.filed_kind}, of which transformers makes a "
+        f"{type(owner.tokenizer).__name__}, which is {owner.kind}"
     )
 
 
@@ -637,7 +670,7 @@ def _read_config(name: str, folder: Path, attention: str) -> PreTrainedConfig:
                 f"{name}: {folder} is a {model_type!r} model; "
                 f"families with an exact MoE target: {', '.join(FAMILIES)}"
             )
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = load_config(folder)
         # The family's own module refuses sizes and settings that make no model.
         expected_shapes(config)
     except SourceError:
@@ -657,6 +690,102 @@ def _read_config(name: str, folder: Path, attention: str) -> PreTrainedConfig:
         if refuses(config):
             raise SourceError(f"{name}: {folder} cannot become an expert: {reason}")
     return config
+
+
+def _drop_numbers(name: str, folder: Path, config: PreTrainedConfig) -> list[str]:
+    """Take numbers of special tokens out of a config that no row of the table has, as nothing that
+    stock transformers computes depends on them; what was taken, in words.
+
+    Raises SourceError for a padding token without a row, with which no model can be made.
+    """
+    rows, pad = config.vocab_size, config.pad_token_id
+    if isinstance(pad, int) and not -rows <= pad < rows:
+        raise SourceError(
+            f"{name}: pad_token_id in {folder / 'config.json'} is {pad}, and the embeddings have "
+            f"{rows} rows; transformers loads no such model. Set it to null, or to a token's number"
+        )
+    found = []
+    for key in ("bos_token_id", "eos_token_id"):
+        numbers, gone = _within(getattr(config, key, None), rows)
+        if gone:
+            setattr(config, key, numbers)
+            found.append(_no_row(key, "config.json", gone, rows))
+    return found
+
+
+def _within(numbers: Any, rows: int, least: int | None = None) -> tuple[Any, list[int]]:
+    """(numbers of tokens that are below `rows`, and `least` or more, as a list or alone; the
+    others). None where none is left."""
+    listed = numbers if isinstance(numbers, list) else [numbers]
+
+    def stands(number: Any) -> bool:
+        return type(number) is not int or (number < rows and (least is None or number >= least))
+
+    gone = [number for number in listed if not stands(number)]
+    kept = [number for number in listed if stands(number)]
+    if not gone:
+        return numbers, gone
+    return (kept if isinstance(numbers, list) and kept else None), gone
+
+
+def _no_row(key: str, file: str, gone: Sequence[int], rows: int) -> str:
+    numbers = ", ".join(map(str, gone[:5]))
+    return f"{key} in {file} names {numbers}, and the embeddings have {rows} rows: left out"
+
+
+def _generation(source: Source) -> tuple[dict[str, Any], list[str]]:
+    """(the settings of a source's generation config without numbers of tokens that no row has, what
+    was taken out, in words); nothing where there is no such file."""
+    settings = dict(source.generation or {})
+    found = []
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        least = 0 if key == "pad_token_id" else None  # transformers will not save such a one
+        kept, gone = _within(settings.get(key), source.own_rows, least)
+        if gone:
+            settings[key] = kept
+            found.append(_no_row(key, GENERATION, gone, source.own_rows))
+    return settings, found
+
+
+def generation_settings(source: Source) -> dict[str, Any]:
+    """What a source's generation config says, without code and numbers that are of no use: what
+    its config says of special tokens, where it has none."""
+    settings, _ = _generation(source)
+    if source.generation is None:
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        settings = {key: getattr(source.config, key, None) for key in keys}
+        settings["pad_token_id"], _ = _within(settings["pad_token_id"], source.own_rows, 0)
+    return {key: value for key, value in settings.items() if key != "auto_map"}
+
+
+def remarks(source: Source) -> list[str]:
+    """What a source's files say and the result does not take over, or not as it stands."""
+    found = [*source.dropped, *_generation(source)[1]]
+    for file in ("config.json", TOKENIZER_CONFIG):
+        if code := code_of(source.folder, file):
+            found.append(
+                f"{file} names code ({', '.join(code)[:80]}), which is never run: the classes of "
+                "transformers are used, and the result names none"
+            )
+    tokenizer = source.own_tokenizer
+    if gone := left_out(tokenizer):
+        found.append(
+            f"the model has no rows for {_some(gone)}, which only the tokenizer's class adds: left "
+            "out"
+        )
+    elif fill := getattr(tokenizer, "fill_token", None):
+        found.append(
+            f"its tokenizer's class makes two texts of one with {fill}; to the result, whose class "
+            "is another, it is a token like others"
+        )
+    text = cut_otherwise(source.owner)
+    if text is not None:
+        found.append(
+            f"tokenizer.json says to cut text otherwise than the class does that transformers "
+            f"takes for it, as in {text[:60]!r}; text is cut as by the class, here and by the "
+            "result where it is the anchor"
+        )
+    return [f"{source.name}: {remark}" for remark in found]
 
 
 def _read_headers(name: str, folder: Path) -> tuple[dict[str, Header], list[str]]:
@@ -1012,8 +1141,8 @@ def compare_sources(
 
 def _generation_settings(source: Source) -> dict[str, Any]:
     """What the source's generation_config.json sets."""
-    ignored = ("transformers_version", "_from_model_config")
-    return {k: value for k, value in (source.generation or {}).items() if k not in ignored}
+    ignored = ("transformers_version", "_from_model_config", "auto_map")
+    return {key: value for key, value in _generation(source)[0].items() if key not in ignored}
 
 
 def _special_ids(source: Source, field: str) -> Any:
@@ -1031,11 +1160,14 @@ def _special_ids(source: Source, field: str) -> Any:
 
 def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> list[Difference]:
     found = _compare_vocabularies(sources, anchor)
+    if all(difference.verdict != "error" for difference in found):
+        found += _compare_added(sources, anchor)
     common = set.intersection(*(set(s.own_tokenizer.get_vocab()) for s in sources))
     rules: dict[str, dict[str, str]] = {
         "tokenizer merges and normalization": {},
         "special tokens": {},
         "chat template": {},
+        "tokenizer settings": {},
     }
     for source in sources:
         tokenizer = source.own_tokenizer
@@ -1048,6 +1180,7 @@ def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> li
         rules["chat template"][source.name] = (
             "none" if not template else "sha256 " + _digest(str(template))
         )
+        rules["tokenizer settings"][source.name] = _spell(other_settings(tokenizer))
     consequences = {"chat template": _of_chat(chat, anchor)}
     if chat != anchor:
         consequences["special tokens"] = (
@@ -1058,6 +1191,25 @@ def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> li
         for what, values in rules.items()
         if len(set(values.values())) > 1
     ]
+    return found
+
+
+def _compare_added(sources: Sequence[Source], anchor: str) -> list[Difference]:
+    """Added tokens that the result finds at other places of a text than the source they are of."""
+    result = next(source.tokenizer for source in sources if source.name == anchor)
+    found = []
+    for source in sources:
+        tokens = [] if source.name == anchor else found_otherwise(source.owner, result)
+        if tokens:
+            flags = {
+                name: flags_of(tokenizer, tokens[0])
+                for name, tokenizer in ((source.name, source.own_tokenizer), ("the result", result))
+            }
+            why = (
+                f"text around {len(tokens)} of {source.name}'s is cut otherwise than by "
+                f"{source.name}: {_some(tokens)}"
+            )
+            found.append(Difference(f"added token {tokens[0]!r}", flags, "warning", why))
     return found
 
 

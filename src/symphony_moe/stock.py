@@ -19,6 +19,7 @@ from symphony_moe.convert import INDEX, SAFETENSORS
 from symphony_moe.errors import VerificationError, first_line
 from symphony_moe.families import EMBEDDING, HEAD_BIAS
 from symphony_moe.forward import device
+from symphony_moe.pretrained import LOCAL
 from symphony_moe.sources import TABLE_ROWS, Source
 
 
@@ -35,9 +36,8 @@ def load_stock(
     try:
         with _with_whole_index(folder) as loadable:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                loadable, dtype=dtype, local_files_only=True, use_safetensors=True,
-                output_loading_info=True,
-            )  # fmt: skip
+                loadable, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise VerificationError(
             f"{folder}: a file of it is missing or damaged ({first_line(error)}); make the folder "

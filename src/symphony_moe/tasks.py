@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, TextError
+from symphony_moe.pretrained import load_config, load_tokenizer
 from symphony_moe.recipe import Recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.sources import Source
@@ -335,13 +336,13 @@ def _folder(run: RunFolder, sources: Mapping[str, Source], name: str) -> Path:
 def _tokenizer(run: RunFolder, sources: Mapping[str, Source], name: str) -> PreTrainedTokenizerBase:
     if name in sources:
         return sources[name].own_tokenizer
-    return AutoTokenizer.from_pretrained(_folder(run, sources, name), local_files_only=True)
+    return load_tokenizer(_folder(run, sources, name))
 
 
 def _context(run: RunFolder, sources: Mapping[str, Source], name: str) -> int:
     """The longest text that a model takes, in tokens."""
     folder = _folder(run, sources, name)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder)
     return int(config.max_position_embeddings)
 
 

@@ -226,5 +226,9 @@ def _stamps(path: Path) -> list[tuple[str, int, int]]:
 def _spell(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """All that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    if backend is None:
+        rules: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        # Calls switch padding and truncation on and off.
+        rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
     return [type(tokenizer).__name__, rules]

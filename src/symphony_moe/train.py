@@ -728,7 +728,9 @@ def _write_trained(
                     writer.write(name, file.get_tensor(name))
     hashes = writer.finish()
     for path in run.checkpoint.iterdir():
-        if ".safetensors" not in path.name:
+        if path.is_dir():
+            shutil.copytree(path, run.staged_trained / path.name)
+        elif ".safetensors" not in path.name:
             shutil.copyfile(path, run.staged_trained / path.name)
     card = (run.staged_trained / "README.md").read_text(encoding="utf-8")
     settings = json.dumps(recipe.train.model_dump(), indent=2)

@@ -30,7 +30,7 @@ from symphony_moe.symmetry import (
     transform_head,
     transform_layer,
 )
-from symphony_moe.vocabulary import TOKENIZER_FILES
+from symphony_moe.vocabulary import tokenizer_paths
 from symphony_moe.write import write_json
 
 _SHARD_BYTES = 5_000_000_000
@@ -65,9 +65,10 @@ def scramble(source_folder: Path, out: Path, *, seed: int, dtype: str = "float32
         for name, first_row, tensor in _scrambled(source, seed):
             writer.write(name, tensor, first_row)
         writer.finish()
-        for name in (*TOKENIZER_FILES, GENERATION):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, staged / name)
+        others = [GENERATION] if (folder / GENERATION).is_file() else []
+        for name in [*tokenizer_paths(folder), *others]:
+            (staged / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, staged / name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for name in ("torch_dtype", "_name_or_path"):
             config.pop(name, None)

@@ -3,9 +3,9 @@
 Everything that the recipe and the recorded maps determine is computed again from the sources and
 compared tensor by tensor (what was fitted to calibration text is not: `--deep` fits it again); then
 stock `AutoModelForCausalLM` must load the checkpoint with nothing missing or surplus, and give the
-logits that the pipeline's own layers give, and stock `AutoTokenizer` cut text as the pipeline does.
-Each source must compute, as it is read here, what it computes as stock `transformers` (and `peft`)
-load it.
+logits that the pipeline's own layers give, and stock `AutoTokenizer` have every setting of the
+anchor's tokenizer and cut text as the pipeline does. Each source must compute, as it is read here,
+what it computes as stock `transformers` (and `peft`) load it.
 """
 
 import logging
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from symphony_moe.assemble import aligned_layer, assemble_layer, fused_final_norm, fused_tables
 from symphony_moe.errors import VerificationError, first_line
@@ -39,8 +39,10 @@ from symphony_moe.forward import (
     run_layer,
 )
 from symphony_moe.plan import Plan
+from symphony_moe.pretrained import load_tokenizer
 from symphony_moe.recipe import Recipe
 from symphony_moe.run_folder import RunFolder
+from symphony_moe.same_tokenizer import first_difference, settings_of, texts_for
 from symphony_moe.shards import SPELLED, hash_folder, sha256_of
 from symphony_moe.sources import Source, anchor_of
 from symphony_moe.stock import load_alone, load_stock
@@ -55,13 +57,6 @@ _PROBE = (2, 48)
 
 _PROBE_OF_SOURCE = (2, 24)
 """The same for a source against stock loading of it."""
-
-_TEXTS = (
-    "Two  spaces,\ttabs\n\n  and lines.", " a space before", "    def f(x):\n        return x",
-    "12 1234567 3.14 1,000", "It's Thomas' café: naïve, Ångström, e\u0301", "ÄÖÜ ß ﬁ Ⅷ ½",
-    "русский текст 日本語の文 한국어 العربية", "🎉👩‍🔬 \u200b\u00a0x", "",
-)  # fmt: skip
-"""What tokenizers cut differently, beside text of random tokens."""
 
 
 def verify_run(
@@ -117,8 +112,8 @@ def verify_run(
             folder, plan, expected if folder == run.checkpoint else None, probe
         )
         check(f"{folder.name} in stock transformers", problem, passed)
-        problem = _check_tokenizer(folder, anchor_of(recipe, sources).tokenizer, recipe.seed)
-        check(f"{folder.name} tokenizer", problem, "cuts text as the pipeline does")
+        problem = _check_tokenizer(folder, recipe, sources)
+        check(f"{folder.name} tokenizer", problem, "the anchor's settings; the pipeline's cuts")
     if failed:
         raise VerificationError(f"{run.root}: " + " | ".join(failed))
     return checks
@@ -322,27 +317,33 @@ def _compare_names(folder: Path, plan: Plan) -> str | None:
     return f"{len(wrong)} tensors are not as planned, first {wrong[0]}" if wrong else None
 
 
-def _check_tokenizer(folder: Path, ours: PreTrainedTokenizerBase, seed: int) -> str | None:
+def _check_tokenizer(folder: Path, recipe: Recipe, sources: Sequence[Source]) -> str | None:
     """What is wrong with a checkpoint's tokenizer as everyone else loads it. No documents are read:
     the text of random tokens has all that the vocabulary has."""
     try:
-        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        theirs = load_tokenizer(folder)
     except Exception as error:
         # The loaders behind AutoTokenizer raise whatever their parser raised.
         return f"does not load in transformers: {type(error).__name__}: {error}"
-    if theirs.get_vocab() != ours.get_vocab():
-        wrong = sorted(dict(theirs.get_vocab().items() ^ ours.get_vocab().items()))
-        return f"{len(wrong)} tokens have other numbers, first {wrong[0]!r}"
-    drawn = torch.randint(len(ours), (64, 32), generator=torch.Generator().manual_seed(seed))
-    for text in [*_TEXTS, *ours.batch_decode(drawn)]:
-        for special in (True, False):
-            expected, found = (
-                tokenizer(text, add_special_tokens=special)["input_ids"]
-                for tokenizer in (ours, theirs)
-            )
-            if found != expected:
-                return f"cuts {text!r} into {found}; the pipeline's into {expected}"
-    return None
+    anchor = anchor_of(recipe, sources)
+    ours = anchor.tokenizer
+    drawn = torch.randint(len(ours), (64, 32), generator=torch.Generator().manual_seed(recipe.seed))
+    texts = [*texts_for(ours), *ours.batch_decode(drawn)]
+    chat = next(s for s in sources if s.name == (recipe.output.chat or recipe.anchor))
+    expected = _conventions(anchor.own_tokenizer, chat.own_tokenizer)
+    return first_difference(ours, theirs, texts, expected)
+
+
+def _conventions(anchor: PreTrainedTokenizerBase, chat: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The settings that a checkpoint's tokenizer has: the anchor's, and of the chat source's its
+    templates, end and padding tokens."""
+    expected, other = settings_of(anchor), settings_of(chat)
+    roles = dict(expected["special tokens"])
+    for role in ("eos_token", "pad_token"):
+        roles.pop(role, None)
+        if role in other["special tokens"]:
+            roles[role] = other["special tokens"][role]
+    return expected | {"special tokens": roles, "chat_template": other["chat_template"]}
 
 
 def _check_source(source: Source, seed: int) -> tuple[str | None, str]:

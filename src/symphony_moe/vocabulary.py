@@ -21,9 +21,11 @@ import torch
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from symphony_moe.errors import SourceError
+from symphony_moe.errors import SourceError, first_line
+from symphony_moe.pretrained import load_tokenizer
+from symphony_moe.same_tokenizer import SETTINGS, cut, texts_for, with_tokens
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -31,14 +33,22 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Those that hold a vocabulary: without one of them there is no tokenizer."""
+_CHAT_TEMPLATE, _CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+"""A file with the default template, and a folder with those that have other names."""
+_WITH_TOKENS = (
+    "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
+)  # fmt: skip
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes that do what tokenizer.json says."""
+_ANY = "PreTrainedTokenizerFast"
+"""The name of that class which every version of transformers knows."""
 _STAGES = ("normalizer", "pre_tokenizer", "decoder")
-"""What tokenizer.json says of text on its way to tokens and back, and some classes build anew (they
-take its post-processor as it is)."""
+"""What tokenizer.json says of text on its way to tokens and back, and some classes build anew."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _ROLES = {f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 """Special tokens that a tokenizer of any class may have."""
+_EXTRA = ("additional_special_tokens", "extra_special_tokens")
+"""Where files list special tokens without a role."""
 _ID_SETTINGS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
     "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
@@ -70,7 +80,14 @@ class Owner:
     def content(self) -> dict[str, Any]:
         """The tokenizer as its library writes it; empty for a tokenizer in Python."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        return {} if backend is None else dict(json.loads(backend.to_str()))
+        # Calls switch padding and truncation on and off: that is no part of what it is.
+        off = {"padding": None, "truncation": None}
+        return {} if backend is None else dict(json.loads(backend.to_str())) | off
+
+    @cached_property
+    def added(self) -> dict[str, dict[str, Any]]:
+        """Added token -> its entry."""
+        return {token["content"]: token for token in self.content.get("added_tokens", [])}
 
     @cached_property
     def made(self) -> frozenset[str]:
@@ -87,19 +104,30 @@ class Owner:
     @property
     def kind(self) -> str:
         """How it makes tokens of text. Only tokenizers of one kind can be merged."""
-        model = self.content.get("model", {})
-        if model.get("type") != "BPE":
-            return str(model.get("type", type(self.tokenizer).__name__))
-        stages = json.dumps([self.content.get("pre_tokenizer"), self.content.get("decoder")])
-        return "byte-level BPE" if '"ByteLevel"' in stages else "SentencePiece BPE"
+        return _kind(self.content) or type(self.tokenizer).__name__
+
+    @property
+    def filed_kind(self) -> str:
+        """The same, as its tokenizer.json says it, whatever its class does; its own where there is
+        none."""
+        file = self.folder / "tokenizer.json"
+        return (_kind(json.loads(file.read_bytes())) if file.is_file() else "") or self.kind
 
     def pieces(self, token: str, *, added: bool) -> list[int]:
         """What this tokenizer makes of a token that it does not have. `added`: the token is text as
         a user writes it; others are spelled in the alphabet of BPE."""
-        backend = self.tokenizer.backend_tokenizer
         if added:
-            return list(backend.encode(token, add_special_tokens=False).ids)
-        return [piece.id for piece in backend.model.tokenize(token)]
+            return cut(self.tokenizer, token)
+        return [piece.id for piece in self.tokenizer.backend_tokenizer.model.tokenize(token)]
+
+
+def _kind(content: Mapping[str, Any]) -> str:
+    """How a tokenizer makes tokens of text, by what its library writes; empty for none."""
+    kind = str(content.get("model", {}).get("type", ""))
+    if kind != "BPE":
+        return kind
+    stages = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+    return "byte-level BPE" if '"ByteLevel"' in stages else "SentencePiece BPE"
 
 
 @dataclass(frozen=True)
@@ -189,7 +217,41 @@ def merge(owners: Sequence[Owner], anchor: str, chat: str) -> Vocabulary:
 
 
 def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
-    return {flag: bool(token[flag]) for flag in _FLAGS}
+    return {flag: bool(token.get(flag)) for flag in _FLAGS}
+
+
+def found_otherwise(owner: Owner, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Added tokens of an owner that another tokenizer has too and finds at other places of a text:
+    it has them with other flags, or as something that merges make."""
+    entries = Owner("", owner.folder, tokenizer, owner.rows).added
+    numbers = tokenizer.get_vocab()
+    return sorted(
+        token
+        for token, entry in owner.added.items()
+        if token in numbers
+        and (entry["normalized"] or _flags(entry) != _flags(entries.get(token, {})))
+        and any(
+            _places(owner.tokenizer, token, text) != _places(tokenizer, token, text)
+            for text in with_tokens([token])
+        )
+    )
+
+
+def flags_of(tokenizer: PreTrainedTokenizerBase, token: str) -> str:
+    """How a tokenizer finds an added token in a text, in words."""
+    added = {t.content: t for t in tokenizer.added_tokens_decoder.values()}
+    if token not in added:
+        return "none of the added ones"
+    set_ = [flag for flag in _FLAGS if flag != "special" and getattr(added[token], flag)]
+    return ", ".join(set_) or "plain"
+
+
+def _places(tokenizer: PreTrainedTokenizerBase, token: str, text: str) -> list[tuple[int, int]]:
+    """Where a token is in a text: (first character, end)."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    number = tokenizer.get_vocab()[token]
+    places = zip(found["input_ids"], found["offset_mapping"], strict=True)
+    return [tuple(place) for this, place in places if this == number]
 
 
 def _lost(owner: Owner, made: Collection[str]) -> list[str]:
@@ -234,49 +296,84 @@ class _Reduced(PreTrainedTokenizerFast):
 
     gone: tuple[str, ...] = ()
     """Roles that they had."""
+    left_out: tuple[str, ...] = ()
+    """The tokens, in the order of their numbers."""
 
 
 def without_rowless(
     tokenizer: PreTrainedTokenizerBase, folder: Path, rows: int
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """(the tokenizer without them, its tokens from number `rows` on), if it is only its class that
-    adds them; the tokenizer as it is and none, if a file lists one of them.
+    """(the tokenizer without them, its tokens from number `rows` on), if no file lists one of them,
+    so that only its class presumes them; the tokenizer as it is and none, if a file does, or the
+    class makes a tokenizer of another kind of the files, which nobody can have meant.
 
-    Code Llama's adds its tokens for filling in the middle to models that have no rows for them.
+    Code Llama's adds its tokens for filling in the middle to models that have no rows for them;
+    Qwen2's takes `<|endoftext|>` for whatever role the files leave open, also with the tokens of
+    another family.
     """
     numbers = tokenizer.get_vocab()
     surplus = sorted((t for t in numbers if numbers[t] >= rows), key=numbers.__getitem__)
     owner = Owner("", folder, tokenizer, rows)
-    if not surplus or not owner.content or _listed(owner).intersection(surplus):
+    if not surplus or not owner.content or owner.filed_kind != owner.kind:
+        return tokenizer, []
+    if _listed(owner).intersection(surplus):
         return tokenizer, []
     content = owner.content
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in surplus]
     roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
+    extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", [])]
     reduced = _Reduced(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         chat_template=tokenizer.chat_template,
-        **{role: roles[role] for role in _ROLES if role in roles},
+        extra_special_tokens=[token for token in extra if token not in surplus],
+        **{name: getattr(tokenizer, name, unset) for name, unset in SETTINGS.items()},
+        **{role: token for role, token in roles.items() if token not in surplus},
     )
-    reduced.gone = tuple(roles.keys() - _ROLES)
+    reduced.gone = tuple(role for role, token in roles.items() if token in surplus)
+    reduced.left_out = tuple(surplus)
     return reduced, surplus
 
 
+def left_out(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens that `without_rowless` has taken from a tokenizer."""
+    return tokenizer.left_out if isinstance(tokenizer, _Reduced) else ()
+
+
 def _listed(owner: Owner) -> set[str]:
-    """Tokens that a tokenizer's files list, and those of roles that any class has."""
-    files = {name: json.loads(text) for name, text in _stored(owner).items() if ".json" in name}
-    config = files.get("tokenizer_config.json", {})
-    entries = [
-        *files.get("tokenizer.json", {}).get("added_tokens", []),
-        *config.get("added_tokens_decoder", {}).values(),
-        *(config.get("additional_special_tokens") or []),
-        *(files.get("special_tokens_map.json", {}).get("additional_special_tokens") or []),
-    ]
-    named = {entry if isinstance(entry, str) else entry["content"] for entry in entries}
-    return named.union(
-        _ordinary(owner.content),
-        files.get("added_tokens.json", {}),
-        (str(getattr(owner.tokenizer, role)) for role in _ROLES),
-    )
+    """Tokens that a tokenizer's files list, those that they name for a role included."""
+    files = _contents(_stored(owner))
+    named: set[str] = _ordinary(owner.content) | set(files.get("added_tokens.json", {}))
+    config, roles = (files.get(f"{n}.json", {}) for n in ("tokenizer_config", "special_tokens_map"))
+    for entries in (
+        files.get("tokenizer.json", {}).get("added_tokens"),
+        config.get("added_tokens_decoder"),
+        *(part.get(key) for part in (config, roles) for key in _ROLES | set(_EXTRA)),
+    ):
+        named |= _spelled(entries)
+    return named
+
+
+def _spelled(entries: Any) -> set[str]:
+    """The tokens of an entry for a special token, or of several in a list or table."""
+    if isinstance(entries, str):
+        return {entries}
+    if isinstance(entries, dict) and "content" in entries:
+        return {str(entries["content"])}
+    within = list(entries.values()) if isinstance(entries, dict) else entries
+    if not isinstance(within, list):
+        return set()
+    return {token for entry in within for token in _spelled(entry)}
+
+
+def cut_otherwise(owner: Owner) -> str | None:
+    """A text that the class that `transformers` takes cuts otherwise than tokenizer.json says; None
+    where there is none, or no such file."""
+    file = owner.folder / "tokenizer.json"
+    if not owner.content or not file.is_file() or type(owner.tokenizer).__name__ in _GENERIC:
+        return None
+    as_filed = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    texts = texts_for(owner.tokenizer)
+    return next((t for t in texts if cut(as_filed, t) != cut(owner.tokenizer, t)), None)
 
 
 def tokenizer_files(owner: Owner) -> dict[str, bytes]:
@@ -287,12 +384,17 @@ def tokenizer_files(owner: Owner) -> dict[str, bytes]:
     does nothing that they do not say, they stay as they are.
     """
     files = _stored(owner)
-    written = _explicit(owner, files)
-    return files | {
+    return _with(files, _explicit(owner, files))
+
+
+def _with(files: Mapping[str, bytes], contents: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files with other contents; byte for byte as they were, where those are the same."""
+    changed = {
         name: _dump(content)
-        for name, content in written.items()
+        for name, content in contents.items()
         if name not in files or content != json.loads(files[name])
     }
+    return dict(files) | changed
 
 
 def _ordinary(content: Mapping[str, Any]) -> set[str]:
@@ -300,12 +402,20 @@ def _ordinary(content: Mapping[str, Any]) -> set[str]:
     return {entry if isinstance(entry, str) else entry[0] for entry in content["model"]["vocab"]}
 
 
+def tokenizer_paths(folder: Path) -> list[str]:
+    """The files of a folder's tokenizer, named from the folder: those that are there."""
+    templates = sorted(path.name for path in (folder / _CHAT_TEMPLATES).glob("*.jinja"))
+    named = [*TOKENIZER_FILES, *(f"{_CHAT_TEMPLATES}/{name}" for name in templates)]
+    return [name for name in named if (folder / name).is_file()]
+
+
 def _stored(owner: Owner) -> dict[str, bytes]:
-    return {
-        name: (owner.folder / name).read_bytes()
-        for name in TOKENIZER_FILES
-        if (owner.folder / name).is_file()
-    }
+    return {name: (owner.folder / name).read_bytes() for name in tokenizer_paths(owner.folder)}
+
+
+def _contents(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The JSON files with rules and tokens."""
+    return {name: json.loads(files[name]) for name in _WITH_TOKENS if name in files}
 
 
 def _dump(content: Any) -> bytes:
@@ -314,37 +424,90 @@ def _dump(content: Any) -> bytes:
 
 def _explicit(owner: Owner, files: Mapping[str, bytes]) -> dict[str, Any]:
     """What the JSON files with rules and tokens say, and what the owner's class does beside that:
-    the stages of its own, tokens that it adds, special tokens that it presumes."""
-    contents: dict[str, Any] = {
-        name: json.loads(files[name])
-        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-        if name in files
-    }
+    the stages and settings of its own, tokens that it adds, special tokens that it presumes."""
+    contents = _contents(files)
+    config = contents.setdefault("tokenizer_config.json", {})
+    # Code that is not there, and is not asked for: what it would do is what the files say.
+    config.pop("auto_map", None)
     named = type(owner.tokenizer).__name__
-    if not owner.content or (named in _GENERIC and "tokenizer.json" in files):
-        return contents
-    rules = contents.setdefault("tokenizer.json", owner.content)
+    if named in _GENERIC and "tokenizer.json" in files:
+        if _names_a_class(owner, config):
+            config["tokenizer_class"] = _ANY
+    elif owner.content:
+        rules = contents.setdefault("tokenizer.json", owner.content)
+        _write_rules(owner, contents, rules)
+        if isinstance(owner.tokenizer, _Reduced):
+            _leave_out(owner.tokenizer, contents, rules)
+        elif named not in _GENERIC and config.get("tokenizer_class") != named + "Fast":
+            config["tokenizer_class"] = named
+        _write_settings(owner.tokenizer, config)
+    return {name: content for name, content in contents.items() if content or name in files}
+
+
+def _names_a_class(owner: Owner, config: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer of no class of its own might get one elsewhere: by a name that only its
+    family's loader passes over, or for want of the name that is in its config.json."""
+    named = config.get("tokenizer_class")
+    if named is not None:
+        return named not in _GENERIC
+    path = owner.folder / "config.json"
+    return path.is_file() and bool(json.loads(path.read_bytes()).get("tokenizer_class"))
+
+
+def _write_rules(owner: Owner, contents: dict[str, Any], rules: dict[str, Any]) -> None:
+    """What the owner's class does with text and tokens, where tokenizer.json says otherwise."""
     # As the library reads them: an older file spells the same otherwise.
     read = json.loads(Tokenizer.from_str(json.dumps(rules)).to_str())
     for stage in _STAGES:
         if read[stage] != owner.content[stage]:
             rules[stage] = owner.content[stage]
-    for option in owner.content["model"].keys() - {"vocab", "merges"}:
-        if read["model"].get(option) != owner.content["model"][option]:
-            rules["model"][option] = owner.content["model"][option]
-    known = _ordinary(read) | {token["content"] for token in read["added_tokens"]}
-    _add(contents, [t for t in owner.content["added_tokens"] if t["content"] not in known])
-    config = contents.setdefault("tokenizer_config.json", {})
-    if isinstance(owner.tokenizer, _Reduced):
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if not (_adds_nothing(read) and _adds_nothing(owner.content)):
         rules["post_processor"] = owner.content["post_processor"]
-        for role in owner.tokenizer.gone:
-            config.pop(role, None)
-    elif named not in _GENERIC and config.get("tokenizer_class") != named + "Fast":
-        config["tokenizer_class"] = named
-    for role, token in owner.tokenizer.special_tokens_map.items():
+    if read["model"]["type"] != owner.content["model"]["type"]:
+        rules["model"] = owner.content["model"]
+    for option, value in owner.content["model"].items():
+        if read["model"].get(option) != value:
+            rules["model"][option] = value
+    listed = rules.get("added_tokens", [])
+    decoder = contents["tokenizer_config.json"].get("added_tokens_decoder", {})
+    for entry in [*listed, *decoder.values()]:
+        own = owner.added.get(entry["content"])
+        if own is not None and _flags(own) != _flags(entry):
+            entry |= _flags(own)
+    known = {entry["content"] for entry in listed}
+    _add(contents, [entry for token, entry in owner.added.items() if token not in known])
+
+
+def _adds_nothing(content: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer puts no token around a text."""
+    post = content["post_processor"]
+    return post is None or (
+        post["type"] == "TemplateProcessing"
+        and post["single"] == [{"Sequence": {"id": "A", "type_id": 0}}]
+    )
+
+
+def _leave_out(reduced: _Reduced, contents: Mapping[str, Any], rules: dict[str, Any]) -> None:
+    """Make files give a tokenizer without what its class has added."""
+    contents["tokenizer_config.json"]["tokenizer_class"] = _ANY
+    for role in reduced.gone:
+        contents["tokenizer_config.json"].pop(role, None)
+        contents.get("special_tokens_map.json", {}).pop(role, None)
+    if (rules.get("padding") or {}).get("pad_token") in reduced.left_out:
+        rules["padding"] = None  # which would add it again
+
+
+def _write_settings(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> None:
+    """Name special tokens and settings that are the class's."""
+    for role, token in tokenizer.special_tokens_map.items():
         config.setdefault(role, token)
-    return contents
+    extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", [])]
+    if set(extra) - {token for key in _EXTRA for token in _spelled(config.get(key))}:
+        config["extra_special_tokens"] = extra
+    for name, unset in SETTINGS.items():
+        value = getattr(tokenizer, name, unset)
+        if value != unset and config.get(name, unset) != value:
+            config[name] = value
 
 
 def _add(contents: dict[str, Any], new: Sequence[Mapping[str, Any]]) -> None:
@@ -376,7 +539,7 @@ def _files(anchor: Owner, new: Sequence[Mapping[str, Any]], chat: Owner) -> dict
     _add(contents, new)
     if chat is not anchor:
         contents |= _chat_conventions(files, config, chat)
-    return files | {name: _dump(content) for name, content in contents.items()}
+    return _with(files, contents)
 
 
 def _chat_conventions(files: dict[str, bytes], config: dict[str, Any], chat: Owner) -> Any:
@@ -384,11 +547,14 @@ def _chat_conventions(files: dict[str, bytes], config: dict[str, Any], chat: Own
     further JSON files that change."""
     template = getattr(chat.tokenizer, "chat_template", None)
     config.pop("chat_template", None)
-    for name in ("chat_template.jinja", "chat_template.json"):
-        files.pop(name, None)
-    if isinstance(template, str):
-        files["chat_template.jinja"] = template.encode()
+    for name in [name for name in files if name.startswith(("chat_template.", _CHAT_TEMPLATES))]:
+        del files[name]
+    if isinstance(template, str) and "\r" not in template:
+        files[_CHAT_TEMPLATE] = template.encode()
+    elif isinstance(template, str):
+        config["chat_template"] = template  # a file is read with other line ends
     elif template:
+        # In the config any name will do; as files, those that a file can have.
         config["chat_template"] = [
             {"name": name, "template": text} for name, text in template.items()
         ]
@@ -407,13 +573,15 @@ def _load(
     """The tokenizer that the files make, proved to have the tokens."""
     with tempfile.TemporaryDirectory(prefix="symphony-tokenizer-") as folder:
         for name, content in files.items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
             (Path(folder) / name).write_bytes(content)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = load_tokenizer(Path(folder))
         except Exception as error:
             # The loaders behind AutoTokenizer raise whatever their parser raised.
             raise SourceError(
-                f"{anchor}: its tokenizer with the others' tokens is not usable: {error}"
+                f"{anchor}: its tokenizer with the others' tokens is not usable: "
+                f"{first_line(error)}"
             ) from None
     found = tokenizer.get_vocab()
     if found != tokens:

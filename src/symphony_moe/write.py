@@ -14,7 +14,13 @@ import transformers
 from symphony_moe.plan import Plan, in_words
 from symphony_moe.recipe import BUNDLED, Recipe
 from symphony_moe.run_folder import sync_folder, write_bytes, write_text
-from symphony_moe.sources import GENERATION, Source, anchor_of, public_name
+from symphony_moe.sources import (
+    GENERATION,
+    Source,
+    anchor_of,
+    generation_settings,
+    public_name,
+)
 from symphony_moe.vocabulary import tokenizer_files
 from symphony_moe.yaml_text import write_yaml
 
@@ -28,14 +34,17 @@ def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence
     vocabulary = anchor.vocabulary
     files = tokenizer_files(anchor.owner) if vocabulary is None else vocabulary.files
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         write_bytes(folder / name, content)
-    settings = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for parent in {(folder / name).parent for name in files}:
+        sync_folder(parent)
+    settings = generation_settings(anchor)
     if recipe.output.chat not in (None, recipe.anchor):
         assert vocabulary is not None
-        settings = dict(vocabulary.generation or settings)
-    elif anchor.generation is not None:
-        settings = anchor.generation
-    settings.pop("_from_model_config", None)
+        ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        settings = dict(vocabulary.generation or ids)
+    for name in ("_from_model_config", "auto_map"):
+        settings.pop(name, None)
     write_json(
         folder / GENERATION,
         settings | {"transformers_version": transformers.__version__},
