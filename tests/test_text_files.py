@@ -254,3 +254,14 @@ def test_writing_takes_bounded_memory(
         tracemalloc.stop()
         assert len(read_packed(tmp_path / str(tokens), 100).windows) == tokens // 100
     assert peaks[1] < peaks[0] + 200_000
+
+
+def test_what_a_tokenizer_is_does_not_depend_on_its_last_call(tmp_path: Path) -> None:
+    """Calls switch padding and truncation of the library behind it on, and text would be made
+    anew."""
+    make_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.pad_token = "</s>"
+    before = text_files._spell(tokenizer)
+    tokenizer(["alpha", "alpha beta"], padding=True, truncation=True, max_length=3)
+    assert text_files._spell(tokenizer) == before
