@@ -379,6 +379,12 @@ def _notes(
     for source in sources:
         notes += [*source.notes, *remarks(source)]
         notes += [f"{source.name}: {note}" for note in _of_adapter(source)]
+    notes += [
+        f"{source.name}: neither its tokenizer nor its config names an EOS: nothing ends its "
+        "documents, and the result learns no end either"
+        for source in opened
+        if source.encoder.end is None
+    ]
     if recipe.aligns_neurons:
         notes.append(NOTE_PERMUTATION)
     if recipe.refit.method != "none":
