@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import make_tokenizer
+from symphony_moe import rows
 from symphony_moe.errors import TextError
 from symphony_moe.recipe import ChatRules
 from symphony_moe.rows import MESSAGES, Document, read_row
@@ -240,11 +241,26 @@ def test_empty_documents_are_counted(
 ) -> None:
     """A template that passes over every message gives no text, and that is said."""
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    rows = [{"messages": CHAT}] + [{"messages": CHAT[1:]}] * 3
+    lines = [{"messages": CHAT}] + [{"messages": CHAT[1:]}] * 3
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
     assert read_documents("w", str(path), "text", spelled_by(base, template)) == ["alpha?"]
     assert "w: 3 of 4 documents are empty and left out" in caplog.text
+
+
+def test_columns_that_are_not_read_are_said_once(
+    base: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tools that a template does not ask for; a chat beside the text."""
+    rows._say.cache_clear()
+    for _ in range(3):
+        read(base, PLAIN, {"messages": CHAT, "tools": [TOOL]})
+        read(base, TOOLS, {"messages": CHAT, "tools": [TOOL]})
+        read(base, PLAIN, {"text": "alpha", "messages": CHAT})
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].startswith("'tools' of the rows is not read: the chat template")
+    assert said[1] == "rows have 'text' and 'messages': 'text' is read, 'messages' is not"
 
 
 # ------------------------------------------------------------------------------------ hold-out
@@ -261,10 +277,10 @@ def test_a_chat_is_on_one_side_whoever_spells_it(
 ) -> None:
     """Two templates, two dates, files of lines and of columns: one hold-out, and one text kept
     aside."""
-    rows = chats(300)
+    drawn = chats(300)
     lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
-    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    lines.write_text("".join(json.dumps(row) + "\n" for row in drawn))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(drawn), table)
     ways = [
         (lines, PLAIN, MESSAGES),
         (lines, CONCATENATING + "!", MESSAGES),

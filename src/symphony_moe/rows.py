@@ -5,7 +5,9 @@ tokenizer's own chat template, exactly as stock `apply_chat_template` renders it
 columns. Whatever else a row holds is refused with its place, what was found and what to do.
 """
 
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ from transformers.utils import chat_template_utils
 
 from symphony_moe.errors import TextError, first_line
 from symphony_moe.recipe import ChatRules
+
+log = logging.getLogger(__name__)
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 """Columns that hold chats, in the order in which they are looked for beside a missing text."""
@@ -74,6 +78,9 @@ def read_row(
         column = next((name for name in CHAT_COLUMNS if row.get(name) is not None), asked)
     value = row.get(column)
     if isinstance(value, str) and column == asked and not _is_chat_as_json(value):
+        for name in CHAT_COLUMNS:
+            if name != column and isinstance(row.get(name), list):
+                _say(f"rows have {column!r} and {name!r}: {column!r} is read, {name!r} is not")
         return Document(value)
     if isinstance(value, list):
         return _chat(where, row, column, value, tokenizer, rules)
@@ -114,6 +121,7 @@ def _chat(
     try:
         with _told_that_today_is(rules.today):
             template: Any = tokenizer.get_chat_template(None, extra.get("tools"))
+            _say_what_is_not_read(template, extra)
             if _has_parts(messages) and not _reads_parts(template):
                 messages = [_joined(message) for message in messages]
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, **extra))
@@ -189,6 +197,19 @@ def _joined(message: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(content, list):
         content = "\n".join(part["text"] for part in content)
     return {**message, "content": content}
+
+
+def _say_what_is_not_read(template: str, extra: Mapping[str, Any]) -> None:
+    digest = hashlib.sha256(template.encode()).hexdigest()[:8]
+    for name, value in extra.items():
+        if value and name not in template:
+            _say(f"{name!r} of the rows is not read: the chat template (sha256 {digest}) has none")
+
+
+@lru_cache(maxsize=256)
+def _say(message: str) -> None:
+    """A warning that is true of many rows, once."""
+    log.warning("%s", message)
 
 
 @lru_cache(maxsize=64)
