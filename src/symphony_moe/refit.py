@@ -101,11 +101,10 @@ class Calibration:
 
     def asks(self, name: str, rows: slice | Tensor | int) -> Bool[Tensor, "*windows sequence"]:
         """Which tokens of some windows are asked what comes next: those that the same document
-        goes on after, within the window."""
-        windows = self.windows[name]
+        goes on after, within the window. All, where the positions are not known."""
         places = self.positions.get(name)
-        if places is None:  # no document ends
-            places = torch.arange(windows.shape[1]).expand_as(windows)
+        if places is None:  # no document ends anywhere
+            return torch.ones_like(self.windows[name][rows], dtype=torch.bool)
         return torch.nn.functional.pad(places[rows][..., 1:] > 0, (0, 1))
 
     def plain_windows(self, name: str) -> int:

@@ -69,6 +69,7 @@ def next_token_losses(calibration: Calibration, stream: str, head: Head) -> dict
             rows = _normed(calibration, calibration.streams[f"{stream}/{name}"][number])
             tokens = calibration.windows[name][number].to(device())
             asked = calibration.asks(name, number).to(device())
+            asked[-1] = False  # what follows is in another window
             follow = tokens.roll(-1)[asked]
             for x, wanted in zip(*(_chunks(r, head) for r in (rows[asked], follow)), strict=True):
                 loss = torch.nn.functional.cross_entropy(x @ head.T, wanted, reduction="sum")
