@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import VARIANTS, make_recipe, make_tokenizer
+from conftest import VARIANTS, make_model, make_recipe, make_tokenizer
 from symphony_moe import evaluate, pipeline
 from symphony_moe.calibrate import calibration_windows
 from symphony_moe.cli import main
@@ -249,6 +249,20 @@ def test_losses_are_those_of_stock_document_by_document(
                 total += float(model(input_ids=x, labels=x).loss) * (len(ids) - 1)
             count += len(ids) - 1
         assert found == pytest.approx(total / count, rel=1e-5)
+
+
+def test_models_whose_positions_depend_on_the_length_read_one_document_at_a_time(
+    tmp_path: Path,
+) -> None:
+    """Dynamic RoPE: a document's loss is what it is alone, also beside longer ones."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    folder = make_model(tmp_path, "llama", 0, rope_parameters=rope, max_position_embeddings=16)
+    encoder = Encoder.of(AutoTokenizer.from_pretrained(folder))
+    documents = ["alpha beta", "gamma delta " * 12, "x" * 30]
+    text = draw_pieces("w", documents, encoder, tokens=64, sequence_length=32, seed=0)
+    model = load(folder)
+    losses, _ = losses_and_routing(model, {"x": text})
+    assert losses["x"] == pytest.approx(loss_by_hand(load(folder), text), rel=1e-5)
 
 
 def test_a_long_document_is_read_in_pieces(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,42 @@ def test_content_in_parts_is_one_text_or_goes_to_a_template_for_parts(
     assert read(base, OF_PARTS, {"messages": PARTS}) == stock(base, OF_PARTS, PARTS)
 
 
+@pytest.mark.parametrize(
+    ("template", "messages", "text"),
+    [
+        # Made for parts, but not of every role.
+        (
+            "{% set first = messages[0].content | trim %}<{{ first }}>{% for m in messages[1:] %}"
+            "{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}",
+            [{"role": "system", "content": [{"type": "text", "text": "kind"}]}, *PARTS],
+            "<kind>alphabeta",
+        ),
+        # Made for parts, of chats that begin with a system message alone.
+        (
+            "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+            "{% for m in messages %}{% for part in m.content %}{{ part.text }};{% endfor %}"
+            "{% endfor %}",
+            [{"role": "system", "content": [{"type": "text", "text": "kind"}]}, *PARTS],
+            "kind;alpha;beta;",
+        ),
+        # Asks for the type, which a part of text may leave out.
+        (
+            "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}"
+            "{{ part.text }}{% endif %}{% endfor %}{% endfor %}",
+            [{"role": "user", "content": [{"text": "alpha"}]}],
+            "alpha",
+        ),
+        # As JSON.
+        ("{{ messages | tojson }}", PARTS, '[{"role": "user", "content": "alpha\\nbeta"}]'),
+    ],
+)
+def test_no_part_is_lost_or_spelled_as_python_does(
+    template: str, messages: Any, text: str, base: PreTrainedTokenizerBase
+) -> None:
+    """Whatever a template makes of parts: it is judged by the chat itself."""
+    assert read(base, template, {"messages": messages}) == text
+
+
 def test_columnar_files_add_no_keys(base: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Parquet gives every message the keys of all others, empty; templates ask which are there."""
     template = (
@@ -144,7 +181,11 @@ def test_a_missing_text_is_looked_for_among_chats(base: PreTrainedTokenizerBase)
     """`text: null` beside `messages` is no text."""
     for row in ({"text": None, "messages": CHAT}, {"messages": CHAT}, {"conversation": CHAT}):
         assert read(base, PLAIN, row) == "<user>alpha?<assistant>beta."
+    assert read(base, PLAIN, {"text": " ", "messages": CHAT}) == "<user>alpha?<assistant>beta."
     assert read(base, PLAIN, {"text": "alpha", "messages": CHAT}) == "alpha"
+    assert read(base, PLAIN, {"body": None, "messages": CHAT}, column="body").is_chat
+    with pytest.raises(TextError, match="expected a column 'bdoy'"):
+        read(base, PLAIN, {"body": "alpha", "messages": CHAT}, column="bdoy")
 
 
 def test_a_conversation_that_is_text_is_text(base: PreTrainedTokenizerBase) -> None:
@@ -161,6 +202,14 @@ def test_a_conversation_that_is_text_is_text(base: PreTrainedTokenizerBase) -> N
             PLAIN,
             "has the keys speaker; expected role and content",
         ),
+        ({"messages": [{"role": "user", "value": "a"}]}, PLAIN, "no content .its keys: role, val"),
+        ({"messages": [{"role": "user", "content": None}]}, PLAIN, "has no content"),
+        ({"messages": [{"role": None, **SHAREGPT[0]}]}, PLAIN, "chat_format: sharegpt"),
+        ({"messages": json.dumps({"messages": CHAT})}, PLAIN, "holds a chat as text"),
+        ({"text": str(CHAT)}, PLAIN, "holds a chat as text"),
+        ({"text": json.dumps([{"role": "assistant", "tool_calls": [1]}])}, PLAIN, "a chat as text"),
+        ({"messages": CHAT}, "{{ ['a', 'b'] | random }}", r"draws at random \(\| random\)"),
+        ({"messages": CHAT}, "{{ lipsum() }}", "draws at random"),
         ({"messages": ["alpha"]}, PLAIN, "is a list of text; expected messages"),
         ({"text": ["alpha"]}, PLAIN, "is a list of text; expected messages"),
         ({"messages": json.dumps(CHAT)}, PLAIN, "holds a chat as text.*json.loads"),
@@ -215,6 +264,7 @@ def test_messages_stay_short(base: PreTrainedTokenizerBase, row: Any) -> None:
         (b'{"text": 5}', "line 3: 'text' holds a number"),
         (b'{"body": "x"}', "line 3: expected a column 'text'"),
         (b"{oops", "line 3: "),
+        (b'{"text": ' + b"1" * 5000 + b"}", "line 3: "),
         (b'{"text":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 3 is nested too deeply"),
         ('{"text": "é"}'.encode("latin1"), "line 3 is not UTF-8"),
     ],
@@ -233,6 +283,10 @@ def test_a_row_of_a_table_is_named(base: PreTrainedTokenizerBase, tmp_path: Path
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["alpha", None]}), path)
     with pytest.raises(TextError, match=r"a\.parquet, row 2: 'text' holds null"):
+        read_documents("w", str(path), "text", base)
+    far = pyarrow.array([0, 2**62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["alpha", "beta"], "when": far}), path)
+    with pytest.raises(TextError, match=r"a\.parquet is not readable"):
         read_documents("w", str(path), "text", base)
 
 
@@ -345,6 +399,11 @@ def test_drawing_rows_at_random_finds_nothing_unforeseen(base: PreTrainedTokeniz
         row = {n: generator.choice(values) for n in generator.sample(names, 3)}
         template = generator.choice([PLAIN, CONCATENATING, TOOLS, OF_PARTS, DATED])
         try:
-            assert isinstance(read(base, template, row), Document)
+            found = read(base, template, row)
+            assert isinstance(found, Document)
+            if not found.is_chat:
+                assert found == row["text"]
+            elif found:
+                assert re.search("alpha|beta|x", found), row
         except TextError as error:
             assert len(str(error)) < 500

@@ -18,7 +18,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from conftest import VARIANTS, WORDS, make_text, make_tokenizer
 from symphony_moe import text as text_module
@@ -160,6 +166,23 @@ def test_a_tokenizer_that_adds_no_bos_gets_none(
     for tokenizer in (plain, silent):
         windows = pack_windows(["ab", "cd"], tokenizer, 3)
         assert windows.tolist() == [[a, b, EOS], [c, d, EOS]]
+
+
+def test_bos_is_found_in_a_tokenizer_of_few_letters() -> None:
+    """One that can spell nothing but capitals."""
+    vocabulary = {letter: number for number, letter in enumerate("XYZ")} | {"<s>": 3, "</s>": 4}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 3)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<s>"
+    )
+    assert Encoder.of(tokenizer).encode("XYZ") == [3, 0, 1, 2, 4]
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 3)])
+    silent = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert silent("a", add_special_tokens=False)["input_ids"] == []
+    assert Encoder.of(silent).encode("XYZ") == [3, 0, 1, 2, 4]
 
 
 def test_bos_and_eos_are_not_doubled(tokenizer: PreTrainedTokenizerBase) -> None:

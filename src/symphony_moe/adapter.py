@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from symphony_moe.errors import SourceError
+from symphony_moe.errors import SourceError, first_line, shortened
 from symphony_moe.families import EMBEDDING, HEAD
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -292,8 +292,9 @@ def open_adapter(owner: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]
         if not (folder / file).is_file():
             found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else ""
             raise SourceError(
-                f"{owner}: adapter {folder} has no {file} (found: {found or 'nothing'}); expected "
-                "a LoRA adapter saved by peft, as safetensors"
+                f"{owner}: adapter {_cut(str(folder))} has no {file} (found: "
+                f"{shortened(found, 200) or 'nothing'}); expected a LoRA adapter saved by peft, as "
+                "safetensors"
             )
     _refuse_settings(owner, folder, _settings(owner, folder))
     try:
@@ -306,7 +307,8 @@ def open_adapter(owner: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]
         _ = adapter.config
     except Exception as error:
         # Settings that this peft does not know, or refuses, in its own way.
-        raise SourceError(f"{owner}: {folder / FILES[0]} is not usable: {error}") from None
+        reason = shortened(first_line(error), 200)
+        raise SourceError(f"{owner}: {folder / FILES[0]} is not usable: {reason}") from None
     adapter, shapes = _with_tables(adapter, tensors, shapes)
     for name, written in adapter.stored.items():
         _check_fits(adapter, name, tensors[written], shapes)
@@ -361,7 +363,8 @@ def _settings(owner: str, folder: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("expected a table of settings")
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{owner}: {folder / FILES[0]} is not usable: {error}") from None
+        reason = shortened(first_line(error), 200)
+        raise SourceError(f"{owner}: {folder / FILES[0]} is not usable: {reason}") from None
     return content
 
 

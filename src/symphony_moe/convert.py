@@ -166,8 +166,7 @@ def tokenizer_over(
     name: str, model: Path, over: Path, files: Sequence[str], known: Sequence[str]
 ) -> Path:
     """A folder with the tokenizer of a `model` folder, in which `files` of another folder (a
-    template, settings; no vocabulary) take the place of its own. `known`: every file that a
-    tokenizer may have."""
+    template, settings; no vocabulary) take the place of its own. `known`: the files of its own."""
 
     def lay_over(out: Path) -> None:
         replaced = set(files)
@@ -177,11 +176,12 @@ def tokenizer_over(
             replaced.add("special_tokens_map.json")  # of older versions; the settings name them
         if settings.get("chat_template") or replaced.intersection(_TEMPLATES):
             replaced.update(_TEMPLATES)  # which would come first
-        for file in ("config.json", *known):  # its class goes by the config
-            if file not in replaced and (model / file).is_file():
-                shutil.copyfile(model / file, out / file)
-        for file in files:
-            shutil.copyfile(over / file, out / file)
+        kept = [file for file in ("config.json", *known) if file not in replaced]
+        # Its class goes by the config.
+        for folder, names in ((model, kept), (over, files)):
+            for file in names:
+                (out / file).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / file, out / file)
 
     return _once(name, "tokenizer", model, [over / file for file in files], lay_over)
 

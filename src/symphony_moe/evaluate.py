@@ -188,6 +188,15 @@ def held_out_text(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Pieces
     return windows
 
 
+def _at_once(model: PreTrainedModel, pieces: Pieces) -> int:
+    """Tokens of several pieces that go through a model together. Where its positions depend on the
+    length of what it reads, every piece goes by itself."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return 1
+    return max(pieces.sequence_length, _AT_ONCE)
+
+
 @torch.inference_mode()
 def losses_and_routing(
     model: PreTrainedModel,
@@ -209,7 +218,7 @@ def losses_and_routing(
         with ExitStack() as stack:
             so_far = stack.enter_context(observe_routing(model)) if is_moe else None
             pieces = as_pieces(text) if isinstance(text, Tensor) else text
-            for parts in pieces.batches(max(pieces.sequence_length, _AT_ONCE)):
+            for parts in pieces.batches(_at_once(model, pieces)):
                 tokens, positions = (part.to(model.device) for part in parts)
                 output = model(input_ids=tokens, position_ids=positions, use_cache=False)
                 nats = negative_log_likelihood(output.logits, tokens, known, positions)

@@ -93,7 +93,7 @@ from symphony_moe.run_folder import (
     write_text,
 )
 from symphony_moe.shards import CheckpointWriter, beyond, hash_folder, sha256_of
-from symphony_moe.sources import Source, anchor_of, experts_of, open_sources
+from symphony_moe.sources import Source, anchor_of, experts_of, open_sources, remarks
 from symphony_moe.streams import Streams
 from symphony_moe.tasks import choose_models, load_tasks, run_tasks
 from symphony_moe.text import Packed, check_data_exists, digest_of, joined
@@ -170,7 +170,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
         begun_with = note_versions(folder.begun_with, versions(), "this build")
         _warn_beyond_context(recipe, opened, "calibration")
         folder.update_json(folder.plan, planned.to_json())
-        for note in (note for source in sources for note in source.notes):
+        for note in (note for source in opened for note in remarks(source)):
             log.warning("%s", note)
         text = digest_of(some.windows for some in (*windows.values(), *aside.values()))
         record = _align(recipe, sources, windows, aside, folder, text)

@@ -376,15 +376,11 @@ def _notes(
     opened: Sequence[Source],
 ) -> list[str]:
     notes = [str(d) for d in differences if d.verdict == "warning"]
-    for source in sources:
-        notes += [*source.notes, *remarks(source)]
+    for source in opened:
+        notes += remarks(source)
         notes += [f"{source.name}: {note}" for note in _of_adapter(source)]
-    notes += [
-        f"{source.name}: neither its tokenizer nor its config names an EOS: nothing ends its "
-        "documents, and the result learns no end either"
-        for source in opened
-        if source.encoder.end is None
-    ]
+        notes += [f"{source.name}: {note}" for note in _of_text(recipe, source)]
+    notes += _of_ends(recipe, sources)
     if recipe.aligns_neurons:
         notes.append(NOTE_PERMUTATION)
     if recipe.refit.method != "none":
@@ -427,6 +423,32 @@ def _notes(
     if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:
         notes.append("backbone.weights has no effect on attention: it is the anchor's")
     return notes + _without_effect(recipe)
+
+
+def _of_text(recipe: Recipe, source: Source) -> Iterator[str]:
+    """What is to be said of how a source's documents are spelled."""
+    encoder = source.encoder
+    if encoder.end is None:
+        why = (
+            f"its EOS {encoder.end_text!r} is not in the shared vocabulary"
+            if encoder.end_text
+            else "neither its tokenizer nor its config names an EOS"
+        )
+        yield f"{why}: nothing ends its documents, and the result learns no end of them"
+    if "strftime_now" in str(getattr(source.own_tokenizer, "chat_template", "")):
+        yield f"its chat template writes the date, and is told {recipe.chat_date} (chat_date)"
+
+
+def _of_ends(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
+    """Sources whose documents end otherwise than the anchor's."""
+    own = anchor_of(recipe, sources).encoder.end
+    for source in sources:
+        encoder = source.encoder
+        if encoder.end not in (None, own):
+            yield (
+                f"{source.name}: its documents end with {encoder.end_text!r}, at which generation "
+                "stops as well (eos_token_id of the generation config)"
+            )
 
 
 def _of_adapter(source: Source) -> Iterator[str]:

@@ -504,7 +504,8 @@ class Recipe(Section):
     def chat_rules(self, domain: str) -> ChatRules:
         """How the chats of a domain (a source's, or one of `evaluation.extra`) are read."""
         spec = self.sources.get(domain)
-        return ChatRules("messages" if spec is None else spec.chat_format, self.chat_date)
+        # Text of no source may have either shape.
+        return ChatRules("sharegpt" if spec is None else spec.chat_format, self.chat_date)
 
     @property
     def windows_each(self) -> int:

@@ -5,6 +5,7 @@ tokenizer's own chat template, exactly as stock `apply_chat_template` renders it
 columns. Whatever else a row holds is refused with its place, what was found and what to do.
 """
 
+import ast
 import hashlib
 import json
 import logging
@@ -32,6 +33,10 @@ _ROLES = {
     "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 """ShareGPT's roles -> those of chat templates."""
+_INSTEAD_OF_CONTENT = (
+    "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking",
+)  # fmt: skip
+"""What a message may have without content."""
 _SHOWN = 60
 """Characters of a value that an error repeats."""
 
@@ -63,8 +68,9 @@ def read_row(
 ) -> Document:
     """The document of a row. `where` names the row in errors.
 
-    The text is in `column`, or where that is missing or null, in the first of CHAT_COLUMNS. Of
-    chats `tools`, `documents` and `chat_template_kwargs` of the row reach the template too.
+    The text is in `column`. Where that is null or blank, or is the default `text` and missing, it
+    is in the first of CHAT_COLUMNS. Of chats `tools`, `documents` and `chat_template_kwargs` of the
+    row reach the template too.
 
     Raises TextError for a row without such a column, for text that is no text, for chats in
     another shape than `rules.format`, and where the template refuses a chat.
@@ -74,16 +80,21 @@ def read_row(
             f"{where}: expected a table of columns such as {{{column!r}: ...}}, got {_kind(row)}"
         )
     asked = column
-    if row.get(asked) is None:
+    value = row.get(asked)
+    is_blank = value is None or (isinstance(value, str) and not value.strip())
+    if is_blank and (asked in row or asked == "text"):
         column = next((name for name in CHAT_COLUMNS if row.get(name) is not None), asked)
-    value = row.get(column)
+        value = row.get(column)
     if isinstance(value, str) and column == asked and not _is_chat_as_json(value):
         for name in CHAT_COLUMNS:
             if name != column and isinstance(row.get(name), list):
                 _say(f"rows have {column!r} and {name!r}: {column!r} is read, {name!r} is not")
         return Document(value)
     if isinstance(value, list):
-        return _chat(where, row, column, value, tokenizer, rules)
+        try:
+            return _chat(where, row, column, value, tokenizer, rules)
+        except RecursionError:
+            raise TextError(f"{where}: {column!r} is nested too deeply") from None
     found = ", ".join(map(str, row))[:200] or "nothing"
     if column not in row:
         raise TextError(
@@ -121,15 +132,67 @@ def _chat(
     try:
         with _told_that_today_is(rules.today):
             template: Any = tokenizer.get_chat_template(None, extra.get("tools"))
+            _refuse_chance(where, template)
             _say_what_is_not_read(template, extra)
-            if _has_parts(messages) and not _reads_parts(template):
-                messages = [_joined(message) for message in messages]
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, **extra))
+            text = _rendered(messages, tokenizer, extra)
+    except TextError:
+        raise
     except Exception as error:
         # Templates are programs of the model's authors and refuse chats in their own ways.
         reason = (first_line(error) or type(error).__name__)[:200]
         raise TextError(f"{where}: the chat template refuses the chat: {reason}") from None
     return Document(text, _key(value), is_chat=True)
+
+
+def _rendered(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    extra: Mapping[str, Any],
+) -> str:
+    """What the chat template makes of messages. Content in parts is given to it as parts or as one
+    text, whichever it reads: some templates read parts of users' messages alone."""
+
+    def stock(these: Any) -> str:
+        return str(tokenizer.apply_chat_template(these, tokenize=False, **extra))
+
+    contents = (message.get("content") for message in messages)
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    if not parts:
+        return stock(messages)
+    ways = [
+        messages,
+        [_joined(message) if message["role"] == "system" else message for message in messages],
+        [_joined(message) for message in messages],
+    ]
+    best, most = "", -1
+    for way in ways:
+        try:
+            text = stock(way)
+        except Exception:
+            if way is ways[-1] and most < 0:
+                raise
+            continue  # it takes a list for text
+        read = sum(part["text"].strip() in text for part in parts)
+        if read > most and not _spells_parts(text, parts):
+            best, most = text, read
+    return best
+
+
+def _spells_parts(text: str, parts: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a text has parts as Python or JSON spell them."""
+    key = re.compile(r"""['"]type['"]\s*:""")
+    return bool(key.search(text)) and not any(key.search(part["text"]) for part in parts)
+
+
+def _refuse_chance(where: str, template: str) -> None:
+    """TextError for a template that does not give the same text twice. (Of the clock it is told
+    nothing.)"""
+    found = re.search(r"\|\s*random\b|\blipsum\b", template)
+    if found:
+        raise TextError(
+            f"{where}: the chat template draws at random ({found[0]}), so the same recipe would "
+            "give another text each time; take that out of the template"
+        )
 
 
 def _message(where: str, column: str, message: Any, rules: ChatRules) -> dict[str, Any]:
@@ -139,8 +202,8 @@ def _message(where: str, column: str, message: Any, rules: ChatRules) -> dict[st
             f"{where}: {column!r} is a list of {_kind(message)}; expected messages, each "
             "{role: ..., content: ...}"
         )
-    if "role" not in message:
-        keys = ", ".join(map(str, message))[:100] or "none"
+    keys = ", ".join(map(str, message))[:100] or "none"
+    if message.get("role") is None:
         if "from" not in message or "value" not in message:
             raise TextError(
                 f"{where}: a message in {column!r} has the keys {keys}; expected role and content"
@@ -152,6 +215,11 @@ def _message(where: str, column: str, message: Any, rules: ChatRules) -> dict[st
             )
         return _from_sharegpt(where, column, message)
     content = message.get("content")
+    if content is None and not any(message.get(name) for name in _INSTEAD_OF_CONTENT):
+        raise TextError(
+            f"{where}: a message in {column!r} has no content (its keys: {keys}); expected role "
+            "and content"
+        )
     if isinstance(content, list):
         return {**message, "content": [_part(where, column, part) for part in content]}
     if content is not None and not isinstance(content, str):
@@ -184,11 +252,7 @@ def _part(where: str, column: str, part: Any) -> dict[str, Any]:
             "expected parts {type: text, text: ...}. Images and audio cannot be read: leave those "
             "rows out"
         )
-    return kept
-
-
-def _has_parts(messages: Sequence[Mapping[str, Any]]) -> bool:
-    return any(isinstance(message.get("content"), list) for message in messages)
+    return {"type": "text", **kept}
 
 
 def _joined(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,22 +274,6 @@ def _say_what_is_not_read(template: str, extra: Mapping[str, Any]) -> None:
 def _say(message: str) -> None:
     """A warning that is true of many rows, once."""
     log.warning("%s", message)
-
-
-@lru_cache(maxsize=64)
-def _reads_parts(template: str) -> bool:
-    """Whether a chat template is made for content in parts: whether it writes their text, and not
-    how Python or JSON spell them."""
-    mark = "symphonyprobe"
-    messages = [{"role": "user", "content": [{"type": "text", "text": mark}]}]
-    try:
-        rendered: Any = chat_template_utils.render_jinja_template(
-            [messages], chat_template=template
-        )
-        text = rendered[0][0]
-    except Exception:
-        return False  # it takes the list for text
-    return mark in text and re.search(r"""['"]type['"]\s*:""", text) is None
 
 
 def _template_arguments(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,19 +347,22 @@ def _parsed(text: str) -> Any:
 
 
 def _is_chat_as_json(text: str) -> bool:
-    """Whether text is a list of messages, written as JSON."""
-    if text.lstrip()[:1] != "[" or not ('"role"' in text or '"from"' in text):
+    """Whether text is a list of messages (or a table that has one), as JSON or Python spell it."""
+    if text.lstrip()[:1] not in ("[", "{") or not re.search(r"""['"](role|from)['"]\s*:""", text):
         return False
     value = _parsed(text)
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return False
+    if isinstance(value, Mapping):
+        value = next((value[name] for name in CHAT_COLUMNS if name in value), None)
     return (
         isinstance(value, list)
         and bool(value)
-        and all(
-            isinstance(item, Mapping) and (item.keys() >= {"role", "content"}
-                                           or item.keys() >= {"from", "value"})
-            for item in value
-        )
-    )  # fmt: skip
+        and all(isinstance(item, Mapping) and {"role", "from"} & item.keys() for item in value)
+    )
 
 
 def _kind(value: Any) -> str:

@@ -43,7 +43,7 @@ from symphony_moe.convert import (
     tokenizer_over,
     weight_map,
 )
-from symphony_moe.errors import SourceError, SourceMismatch, first_line
+from symphony_moe.errors import SourceError, SourceMismatch, first_line, shortened
 from symphony_moe.families import (
     EMBEDDING,
     FAMILIES,
@@ -172,20 +172,13 @@ class Source:
         folder = self.tokenizer_folder or self.folder
         try:
             loaded = load_tokenizer(folder)
-            tokenizer, rowless = without_rowless(loaded, folder, self.own_rows)
+            tokenizer, _ = without_rowless(loaded, folder, self.own_rows)
             num_tokens = max(tokenizer.get_vocab().values()) + 1
         except Exception as error:
             # The loaders behind AutoTokenizer raise whatever their parser raised.
             raise SourceError(
                 f"{self.name}: {_why_unusable(folder, error)}{self._or_the_models}"
             ) from None
-        if rowless:
-            log.warning(
-                "%s: the model has no rows for %s, which only the class %s adds: left out",
-                self.name,
-                ", ".join(rowless),
-                type(loaded).__name__,
-            )
         if num_tokens > self.own_rows:
             raise SourceError(
                 f"{self.name}: the tokenizer in {folder} has {num_tokens} tokens, the model "
@@ -236,7 +229,8 @@ class Source:
         """Its own tokenizer, the size of its tables, and its config's special tokens."""
         special = {key: getattr(self.config, key, None) for key in ("eos_token_id", "pad_token_id")}
         folder = self.tokenizer_folder or self.folder
-        return Owner(self.name, folder, self.own_tokenizer, self.own_rows, special, self.generation)
+        generation = None if self.generation is None else _generation(self)[0]
+        return Owner(self.name, folder, self.own_tokenizer, self.own_rows, special, generation)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor (or some of its first axis) as float32, with the adapter in it.
@@ -323,7 +317,7 @@ class Source:
         found = {file: sha256_of(folder / file) for file in files}
         if self.adapter is not None:
             adapted = self.adapter.folder
-            beside = [file for file in TOKENIZER_FILES if (adapted / file).is_file()]
+            beside = tokenizer_paths(adapted)
             found |= {f"adapter/{f}": sha256_of(adapted / f) for f in (*ADAPTER_FILES, *beside)}
         return found
 
@@ -474,17 +468,18 @@ def open_source(
     else:
         headers, notes = _hub_headers(name, spec) if remote else _read_headers(name, folder)
     notes += [] if gguf is None else gguf.notes
-    dropped = tuple(_drop_numbers(name, folder, config))
-    source = Source(name, spec.model, folder, config, headers, attention=attention, dropped=dropped)
+    source = Source(name, spec.model, folder, config, headers, attention=attention)
     source = replace(source, notes=tuple(notes))
     if converted:
         source = replace(source, origin=origin, converted=converted)
     source = _with_its_head(_without_buffers(source), here=not remote)
-    config = source.config
     _check_tensors(source)
     _check_generation_config(source)
     if spec.adapter is not None:
-        source = _adapted(source, _open_adapter(name, spec, spec.adapter, config))
+        adapter = _open_adapter(name, spec, spec.adapter, source.config)
+        _refuse_tied_rows(adapter, declared=config, config=source.config)
+        source = _adapted(source, adapter)
+    source = replace(source, dropped=tuple(_drop_numbers(name, folder, source.config)))
     if spec.sha256 is not None and download:
         _check_hashes(source, spec.sha256)
     return source
@@ -559,11 +554,27 @@ def _open_adapter(name: str, spec: SourceSpec, adapter: str, config: PreTrainedC
     """The recipe's adapter. It is small: from the hub it is fetched whole, for a plan too."""
     folder = Path(adapter)
     if not folder.is_absolute():
-        patterns = [*ADAPTER_FILES, *TOKENIZER_FILES]
+        patterns = [*ADAPTER_FILES, *TOKENIZER_FILES, "additional_chat_templates/*.jinja"]
         folder = _fetch(f"{name}: adapter", adapter, spec.adapter_revision, patterns)
     if not folder.is_dir():
         raise SourceError(f"{name}: no such adapter folder: {folder}")
     return open_adapter(name, folder, expected_shapes(config))
+
+
+def _refuse_tied_rows(
+    adapter: Adapter, *, declared: PreTrainedConfig, config: PreTrainedConfig
+) -> None:
+    """Raise SourceError for rows of single tokens on a model whose config ties the head and whose
+    files hold another one: peft goes by the config and writes them into both tables."""
+    unties = declared.tie_word_embeddings and not config.tie_word_embeddings
+    if unties and EMBEDDING in adapter.tokens and HEAD not in adapter.tokens:
+        raise SourceError(
+            f"{adapter.owner}: its adapter trained rows of the embeddings "
+            "(trainable_token_indices). "
+            "The model's config ties the head to them, and its files hold another one: peft would "
+            "write the rows into that head too. Set tie_word_embeddings: false in the model's "
+            "config.json, or merge the adapter with peft and save the result"
+        )
 
 
 def _adapted(source: Source, adapter: Adapter) -> Source:
@@ -581,12 +592,13 @@ def _adapted(source: Source, adapter: Adapter) -> Source:
                 shape = (adapter.rows, headers[name].shape[1])
                 headers[name] = replace(headers[name], shape=shape)
     changed = replace(source, adapter=adapter, config=config, headers=headers)
-    beside = [file for file in TOKENIZER_FILES if (adapter.folder / file).is_file()]
+    beside = tokenizer_paths(adapter.folder)
     if not beside:
         return changed
     folder = adapter.folder
     if not set(beside).intersection(VOCABULARY_FILES):
-        folder = tokenizer_over(source.name, source.folder, folder, beside, TOKENIZER_FILES)
+        known = tokenizer_paths(source.folder)
+        folder = tokenizer_over(source.name, source.folder, folder, beside, known)
     changed = replace(changed, tokenizer_folder=folder)
     special = {key: getattr(config, key, None) for key in _SPECIAL}
     for key, value in changed._with_its_tokens(special).items():
@@ -679,7 +691,7 @@ def _read_config(name: str, folder: Path, attention: str) -> PreTrainedConfig:
         raise SourceError(f"{name}: {path} is not JSON: {error}") from None
     except Exception as error:
         # Every config class and module checks, or stumbles, in its own way.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", 250)
         raise SourceError(f"{name}: {path} is not usable: {reason}") from None
     if declared.get("quantization_config"):
         raise SourceError(
@@ -738,7 +750,7 @@ def _generation(source: Source) -> tuple[dict[str, Any], list[str]]:
     was taken out, in words); nothing where there is no such file."""
     settings = dict(source.generation or {})
     found = []
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in _SPECIAL:
         least = 0 if key == "pad_token_id" else None  # transformers will not save such a one
         kept, gone = _within(settings.get(key), source.own_rows, least)
         if gone:
@@ -752,8 +764,7 @@ def generation_settings(source: Source) -> dict[str, Any]:
     its config says of special tokens, where it has none."""
     settings, _ = _generation(source)
     if source.generation is None:
-        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        settings = {key: getattr(source.config, key, None) for key in keys}
+        settings = {key: getattr(source.config, key, None) for key in _SPECIAL}
         settings["pad_token_id"], _ = _within(settings["pad_token_id"], source.own_rows, 0)
     return {key: value for key, value in settings.items() if key != "auto_map"}
 
@@ -761,8 +772,9 @@ def generation_settings(source: Source) -> dict[str, Any]:
 def remarks(source: Source) -> list[str]:
     """What a source's files say and the result does not take over, or not as it stands."""
     found = [*source.dropped, *_generation(source)[1]]
-    for file in ("config.json", TOKENIZER_CONFIG):
-        if code := code_of(source.folder, file):
+    folder = source.tokenizer_folder or source.folder
+    for where, file in ((source.folder, "config.json"), (folder, TOKENIZER_CONFIG)):
+        if code := code_of(where, file):
             found.append(
                 f"{file} names code ({', '.join(code)[:80]}), which is never run: the classes of "
                 "transformers are used, and the result names none"
@@ -785,7 +797,7 @@ def remarks(source: Source) -> list[str]:
             f"takes for it, as in {text[:60]!r}; text is cut as by the class, here and by the "
             "result where it is the anchor"
         )
-    return [f"{source.name}: {remark}" for remark in found]
+    return [*source.notes, *(f"{source.name}: {remark}" for remark in found)]
 
 
 def _read_headers(name: str, folder: Path) -> tuple[dict[str, Header], list[str]]:
@@ -802,7 +814,7 @@ def _read_headers(name: str, folder: Path) -> tuple[dict[str, Header], list[str]
         raise SourceError(
             f"{name}: {folder} has no .safetensors weights that transformers would load, neither "
             f"{SAFETENSORS} nor {INDEX} (found: "
-            f"{', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}). "
+            f"{shortened(', '.join(sorted(p.name for p in folder.iterdir())), 150) or 'nothing'}). "
             "Other formats: load the model with transformers and save_pretrained it"
         )
     for file in files:

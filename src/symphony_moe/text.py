@@ -15,6 +15,7 @@ One rule each, shared by calibration, training, evaluation and the training of t
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import random
@@ -30,7 +31,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from symphony_moe.errors import TextError, first_line
+from symphony_moe.errors import SourceError, TextError, first_line
 from symphony_moe.recipe import BUNDLED, ChatRules, Data, HubData
 from symphony_moe.rows import MESSAGES, Document, read_row, without_empty
 
@@ -195,6 +196,13 @@ class Encoder:
             eos = {value: token for token, value in own.get_vocab().items()}.get(number)
         numbers = shared.get_vocab()
         begin = [str(own.convert_ids_to_tokens(number)) for number in _added_before(own)]
+        lost = [token for token in begin if token not in numbers]
+        if lost:
+            raise SourceError(
+                f"a source's tokenizer puts {lost[0][:40]!r} before every text, and the shared "
+                "vocabulary does not have it; list it among the added tokens of that source's "
+                "tokenizer.json, or use sources of one tokenizer"
+            )
         return Encoder(
             shared,
             tuple(numbers[token] for token in begin),
@@ -217,13 +225,17 @@ class Encoder:
 
 def _added_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that a tokenizer puts before a text by itself."""
-    alone, whole = (
-        list(tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"])
-        for special in (False, True)
-    )
-    starts = range(len(whole) - len(alone) + 1)
-    first = next((n for n in starts if whole[n : n + len(alone)] == alone), 0)
-    return whole[:first]
+    ordinary = (tokenizer.decode([number]) for number in range(min(512, len(tokenizer))))
+    for text in itertools.chain(("a", "A", "1"), ordinary):
+        alone, whole = (
+            list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+            for special in (False, True)
+        )
+        # From behind: the text may be cut into what stands before it.
+        for first in reversed(range(len(whole) - len(alone) + 1)):
+            if alone and whole[first : first + len(alone)] == alone:
+                return whole[:first]
+    return []  # it makes nothing of any text
 
 
 @dataclass(frozen=True)
@@ -614,7 +626,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # no JSON, or a number of thousands of digits
                 raise ValueError(f"line {number}: {error}") from None
             except RecursionError:
                 raise ValueError(f"line {number} is nested too deeply") from None
@@ -624,14 +636,14 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        number = 0
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", _of_columns(row)
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from None
+    except (pyarrow.ArrowException, OverflowError, RecursionError) as error:
+        raise ValueError(f"row {number + 1}: {error}") from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {

@@ -57,6 +57,7 @@ from symphony_moe.soften import TRAINED_TOKENS, largest_temperature, losses_by_t
 from symphony_moe.sources import Source
 from symphony_moe.stock import balance_weight_name, ffn_routers, load_stock
 from symphony_moe.teach import Teachers, divergence, fit_in_memory
+from symphony_moe.text import Packed
 from symphony_moe.text_files import TrainingText
 
 log = logging.getLogger(__name__)
@@ -512,11 +513,9 @@ class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        tokens = self.text.tokens([index])[0]
-        positions = self.text.positions([index])[0]
-        labels = tokens.masked_fill(positions == 0, -100)
-        item = {"input_ids": tokens, "labels": labels, "window": index}
-        return item | {"position_ids": positions} if self.by_documents else item
+        text = Packed(self.text.tokens([index]), self.text.positions([index]))
+        item = {"input_ids": text.windows[0], "labels": text.labels[0], "window": index}
+        return item | {"position_ids": text.positions[0]} if self.by_documents else item
 
 
 class _Measure(TrainerCallback):

@@ -43,14 +43,24 @@ def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence
         assert vocabulary is not None
         ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         settings = dict(vocabulary.generation or ids)
-    for name in ("_from_model_config", "auto_map"):
-        settings.pop(name, None)
+    settings.pop("_from_model_config", None)
+    settings |= _all_ends(settings.get("eos_token_id"), sources)
     write_json(
         folder / GENERATION,
         settings | {"transformers_version": transformers.__version__},
     )
     write_text(folder / "README.md", model_card(plan, recipe, sources))
     sync_folder(folder)
+
+
+def _all_ends(numbers: Any, sources: Sequence[Source]) -> dict[str, Any]:
+    """`eos_token_id` with the ends of all sources' documents: each is taught to the new model, so
+    that it stops there. Nothing where they are in it already."""
+    listed = [] if numbers is None else numbers if isinstance(numbers, list) else [numbers]
+    more = sorted({s.encoder.end for s in sources if s.encoder.end is not None} - {*listed})
+    return (
+        {"eos_token_id": [*listed, *more] if listed or len(more) > 1 else more[0]} if more else {}
+    )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
