@@ -705,3 +705,38 @@ def test_an_adapter_on_the_hub_comes_with_its_tokenizer(
     spec = SourceSpec(model=str(base), data="x.txt", adapter="someone/adapter")
     source = open_source("a", spec, download=False)
     assert source.own_tokenizer.chat_template == CHAT
+
+
+def test_named_templates_beside_an_adapter_and_its_model_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's where the adapter has only a default, the adapter's beside them; and they are
+    among the hashed files."""
+    monkeypatch.setenv("SYMPHONY_CACHE", str(tmp_path / "cache"))
+    path, adapter = with_adapter(tmp_path)
+    for folder, name, text in (
+        (tmp_path / "models" / "b", "tool_use", "of the model"),
+        (adapter, "rag", "of the adapter"),
+    ):
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    (adapter / "chat_template.jinja").write_text(CHAT)
+    source = open_sources(load_recipe(path))[1]
+    expected = {"default": CHAT, "tool_use": "of the model", "rag": "of the adapter"}
+    assert source.own_tokenizer.chat_template == expected
+    before = source.hash_files()
+    assert "adapter/additional_chat_templates/rag.jinja" in before
+    (adapter / "additional_chat_templates" / "rag.jinja").write_text("another")
+    assert source.hash_files() != before
+
+
+def test_token_rows_on_a_head_that_the_config_ties_and_the_files_do_not_are_refused(
+    tmp_path: Path,
+) -> None:
+    """peft goes by the config and writes the rows into both tables: not what is read here."""
+    folder = make_model(tmp_path / "model", "llama", 0)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    adapter = make_adapter(folder, tmp_path / "adapter", trainable_token_indices=[3, 4])
+    with pytest.raises(SourceError, match=r"^a: .*tie_word_embeddings: false"):
+        opened(folder, adapter)

@@ -1285,3 +1285,45 @@ def test_the_pieces_of_a_merged_token_are_spelled_in_bytes(template: Path, tmp_p
     pieces = merge([one, two], "a", "a").tables["b"].pieces
     assert pieces == {one.tokens["Ġa"]: encode(two.tokenizer, " a")}
     assert two.tokenizer.convert_ids_to_tokens(pieces[one.tokens["Ġa"]]) == ["Ġ", "a"]
+
+
+def test_generation_stops_at_the_ends_of_all_sources(tmp_path: Path) -> None:
+    """Each source's documents end with its own EOS, so the result learns all of them, and its
+    generation config lists them; `plan` says so. The order of the recipe changes nothing."""
+    path = make_recipe(tmp_path, "llama", count=2)
+    config = tmp_path / "models" / "b" / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    recipe = load_recipe(path, ["method=btx"])
+    assert any(
+        "b: its documents end with '<|endoftext|>'" in n for n in pipeline.plan(recipe).notes
+    )
+    run = pipeline.build(recipe, tmp_path / "run")
+    written = json.loads((run.checkpoint / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [257, 258]
+    assert AutoModelForCausalLM.from_pretrained(run.checkpoint).generation_config.eos_token_id == [
+        257,
+        258,
+    ]
+    alike = pipeline.build(load_recipe(make_recipe(tmp_path / "x")), tmp_path / "alike")
+    alone = json.loads((alike.checkpoint / "generation_config.json").read_text())
+    assert alone["eos_token_id"] == 257
+
+
+def test_a_begin_that_the_union_lacks_is_a_message(tmp_path: Path) -> None:
+    """A post-processor may put an ordinary token before a text, which no union has to have."""
+    path = a_pair(tmp_path)
+
+    def change(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        vocabulary["[B]"] = 309
+        special = {"[B]": {"id": "[B]", "ids": [vocabulary["[B]"]], "tokens": ["[B]"]}}
+        single = [
+            {"SpecialToken": {"id": "[B]", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ]
+        content["post_processor"] |= {"single": single, "special_tokens": special}
+
+    rewrite(tmp_path / "models" / "b", change)
+    with pytest.raises(SourceError, match=r"puts '\[B\]' before every text"):
+        pipeline.plan(load_recipe(path))
