@@ -31,8 +31,8 @@ from symphony_moe.run_folder import RunFolder
 from symphony_moe.shards import hash_folder, sha256_of
 from symphony_moe.sources import open_sources
 from symphony_moe.stock import load_stock
+from symphony_moe.text import Packed
 from symphony_moe.twin import scramble
-from test_evaluate import loss_by_hand
 from test_pipeline import (
     EXACT,
     Killed,
@@ -151,9 +151,15 @@ def windows_of(recipe: Path) -> dict[str, Tensor]:
     return {n: t.windows for n, t in calibration_windows(loaded, open_sources(loaded)).items()}
 
 
-def kept_aside(recipe: Path) -> dict[str, Tensor]:
+def kept_aside(recipe: Path) -> dict[str, Packed]:
     loaded = load_recipe(recipe, QUICK)
-    return {n: t.windows for n, t in aside_windows(loaded, open_sources(loaded)).items()}
+    return aside_windows(loaded, open_sources(loaded))
+
+
+@torch.inference_mode()
+def loss_by_hand(model: Any, text: Packed) -> float:
+    """Of stock: every token but the first of a document."""
+    return float(model(input_ids=text.windows, labels=text.labels).loss)
 
 
 def maps_in(run: RunFolder) -> set[str]:

@@ -264,7 +264,7 @@ def test_routing_is_what_the_router_s_matrix_says(
     variant: str, built: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By hand from the routers' inputs, token by token, in float64; 1e-6."""
-    monkeypatch.setattr("symphony_moe.evaluate.WINDOWS_TOKENS", 48)
+    monkeypatch.setattr("symphony_moe.evaluate._AT_ONCE", 48)
     model: Any = load_stock(built(variant).checkpoint)
     with torch.no_grad():
         for router in routers(model):
