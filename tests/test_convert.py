@@ -60,6 +60,7 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     settings: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
+    pre: str = "llama-bpe",
 ) -> None:
     """A model as llama.cpp keeps it: its own names, and a Llama's q and k with RoPE's pairs side by
     side. `settings`: metadata of the architecture that are changed, or left out where None.
@@ -92,7 +93,7 @@ def write_gguf(
     tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
     special = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([special[token not in ("<s>", "</s>")] for token in tokens])
     writer.add_token_merges([" ".join(merge) for merge in content["merges"]])
@@ -125,6 +126,19 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("llama") / "model", "llama", 0, rms_norm_eps=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("said", "pre", "adds"), [(None, "llama-bpe", 1), (False, "llama-bpe", 0), (True, "qwen2", 1)]
+)
+def test_a_gguf_file_says_whether_bos_comes_first(
+    said: bool | None, pre: str, adds: int, llama: Path, tmp_path: Path, cache: Path
+) -> None:
+    """transformers drops that; llama.cpp and the text here go by it."""
+    settings = {"tokenizer.ggml.add_bos_token": said}
+    write_gguf(llama, tmp_path / "m.gguf", settings=settings, pre=pre)
+    encoded = opened(tmp_path, gguf_file="m.gguf").encoder.encode("alpha")
+    assert encoded.count(256) == adds and encoded[:adds] == [256] * adds
+
+
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 def test_a_gguf_file_is_the_model_that_it_holds(
     kind: str, llama: Path, tmp_path: Path, cache: Path
@@ -145,8 +159,8 @@ def test_a_gguf_file_is_the_model_that_it_holds(
         torch.testing.assert_close(tensor, own[name], atol=1e-7 if kind == "F32" else 0.05, rtol=0)
     theirs = AutoTokenizer.from_pretrained(llama)
     assert source.tokenizer.get_vocab() == theirs.get_vocab()
-    text, plain = "alpha 12\n", {"add_special_tokens": False}
-    assert source.tokenizer(text, **plain)["input_ids"] == theirs(text, **plain)["input_ids"]
+    assert source.tokenizer("alpha 12\n")["input_ids"] == theirs("alpha 12\n")["input_ids"]
+    assert source.encoder.encode("alpha") == [256, *theirs("alpha")["input_ids"][1:], 257]
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     opened(tmp_path, gguf_file="m.gguf")
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before

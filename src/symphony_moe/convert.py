@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import processors
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from symphony_moe.errors import SourceError, first_line
 from symphony_moe.gguf_file import GGUFFile
@@ -107,7 +108,10 @@ def from_gguf(name: str, folder: Path, file: GGUFFile, *, weights: bool) -> Path
             raise ValueError(f"transformers takes it for a {config.model_type!r} model")
         _forget_quantization(config)
         file.amend(config).save_pretrained(out)
-        load_tokenizer(folder, gguf_file=file.path.name).save_pretrained(out)
+        tokenizer = load_tokenizer(folder, gguf_file=file.path.name)
+        if file.adds_bos:
+            _put_bos_first(tokenizer)
+        tokenizer.save_pretrained(out)
         return config
 
     def convert(out: Path) -> None:
@@ -133,6 +137,20 @@ def from_gguf(name: str, folder: Path, file: GGUFFile, *, weights: bool) -> Path
     if weights:
         return _once(name, "gguf", folder, [file.path], convert)
     return _once(name, "gguf-described", folder, [file.path], describe)
+
+
+def _put_bos_first(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have a tokenizer put its BOS before every text, as the GGUF file says; what transformers
+    makes of such a file does not."""
+    bos, backend = tokenizer.bos_token, getattr(tokenizer, "backend_tokenizer", None)
+    ids = tokenizer("a")["input_ids"]
+    if bos is None or backend is None or ids[:1] == [tokenizer.bos_token_id]:
+        return
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos}:1 $B:1",
+        special_tokens=[(bos, tokenizer.bos_token_id)],
+    )
 
 
 def from_pickle(name: str, folder: Path, files: Sequence[Path]) -> Path:

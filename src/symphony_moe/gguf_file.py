@@ -116,6 +116,17 @@ class GGUFFile:
         return {theirs: self.shapes[name] for name, theirs in known.items() if theirs}
 
     @property
+    def adds_bos(self) -> bool:
+        """Whether BOS is put before every text. llama.cpp's default: for SentencePiece, and for
+        Llama 3's tokenizer."""
+        said = self.settings.get("tokenizer.ggml.add_bos_token")
+        if said is not None:
+            return bool(said)
+        pre = str(self.settings.get("tokenizer.ggml.pre", ""))
+        spm = self.settings.get("tokenizer.ggml.model") == "llama"
+        return spm or pre in ("llama3", "llama-v3", "llama-bpe")
+
+    @property
     def head_size(self) -> int:
         """Size of an attention head."""
         heads = int(self.setting("attention.head_count"))
