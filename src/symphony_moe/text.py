@@ -33,7 +33,8 @@ from transformers import PreTrainedTokenizerBase
 
 from symphony_moe.errors import SourceError, TextError, first_line
 from symphony_moe.recipe import BUNDLED, ChatRules, Data, HubData
-from symphony_moe.rows import MESSAGES, Document, read_row, without_empty
+from symphony_moe.rows import MESSAGES, Document, without_empty
+from symphony_moe.rows import read_row as _text_of
 
 log = logging.getLogger(__name__)
 
@@ -563,17 +564,6 @@ def _hint(path: Path) -> str:
 
 def _spelled(data: Data) -> str:
     return f"dataset {data.hub}" if isinstance(data, HubData) else str(data)
-
-
-def _text_of(
-    where: str,
-    row: Any,
-    column: str,
-    tokenizer: PreTrainedTokenizerBase,
-    rules: ChatRules = MESSAGES,
-) -> Document:
-    """The document of a row: see `read_row`."""
-    return read_row(where, row, column, tokenizer, rules)
 
 
 def _file_documents(
