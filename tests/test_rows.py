@@ -141,6 +141,13 @@ def test_content_in_parts_is_one_text_or_goes_to_a_template_for_parts(
             [{"role": "user", "content": [{"text": "alpha"}]}],
             "alpha",
         ),
+        # Beside tools, whose JSON has types too.
+        (
+            "{{ [{'type': 'function'}] | tojson }}"
+            "{% for m in messages %}{{ m.content }}{% endfor %}",
+            PARTS,
+            '[{"type": "function"}]alpha\nbeta',
+        ),
         # As JSON.
         ("{{ messages | tojson }}", PARTS, '[{"role": "user", "content": "alpha\\nbeta"}]'),
     ],
@@ -172,6 +179,10 @@ def test_sharegpt_is_read_where_the_recipe_says_so(base: PreTrainedTokenizerBase
     for chat in (SHAREGPT, CHAT):
         found = read(base, PLAIN, {"conversations": chat}, format="sharegpt")
         assert found == "<user>alpha?<assistant>beta."
+    nulls = [{"role": None, "content": None, **message} for message in SHAREGPT]
+    assert (
+        read(base, PLAIN, {"messages": nulls}, format="sharegpt") == "<user>alpha?<assistant>beta."
+    )
     odd = [{"from": "nobody", "value": "x"}]
     with pytest.raises(TextError, match="is from 'nobody'"):
         read(base, PLAIN, {"conversations": odd}, format="sharegpt")

@@ -175,12 +175,14 @@ def _rendered(
         read = sum(part["text"].strip() in text for part in parts)
         if read > most and not _spells_parts(text, parts):
             best, most = text, read
+    if most < 0:
+        raise ValueError("it reads content neither as a list of parts nor as one text")
     return best
 
 
 def _spells_parts(text: str, parts: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a text has parts as Python or JSON spell them."""
-    key = re.compile(r"""['"]type['"]\s*:""")
+    key = re.compile(r"""['"]type['"]\s*:\s*['"]text['"]""")
     return bool(key.search(text)) and not any(key.search(part["text"]) for part in parts)
 
 
@@ -237,7 +239,8 @@ def _from_sharegpt(where: str, column: str, message: Mapping[str, Any]) -> dict[
             f"{where}: a message in {column!r} is from {_shown(message['from'])} and its value is "
             f"{_kind(message['value'])}; expected text from one of {', '.join(_ROLES)}"
         )
-    others = {key: value for key, value in message.items() if key not in ("from", "value")}
+    read = ("from", "value", "role", "content")
+    others = {key: value for key, value in message.items() if key not in read}
     return {"role": role, "content": message["value"], **others}
 
 
