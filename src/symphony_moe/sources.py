@@ -189,7 +189,7 @@ class Source:
             )
         return tokenizer
 
-    @property
+    @cached_property
     def encoder(self) -> Encoder:
         """What makes tokens of its documents: begun and ended as its own tokenizer does it, in the
         numbers of the shared vocabulary."""

@@ -276,16 +276,25 @@ def joined(parts: Sequence[Packed]) -> Packed:
 
 def pack_windows(documents: Iterable[str], encoder: Encoder, sequence_length: int) -> Packed:
     """Documents in the order given, packed end to end and cut into windows (int64)."""
-    stream, places = array("i"), array("i")
-    for document in documents:
-        ids = encoder.encode(document)
+    encoded = (encoder.encode(document) for document in documents)
+    windows, places, _ = _end_to_end(encoded, sequence_length)
+    return packed(windows.long(), places.long())
+
+
+def _end_to_end(
+    encoded: Iterable[list[int]], sequence_length: int
+) -> tuple[Int[Tensor, "windows sequence"], Int[Tensor, "windows sequence"], int]:
+    """(windows of documents' tokens end to end, each token's place in its document, number of
+    documents), int32."""
+    stream, places, num_documents = array("i"), array("i"), 0
+    for ids in encoded:
         stream.extend(ids)
         places.extend(range(len(ids)))
-    windows, positions = (
-        cut(torch.from_numpy(numpy.asarray(values)), sequence_length).long()
-        for values in (stream, places)
+        num_documents += 1
+    windows, of_documents = (
+        cut(torch.from_numpy(numpy.asarray(values)), sequence_length) for values in (stream, places)
     )
-    return packed(windows, positions)
+    return windows, of_documents, num_documents
 
 
 def cut(stream: Int[Tensor, " stream"], sequence_length: int) -> Int[Tensor, "windows sequence"]:
@@ -329,16 +338,10 @@ def draw_packed(
     both.
     """
     wanted = max(1, tokens // sequence_length)
-    stream, places, num_documents = array("i"), array("i"), 0
-    for ids in pooled(documents, encoder, tokens=wanted * sequence_length, seed=seed):
-        stream.extend(ids)
-        places.extend(range(len(ids)))
-        num_documents += 1
-    pool = [
-        cut(torch.from_numpy(numpy.asarray(values)), sequence_length) for values in (stream, places)
-    ]
-    chosen = choose_windows(who, num_documents, len(pool[0]), wanted, sequence_length, seed)
-    drawn = packed(pool[0][chosen], pool[1][chosen])
+    encoded = pooled(documents, encoder, tokens=wanted * sequence_length, seed=seed)
+    windows, places, num_documents = _end_to_end(encoded, sequence_length)
+    chosen = choose_windows(who, num_documents, len(windows), wanted, sequence_length, seed)
+    drawn = packed(windows[chosen], places[chosen])
     return Packed(drawn.windows.long(), drawn.positions.long())
 
 
