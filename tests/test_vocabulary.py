@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from conftest import WORDS, make_model, make_recipe
+from conftest import VARIANTS, WORDS, make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.assemble import fused_tables
 from symphony_moe.cli import main
@@ -26,7 +26,7 @@ from symphony_moe.families import EMBEDDING, HEAD
 from symphony_moe.recipe import load_recipe
 from symphony_moe.sources import Source, open_source, open_sources
 from symphony_moe.stock import load_source, load_stock
-from symphony_moe.vocabulary import Owner, is_needed, merge
+from symphony_moe.vocabulary import Owner, is_needed, merge, tokenizer_files
 
 ADDED = [f"<|{word}|>" for word in ("fim", "im_start", "im_end", "tool", "pad", "x1", "x2", "x3")]
 
@@ -1066,6 +1066,9 @@ def test_a_result_has_a_tokenizer_where_only_the_anchors_class_could_make_one(
         assert encode(written, text) == encode(tokenizer, text)
 
 
+ANY_CLASS = "PreTrainedTokenizerFast"
+
+
 @pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast", None])
 def test_files_that_say_all_stay_as_they_are(named: str | None, tmp_path: Path) -> None:
     """Byte for byte, whether their class is generic or does no more than they say."""
@@ -1077,7 +1080,12 @@ def test_files_that_say_all_stay_as_they_are(named: str | None, tmp_path: Path) 
         AutoTokenizer.from_pretrained(model).save_pretrained(model)
     run = pipeline.build(load_recipe(path), tmp_path / "run")
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        assert (run.checkpoint / file).read_bytes() == (model / file).read_bytes()
+        kept, theirs = ((folder / file).read_bytes() for folder in (run.checkpoint, model))
+        if named == "TokenizersBackend" and file == "tokenizer_config.json":
+            # Neither older transformers nor llama.cpp's converter know the name.
+            assert json.loads(kept) == json.loads(theirs) | {"tokenizer_class": ANY_CLASS}
+        else:
+            assert kept == theirs
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -1116,6 +1124,50 @@ def test_tokens_that_only_a_class_adds_need_rows(union: bool, named: bool, tmp_p
     rewrite(tmp_path / "models" / "a", partial(add_tokens, tokens=["▁<PRE>"]))
     with pytest.raises(SourceError, match=r"a: the tokenizer in .* has 30. tokens"):
         open_sources(load_recipe(path))
+
+
+@pytest.mark.parametrize("union", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_reader_has_to_know_the_newest_class_name(
+    variant: str, union: bool, tmp_path: Path
+) -> None:
+    """`TokenizersBackend` is what transformers 5 writes of a tokenizer of no class of its own."""
+    path = make_recipe(tmp_path, variant, count=2)
+    for name in "ab":
+        folder = tmp_path / "models" / name
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        changed = config | {"tokenizer_class": "TokenizersBackend"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(changed))
+    if union:
+        make_model(tmp_path / "models" / "b", variant, 1, vocab_size=302)
+        rewrite(tmp_path / "models" / "b", partial(add_tokens, tokens=ADDED[:2]))
+    run = pipeline.build(load_recipe(path), tmp_path / "run")
+    written = json.loads((run.checkpoint / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] != "TokenizersBackend"
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_added_tokens_are_listed_beside_a_tokenizer_model(
+    listed: bool, template: Path, tmp_path: Path
+) -> None:
+    """llama.cpp's converter reads that, added_tokens.json and added_tokens_decoder, and not
+    tokenizer.json: what only that lists would be lost."""
+    own = "<|own|>"
+    one = owner("a", tmp_path / "a", template, lambda content: add_tokens(content, [own]))
+    two = owner("b", tmp_path / "b", template, lambda content: add_tokens(content, ADDED[:2]))
+    (one.folder / "tokenizer.model").write_bytes(b"read by others")
+    if listed:
+        (one.folder / "added_tokens.json").write_text(json.dumps({own: 300}))
+    for files, expected in (
+        (tokenizer_files(one), {own: 300}),
+        (merge([one, two], "a", "a").files, {own: 300, ADDED[0]: 301, ADDED[1]: 302}),
+    ):
+        assert json.loads(files["added_tokens.json"]) == expected
+        decoder = json.loads(files["tokenizer_config.json"])["added_tokens_decoder"]
+        backend = json.loads(files["tokenizer.json"])
+        assert {(int(n), t["content"], t["special"]) for n, t in decoder.items()} == {
+            (t["id"], t["content"], t["special"]) for t in backend["added_tokens"]
+        }
 
 
 # Details that a union could get wrong without anyone noticing

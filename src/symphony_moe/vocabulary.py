@@ -40,8 +40,9 @@ _WITH_TOKENS = (
 )  # fmt: skip
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes that do what tokenizer.json says."""
-_ANY = "PreTrainedTokenizerFast"
-"""The name of that class which every version of transformers knows."""
+_NEWEST, _ANY = _GENERIC
+"""Names of one class: what transformers 5 writes, and what every version and llama.cpp's converter
+know."""
 _STAGES = ("normalizer", "pre_tokenizer", "decoder")
 """What tokenizer.json says of text on its way to tokens and back, and some classes build anew."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -441,7 +442,24 @@ def _explicit(owner: Owner, files: Mapping[str, bytes]) -> dict[str, Any]:
         elif named not in _GENERIC and config.get("tokenizer_class") != named + "Fast":
             config["tokenizer_class"] = named
         _write_settings(owner.tokenizer, config)
+    if config.get("tokenizer_class") == _NEWEST:
+        config["tokenizer_class"] = _ANY
+    if "tokenizer.model" in files and "tokenizer.json" in contents:
+        _list_beside_sentencepiece(contents)
     return {name: content for name, content in contents.items() if content or name in files}
+
+
+def _list_beside_sentencepiece(contents: dict[str, Any]) -> None:
+    """List added tokens where readers of tokenizer.model look for them: llama.cpp's converter does
+    not open tokenizer.json beside it, and would lose what only that file lists."""
+    config, added = contents["tokenizer_config.json"], contents["tokenizer.json"]["added_tokens"]
+    decoder = config.setdefault("added_tokens_decoder", {})
+    for token in added:
+        decoder.setdefault(str(token["id"]), {"content": token["content"]} | _flags(token))
+    ordinary = _ordinary(contents["tokenizer.json"])
+    beyond = {token["content"]: token["id"] for token in added if token["content"] not in ordinary}
+    if beyond:
+        contents["added_tokens.json"] = contents.get("added_tokens.json", {}) | beyond
 
 
 def _names_a_class(owner: Owner, config: Mapping[str, Any]) -> bool:
@@ -510,8 +528,11 @@ def _write_settings(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) 
             config[name] = value
 
 
-def _add(contents: dict[str, Any], new: Sequence[Mapping[str, Any]]) -> None:
-    """List new tokens wherever the files list added tokens."""
+def _add(
+    contents: dict[str, Any], new: Sequence[Mapping[str, Any]], *, sentencepiece: bool = False
+) -> None:
+    """List new tokens wherever the files list added tokens. `sentencepiece`: there is a
+    tokenizer.model, whose readers find them in added_tokens.json."""
     config = contents.get("tokenizer_config.json", {})
     for token in new:
         entry = _flags(token)
@@ -521,8 +542,8 @@ def _add(contents: dict[str, Any], new: Sequence[Mapping[str, Any]]) -> None:
         if "added_tokens_decoder" in config:
             listed = {"content": token["content"]} | entry
             config["added_tokens_decoder"][str(token["id"])] = listed
-        if "added_tokens.json" in contents:
-            contents["added_tokens.json"][token["content"]] = token["id"]
+        if "added_tokens.json" in contents or sentencepiece:
+            contents.setdefault("added_tokens.json", {})[token["content"]] = token["id"]
 
 
 def _files(anchor: Owner, new: Sequence[Mapping[str, Any]], chat: Owner) -> dict[str, bytes]:
@@ -536,7 +557,7 @@ def _files(anchor: Owner, new: Sequence[Mapping[str, Any]], chat: Owner) -> dict
         )
     contents = _explicit(anchor, files)
     config = contents.setdefault("tokenizer_config.json", {})
-    _add(contents, new)
+    _add(contents, new, sentencepiece="tokenizer.model" in files)
     if chat is not anchor:
         contents |= _chat_conventions(files, config, chat)
     return _with(files, contents)
