@@ -51,9 +51,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 16, "head_dim": 16},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2-untied": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen2-granitemoe": {"model_type": "qwen2", "tie_word_embeddings": False},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
 }
 """Every family, with the variations that its target must hold."""
+ARCHITECTURES = {"qwen2-granitemoe": "granitemoe"}
+"""Variant -> `output.architecture`, where that is not `auto`."""
+
+
+def target_of_variant(variant: str) -> str:
+    """`model_type` of the output of a variant's sources."""
+    auto = {"qwen2": "ernie4_5_moe", "qwen3": "qwen3_moe"}
+    model_type = VARIANTS[variant]["model_type"]
+    return ARCHITECTURES.get(variant) or auto.get(model_type, "mixtral")
+
+
+def ffn_of(layer: Any) -> Any:
+    """The mixture in a stock MoE's layer."""
+    return getattr(layer, "mlp", None) or layer.block_sparse_moe
+
+
+def router_of(layer: Any) -> Any:
+    """The module in it that holds the router's matrix."""
+    return getattr(ffn_of(layer), "gate", None) or ffn_of(layer).router
+
 
 WORDS = [
     "alpha",
@@ -144,7 +165,7 @@ def make_recipe(root: Path, variant: str = "llama", count: int = 3, **sections: 
     recipe = {
         "sources": sources,
         "calibration": {"tokens": 1536, "sequence_length": 64},
-        "output": {"dtype": "float32"},
+        "output": {"dtype": "float32", "architecture": ARCHITECTURES.get(variant, "auto")},
         "train": {"tokens": 2048, "sequence_length": 64, "batch_size": 4, "learning_rate": 1e-3},
         "evaluation": {
             "tokens": 256, "holdout": 0.1, "sequence_length": 64, "extra": {"other": "other.jsonl"},

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import VARIANTS, make_model, make_recipe, make_tokenizer
+from conftest import VARIANTS, make_model, make_recipe, make_tokenizer, router_of
 from symphony_moe import evaluate, pipeline
 from symphony_moe.calibrate import calibration_windows
 from symphony_moe.cli import main
@@ -82,7 +82,7 @@ def test_routing_shares_are_the_hand_count(
     windows = random_windows(2, 5, 24)
     inputs: list[Tensor] = []
     hooks = [
-        layer.mlp.gate.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        router_of(layer).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         for layer in model.model.layers
     ]
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_routing_shares_are_the_hand_count(
     assert len(shares) == len(inputs) == 2
     for layer, hidden in enumerate(inputs):
         counts = [0, 0, 0]
-        scores = hidden @ model.model.layers[layer].mlp.gate.weight.T
+        scores = hidden @ router_of(model.model.layers[layer]).weight.T
         for token in scores.reshape(-1, 3).tolist():
             for expert in sorted(range(3), key=lambda e: token[e])[-2:]:
                 counts[expert] += 1

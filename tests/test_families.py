@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import VARIANTS, make_model
+from conftest import ARCHITECTURES, VARIANTS, make_model
 from symphony_moe import pipeline
 from symphony_moe.errors import SourceError
 from symphony_moe.families import (
@@ -19,6 +19,7 @@ from symphony_moe.families import (
     NEURON_AXIS,
     TARGETS,
     MoELayer,
+    Target,
     head_dim,
     interleave_rotary,
     layer_outputs,
@@ -102,17 +103,21 @@ def test_interleaving_moves_row_j_and_its_partner_together(
 
 
 @pytest.mark.parametrize(
-    ("variant", "attention"),
-    [*((variant, "shared") for variant in VARIANTS), ("llama", "source")],
+    ("variant", "target"),
+    [
+        *((variant, Target("shared", ARCHITECTURES.get(variant, "auto"))) for variant in VARIANTS),
+        ("llama", Target("shared", "granitemoe")),
+        ("llama", Target("source")),
+    ],
 )
 def test_a_written_layer_is_read_back(
-    variant: str, attention: str, recipes: Callable[[str], Path]
+    variant: str, target: Target, recipes: Callable[[str], Path]
 ) -> None:
     """What the target's names and row order hold is the layer in the dense family's own layout, bit
     for bit; and a selection of experts takes their router rows along."""
     folder = recipes(variant).parent / "models"
     specs = {n: SourceSpec(model=str(folder / n), data="unread.jsonl") for n in "abc"}
-    sources = [open_source(name, spec, attention=attention) for name, spec in specs.items()]
+    sources = [open_source(name, spec, target=target) for name, spec in specs.items()]
     family, config = sources[0].family, sources[0].config
     layers = [source.read_layer(1) for source in sources]
     generator = torch.Generator().manual_seed(0)
@@ -121,7 +126,7 @@ def test_a_written_layer_is_read_back(
         {name: layers[0][name] for name in family.shared},
         [{name: layer[name] for name in family.expert} for layer in layers],
         router,
-        other if attention == "source" else None,
+        other if target.attention == "source" else None,
     )
     written = dict(layer_outputs(family, config, 1, moe))
     assert all(name.startswith("model.layers.1.") for name in written)

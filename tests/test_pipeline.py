@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import VARIANTS, make_recipe, make_text
+from conftest import VARIANTS, make_recipe, make_text, router_of, target_of_variant
 from symphony_moe import pipeline
 from symphony_moe.calibrate import calibration_windows
 from symphony_moe.errors import RecipeError, RunFolderError, SourceError, VerificationError
@@ -38,15 +38,22 @@ EXACT = 1e-5
 """Law 2: max |a - b| over max |logit|, float32 output."""
 
 FFN = ("gate", "up", "down")
+STACKED = ("input_linear.weight", "output_linear.weight")
 VECTORS = re.compile(r"layernorm|norm\.weight|bias$")
 """What is averaged linearly, whatever attention does."""
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint folder, as it is stored."""
+    """Every tensor of a checkpoint folder, as it is stored; what holds all experts' matrices, in
+    parts (see `expert_names`)."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
+    for name in [name for name in tensors if name.endswith(STACKED)]:
+        prefix, parts = name.rsplit(".", 2)[0], ("w1", "w3") if "input" in name else ("w2",)
+        for expert, stack in enumerate(tensors.pop(name)):
+            for part, matrix in zip(parts, stack.chunk(len(parts)), strict=True):
+                tensors[f"{prefix}.experts.{expert}.{part}.weight"] = matrix
     return tensors
 
 
@@ -153,17 +160,17 @@ def reference_model(recipe: Path, routers: Sequence[Tensor], dtype: torch.dtype)
 
 
 def router_name(variant: str) -> str:
-    return (
-        "block_sparse_moe.gate.weight"
-        if VARIANTS[variant]["model_type"] in ("llama", "mistral")
-        else "mlp.gate.weight"
-    )
+    return {
+        "mixtral": "block_sparse_moe.gate.weight",
+        "granitemoe": "block_sparse_moe.router.layer.weight",
+    }.get(target_of_variant(variant), "mlp.gate.weight")
 
 
 def expert_names(variant: str, layer: int, expert: int) -> tuple[str, str, str]:
-    """gate, up and down of an expert in the output."""
+    """gate, up and down of an expert in the output. Granite, which stacks all experts', is taken
+    apart into Mixtral's names by `read_tensors`."""
     prefix = f"model.layers.{layer}."
-    if VARIANTS[variant]["model_type"] in ("llama", "mistral"):
+    if target_of_variant(variant) in ("mixtral", "granitemoe"):
         a, b, c = (
             f"{prefix}block_sparse_moe.experts.{expert}.{w}.weight" for w in ("w1", "w3", "w2")
         )
@@ -225,7 +232,7 @@ def test_identical_sources_give_the_dense_model(
     with torch.no_grad():
         for layer in moe.model.layers:
             # A router that has made up its mind: gates near 0 and 1.
-            weight = layer.mlp.gate.weight
+            weight = router_of(layer).weight
             weight.copy_(2 * torch.randn(weight.shape, generator=generator))
     check()
 
@@ -359,8 +366,10 @@ def test_names_are_per_expert_and_as_stock_writes_them(
     dense_names = {"input_layernorm.weight", "post_attention_layernorm.weight"}
     dense_names |= {f"self_attn.{part}_proj.weight" for part in "qkvo"}
     model_type = VARIANTS[variant]["model_type"]
+    to_ernie = target_of_variant(variant) == "ernie4_5_moe"
     if model_type == "qwen2":
         dense_names |= {f"self_attn.{part}_proj.bias" for part in "qkvo"}
+    if to_ernie:
         dense_names |= {"mlp.moe_statics.e_score_correction_bias"}
     if model_type == "qwen3":
         dense_names |= {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
@@ -372,10 +381,10 @@ def test_names_are_per_expert_and_as_stock_writes_them(
             expected |= set(expert_names(variant, layer, expert))
     tied = variant in ("llama-tied-rope3", "qwen2")
     expected |= set() if tied else {"lm_head.weight"}
-    expected |= {"lm_head.bias"} if model_type == "qwen2" else set()
+    expected |= {"lm_head.bias"} if to_ernie else set()
     tensors = read_tensors(built(variant).checkpoint)
     assert tensors.keys() == expected
-    if model_type == "qwen2":
+    if to_ernie:
         assert tensors["model.layers.1.mlp.moe_statics.e_score_correction_bias"].shape == (1, 3)
         zeros = [n for n in tensors if n.endswith(("o_proj.bias", "tion_bias", "lm_head.bias"))]
         assert len(zeros) == 5 and not any(tensors[name].any() for name in zeros)
@@ -497,7 +506,7 @@ def test_the_backbone_is_the_stated_fusion(
     assert len(backbone) >= 2 * 6 + 2
     for name in backbone:
         expected = fused(name, [state[name] for state in states], shares.tolist(), attention)
-        if VARIANTS[variant]["model_type"] == "qwen2" and re.search(r"\.[qk]_proj\.", name):
+        if target_of_variant(variant) == "ernie4_5_moe" and re.search(r"\.[qk]_proj\.", name):
             rows = torch.arange(len(expected)).view(-1, 8)  # head by head
             order = torch.stack([rows[:, :4], rows[:, 4:]], dim=2).flatten()
             expected = expected[order]

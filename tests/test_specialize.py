@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor, nn
 
-from conftest import make_recipe
+from conftest import ffn_of, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.evaluate import (
     dynamic_routing,
@@ -41,7 +41,7 @@ from symphony_moe.specialize import (
 from symphony_moe.stock import load_source, load_stock
 from symphony_moe.symmetry import NeuronMap, reorder_neurons
 
-FAMILIES = ["llama", "qwen2", "qwen3"]
+FAMILIES = ["llama", "qwen2", "qwen2-granitemoe", "qwen3"]
 
 
 def textbook_cka(one: Tensor, other: Tensor) -> float:
@@ -209,7 +209,7 @@ def test_experts_are_compared_by_all_tokens_wherever_they_are_routed(
     model: Any = load_stock(built(variant).checkpoint)
     inputs: list[Tensor] = []
     for layer in model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        ffn_of(layer).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.inference_mode():
         model(input_ids=text)
         assert len(found) == len(inputs) == 2
@@ -217,7 +217,7 @@ def test_experts_are_compared_by_all_tokens_wherever_they_are_routed(
             flat = x.flatten(0, 1)
             ones = torch.ones(len(flat), 1)
             outputs = [
-                layer.mlp.experts(flat, torch.full((len(flat), 1), expert), ones)
+                ffn_of(layer).experts(flat, torch.full((len(flat), 1), expert), ones)
                 for expert in range(3)
             ]
             for one, other in ((0, 1), (0, 2), (1, 2)):

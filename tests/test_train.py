@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,16 +21,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import VARIANTS, WORDS, make_recipe
 from symphony_moe import pipeline, train
 from symphony_moe.cli import main
-from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, TextError
+from symphony_moe.errors import (
+    RecipeError,
+    RunFolderError,
+    SymphonyError,
+    TextError,
+    VerificationError,
+)
 from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import RunFolder
 from symphony_moe.shards import hash_folder
 from symphony_moe.sources import open_sources
 from symphony_moe.text import Encoder, Packed, pack_windows
 
-ROUTER = re.compile(r"\.gate\.weight$")
-EXPERT = re.compile(r"\.experts\.\d+\.")
-ALWAYS_ZERO = ("e_score_correction_bias", "lm_head.bias")
+ROUTER = re.compile(r"\.(gate|router\.layer)\.weight$")
+EXPERT = re.compile(r"\.experts\.\d+\.|\.(input|output)_linear\.")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -76,13 +81,18 @@ def loss_by_hand(logits: Tensor, text: Packed) -> Tensor:
 @pytest.mark.parametrize(
     ("variant", "scope"),
     [(variant, "all") for variant in VARIANTS]
-    + [(v, scope) for v in ("llama", "qwen2", "qwen3") for scope in ("router", "experts")],
+    + [
+        (variant, scope)
+        for variant in ("llama", "qwen2", "qwen2-granitemoe", "qwen3")
+        for scope in ("router", "experts")
+    ],
 )
 def test_a_scope_changes_its_tensors_and_no_others(
     variant: str, scope: str, copied: Callable[[str], RunFolder]
 ) -> None:
     """Bit for bit; and names, shapes and dtypes are those of `checkpoint/`, so that stock loads
-    it, and `verify` accepts it."""
+    it, and `verify` accepts it. What the target has beyond the sources was zero and is, whatever it
+    is called: no pico source has a tensor of zeros."""
     run = copied(variant)
     before_files = hash_folder(run.checkpoint)
     pipeline.train(run, [f"train.scope={scope}", "train.tokens=512"])
@@ -94,18 +104,39 @@ def test_a_scope_changes_its_tensors_and_no_others(
     learns = {
         "router": lambda name: ROUTER.search(name),
         "experts": lambda name: ROUTER.search(name) or EXPERT.search(name),
-        "all": lambda name: not name.endswith(ALWAYS_ZERO),
+        "all": lambda name: before[name].any(),
     }[scope]
     expected = {name for name in before if learns(name)}
     assert {name for name in before if not torch.equal(before[name], after[name])} == expected
     assert len(expected) >= 2
-    for name, tensor in after.items():
-        assert not (name.endswith(ALWAYS_ZERO) and tensor.any())
     load_clean(run.trained)
-    pipeline.verify(run)
+    checks = pipeline.verify(run)
+    zeros = sum(not tensor.any() for tensor in before.values())
+    said = f"all {zeros} tensors that the sources lack are zero"
+    assert checks.get("trained zeros") == (said if zeros else None)
     count = run.read_json(run.metrics)["training"]["trained_parameters"]
     assert count == sum(before[name].numel() for name in expected)
     assert not run.work.exists()
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "qwen2-granitemoe"])
+def test_verify_finds_what_has_learned_and_must_not(
+    variant: str, copied: Callable[[str], RunFolder]
+) -> None:
+    """Somebody trained it otherwise, and said so in the manifest."""
+    run = copied(variant)
+    pipeline.train(run, ["train.tokens=512"])
+    path = next(run.trained.glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["model.layers.1.self_attn.o_proj.bias"][3] = 1e-3
+    save_file(tensors, path, metadata={"format": "pt"})
+    manifest = run.read_json(run.manifest)
+    files = manifest["files"] | hash_folder(run.trained)
+    run.update_json(run.manifest, {"files": files})
+    with pytest.raises(
+        VerificationError, match=r"trained zeros: 1 tensors .*layers\.1\.self_attn\.o_proj\.bias"
+    ):
+        pipeline.verify(run)
 
 
 def test_training_lowers_the_loss(copied: Callable[[str], RunFolder]) -> None:
@@ -462,16 +493,17 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_built(
     train.refuse_untrainable(load_recipe(recipes("llama"), ["train.report_to=mlflow"]))
 
 
-def test_attention_experts_are_trained_where_transformers_can(
-    recipes: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("setting", ["method=bam", "output.architecture=granitemoe"])
+def test_stacked_experts_are_trained_where_transformers_can(
+    setting: str, recipes: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Older versions' JetMoE has no balance loss in training, or cannot compute it."""
-    recipe = load_recipe(recipes("llama"), ["method=bam"])
+    """Older versions' JetMoe and GraniteMoe have no balance loss in training, or cannot compute
+    it."""
+    recipe = load_recipe(recipes("llama"), [setting])
     train.refuse_untrainable(recipe)
     monkeypatch.setattr(train.transformers, "__version__", "5.9.0")
-    with pytest.raises(
-        RecipeError, match=r"bam\): the stock JetMoE of transformers 5\.9\.0 has no "
-    ):
+    name = "jetmoe" if "bam" in setting else "granitemoe"
+    with pytest.raises(RecipeError, match=rf"the {name} of transformers 5\.9\.0 has no balance"):
         train.refuse_untrainable(recipe)
     train.refuse_untrainable(load_recipe(recipes("llama"), ["method=btx"]))
 

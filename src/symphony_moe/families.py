@@ -11,17 +11,19 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from symphony_moe.errors import RecipeError, shortened
+
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 HEAD_BIAS = "lm_head.bias"
 """A tensor of zeros. Without it transformers reports a missing tensor (and fills in zeros); with it
-llama.cpp's converter refuses the checkpoint. `output.head_bias` decides."""
+llama.cpp's converter and MLX refuse the checkpoint. `output.head_bias` decides."""
 GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
 
 NEURON_AXIS = {GATE: 0, UP: 0, DOWN: 1}
@@ -108,7 +110,8 @@ class Family:
     row j + head_dim / 2."""
     zeros: Mapping[str, str] = field(default_factory=dict)
     """Tensors that the target has and the family lacks, written as zeros: name -> axes, as words of
-    `hidden` and `experts` (or numbers)."""
+    `hidden` and `experts` (or numbers). Engines leave them out, so they stay zeros: nothing trains
+    them."""
     has_head_bias: bool = False
     """The target has a bias in its output head, which the family lacks: zeros, see HEAD_BIAS."""
     attention_router: str | None = None
@@ -127,6 +130,13 @@ class Family:
     def shared(self) -> tuple[str, ...]:
         """Every tensor of a layer that all experts share."""
         return self.norms + self.attention + self.vectors
+
+    def is_zero(self, tensor: str) -> bool:
+        """Whether a tensor of the target, by its name in the output or in the loaded model, is one
+        that the family lacks. (Transformers puts some of them elsewhere in a model than in its
+        file: the end of the name stays.)"""
+        named = {*self.zeros, *([HEAD_BIAS] if self.has_head_bias else [])}
+        return tensor.split(".")[-2:] in [name.split(".")[-2:] for name in named]
 
     @property
     def stacks_experts(self) -> bool:
@@ -182,6 +192,22 @@ def _qwen3_moe(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[s
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "use_sliding_window": False,
+    }
+
+
+def _granitemoe(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str, Any]:
+    return {
+        "intermediate_size": config.intermediate_size,
+        "head_dim": head_dim(config),
+        "attention_bias": config.model_type == "qwen2",
+        "attention_dropout": config.attention_dropout,
+        # Four factors of Granite's own, at what they are in every other family.
+        "attention_multiplier": head_dim(config) ** -0.5,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": top_k,
     }
 
 
@@ -309,13 +335,44 @@ _WITH_ATTENTION_EXPERTS: dict[str, Any] = {
 }
 _JETMOE_LACKS = "experts.attention source: JetMoE has no {}; set it to shared"
 
-TARGETS: dict[str, dict[str, Family]] = {
-    "shared": FAMILIES,
+_IN_GRANITE: dict[str, Any] = {
+    "moe": "granitemoe",
+    "moe_class": "GraniteMoeForCausalLM",
+    "router": "block_sparse_moe.router.layer.weight",
+    "expert": {
+        GATE: "block_sparse_moe.input_linear.weight",
+        UP: "block_sparse_moe.input_linear.weight",
+        DOWN: "block_sparse_moe.output_linear.weight",
+    },
+    "interleaved_rotary": False,
+    "has_head_bias": False,
+    "target_settings": _granitemoe,
+}
+
+TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
+    "shared": {
+        "llama": (FAMILIES["llama"], replace(FAMILIES["llama"], **_IN_GRANITE)),
+        "mistral": (
+            FAMILIES["mistral"],
+            replace(
+                FAMILIES["mistral"],
+                **_IN_GRANITE,
+                refusals=(("Granite has no sliding window; use mixtral", _has_window),),
+            ),
+        ),
+        "qwen2": (
+            FAMILIES["qwen2"],
+            replace(FAMILIES["qwen2"], **_IN_GRANITE, zeros={"self_attn.o_proj.bias": "hidden"}),
+        ),
+        "qwen3": (FAMILIES["qwen3"],),
+    },
     "source": {
-        dense: replace(
-            FAMILIES[dense],
-            **_WITH_ATTENTION_EXPERTS,
-            refusals=(*FAMILIES[dense].refusals, (_JETMOE_LACKS.format(lacks), has)),
+        dense: (
+            replace(
+                FAMILIES[dense],
+                **_WITH_ATTENTION_EXPERTS,
+                refusals=(*FAMILIES[dense].refusals, (_JETMOE_LACKS.format(lacks), has)),
+            ),
         )
         for dense, lacks, has in (
             ("llama", "attention biases", lambda config: config.attention_bias),
@@ -325,8 +382,34 @@ TARGETS: dict[str, dict[str, Family]] = {
         )
     },
 }
-"""`experts.attention` -> `model_type` of the sources -> family. BAM's attention experts have a
-stock class for some variants of some families."""
+"""`experts.attention` -> `model_type` of the sources -> the architectures that hold them, of which
+`output.architecture: auto` takes the first. BAM's attention experts have a stock class for some
+variants of some families."""
+
+
+class Target(NamedTuple):
+    """What a recipe says of the architecture of its output."""
+
+    attention: str = "shared"
+    """`experts.attention`."""
+    architecture: str = "auto"
+    """`output.architecture`."""
+
+    def family(self, dense: str) -> Family:
+        """The row for sources of a `model_type`. Raises RecipeError where there is none."""
+        held = TARGETS[self.attention][dense]
+        found = [f for f in held if self.architecture in ("auto", f.moe)]
+        if not found:
+            others = " and ".join(family.moe for family in held)
+            raise RecipeError(
+                f"output.architecture: {shortened(repr(self.architecture), 60)} does not hold "
+                f"{dense} with experts.attention {self.attention} exactly; expected {others} (or "
+                "auto, the first of them)"
+            )
+        return found[0]
+
+
+AUTO = Target()
 
 
 def head_dim(config: PreTrainedConfig) -> int:

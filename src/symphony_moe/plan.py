@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from symphony_moe.errors import RecipeError
 from symphony_moe.families import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
     HEAD_BIAS,
-    TARGETS,
     Family,
     MoELayer,
     head_dim,
@@ -44,6 +42,7 @@ from symphony_moe.sources import (
     public_name,
     refuse_mismatch,
     remarks,
+    target_of,
 )
 
 STREAMS_IN_MEMORY = 2 * 1024**3
@@ -99,19 +98,12 @@ def make_plan(
 ) -> Plan:
     """Plan a build. `opened`: all of the recipe's sources, where some are no experts.
 
-    Raises SourceMismatch or RecipeError where it cannot be done.
+    Raises SourceMismatch where it cannot be done.
     """
     differences = compare_sources(sources, recipe.anchor, recipe.output.chat)
     refuse_mismatch(differences)
     anchor = anchor_of(recipe, sources)
     family = anchor.family
-    wanted = recipe.output.architecture
-    if wanted not in ("auto", family.moe):
-        raise RecipeError(
-            f"output.architecture: {wanted!r} does not hold {family.dense} with "
-            f"experts.attention {recipe.experts.attention} exactly; {family.moe!r} does (or write "
-            "auto)"
-        )
     tied = is_tied(recipe, sources)
     tensors = output_tensors(family, anchor.config, len(sources), tied=tied)
     if family.has_head_bias and recipe.output.head_bias:
@@ -253,7 +245,7 @@ def _peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> 
     source with its statistics, while they are aligned, fused or fitted; the output head while it is
     fitted. float32 where it waits, float64 where it is fused, matched or solved."""
     hidden, ffn = config.hidden_size, config.intermediate_size
-    family = TARGETS[recipe.experts.attention][config.model_type]
+    family = target_of(recipe).family(config.model_type)
     shapes = expected_shapes(config)
     layer_shapes = {
         name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")

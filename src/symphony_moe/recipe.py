@@ -251,8 +251,8 @@ class Router(Section):
 
 class Output(Section):
     architecture: Name = "auto"
-    """`auto`, or the name of the architecture that the sources' family has (a check, not a
-    choice)."""
+    """`auto`: the family's first architecture (docs/engines.md). `granitemoe`: for Llama and Qwen2
+    in llama.cpp and MLX. Or the name of an architecture that the sources must have."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What the weights are rounded to when they are written."""
     max_shard_size: Name = "5GB"
@@ -261,8 +261,8 @@ class Output(Section):
     """The source whose chat template, end and padding tokens and generation config the output has;
     the anchor where it is not given."""
     head_bias: bool = True
-    """Write the zero head bias of targets that have one (Qwen2's): without it transformers reports
-    a missing tensor, with it llama.cpp's converter refuses the checkpoint. No effect elsewhere."""
+    """Write the zero head bias of targets that have one (Qwen2's `ernie4_5_moe`): without it
+    transformers reports a missing tensor. No effect elsewhere."""
 
     @property
     def max_shard_bytes(self) -> int:

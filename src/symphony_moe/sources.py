@@ -45,12 +45,13 @@ from symphony_moe.convert import (
 )
 from symphony_moe.errors import SourceError, SourceMismatch, first_line, shortened
 from symphony_moe.families import (
+    AUTO,
     EMBEDDING,
     FAMILIES,
     FINAL_NORM,
     HEAD,
-    TARGETS,
     Family,
+    Target,
     attention_window,
     head_dim,
 )
@@ -124,8 +125,8 @@ class Source:
     vocabulary: Vocabulary | None = None
     """What it shares with the other sources, where theirs is not its own; `config.vocab_size` is
     the size of that then."""
-    attention: str = "shared"
-    """The recipe's `experts.attention`."""
+    target: Target = AUTO
+    """What the recipe says of the output's architecture."""
     notes: tuple[str, ...] = ()
     """What its files hold that is ignored, or that its config does not say, in words."""
     dropped: tuple[str, ...] = ()
@@ -133,7 +134,7 @@ class Source:
 
     @property
     def family(self) -> Family:
-        return TARGETS[self.attention][self.config.model_type]
+        return self.target.family(self.config.model_type)
 
     @property
     def head_name(self) -> str:
@@ -347,11 +348,16 @@ def public_name(model: str) -> str:
     return Path(model).name if Path(model).is_absolute() else model
 
 
+def target_of(recipe: Recipe) -> Target:
+    """What a recipe says of its output's architecture."""
+    return Target(recipe.experts.attention, recipe.output.architecture)
+
+
 def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
     """Open every source of a recipe, in its order, in one vocabulary. See `open_source`."""
-    attention = recipe.experts.attention
+    target = target_of(recipe)
     sources = [
-        open_source(name, spec, download=download, attention=attention)
+        open_source(name, spec, download=download, target=target)
         for name, spec in recipe.sources.items()
     ]
     return share_vocabulary(sources, recipe.anchor, recipe.output.chat or recipe.anchor)
@@ -406,14 +412,16 @@ def is_tied(recipe: Recipe, sources: Sequence[Source]) -> bool:
 
 
 def open_source(
-    name: str, spec: SourceSpec, *, download: bool = True, attention: str = "shared"
+    name: str, spec: SourceSpec, *, download: bool = True, target: Target = AUTO
 ) -> Source:
     """Open a checkpoint from its headers and prove that it is complete.
 
     `download=False` fetches configuration, tokenizer and headers from the hub, but no weights, and
-    does not read weights to compare their hashes. `attention`: the recipe's `experts.attention`.
+    does not read weights to compare their hashes. `target`: what the recipe says of
+    the output's architecture.
     Raises SourceError for a folder or hub id that is not there, an architecture without a family
-    table, a variant that the target cannot hold, and missing, surplus or misshapen tensors.
+    table, a variant that the target cannot hold, and missing, surplus or misshapen tensors;
+    RecipeError for a target that does not hold the family.
     """
     from_hub = not spec.model.startswith(BUNDLED) and not Path(spec.model).is_absolute()
     if spec.model.startswith(BUNDLED):
@@ -444,12 +452,12 @@ def open_source(
     gguf: GGUFFile | None = None
     if spec.gguf_file is not None:
         gguf = open_gguf(name, folder / spec.gguf_file)
-        folder = _convert_gguf(name, folder, gguf, attention, weights=download)
+        folder = _convert_gguf(name, folder, gguf, target, weights=download)
         converted = (spec.gguf_file,)
     elif not any(folder.glob("*.safetensors")) and not from_hub and _gguf_hint(name, folder):
         found = f"{name}: {folder} has no .safetensors weights"
         raise SourceError(found + _gguf_hint(name, folder))
-    config = _read_config(name, folder, attention)
+    config = _read_config(name, folder, target)
     pickles = [] if converted else pickles_of(name, folder)
     if pickles and from_hub and not download and _is_on_hub(spec, SAFETENSORS):
         pickles = []  # not fetched, but preferred
@@ -468,7 +476,7 @@ def open_source(
     else:
         headers, notes = _hub_headers(name, spec) if remote else _read_headers(name, folder)
     notes += [] if gguf is None else gguf.notes
-    source = Source(name, spec.model, folder, config, headers, attention=attention)
+    source = Source(name, spec.model, folder, config, headers, target=target)
     source = replace(source, notes=tuple(notes))
     if converted:
         source = replace(source, origin=origin, converted=converted)
@@ -534,12 +542,12 @@ def _needs_sentencepiece(folder: Path) -> bool:
 
 
 def _convert_gguf(
-    name: str, folder: Path, file: GGUFFile, attention: str, *, weights: bool
+    name: str, folder: Path, file: GGUFFile, target: Target, *, weights: bool
 ) -> Path:
     """The model folder of a GGUF file, which is proved to hold the whole model before its weights
     are converted."""
     described = from_gguf(name, folder, file, weights=False)
-    config = _read_config(name, described, attention)
+    config = _read_config(name, described, target)
     source = Source(name, str(folder), folder, config, _headers_of_gguf(file))
     _check_tensors(replace(source, origin=file.path))
     return from_gguf(name, folder, file, weights=True) if weights else described
@@ -668,7 +676,7 @@ def _hub_headers(name: str, spec: SourceSpec) -> tuple[dict[str, Header], list[s
     )
 
 
-def _read_config(name: str, folder: Path, attention: str) -> PreTrainedConfig:
+def _read_config(name: str, folder: Path, target: Target) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise SourceError(f"{name}: {folder} has no config.json; is it a model folder?")
@@ -698,7 +706,7 @@ def _read_config(name: str, folder: Path, attention: str) -> PreTrainedConfig:
             f"{name}: {folder} is quantized; expected plain floating-point weights. "
             "Use the checkpoint that it was quantized from"
         )
-    for reason, refuses in TARGETS[attention][model_type].refusals:
+    for reason, refuses in target.family(model_type).refusals:
         if refuses(config):
             raise SourceError(f"{name}: {folder} cannot become an expert: {reason}")
     return config

@@ -247,11 +247,12 @@ def describe_routing(found: Mapping[str, Routing], in_domain: Sequence[str]) -> 
 def routers(model: PreTrainedModel) -> list[Any]:
     """The routers of a stock model's FFNs, layer by layer; none in a dense model."""
     layers: Any = model.base_model.layers
+    blocks = [getattr(layer, "mlp", None) or layer.block_sparse_moe for layer in layers]
     return [
-        getattr(layer.mlp, name)
-        for layer in layers
+        getattr(block, name)
+        for block in blocks
         for name in ("gate", "router")
-        if hasattr(layer.mlp, name)
+        if hasattr(block, name)
     ]
 
 

@@ -41,7 +41,7 @@ from transformers.integrations.integration_utils import (
 
 from symphony_moe import text_files
 from symphony_moe.errors import RecipeError, RunFolderError, TextError, first_line
-from symphony_moe.families import FINAL_NORM, HEAD_BIAS
+from symphony_moe.families import FINAL_NORM, Family
 from symphony_moe.machine import is_out_of_memory, is_out_of_room, peak_rss_bytes, versions
 from symphony_moe.recipe import Recipe, Train
 from symphony_moe.run_folder import (
@@ -54,7 +54,7 @@ from symphony_moe.run_folder import (
 )
 from symphony_moe.shards import CheckpointWriter, hash_folder
 from symphony_moe.soften import TRAINED_TOKENS, largest_temperature, losses_by_temperature
-from symphony_moe.sources import Source
+from symphony_moe.sources import Source, anchor_of
 from symphony_moe.stock import balance_weight_name, ffn_routers, load_stock
 from symphony_moe.teach import Teachers, divergence, fit_in_memory
 from symphony_moe.text import Packed
@@ -62,11 +62,11 @@ from symphony_moe.text_files import TrainingText
 
 log = logging.getLogger(__name__)
 
-JETMOE_TRAINS = Version("5.18")
-"""The first version whose stock JetMoE trains."""
+STACKED_TRAIN = Version("5.18")
+"""The first version whose stock JetMoE and GraniteMoe have a balance loss in training."""
 
 _ROUTER = re.compile(r"\.(gate|router|router\.layer)\.weight$")
-_EXPERT = re.compile(r"\.experts\.(?!bias$)|\.(input|output)_linear\.weight$")
+_EXPERT = re.compile(r"\.experts\.|\.(input|output)_linear\.weight$")
 
 
 def train_run(
@@ -118,7 +118,7 @@ def train_run(
         shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         folder = run.checkpoint if saved is None or sharded else saved
         model = load_stock(folder, on=torch.device("cpu") if shards else None)
-        num_trained = choose_parameters(model, settings.scope)
+        num_trained = choose_parameters(model, settings.scope, anchor_of(recipe, sources).family)
         log.info("training %s: %s parameters", settings.scope, f"{num_trained:,}")
         model.config.output_router_logits = True  # for the balance loss, and to report the balance
         trainer = _make_trainer(
@@ -183,11 +183,12 @@ def refuse_untrainable(recipe: Recipe) -> None:
             raise RecipeError(f"train.report_to: the package of {name!r} is not installed")
         known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
         raise RecipeError(f"train.report_to: {name!r} is none of {known}")
-    if recipe.experts.attention == "source" and Version(transformers.__version__) < JETMOE_TRAINS:
+    target = "jetmoe" if recipe.experts.attention == "source" else recipe.output.architecture
+    too_old = Version(transformers.__version__) < STACKED_TRAIN
+    if target in ("jetmoe", "granitemoe") and too_old:
         raise RecipeError(
-            "experts.attention: source (bam): the stock JetMoE of transformers "
-            f"{transformers.__version__} has no balance loss in training; {JETMOE_TRAINS} has: "
-            "pip install -U transformers"
+            f"output.architecture: the {target} of transformers {transformers.__version__} "
+            f"has no balance loss in training; {STACKED_TRAIN} has: pip install -U transformers"
         )
 
 
@@ -366,21 +367,20 @@ def training_text(recipe: Recipe, sources: Sequence[Source], folder: Path) -> Tr
     return TrainingText(parts, owners[order], torch.cat(rows)[order])
 
 
-def choose_parameters(model: PreTrainedModel, scope: str) -> int:
+def choose_parameters(model: PreTrainedModel, scope: str, family: Family) -> int:
     """Freeze what the scope leaves out; the number of parameters that learn.
 
     `router`: the routers' matrices. `experts`: those and the experts' (of FFN and attention).
-    `all`: everything that the checkpoint stores: the target's extra biases (Ernie's score
-    correction and head bias) stay zero.
+    `all`: everything that the sources have. What the target has beyond that stays zero, whatever
+    the scope (`Family.zeros`): vLLM and llama.cpp leave it out.
     """
     for name, parameter in model.named_parameters():
-        extra = name.endswith(("e_score_correction_bias", HEAD_BIAS))
         learns = {
             "router": bool(_ROUTER.search(name)),
             "experts": bool(_ROUTER.search(name) or _EXPERT.search(name)),
             "all": True,
         }[scope]
-        parameter.requires_grad_(learns and not extra)
+        parameter.requires_grad_(learns and not family.is_zero(name))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

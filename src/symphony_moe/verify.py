@@ -87,6 +87,11 @@ def verify_run(
         check(
             f"{folder.name} tensors", problem, f"all {len(plan.tensors)} names, shapes and dtypes"
         )
+        zeros = [name for name in plan.tensors if sources[0].family.is_zero(name)]
+        if problem is None and zeros:
+            problem = _compare_zeros(folder, zeros)
+            passed = f"all {len(zeros)} tensors that the sources lack are zero"
+            check(f"{folder.name} zeros", problem, passed)
     problem = None
     if not run.alignment.is_file():
         problem = f"{run.alignment.name} is missing"
@@ -315,6 +320,18 @@ def _compare_names(folder: Path, plan: Plan) -> str | None:
         name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
     )
     return f"{len(wrong)} tensors are not as planned, first {wrong[0]}" if wrong else None
+
+
+def _compare_zeros(folder: Path, zeros: Sequence[str]) -> str | None:
+    """What is wrong with tensors that are to be zeros: engines leave them out."""
+    stored = _Comparison(folder)
+    learned = [name for name in zeros if bool(stored.stored(name).any())]
+    if not learned:
+        return None
+    return (
+        f"{len(learned)} tensors that the sources lack are not zero, first {learned[0]}; vLLM and "
+        "llama.cpp leave them out, and answer otherwise. Train it again"
+    )
 
 
 def _check_tokenizer(folder: Path, recipe: Recipe, sources: Sequence[Source]) -> str | None:
