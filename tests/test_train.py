@@ -110,6 +110,10 @@ def test_a_scope_changes_its_tensors_and_no_others(
     assert {name for name in before if not torch.equal(before[name], after[name])} == expected
     assert len(expected) >= 2
     load_clean(run.trained)
+    config = run.read_json(run.trained / "config.json")
+    # transformers' save_pretrained would leave the second out, and older readers take 10,000.
+    assert config["rope_parameters"]["rope_theta"] == config["rope_theta"]
+    assert config == run.read_json(run.checkpoint / "config.json")
     checks = pipeline.verify(run)
     zeros = sum(not tensor.any() for tensor in before.values())
     said = f"all {zeros} tensors that the sources lack are zero"

@@ -479,6 +479,7 @@ def describe_plan(plan: "Plan") -> str:
             f"  {source['name']}: {in_words(source)} ({source['parameters']:,} parameters, "
             f"{source['dtype']}{anchor})"
         )
+    lines += ["read by", *(f"  {reading}" for reading in plan.readers)]
     lines.append("differences" if plan.differences else "no differences between the sources")
     lines += [f"  {d.verdict}: {d}" for d in plan.differences]
     if plan.notes:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from symphony_moe.engines import Reading, readings
 from symphony_moe.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -85,6 +86,8 @@ class Plan:
     """Estimate for stage 1."""
     seconds: float
     """Rough estimate for stage 1, from this machine's speed at multiplying matrices."""
+    readers: list[Reading]
+    """Which programs read the output, and what each makes of it."""
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -136,6 +139,7 @@ def make_plan(
         work_bytes=_work(recipe, anchor.config, len(sources)),
         peak_memory_bytes=_peak_memory(recipe, anchor.config, len(sources)),
         seconds=_seconds(recipe, sources, anchor.config),
+        readers=readings(config),
         notes=_notes(recipe, sources, differences, opened or sources),
     )
 
@@ -382,12 +386,6 @@ def _notes(
         )
     if any(source.config.tie_word_embeddings for source in sources) and recipe.folds:
         notes.append("the output's head is untied: the final norm's gain is folded into it")
-    if sources[0].family.has_head_bias and recipe.output.head_bias:
-        notes.append(
-            f"{sources[0].family.moe} has a head bias, written as zeros so that transformers finds "
-            "every tensor; llama.cpp's converter refuses it: build with output.head_bias=false "
-            "where you want to convert"
-        )
     anchor = anchor_of(recipe, sources)
     grown = queries_per_kv(anchor.config)
     if anchor.family.repeats_kv and grown > 1:

@@ -442,11 +442,23 @@ def _explicit(owner: Owner, files: Mapping[str, bytes]) -> dict[str, Any]:
         elif named not in _GENERIC and config.get("tokenizer_class") != named + "Fast":
             config["tokenizer_class"] = named
         _write_settings(owner.tokenizer, config)
-    if config.get("tokenizer_class") == _NEWEST:
-        config["tokenizer_class"] = _ANY
+    _name_for_every_reader(config)
     if "tokenizer.model" in files and "tokenizer.json" in contents:
         _list_beside_sentencepiece(contents)
     return {name: content for name, content in contents.items() if content or name in files}
+
+
+def _name_for_every_reader(config: dict[str, Any]) -> None:
+    """Put names that only transformers 5 knows into those that all versions know: a list of
+    `extra_special_tokens` ends the loading of a tokenizer in 4.57, where it is a table."""
+    if config.get("tokenizer_class") == _NEWEST:
+        config["tokenizer_class"] = _ANY
+    old, new = _EXTRA
+    if isinstance(config.get(new), list):
+        listed = config.get(old) or []
+        more = [token for token in config.pop(new) if token not in listed]
+        if listed or more:
+            config[old] = [*listed, *more]
 
 
 def _list_beside_sentencepiece(contents: dict[str, Any]) -> None:

