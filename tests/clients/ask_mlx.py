@@ -1,17 +1,17 @@
-"""Asks a model through MLX: REQUEST.json ANSWER.json. Imports nothing of the project."""
+"""Asks a model through MLX: REQUESTS.json ANSWERS.json. Imports nothing of the project."""
 
 import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm import load
 from mlx_lm.generate import generate_step
 
 
-def main(request: Path, answer: Path) -> None:
-    asked = json.loads(request.read_text())
+def answer_to(asked: dict[str, Any]) -> dict[str, Any]:
     model, tokenizer = load(asked["folder"])
     found = []
     for prompt in asked["prompts"]:
@@ -32,7 +32,11 @@ def main(request: Path, answer: Path) -> None:
         for special in (False, True)
     }
     versions = {name: version(name) for name in ("mlx", "mlx-lm")}
-    answer.write_text(json.dumps({"prompts": found, "texts": texts, "versions": versions}))
+    return {"prompts": found, "texts": texts, "versions": versions}
+
+
+def main(request: Path, answer: Path) -> None:
+    answer.write_text(json.dumps([answer_to(asked) for asked in json.loads(request.read_text())]))
 
 
 main(*map(Path, sys.argv[1:]))

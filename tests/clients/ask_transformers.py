@@ -1,4 +1,4 @@
-"""Asks a model through whatever transformers this Python has: REQUEST.json ANSWER.json.
+"""Asks a model through whatever transformers this Python has: REQUESTS.json ANSWERS.json.
 
 Run by the tests in environments of their own, so it imports nothing of the project.
 """
@@ -13,8 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def main(request: Path, answer: Path) -> None:
-    asked = json.loads(request.read_text())
+def answer_to(asked: dict[str, Any]) -> dict[str, Any]:
     dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         asked["folder"], output_loading_info=True, **{dtype: torch.float32}
@@ -51,8 +50,14 @@ def main(request: Path, answer: Path) -> None:
         found[0]["tokens"][: asked["spoken_tokens"]], skip_special_tokens=True
     )
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    content = {"prompts": found, "texts": texts, "spoken": spoken, "versions": versions}
-    answer.write_text(json.dumps(content | {"unclean": unclean}))
+    return {
+        "prompts": found, "texts": texts, "spoken": spoken, "versions": versions,
+        "unclean": unclean,
+    }  # fmt: skip
+
+
+def main(request: Path, answer: Path) -> None:
+    answer.write_text(json.dumps([answer_to(asked) for asked in json.loads(request.read_text())]))
 
 
 main(*map(Path, sys.argv[1:]))

@@ -7,6 +7,8 @@ is made of it; a claim of `symphony_moe.engines` that a program does not keep fa
 
 import datetime
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,12 +49,19 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunFolder]:
-    """case -> its finished run, made once."""
+    """case -> its finished run, made once. `SYMPHONY_CLIENT_RUNS` names a folder to keep them in,
+    for a session that is cut short: what is in there is not made again."""
     made: dict[str, RunFolder] = {}
+    kept = os.environ.get("SYMPHONY_CLIENT_RUNS")
 
     def get(case: str) -> RunFolder:
         if case not in made:
-            made[case] = make_run(tmp_path_factory.mktemp(case), case)
+            root = tmp_path_factory.mktemp(case) if kept is None else Path(kept) / case
+            if not (root / "run" / "trained").is_dir():
+                shutil.rmtree(root, ignore_errors=True)
+                root.mkdir(parents=True)
+                make_run(root, case)
+            made[case] = RunFolder(root / "run")
         return made[case]
 
     return get
@@ -76,7 +85,10 @@ def question(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ask_script(python_: Path | str, name: str, asked: dict[str, Any], folder: Path) -> Any:
+STAGES = ("built", "trained")
+
+
+def ask_script(python_: Path | str, name: str, asked: list[Any], folder: Path) -> list[Any]:
     """What `ask_NAME.py` finds with another Python. Raises Refused where it fails."""
     request, answer = folder / "request.json", folder / "answer.json"
     request.write_text(json.dumps(asked))
@@ -84,42 +96,62 @@ def ask_script(python_: Path | str, name: str, asked: dict[str, Any], folder: Pa
     done = subprocess.run(command, capture_output=True, text=True, env=alone())
     if done.returncode:
         raise Refused(last_error(done.stderr))
-    return json.loads(answer.read_text())
+    return list(json.loads(answer.read_text()))
 
 
 @pytest.fixture(scope="module")
 def reference(
     runs: Callable[[str], RunFolder], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], tuple[dict[str, Any], Any]]:
-    """(case, stage) -> what is asked, and what the transformers of this environment answers."""
-    made: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {}
+) -> Callable[[str], tuple[list[Any], list[Any]]]:
+    """case -> what is asked of each stage, and what this environment's transformers answers."""
+    made: dict[str, tuple[list[Any], list[Any]]] = {}
 
-    def get(case: str, stage: str) -> tuple[dict[str, Any], Any]:
-        if (case, stage) not in made:
+    def get(case: str) -> tuple[list[Any], list[Any]]:
+        if case not in made:
             run = runs(case)
-            asked = question(run.checkpoint if stage == "built" else run.trained)
+            asked = [question(folder) for folder in (run.checkpoint, run.trained)]
             folder = tmp_path_factory.mktemp("reference")
-            made[case, stage] = asked, ask_script(sys.executable, "transformers", asked, folder)
-        return made[case, stage]
+            made[case] = asked, ask_script(sys.executable, "transformers", asked, folder)
+        return made[case]
 
     return get
 
 
-def ask(name: str, asked: dict[str, Any], folder: Path, *more: str) -> Any:
-    """What the program of an environment answers. Raises Refused where it does not load it."""
+def ask(name: str, asked: list[Any], folder: Path) -> list[Any]:
+    """What the program of an environment answers about each stage; the Refused where it does not
+    load it."""
     if name == "vllm":
-        return ask_vllm(asked, folder / "server.log", *more)
+        return [_or_refusal(ask_vllm, one, folder / "server.log") for one in asked]
     if name == "llama.cpp":
-        file = folder / "model.gguf"
-        try:
-            to_gguf(Path(asked["folder"]), file)
-        except subprocess.CalledProcessError as error:
-            raise Refused(last_error(error.stderr)) from None
-        try:
-            return ask_llama_cpp(asked | {"file": str(file)}, folder / "server.log")
-        finally:
-            file.unlink()
-    return ask_script(python(name), "mlx" if name == "mlx" else "transformers", asked, folder)
+        return [_or_refusal(_ask_gguf, one, folder) for one in asked]
+    script = "mlx" if name == "mlx" else "transformers"
+    try:
+        return ask_script(python(name), script, asked, folder)
+    except Refused:
+        # One of them at least is refused: which?
+        return [
+            _or_refusal(lambda one: ask_script(python(name), script, [one], folder)[0], one)
+            for one in asked
+        ]
+
+
+def _or_refusal(ask_: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return ask_(*arguments)
+    except Refused as refusal:
+        return refusal
+
+
+def _ask_gguf(asked: Any, folder: Path) -> Any:
+    file = folder / "model.gguf"
+    try:
+        to_gguf(Path(asked["folder"]), file)
+    except subprocess.CalledProcessError as error:
+        raise Refused(last_error(error.stderr)) from None
+    try:
+        return ask_llama_cpp(asked | {"file": str(file)}, folder / "server.log")
+    finally:
+        file.unlink()
 
 
 def compare(
@@ -172,7 +204,7 @@ def test_a_program_does_what_is_said_of_it(
     case: str,
     name: str,
     runs: Callable[[str], RunFolder],
-    reference: Callable[[str, str], tuple[dict[str, Any], Any]],
+    reference: Callable[[str], tuple[list[Any], list[Any]]],
     tmp_path: Path,
 ) -> None:
     """Exact: 100 greedy tokens of each prompt, log-probabilities, the tokenizer on awkward texts,
@@ -181,30 +213,31 @@ def test_a_program_does_what_is_said_of_it(
     config = json.loads((runs(case).checkpoint / "config.json").read_text())
     claim = next(reading for reading in readings(config) if reading.program == program)
     entry: dict[str, Any] = {"day": datetime.date.today().isoformat(), "said": claim.verdict}
-    for stage in ("built", "trained"):
-        asked, ours = reference(case, stage)
+    asked, expected = reference(case)
+    spaces = CASES[case].tokenizer == "sentencepiece"
+    for stage, question_, found, ours in zip(
+        STAGES, asked, ask(name, asked, tmp_path), expected, strict=True
+    ):
         assert sum(len(set(one["tokens"])) for one in ours["prompts"]) > 20, "says always the same"
-        try:
-            spaces = CASES[case].tokenizer == "sentencepiece"
-            found = ask(name, asked, tmp_path)
-            entry[stage] = compare(found, ours, asked, sentencepiece=spaces)
-        except Refused as refusal:
-            entry[stage] = {"verdict": "refused", "said": str(refusal)}
+        if isinstance(found, Refused):
+            entry[stage] = {"verdict": "refused", "message": str(found)}
+        else:
+            entry[stage] = compare(found, ours, question_, sentencepiece=spaces)
     note(case, name, config, entry)
     print(f"\n{case}, {name}: {entry}")
-    verdicts = {entry[stage]["verdict"] for stage in ("built", "trained")}
+    verdicts = {entry[stage]["verdict"] for stage in STAGES}
     assert verdicts == {claim.verdict}, entry
     if claim.verdict == "exact":
-        assert all(entry[stage]["of"] >= TOKENS for stage in ("built", "trained"))
+        assert all(entry[stage]["of"] >= TOKENS for stage in STAGES)
         assert entry["built"]["warns"] == ("warns" in claim.why)
 
 
 def test_vllm_reads_granitemoe_with_biases_through_transformers(
-    reference: Callable[[str, str], tuple[dict[str, Any], Any]], tmp_path: Path
+    reference: Callable[[str], tuple[list[Any], list[Any]]], tmp_path: Path
 ) -> None:
     """As the note of a plan says."""
-    asked, ours = reference("qwen2-granitemoe", "trained")
-    found = ask("vllm", asked, tmp_path, "--model-impl", "transformers")
+    (_, asked), (_, ours) = reference("qwen2-granitemoe")
+    found = ask_vllm(asked, tmp_path / "server.log", "--model-impl", "transformers")
     assert compare(found, ours, asked)["verdict"] == "exact"
 
 
