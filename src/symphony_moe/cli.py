@@ -428,9 +428,7 @@ def _demo(options: argparse.Namespace) -> Result:
     again = {"resume": options.resume, "overwrite": options.overwrite}
     refuse_existing(paper_out, resume=options.resume, overwrite=options.overwrite)
     folder = pipeline.run(recipe, options.out, **again)
-    # A demo that was cut short may not have come to this one.
-    begun = paper_out.exists()
-    paper = pipeline.run(paper_recipe, paper_out, **({} if not begun else again))
+    paper = pipeline.run(paper_recipe, paper_out, **again)
     metrics, paper_metrics = (run.read_json(run.metrics) for run in (folder, paper))
     losses = {stage: paper_metrics[stage] for stage in ("built", "trained")}
     texts = pipeline.generate(folder)

@@ -42,7 +42,13 @@ from transformers.integrations.integration_utils import (
 from symphony_moe import text_files
 from symphony_moe.errors import RecipeError, RunFolderError, TextError, first_line
 from symphony_moe.families import FINAL_NORM, HEAD_BIAS
-from symphony_moe.machine import is_out_of_memory, is_out_of_room, peak_rss_bytes, versions
+from symphony_moe.machine import (
+    is_out_of_memory,
+    is_out_of_room,
+    peak_rss_bytes,
+    process_number,
+    versions,
+)
 from symphony_moe.recipe import Recipe, Train
 from symphony_moe.run_folder import (
     RunFolder,
@@ -83,14 +89,19 @@ def train_run(
     it has.
 
     `measure`: model -> held-out losses, for `train.evaluations`. Raises RunFolderError where there
-    is no checkpoint, where `trained/` exists (unless `overwrite`) or a training was cut short
-    (unless `resume` or `overwrite`), where memory does not suffice, and where the loss stops being
-    a number.
+    is no checkpoint, where `trained/` exists (unless `overwrite`, or `resume` and it is what would
+    be made) or a training was cut short (unless `resume` or `overwrite`), where memory does not
+    suffice, and where the loss stops being a number.
     """
     run.require_checkpoint()
     refuse_untrainable(recipe)
     saved = _last_saved(run.training)
     if run.trained.is_dir() and not overwrite and not (resume and run.training_begun.is_file()):
+        if resume and _is_trained_with(run, recipe.train):
+            log.info("%s is finished already", run.trained)
+            if process_number() == 0:
+                shutil.rmtree(run.work, ignore_errors=True)
+            return
         raise RunFolderError(f"{run.trained}: exists; --overwrite trains the checkpoint again")
     if saved is not None and not (resume or overwrite):
         raise RunFolderError(
@@ -103,6 +114,8 @@ def train_run(
     with processes.main_process_first():
         if processes.is_main_process:
             if not resume:
+                if run.training.is_dir():
+                    retire(run, run.training)  # half of a state is not to be gone on from
                 shutil.rmtree(run.work, ignore_errors=True)
             run.training.mkdir(parents=True, exist_ok=True)
         _note_settings(run.training_begun, recipe)  # the first process comes first
@@ -300,6 +313,13 @@ def _soften(trainer: Trainer, settings: Train) -> dict[str, Any] | None:
         "loss": [round(losses[0], 6), round(softened, 6)],
         "tokens": last * settings.sequence_length,
     }
+
+
+def _is_trained_with(run: RunFolder, settings: Train) -> bool:
+    """Whether the `trained/` that is there was made with these settings. (`metrics.json` tells of
+    it: a new one's settings are written when the old folder is gone.)"""
+    training = run.read_json(run.metrics).get("training", {})
+    return bool(training.get("settings") == json.loads(json.dumps(settings.model_dump())))
 
 
 def _note_settings(path: Path, recipe: Recipe) -> None:
@@ -715,6 +735,8 @@ def _write_trained(
     bias, which other readers refuse), so its output is streamed through our writer.
     """
     raw = run.work / "saved"
+    for left in (raw, run.staged_trained):  # of a training that was killed here
+        shutil.rmtree(left, ignore_errors=True)
     model.save_pretrained(raw, state_dict=dict(weights))
     stored = {k: tuple(v) for k, v in run.read_json(run.plan)["tensors"].items()}
     writer = CheckpointWriter(
