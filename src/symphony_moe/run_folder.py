@@ -163,18 +163,12 @@ class RunFolder:
             )
 
     def read_json(self, path: Path) -> dict[str, Any]:
-        """Content of one of the folder's JSON files. Raises RunFolderError where it is not there or
-        not JSON."""
-        if not path.is_file():
-            raise RunFolderError(
-                f"{path}: not there; the run has not come so far, or the file is lost"
-            )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunFolderError(f"{path}: not JSON: {error}") from None
-        if not isinstance(content, dict):
-            raise RunFolderError(f"{path}: expected a table, got {type(content).__name__}")
+        """Content of one of the folder's JSON files. Raises RunFolderError where it is not there,
+        not JSON, or not what a run writes there."""
+        content = read_table(path)
+        for key, kind in _HOLDS.get(path.name, {}).items():
+            if not isinstance(content.get(key), kind):
+                raise _damaged(path, f"no {key} in it")
         return content
 
     def update_json(
@@ -184,6 +178,34 @@ class RunFolder:
         content = self.read_json(path) if path.is_file() else {}
         content = {key: value for key, value in content.items() if key not in forget}
         write_text(path, to_json(content | dict(values), indent=2) + "\n")
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Content of a JSON file that a run has written, see `RunFolder.read_json`."""
+    if not path.is_file():
+        raise RunFolderError(f"{path}: not there; the run has not come so far, or the file is lost")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a table, got {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from None
+    return content
+
+
+_HOLDS: dict[str, dict[str, type]] = {
+    "plan.json": {"architecture": str, "sources": list, "tensors": dict},
+    "manifest.json": {"files": dict, "sources": dict, "tensors": dict, "versions": dict},
+    "metrics.json": {"alignment": dict, "timing": dict},
+}
+"""What each of the files holds as soon as it is there."""
+
+
+def _damaged(path: Path, why: str) -> RunFolderError:
+    return RunFolderError(
+        f"{path}: damaged, not the JSON of a run ({why}); put it back, or begin again with "
+        "--overwrite"
+    )
 
 
 @dataclass(frozen=True)
@@ -344,7 +366,7 @@ def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> R
     if run.overwriting.is_file() or (overwrite and run.recipe.is_file()):
         with locked(root):
             _clear(run)
-    elif run.recipe.is_file() and run.recipe.read_text(encoding="utf-8") != text:
+    elif run.recipe.is_file() and run.recipe.read_bytes() != text.encode():
         raise RunFolderError(
             f"{root}: holds a build of another recipe or of sources that have changed since; "
             "--overwrite it or choose another --out"
@@ -361,7 +383,7 @@ def note_versions(path: Path, now: Mapping[str, str], what: str) -> dict[str, st
     if not path.is_file():
         write_text(path, json.dumps(dict(now), indent=2))
         return dict(now)
-    begun: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    begun: dict[str, str] = read_table(path)
     changed = [name for name in now if begun.get(name) != now[name]]
     if changed:
         then = ", ".join(f"{name} {begun.get(name, '(none)')}" for name in changed)
@@ -438,7 +460,7 @@ def log_to(run: RunFolder) -> Iterator[None]:
     """Append the package's log to `run.log` inside the block, and what ends it. The folder is this
     process's alone meanwhile: see `locked`."""
     with locked(run.root):
-        handler = _LogFile(run.log, encoding="utf-8")
+        handler = _LogFile(run.log, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         package = logging.getLogger("symphony_moe")
         package.addHandler(handler)
