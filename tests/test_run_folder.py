@@ -909,6 +909,40 @@ def test_a_broken_manifest_is_a_message(
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [None, b"{}", b"[]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["manifest.json", "metrics.json", "plan.json", "recipe.yaml"])
+def test_a_damaged_file_of_a_run_is_named_before_it_is_needed(
+    name: str, content: bytes | None, run: RunFolder, recipes: Recipes,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """`train` writes into all of these at its end, which may be days later."""
+    path = run.root / name
+    path.unlink() if content is None else path.write_bytes(content)
+    recipe = str(recipes("llama"))
+    unread = {"manifest.json": ["report", "build"], "plan.json": ["build"]}
+    for command in (["train"], ["report"], ["build", recipe, "--resume", "--out"]):
+        code = main([*command, str(run.root)])
+        error = capsys.readouterr().err
+        assert code == (0 if command[0] in unread.get(name, []) else 2), command
+        assert "Traceback" not in error and (code == 0 or name in error or "recipe" in error)
+    assert not run.trained.exists() and not run.training.exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json"])
+def test_a_lost_companion_is_named_before_the_training(name: str, run: RunFolder) -> None:
+    (run.checkpoint / name).unlink()
+    with pytest.raises(RunFolderError, match=f"{name}: lost"):
+        pipeline.train(run)
+
+
+def test_what_was_put_beside_the_model_is_not_trained(run: RunFolder) -> None:
+    for odd in ("mine.py", os.fsdecode(b"x\xffy")):
+        (run.checkpoint / odd).write_text("mine")
+    pipeline.train(run)
+    names = [{p.name for p in folder.iterdir()} for folder in (run.checkpoint, run.trained)]
+    assert names[0] - names[1] == {"mine.py", os.fsdecode(b"x\xffy")}
+
+
 def test_what_was_trained_is_verified_too(run: RunFolder) -> None:
     pipeline.train(run)
     assert "loads" in pipeline.verify(run)["trained in stock transformers"]

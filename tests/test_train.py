@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -465,7 +466,107 @@ def test_training_anew_that_is_cut_short_goes_on(
     assert hash_folder(run.trained) != first
     pipeline.verify(run)
     with pytest.raises(RunFolderError, match="--overwrite"):
-        pipeline.train(run, resume=True)
+        pipeline.train(run, ["train.scope=router"], resume=True)
+    # What was asked for is there: a kill may have cut off the cleaning up.
+    run.work.mkdir()
+    pipeline.train(run, resume=True)
+    assert not run.work.exists()
+
+
+class Bomb:
+    """Pickled, it makes a file where it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.marker), "w")
+
+
+STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+OTHERS = ["model.safetensors", "config.json"]
+NOTES = ["settings.json", "versions.json", "text.json"]
+
+
+@pytest.fixture(scope="module")
+def cut_short(
+    built: Callable[[str], RunFolder], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path], RunFolder]:
+    """A copy of a run whose training was cut short."""
+    run = RunFolder(tmp_path_factory.mktemp("cut-short") / "run")
+    shutil.copytree(built("llama").root, run.root)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            pipeline.train(run)
+
+    def get(root: Path) -> RunFolder:
+        shutil.copytree(run.root, root)
+        return RunFolder(root)
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [(name, harm) for name in [*STATE, *OTHERS, *NOTES] for harm in ("gone", "cut", "other")]
+    + [(name, harm) for name in STATE for harm in ("empty", "garbage", "pickle", "archive")],
+)
+def test_a_damaged_state_is_named_and_runs_no_code(
+    name: str, harm: str, cut_short: Callable[[Path], RunFolder], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Pickles in the place of a state are read, but make no object of any other kind."""
+    run = cut_short(tmp_path / "run")
+    path = run.training / ("" if name in NOTES else "checkpoint-4") / name
+    bomb = Bomb(tmp_path / "marker")
+    whole = path.read_bytes()
+    path.unlink()
+    if harm == "pickle":
+        path.write_bytes(pickle.dumps(bomb))
+    elif harm == "archive":
+        torch.save({"state": bomb}, path)
+    elif harm == "other":
+        torch.save([1], path) if path.suffix in (".pt", ".pth") else path.write_text("[1]")
+    elif harm != "gone":
+        path.write_bytes({"empty": b"", "cut": whole[:-20], "garbage": b"\xff" * 999}[harm])
+    code = main(["train", str(run.root), "--resume"])
+    error = capsys.readouterr().err
+    assert not bomb.marker.exists()
+    assert "Traceback" not in error
+    if name in NOTES and harm == "gone":
+        assert code == 0  # what was noted there cannot be compared any more
+        return
+    assert code == 2
+    message = error[error.index("symphony: error: ") :]
+    assert "damaged" in message and "--overwrite" in message and len(message) < 500
+    named = harm != "other" and (name, harm) != ("config.json", "gone")  # else the folder is
+    assert str(path if named and harm != "gone" else path.parent) in message
+    assert name in message or not named
+    assert not run.trained.exists()
+    if harm == "cut" and name in STATE:  # what the message says helps
+        shutil.rmtree(path.parent)
+        assert main(["train", str(run.root), "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"global_step": 3}', "{}", "[]", '{"a": 1}', '{"global_step": 4, "log_history": 1}',
+     '{"global_step": 4, "log_history": [1]}', "[" * 100_000],
+)  # fmt: skip
+def test_a_state_that_says_nothing_of_its_step_is_damaged_or_passed_over(
+    content: str, cut_short: Callable[[Path], RunFolder], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = cut_short(tmp_path / "run")
+    (run.training / "checkpoint-4" / "trainer_state.json").write_text(content)
+    (run.training / "checkpoint-old").mkdir()
+    (run.training / "checkpoint-old" / "trainer_state.json").write_text("{}")
+    code = main(["train", str(run.root), "--resume"])
+    error = capsys.readouterr().err
+    assert code == (0 if content[:2] == "[[" else 2)
+    assert "Traceback" not in error
+    assert code == 0 or ("checkpoint-4: damaged" in error or "trainer_state.json: dam" in error)
 
 
 def test_text_that_does_not_fill_a_step_is_refused(copied: Callable[[str], RunFolder]) -> None:

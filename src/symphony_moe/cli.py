@@ -6,6 +6,7 @@ once.
 """
 
 import argparse
+import io
 import logging
 import math
 import os
@@ -15,10 +16,10 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from symphony_moe import __version__
-from symphony_moe.errors import RecipeError, SymphonyError, first_line, shortened
+from symphony_moe.errors import RecipeError, SymphonyError, first_line, shortened, shown
 from symphony_moe.machine import is_out_of_memory, is_refusal, process_number
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the process's exit code."""
     options = _parser().parse_args(arguments)
     _log(options.verbose)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that is no text is shown as its escapes, which JSON reads.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _refuse_bytes(sys.argv[1:] if arguments is None else arguments)
         _refuse_processes(options)
@@ -93,6 +97,7 @@ def _refuse_processes(options: argparse.Namespace) -> None:
 
 
 def _fail(options: argparse.Namespace, message: str, code: int) -> int:
+    message = shown(message)
     if options.json:
         print(_json({"error": message}))
     print(f"symphony: error: {message}", file=sys.stderr)
@@ -105,7 +110,7 @@ def _log(verbose: bool) -> None:
     if process_number() > 0:
         package.setLevel(logging.WARNING)  # the first process speaks for all
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname).1s %(message)s"))
+    handler.setFormatter(_Shown("%(levelname).1s %(message)s"))
     package.handlers = [handler]
     package.propagate = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -118,8 +123,18 @@ def _log(verbose: bool) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
+class _Shown(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message, 200))  # the usage stands before it
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="symphony",
         description="Several checkpoints of one model family -> one Mixture-of-Experts checkpoint.",
     )
@@ -428,9 +443,7 @@ def _demo(options: argparse.Namespace) -> Result:
     again = {"resume": options.resume, "overwrite": options.overwrite}
     refuse_existing(paper_out, resume=options.resume, overwrite=options.overwrite)
     folder = pipeline.run(recipe, options.out, **again)
-    # A demo that was cut short may not have come to this one.
-    begun = paper_out.exists()
-    paper = pipeline.run(paper_recipe, paper_out, **({} if not begun else again))
+    paper = pipeline.run(paper_recipe, paper_out, **again)
     metrics, paper_metrics = (run.read_json(run.metrics) for run in (folder, paper))
     losses = {stage: paper_metrics[stage] for stage in ("built", "trained")}
     texts = pipeline.generate(folder)

@@ -4,6 +4,8 @@ Raise one of these where the check fails, and say in one sentence each: who (the
 setting), what was expected, what came, and what to do. A failed `assert` means a bug of ours.
 """
 
+import re
+
 
 class SymphonyError(ValueError):
     """A mistake of the user's, or of the machine they run on: shown without a traceback, exit code
@@ -32,6 +34,28 @@ class RunFolderError(SymphonyError):
 
 class VerificationError(SymphonyError):
     """A finished checkpoint does not hold what its sources and its manifest say it must."""
+
+
+LONGEST = 480
+"""Characters of a message that a person is shown."""
+
+
+_UNSEEN = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+"""Characters that steer a terminal, and halves of some, which cannot be written."""
+
+
+def shown(message: str, limit: int = LONGEST) -> str:
+    """A message as it is shown: what it repeats of a user's (a name, a path, 50 KB of a template)
+    is cut in the middle, so that who and what to do stay, and cannot steer the terminal."""
+    message = re.sub(_UNSEEN, lambda found: ascii(found[0])[1:-1], message)
+    if len(message) > limit:
+        message = re.sub(r"\S{120,}", lambda word: _without_middle(word[0], 100), message)
+    return _without_middle(message, limit)
+
+
+def _without_middle(text: str, limit: int) -> str:
+    end = limit // 3
+    return text if len(text) <= limit else f"{text[: limit - end - 5]} ... {text[-end:]}"
 
 
 def first_line(error: Exception) -> str:

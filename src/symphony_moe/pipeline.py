@@ -135,7 +135,7 @@ def run(
         refuse_no_text(recipe, opened)
     folder = build(recipe, out, resume=resume, overwrite=overwrite)
     verify(folder)
-    if not folder.trained.is_dir():
+    if not folder.trained.is_dir() or (resume and folder.training_begun.is_file()):
         train(folder, resume=resume)
     evaluate(folder, like=like)
     report(folder)
@@ -766,15 +766,13 @@ def prepare_comparison(
             plan(next(iter(of_seeds.values())))
     held_out_text(recipe, open_sources(recipe, download=False))
     named = _by_name(variants)
-    if resume:
-        for name, one in named.items():
-            _refuse_another_recipe(folder.run(*name), one)
     runs = [folder.run(*name) for name in named]
     start_comparison(folder, runs, resume=resume, overwrite=overwrite)
     for name, one in named.items():
-        path = folder.recipe(*name)
-        path.parent.mkdir(exist_ok=True)
-        write_text(path, one.to_yaml())
+        _refuse_another_recipe(folder.run(*name), one)
+    folder.recipes.mkdir(exist_ok=True)
+    for name, one in named.items():
+        write_text(folder.recipe(*name), one.to_yaml())
     return folder
 
 
@@ -836,11 +834,10 @@ def _run_apart(run: RunFolder, recipe: Path, like: RunFolder) -> None:
     it kills nothing else. `like`: the comparison's first run."""
     if run.report.is_file() and "trained" in run.read_json(run.metrics):
         return  # the report comes last; what is trained again has no losses yet
-    again = ["--resume"] if run.recipe.is_file() else []
     same = [] if like == run else ["--sources-from", str(like.root)]
     command = [sys.executable, "-m", "symphony_moe", "run", str(recipe), "--out", str(run.root)]
     code = subprocess.run(
-        [*command, *again, *same], stdout=subprocess.DEVNULL, check=False
+        [*command, "--resume", *same], stdout=subprocess.DEVNULL, check=False
     ).returncode
     if code:
         killed = f"was killed (signal {-code}; out of memory?)"

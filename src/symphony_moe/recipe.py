@@ -795,12 +795,25 @@ def _absolute(path: str, folder: Path, where: str) -> Path:
     """Raises RecipeError for text that cannot be a path: too long, of an unknown user, ..."""
     try:
         absolute = (folder / Path(path).expanduser()).resolve()
-        absolute.exists()
+        if absolute.exists() and not _is_text(str(absolute)):
+            raise ValueError(
+                f"{str(absolute)!a} is not UTF-8 text, as files of weights and outputs need it; "
+                "rename it"
+            )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = shortened(str(error), 120)
+        reason = shortened(str(error), 200)
         where = shortened(where, 200)
-        raise RecipeError(f"{where}: {shortened(path, 80)!r} is not a path: {reason}") from None
+        raise RecipeError(f"{where}: {shortened(path, 80)!r} is no usable path: {reason}") from None
     return absolute
+
+
+def _is_text(path: str) -> bool:
+    """Whether a path's bytes are UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_unknown_keys(content: Any, model: type[BaseModel], who: str, path: str) -> None:

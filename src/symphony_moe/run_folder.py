@@ -75,6 +75,11 @@ class RunFolder:
         return self.root / "work"
 
     @property
+    def overwriting(self) -> Path:
+        """Where it exists, everything else in the folder is of an old run and goes."""
+        return self.work / "overwriting"
+
+    @property
     def staged_checkpoint(self) -> Path:
         """`checkpoint/` while it is written."""
         return self.work / "checkpoint"
@@ -151,25 +156,19 @@ class RunFolder:
 
     def require_checkpoint(self) -> None:
         """RunFolderError unless stage 1 is finished."""
-        if not self.checkpoint.is_dir():
+        if not self.checkpoint.is_dir() or self.overwriting.is_file():
             raise RunFolderError(
                 f"{self.root}: no finished checkpoint/; run `symphony build RECIPE --out "
                 f"{self.root}` (with --resume where a build was cut short)"
             )
 
     def read_json(self, path: Path) -> dict[str, Any]:
-        """Content of one of the folder's JSON files. Raises RunFolderError where it is not there or
-        not JSON."""
-        if not path.is_file():
-            raise RunFolderError(
-                f"{path}: not there; the run has not come so far, or the file is lost"
-            )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunFolderError(f"{path}: not JSON: {error}") from None
-        if not isinstance(content, dict):
-            raise RunFolderError(f"{path}: expected a table, got {type(content).__name__}")
+        """Content of one of the folder's JSON files. Raises RunFolderError where it is not there,
+        not JSON, or not what a run writes there."""
+        content = read_table(path)
+        for key, kind in _HOLDS.get(path.name, {}).items():
+            if not isinstance(content.get(key), kind):
+                raise _damaged(path, f"no {key} in it")
         return content
 
     def update_json(
@@ -179,6 +178,34 @@ class RunFolder:
         content = self.read_json(path) if path.is_file() else {}
         content = {key: value for key, value in content.items() if key not in forget}
         write_text(path, to_json(content | dict(values), indent=2) + "\n")
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Content of a JSON file that a run has written, see `RunFolder.read_json`."""
+    if not path.is_file():
+        raise RunFolderError(f"{path}: not there; the run has not come so far, or the file is lost")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a table, got {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from None
+    return content
+
+
+_HOLDS: dict[str, dict[str, type]] = {
+    "plan.json": {"architecture": str, "sources": list, "tensors": dict},
+    "manifest.json": {"files": dict, "sources": dict, "tensors": dict, "versions": dict},
+    "metrics.json": {"alignment": dict, "timing": dict},
+}
+"""What each of the files holds as soon as it is there."""
+
+
+def _damaged(path: Path, why: str) -> RunFolderError:
+    return RunFolderError(
+        f"{path}: damaged, not the JSON of a run ({why}); put it back, or begin again with "
+        "--overwrite"
+    )
 
 
 @dataclass(frozen=True)
@@ -202,16 +229,25 @@ class CompareFolder:
         """The run folder of one method and seed."""
         return RunFolder(self.root / self.name(method, seed))
 
+    @property
+    def recipes(self) -> Path:
+        return self.root / "recipes"
+
     def recipe(self, method: str, seed: int) -> Path:
         """The recipe that it is made by."""
-        return self.root / "recipes" / f"{self.name(method, seed)}.yaml"
+        return self.recipes / f"{self.name(method, seed)}.yaml"
+
+    @property
+    def overwriting(self) -> Path:
+        """The names of the old runs that go, a line each, where `--overwrite` is under way."""
+        return self.recipes / "overwriting"
 
     def owns(self, path: Path) -> bool:
         """Whether a comparison makes an entry of that name in the folder."""
         if path.is_dir():
             run = RunFolder(path)
             begun = run.recipe.is_file() or run.work.is_dir() or not any(path.iterdir())
-            return path.name == "recipes" or begun
+            return path == self.recipes or begun
         return path.with_name(path.name.removesuffix(".tmp")) in (self.comparison, self.page)
 
 
@@ -239,21 +275,26 @@ def start_comparison(
             f"{root}: holds {', '.join(foreign[:3])}, which no comparison has made, so --overwrite "
             "leaves the folder alone; choose another --out, or move that elsewhere"
         )
-    _make(root)
     if overwrite:
-        old = [run for run in runs if run.recipe.is_file()]
+        old = [run.root for run in runs if run.root.is_dir()]
         for run in old:
-            refuse_existing(run.root, resume=False, overwrite=True)
+            refuse_existing(run, resume=False, overwrite=True)
+        _make(folder.recipes)
+        write_text(folder.overwriting, "\n".join(run.name for run in old))
+    _make(root)
+    if folder.overwriting.is_file():
         folder.comparison.unlink(missing_ok=True)
         folder.page.unlink(missing_ok=True)
-        for run in old:
-            with locked(run.root):
-                _clear(run)
-            shutil.rmtree(run.root)
-    for run in runs:
-        if run.work.is_dir() and not run.recipe.is_file():
-            with locked(run.root):
-                shutil.rmtree(run.work)  # of a run that was killed at its very start
+        gone = folder.overwriting.read_text(encoding="utf-8").split("\n")
+        retired = folder.recipes / "old"
+        shutil.rmtree(retired, ignore_errors=True)
+        retired.mkdir()
+        for path in root.iterdir():
+            if path.name in gone:
+                with locked(path):
+                    path.rename(retired / path.name)
+        shutil.rmtree(retired)
+        folder.overwriting.unlink()
 
 
 def refuse_existing(root: Path, *, resume: bool, overwrite: bool) -> None:
@@ -262,7 +303,7 @@ def refuse_existing(root: Path, *, resume: bool, overwrite: bool) -> None:
     run = RunFolder(root)
     if root.exists() and not root.is_dir():
         raise RunFolderError(f"{root}: exists and is not a folder")
-    if not root.is_dir() or not any(root.iterdir()):
+    if not root.is_dir() or _is_hardly_begun(run):
         return
     if overwrite:
         # A user's own folder may well hold a recipe.yaml, beside models and data.
@@ -281,7 +322,20 @@ def refuse_existing(root: Path, *, resume: bool, overwrite: bool) -> None:
             "--overwrite it"
         )
     elif not run.recipe.is_file():
-        raise RunFolderError(f"{root}: nothing to resume there (no recipe.yaml)")
+        raise RunFolderError(
+            f"{root}: holds other things than a run (no recipe.yaml), so there is nothing to "
+            "resume; choose another --out"
+        )
+
+
+def _is_hardly_begun(run: RunFolder) -> bool:
+    """Whether a folder is empty, or holds no more than what a run makes before its recipe is
+    there: nothing that anyone could lose."""
+    return all(
+        run.owns(path)
+        and (not any(path.iterdir()) if path == run.work else path.name == "recipe.yaml.tmp")
+        for path in run.root.iterdir()
+    )
 
 
 def require_room(root: Path, needed: int, passing: int) -> None:
@@ -302,22 +356,24 @@ def require_room(root: Path, needed: int, passing: int) -> None:
 def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     """Make the folder of a new build, or take up one that was cut short.
 
-    Raises RunFolderError for an existing folder, unless `resume` (and it holds the same recipe) or
-    `overwrite` (and it is a run folder: nothing else is ever deleted).
+    Raises RunFolderError for an existing folder, unless `resume` (and it holds the same recipe, or
+    was cut short while it was overwritten) or `overwrite` (and it is a run folder: nothing else is
+    ever deleted).
     """
     refuse_existing(root, resume=resume, overwrite=overwrite)
     run = RunFolder(root)
     text = recipe.to_yaml()
-    if overwrite and run.recipe.is_file():
+    if run.overwriting.is_file() or (overwrite and run.recipe.is_file()):
         with locked(root):
             _clear(run)
-    elif run.recipe.is_file() and run.recipe.read_text(encoding="utf-8") != text:
+    elif run.recipe.is_file() and run.recipe.read_bytes() != text.encode():
         raise RunFolderError(
             f"{root}: holds a build of another recipe or of sources that have changed since; "
             "--overwrite it or choose another --out"
         )
     _make(run.work)
     write_text(run.recipe, text)
+    run.overwriting.unlink(missing_ok=True)
     return run
 
 
@@ -327,7 +383,7 @@ def note_versions(path: Path, now: Mapping[str, str], what: str) -> dict[str, st
     if not path.is_file():
         write_text(path, json.dumps(dict(now), indent=2))
         return dict(now)
-    begun: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    begun: dict[str, str] = read_table(path)
     changed = [name for name in now if begun.get(name) != now[name]]
     if changed:
         then = ", ".join(f"{name} {begun.get(name, '(none)')}" for name in changed)
@@ -373,16 +429,17 @@ def manifest_of_build(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clear(run: RunFolder) -> None:
-    """Remove an old run, so that a kill in between leaves nothing that looks finished, and leaves
-    a folder that can be overwritten again."""
+    """Remove an old run but for its recipe, so that a kill in between leaves nothing that looks
+    finished, and leaves `overwriting`, by which whoever comes next goes on."""
     run.work.mkdir(exist_ok=True)
+    write_text(run.overwriting, "")
+    sync_folder(run.work)
     for finished in (run.checkpoint, run.trained):
         if finished.is_dir():
             retire(run, finished)
-    for path in run.root.iterdir():
-        if path not in (run.work, run.recipe):
+    for path in [*run.root.iterdir(), *run.work.iterdir()]:
+        if path not in (run.work, run.recipe, run.overwriting):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(run.work)
 
 
 def retire(run: RunFolder, finished: Path) -> None:
@@ -403,7 +460,7 @@ def log_to(run: RunFolder) -> Iterator[None]:
     """Append the package's log to `run.log` inside the block, and what ends it. The folder is this
     process's alone meanwhile: see `locked`."""
     with locked(run.root):
-        handler = _LogFile(run.log, encoding="utf-8")
+        handler = _LogFile(run.log, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         package = logging.getLogger("symphony_moe")
         package.addHandler(handler)

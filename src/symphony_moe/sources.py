@@ -774,7 +774,7 @@ def generation_settings(source: Source) -> dict[str, Any]:
     if source.generation is None:
         settings = {key: getattr(source.config, key, None) for key in _SPECIAL}
         settings["pad_token_id"], _ = _within(settings["pad_token_id"], source.own_rows, 0)
-    return {key: value for key, value in settings.items() if key != "auto_map"}
+    return {k: value for k, value in settings.items() if k not in ("auto_map", "custom_generate")}
 
 
 def remarks(source: Source) -> list[str]:

@@ -22,6 +22,11 @@ from symphony_moe.forward import device
 from symphony_moe.pretrained import LOCAL
 from symphony_moe.sources import TABLE_ROWS, Source
 
+_UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError,
+)  # fmt: skip
+"""What transformers raises of a folder with damaged files."""
+
 
 def load_stock(
     folder: Path, dtype: torch.dtype = torch.float32, on: torch.device | None = None
@@ -38,7 +43,7 @@ def load_stock(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 loadable, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise VerificationError(
             f"{folder}: a file of it is missing or damaged ({first_line(error)}); make the folder "
             "again"

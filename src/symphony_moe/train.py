@@ -14,7 +14,8 @@ import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,34 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 
 from symphony_moe import text_files
-from symphony_moe.errors import RecipeError, RunFolderError, TextError, first_line
+from symphony_moe.errors import (
+    RecipeError,
+    RunFolderError,
+    TextError,
+    first_line,
+    shortened,
+)
 from symphony_moe.families import FINAL_NORM, Family
-from symphony_moe.machine import is_out_of_memory, is_out_of_room, peak_rss_bytes, versions
+from symphony_moe.machine import (
+    is_out_of_memory,
+    is_out_of_room,
+    peak_rss_bytes,
+    process_number,
+    versions,
+)
 from symphony_moe.recipe import Recipe, Train
 from symphony_moe.run_folder import (
     RunFolder,
     manifest_of_build,
     note_versions,
     publish,
+    read_table,
     retire,
+    write_bytes,
     write_text,
 )
 from symphony_moe.shards import CheckpointWriter, hash_folder
@@ -83,14 +100,20 @@ def train_run(
     it has.
 
     `measure`: model -> held-out losses, for `train.evaluations`. Raises RunFolderError where there
-    is no checkpoint, where `trained/` exists (unless `overwrite`) or a training was cut short
-    (unless `resume` or `overwrite`), where memory does not suffice, and where the loss stops being
-    a number.
+    is no checkpoint, where `trained/` exists (unless `overwrite`, or `resume` and it is what would
+    be made) or a training was cut short (unless `resume` or `overwrite`), where memory does not
+    suffice, and where the loss stops being a number.
     """
     run.require_checkpoint()
+    _refuse_lost(run)
     refuse_untrainable(recipe)
     saved = _last_saved(run.training)
     if run.trained.is_dir() and not overwrite and not (resume and run.training_begun.is_file()):
+        if resume and _is_trained_with(run, recipe.train):
+            log.info("%s is finished already", run.trained)
+            if process_number() == 0:
+                shutil.rmtree(run.work, ignore_errors=True)
+            return
         raise RunFolderError(f"{run.trained}: exists; --overwrite trains the checkpoint again")
     if saved is not None and not (resume or overwrite):
         raise RunFolderError(
@@ -103,6 +126,8 @@ def train_run(
     with processes.main_process_first():
         if processes.is_main_process:
             if not resume:
+                if run.training.is_dir():
+                    retire(run, run.training)  # half of a state is not to be gone on from
                 shutil.rmtree(run.work, ignore_errors=True)
             run.training.mkdir(parents=True, exist_ok=True)
         _note_settings(run.training_begun, recipe)  # the first process comes first
@@ -117,7 +142,8 @@ def train_run(
         # FSDP takes the weights from the CPU, layer by layer: whole, they may not fit on a GPU.
         shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         folder = run.checkpoint if saved is None or sharded else saved
-        model = load_stock(folder, on=torch.device("cpu") if shards else None)
+        with nullcontext() if folder == run.checkpoint else _reading(folder):
+            model = load_stock(folder, on=torch.device("cpu") if shards else None)
         num_trained = choose_parameters(model, settings.scope, anchor_of(recipe, sources).family)
         log.info("training %s: %s parameters", settings.scope, f"{num_trained:,}")
         model.config.output_router_logits = True  # for the balance loss, and to report the balance
@@ -138,6 +164,8 @@ def train_run(
                 "launch": trainer.accelerator.distributed_type.value,
             }
             _note(run.training / "text.json", facts, {"launch": facts["launch"]})
+        if saved is not None:
+            _refuse_incomplete(saved, processes, sharded=sharded)
         trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if processes.is_main_process:
@@ -303,6 +331,24 @@ def _soften(trainer: Trainer, settings: Train) -> dict[str, Any] | None:
     }
 
 
+def _refuse_lost(run: RunFolder) -> None:
+    """RunFolderError where `trained/` could not be written: that would be found at the end."""
+    for path in (run.plan, run.metrics):
+        run.read_json(path)
+    for name in run.read_json(run.manifest)["files"]:
+        if name.startswith(f"{run.checkpoint.name}/") and not (run.root / name).is_file():
+            raise RunFolderError(
+                f"{run.root / name}: lost; put it back, or build the run again with --overwrite"
+            )
+
+
+def _is_trained_with(run: RunFolder, settings: Train) -> bool:
+    """Whether the `trained/` that is there was made with these settings. (`metrics.json` tells of
+    it: a new one's settings are written when the old folder is gone.)"""
+    training = run.read_json(run.metrics).get("training", {})
+    return bool(training.get("settings") == json.loads(json.dumps(settings.model_dump())))
+
+
 def _note_settings(path: Path, recipe: Recipe) -> None:
     """`_note` of the settings of a training."""
     settings = recipe.train.model_dump() | {"seed": recipe.seed}
@@ -317,7 +363,7 @@ def _note(path: Path, facts: Mapping[str, Any], defaults: Mapping[str, Any] | No
     if not path.is_file():
         write_text(path, json.dumps(facts, indent=2))
         return
-    begun = dict(defaults or {}) | json.loads(path.read_text(encoding="utf-8"))
+    begun = dict(defaults or {}) | read_table(path)
     for name, value in facts.items():
         if begun.get(name) != value:
             raise RunFolderError(
@@ -387,7 +433,8 @@ def choose_parameters(model: PreTrainedModel, scope: str, family: Family) -> int
 def _last_saved(folder: Path) -> Path | None:
     """The newest whole state of an interrupted training. The Trainer writes trainer_state.json
     last: a kill while it saves leaves a folder without, or with half of it."""
-    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
+    states = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
+    whole = [state for state in states if state.name.removeprefix("checkpoint-").isdecimal()]
     return max(whole, key=_step_of, default=None)
 
 
@@ -397,16 +444,67 @@ def _step_of(saved: Path) -> int:
 
 def _seconds_until(saved: Path) -> float:
     """What a training had taken when it was saved."""
-    history = json.loads((saved / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return max((entry.get("seconds", 0.0) for entry in history), default=0.0)
+    with _reading(saved):
+        state = TrainerState.load_from_json(str(saved / TRAINER_STATE_NAME))
+        if state.global_step != _step_of(saved):
+            raise ValueError(f"it says that it is of step {state.global_step!r:.20}")
+        return max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
 
 
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
+
+
+@contextmanager
+def _reading(saved: Path) -> Iterator[None]:
+    """RunFolderError for whatever goes wrong where a state of a training is read: readers of its
+    files fail in many ways, and none of them says which file it is."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        told = error.__cause__ or error  # ours name the folder again
+        raise _damaged(_unreadable(saved), saved, str(told)) from error
+
+
+def _refuse_incomplete(saved: Path, processes: PartialState, *, sharded: bool) -> None:
+    """RunFolderError for a state without a file that the Trainer would begin anew without a word:
+    the result would be another."""
+    several = processes.num_processes > 1
+    drawn = f"rng_state_{processes.process_index}.pth" if several else "rng_state.pth"
+    for name in [SCHEDULER_NAME, drawn, *([] if sharded else [OPTIMIZER_NAME])]:
+        if not (saved / name).is_file():
+            raise _damaged(saved / name, saved, "it is not there")
+
+
+def _damaged(what: Path, saved: Path, why: str) -> RunFolderError:
+    why = shortened(" ".join(why.split()), 150)
+    return RunFolderError(
+        f"{what}: damaged, --resume cannot go on from it ({why}). Remove "
+        f"{saved.name}/ to go on from the state before it, or begin again with --overwrite"
+    )
+
+
+def _unreadable(saved: Path) -> Path:
+    """The first file of a state that cannot be read; the folder, where each can."""
+    for path in sorted(saved.iterdir()):
+        try:
+            if path.suffix == ".json":
+                read_table(path)
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth"):
+                with safe_globals():
+                    torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # as many as there are readers
+            return path
+    return saved
 
 
 class _Trainer(Trainer):
@@ -432,8 +530,19 @@ class _Trainer(Trainer):
     ) -> None:
         """Nothing: `load_stock` has loaded them. The stock method looks for fused experts in a file
         of single ones, and only warns that it has found none. (Shards of FSDP are its own.)"""
-        if self.is_fsdp_enabled and any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled and any(saved.glob("pytorch_model_fsdp*")):
+            with _reading(saved):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The stock method, which reads no pickle but of tensors."""
+        with nullcontext() if checkpoint is None else _reading(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with nullcontext() if checkpoint is None else _reading(Path(checkpoint)):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A state that cannot be gone on from does not take the place of one that can."""
@@ -715,6 +824,8 @@ def _write_trained(
     bias, which other readers refuse), so its output is streamed through our writer.
     """
     raw = run.work / "saved"
+    for left in (raw, run.staged_trained):  # of a training that was killed here
+        shutil.rmtree(left, ignore_errors=True)
     model.save_pretrained(raw, state_dict=dict(weights))
     stored = {k: tuple(v) for k, v in run.read_json(run.plan)["tensors"].items()}
     writer = CheckpointWriter(
@@ -726,13 +837,13 @@ def _write_trained(
                 if name in stored:
                     writer.write(name, file.get_tensor(name))
     hashes = writer.finish()
-    for path in run.checkpoint.iterdir():
-        if path.is_dir():
-            shutil.copytree(path, run.staged_trained / path.name)
-        elif ".safetensors" not in path.name:
-            shutil.copyfile(path, run.staged_trained / path.name)
-    card = (run.staged_trained / "README.md").read_text(encoding="utf-8")
+    for name in run.read_json(run.manifest)["files"]:  # and nothing that was put beside them
+        folder, _, file = name.partition("/")
+        if folder == run.checkpoint.name and ".safetensors" not in file:
+            (run.staged_trained / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(run.root / name, run.staged_trained / file)
+    card = run.staged_trained / "README.md"
     settings = json.dumps(recipe.train.model_dump(), indent=2)
-    card += f"\n## Training\n\nTrained after building, with\n\n```json\n{settings}\n```\n"
-    write_text(run.staged_trained / "README.md", card)
+    more = f"\n## Training\n\nTrained after building, with\n\n```json\n{settings}\n```\n"
+    write_bytes(card, card.read_bytes() + more.encode())
     return hashes

@@ -428,8 +428,10 @@ def _explicit(owner: Owner, files: Mapping[str, bytes]) -> dict[str, Any]:
     the stages and settings of its own, tokens that it adds, special tokens that it presumes."""
     contents = _contents(files)
     config = contents.setdefault("tokenizer_config.json", {})
-    # Code that is not there, and is not asked for: what it would do is what the files say.
-    config.pop("auto_map", None)
+    # Code and files that are not there, and are not asked for: what they would do is what these
+    # files say.
+    for key in ("auto_map", "name_or_path", "tokenizer_file", "vocab_file"):
+        config.pop(key, None)
     named = type(owner.tokenizer).__name__
     if named in _GENERIC and "tokenizer.json" in files:
         if _names_a_class(owner, config):
