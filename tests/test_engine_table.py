@@ -93,6 +93,16 @@ def test_what_nobody_tried_is_not_called_exact() -> None:
     assert str(found["vLLM"]) == "vLLM: not tried (with RoPE of the type yarn)"
 
 
+def test_a_sentencepiece_tokenizer_is_cut_otherwise_by_llama_cpp() -> None:
+    config = {"model_type": "qwen3_moe"}
+    plain, pieces = (
+        next(r for r in readings(config, sentencepiece=kind) if r.program == "llama.cpp")
+        for kind in (False, True)
+    )
+    assert (plain.verdict, plain.why) == ("exact", "")
+    assert pieces.verdict == "exact" and "after a special token" in pieces.why
+
+
 def test_the_command_says_it(
     recipes: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,8 +41,9 @@ class Reading:
         return f"{self.program}: {words}" + (f" ({self.why})" if self.why else "")
 
 
-def readings(config: Mapping[str, Any]) -> list[Reading]:
-    """What every program of `TRIED` makes of a model with this config.json."""
+def readings(config: Mapping[str, Any], *, sentencepiece: bool = False) -> list[Reading]:
+    """What every program of `TRIED` makes of a model with this config.json. `sentencepiece`: its
+    tokenizer is of that kind."""
     rope = config.get("rope_scaling") or {}
     kind = rope.get("rope_type", "default")
     found = [Reading("transformers 5", "exact")]
@@ -55,6 +56,8 @@ def readings(config: Mapping[str, Any]) -> list[Reading]:
         verdict, why = judge(config)
         if verdict == "exact" and kind not in _TRIED_ROPE:
             verdict, why = "untried", f"with RoPE of the type {kind}"
+        if program == "llama.cpp" and verdict == "exact" and sentencepiece:
+            why = "it cuts spaces that begin a text, and text after a special token, otherwise"
         found.append(Reading(program, verdict, why))
     return found
 

@@ -139,7 +139,7 @@ def make_plan(
         work_bytes=_work(recipe, anchor.config, len(sources)),
         peak_memory_bytes=_peak_memory(recipe, anchor.config, len(sources)),
         seconds=_seconds(recipe, sources, anchor.config),
-        readers=readings(config),
+        readers=readings(config, sentencepiece=anchor.owner.kind == "SentencePiece BPE"),
         notes=_notes(recipe, sources, differences, opened or sources),
     )
 
