@@ -1,4 +1,5 @@
-"""The commands of the how-to pages, run as they stand there."""
+"""The commands of the how-to pages for other programs, run as they stand there. (Those in Python:
+test_fine_tuning.py and test_quantising.py.)"""
 
 import json
 import math
@@ -14,6 +15,7 @@ import pytest
 
 from environments import alone, llama_cpp, python, run, to_gguf, tool
 from models import make_run
+from pages import HOW_TO
 from real_model import convert, fetch, tune
 from symphony_moe import pipeline
 from symphony_moe.bundled import corpus
@@ -21,8 +23,6 @@ from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import RunFolder
 
 pytestmark = pytest.mark.client
-
-PAGES = Path(__file__).parents[2] / "docs" / "how-to"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def commands(page: str) -> str:
     """All that a page has in blocks of `sh`, one after the other."""
-    text = (PAGES / page).read_text(encoding="utf-8")
+    text = (HOW_TO / page).read_text(encoding="utf-8")
     found = "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     assert found
     return found
@@ -170,7 +170,7 @@ def pages_table() -> Callable[[str, str], None]:
     """Writes a measured table between a page's comments."""
 
     def write(page: str, table: str) -> None:
-        path = PAGES / page
+        path = HOW_TO / page
         text = path.read_text(encoding="utf-8")
         begin, end = "<!-- loss: `make test-clients` writes this table -->", "<!-- /loss -->"
         before, _, rest = text.partition(begin)
