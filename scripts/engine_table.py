@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from symphony_moe.engines import TRIED
+
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docs" / "engines.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "engines.md")
@@ -21,20 +23,28 @@ COLUMNS = {
     "MLX": ("mlx",),
 }
 """Column -> the environments whose results are in it; the worst counts."""
+_STAR = (
+    "\\*: with a SentencePiece tokenizer, llama.cpp splits spaces that begin a text, and text "
+    "after a special token, into other tokens."
+)
 _WORDS = {"exact": "exact", "other": "**wrong**", "refused": "no"}
 
 
 def _verdict(programs: dict[str, Any], names: tuple[str, ...]) -> str:
-    """The worst of what was found, of both stages; empty where something was not asked."""
+    """The worst of what was found, of both stages, with a star where texts are split into other
+    tokens."""
     found = [
-        programs[name][stage]["verdict"]
+        programs[name][stage]
         for name in names
         if name in programs
         for stage in ("built", "trained")
     ]
     if len(found) < 2 * len(names):
         return "not tried"
-    return next(_WORDS[verdict] for verdict in ("other", "refused", "exact") if verdict in found)
+    verdicts = {one["verdict"] for one in found}
+    worst = next(verdict for verdict in ("other", "refused", "exact") if verdict in verdicts)
+    star = worst == "exact" and any(one["texts cut otherwise"] for one in found)
+    return _WORDS[worst] + ("\\*" if star else "")
 
 
 def table(measured: dict[str, Any]) -> str:
@@ -48,7 +58,9 @@ def table(measured: dict[str, Any]) -> str:
         lines.append(f"| {case['family']} | `{case['architecture']}` | {' | '.join(cells)} |")
     days = {p["day"] for case in measured.values() for p in case["programs"].values()}
     spread = " to ".join(sorted({min(days), max(days)}))
-    return "\n".join([*lines, "", f"Measured on {spread}."])
+    versions = ", ".join(f"{program} {version}" for program, version in TRIED.items())
+    notes = f"Measured on {spread} with {versions}. {_STAR}"
+    return "\n".join([*lines, "", notes])
 
 
 def with_table(page: str, measured: dict[str, Any]) -> str:

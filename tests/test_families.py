@@ -11,21 +11,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import ARCHITECTURES, VARIANTS, make_model
+from conftest import ARCHITECTURES, SIZES, VARIANTS, make_model
 from symphony_moe import pipeline
 from symphony_moe.errors import SourceError
 from symphony_moe.families import (
     FAMILIES,
     NEURON_AXIS,
     TARGETS,
+    Family,
     MoELayer,
     Target,
     head_dim,
     interleave_rotary,
     layer_outputs,
     read_layer_outputs,
+    target_config,
     undo_interleave_rotary,
 )
+from symphony_moe.plan import output_tensors
 from symphony_moe.recipe import SourceSpec, load_recipe
 from symphony_moe.sources import open_source
 from symphony_moe.symmetry import NeuronMap, reorder_neurons
@@ -218,6 +221,48 @@ def test_variants_that_no_target_holds_are_refused_with_the_reason(
     spec = SourceSpec(model=str(folder), data="unread.jsonl")
     with pytest.raises(SourceError, match=f"^who: .*refused.*{reason}"):
         open_source("who", spec)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "reason"),
+    [
+        ("mistral", {"head_dim": None}, "GraniteMoe has no sliding window"),
+        ("mistral", {"sliding_window": None}, "heads of a GraniteMoe are of hidden_size / num"),
+        ("llama", {"head_dim": 16}, "heads of a GraniteMoe are of hidden_size / num"),
+        ("qwen2", {"head_dim": 16}, "heads of a GraniteMoe are of hidden_size / num"),
+        ("llama", {"attention_bias": True}, "attention biases are not in this table"),
+    ],
+)
+def test_what_granitemoe_does_not_hold_is_refused(
+    variant: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """Other programs take the size of a head from hidden_size, whatever the config says."""
+    folder = make_model(tmp_path / "refused", variant, 0, **changes)
+    spec = SourceSpec(model=str(folder), data="unread.jsonl")
+    with pytest.raises(SourceError, match=f"^who: .*refused.*{reason}"):
+        open_source("who", spec, target=Target("shared", "granitemoe"))
+
+
+@pytest.mark.parametrize(
+    ("attention", "family"),
+    [(a, family) for a, rows in TARGETS.items() for row in rows.values() for family in row],
+    ids=lambda value: value if isinstance(value, str) else f"{value.dense}-{value.moe}",
+)
+def test_what_a_target_has_beyond_the_family_is_known_by_its_name(
+    attention: str, family: Family
+) -> None:
+    """Of the parameters of the stock class, which may call them otherwise than its file does."""
+    del attention
+    shape: dict[str, Any] = {**SIZES, "model_type": family.dense, "tie_word_embeddings": False}
+    dense = AutoConfig.for_model(**shape)
+    settings = target_config(family, dense, 3, 2, tied=False, dtype="float32")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    found = [name for name, _ in model.named_parameters() if family.is_zero(name)]
+    layers = dense.num_hidden_layers
+    assert len(found) == layers * len(family.zeros) + family.has_head_bias
+    written = output_tensors(family, dense, 3, tied=False)
+    assert sum(map(family.is_zero, written)) == layers * len(family.zeros)
 
 
 def test_settings_that_change_nothing_are_accepted(tmp_path: Path) -> None:

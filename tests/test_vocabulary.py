@@ -1146,6 +1146,43 @@ def test_no_reader_has_to_know_the_newest_class_name(
     assert written["tokenizer_class"] != "TokenizersBackend"
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"extra_special_tokens": []}, {}),
+        ({"extra_special_tokens": ["<s>"]}, {"additional_special_tokens": ["<s>"]}),
+        (
+            {
+                "extra_special_tokens": ["<s>", "</s>"],
+                "additional_special_tokens": [{"content": "<s>"}],
+            },
+            {"additional_special_tokens": [{"content": "<s>"}, "</s>"]},
+        ),
+        (
+            {"extra_special_tokens": ["</s>"], "additional_special_tokens": "<s>"},
+            {"additional_special_tokens": ["<s>", "</s>"]},
+        ),
+        (
+            {"extra_special_tokens": {"image_token": "<s>"}},
+            {"extra_special_tokens": {"image_token": "<s>"}},
+        ),
+    ],
+)
+def test_lists_of_special_tokens_have_the_name_that_all_versions_know(
+    said: dict[str, Any], expected: dict[str, Any], template: Path, tmp_path: Path
+) -> None:
+    """A list of `extra_special_tokens` ends the loading in transformers 4.57, where it is a
+    table."""
+    one = owner("a", tmp_path / "a", template, lambda content: None)
+    path = one.folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config | said))
+    written = json.loads(tokenizer_files(one)["tokenizer_config.json"])
+    assert {key: written[key] for key in written if key.endswith("special_tokens")} == expected
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_added_tokens_are_listed_beside_a_tokenizer_model(
     listed: bool, template: Path, tmp_path: Path

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _log(options.verbose)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A name that is no text is shown as its escapes, which JSON reads.
+        # A name that is no text is shown as its escapes.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _refuse_bytes(sys.argv[1:] if arguments is None else arguments)
@@ -124,8 +124,8 @@ def _log(verbose: bool) -> None:
 
 
 class _Shown(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return shown(super().formatMessage(record))  # a traceback that follows it stays whole
 
 
 class _Parser(argparse.ArgumentParser):

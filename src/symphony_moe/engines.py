@@ -1,7 +1,7 @@
 """Which programs read a finished model, and which of them compute something else.
 
-Everything here was measured: `make test-clients` asks each program, and fails where it does
-otherwise than is said here. docs/engines.md has the table and its day.
+`make test-clients` asks each program about a model of every row of docs/engines.md, and fails where
+it does something else than is said here. What no such model had is "not tried".
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class Reading:
     def __str__(self) -> str:
         words = {
             "exact": "the same answers",
-            "other": "loads it and ANSWERS OTHERWISE",
+            "other": "loads it, but gives WRONG ANSWERS",
             "refused": "does not load it",
             "untried": "not tried",
         }[self.verdict]
@@ -42,33 +42,49 @@ class Reading:
 
 
 def readings(config: Mapping[str, Any], *, sentencepiece: bool = False) -> list[Reading]:
-    """What every program of `TRIED` makes of a model with this config.json. `sentencepiece`: its
-    tokenizer is of that kind."""
-    rope = config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", "default")
+    """What every program of `TRIED` makes of a model with this config, which is one of
+    `families.target_config`. `sentencepiece`: its tokenizer is of that kind."""
     found = [Reading("transformers 5", "exact")]
+    untried = _untried(config)
     for program, judge in (
         ("transformers 4.57", _transformers_4),
         ("vLLM", _vllm),
         ("llama.cpp", _llama_cpp),
         ("MLX", _mlx),
     ):
-        verdict, why = judge(config)
-        if verdict == "exact" and kind not in _TRIED_ROPE:
-            verdict, why = "untried", f"with RoPE of the type {kind}"
+        # Without what nobody tried: a program that does not even read that is said to be so.
+        verdict, why = judge({**config, "rope_scaling": None} if untried else config)
+        if untried and verdict == "exact":
+            verdict, why = "untried", untried
         if program == "llama.cpp" and verdict == "exact" and sentencepiece:
-            why = "it cuts spaces that begin a text, and text after a special token, otherwise"
+            more = "it splits spaces that begin a text, and text after a special token, otherwise"
+            why = f"{why}; {more}" if why else more
         found.append(Reading(program, verdict, why))
     return found
 
 
-_TRIED_ROPE = ("default", "llama3")
+_TRIED_ROPE = {
+    *((architecture, "default") for architecture in
+      ("mixtral", "granitemoe", "ernie4_5_moe", "qwen3_moe", "jetmoe")),
+    ("mixtral", "llama3"),
+    ("granitemoe", "llama3"),
+}  # fmt: skip
+"""Architecture and type of RoPE of the models that were asked about."""
 _EXACT: tuple[Verdict, str] = ("exact", "")
+
+
+def _untried(config: Mapping[str, Any]) -> str:
+    """What the config has that no measured model had; empty for nothing."""
+    kind = (config.get("rope_scaling") or {}).get("rope_type", "default")
+    if (config["model_type"], kind) not in _TRIED_ROPE:
+        return f"with RoPE of the type {kind}"
+    activation = config.get("hidden_act") or config.get("activation_function") or "silu"
+    return "" if activation == "silu" else f"with the activation {activation}"
 
 
 def _transformers_4(config: Mapping[str, Any]) -> tuple[Verdict, str]:
     if config["model_type"] == "ernie4_5_moe":
-        return "exact", "it warns of biases that experts do not have, and takes zeros"
+        return "exact", "it warns of missing biases in the experts, and takes zeros"
     return _EXACT
 
 
@@ -102,11 +118,13 @@ def _mlx(config: Mapping[str, Any]) -> tuple[Verdict, str]:
         return "refused", "it has no JetMoE"
     if architecture == "ernie4_5_moe":
         return "refused", "its Ernie has other biases; use output.architecture: granitemoe"
-    if architecture in ("mixtral", "granitemoe"):
+    if architecture == "mixtral":
         implied = config["hidden_size"] // config["num_attention_heads"]
         if config["head_dim"] != implied:
-            return "refused", f"its heads are of {implied}, hidden size by heads, and not its own"
-    if architecture == "mixtral":
+            return "refused", (
+                f"it takes heads of {implied}, hidden_size / num_attention_heads; this model has "
+                f"heads of {config['head_dim']}"
+            )
         if config.get("rope_scaling"):
             return "other", "its Mixtral does not scale RoPE; use output.architecture: granitemoe"
         if (window := _window(config)) is not None:

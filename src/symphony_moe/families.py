@@ -244,6 +244,10 @@ def _has_window(config: PreTrainedConfig) -> bool:
     return attention_window(config) is not None
 
 
+def _has_own_head_size(config: PreTrainedConfig) -> bool:
+    return head_dim(config) * config.num_attention_heads != config.hidden_size
+
+
 _SLIDING = "the target has no layers with a sliding window beside layers without one"
 _PRE_NORM = Symmetries(
     gains={_NORMS[0]: _ATTENTION[:3], _NORMS[1]: (GATE, UP)},
@@ -331,10 +335,15 @@ _WITH_ATTENTION_EXPERTS: dict[str, Any] = {
     "repeats_kv": True,
     "zeros": {"mlp.bias": "hidden", "self_attention.experts.bias": "hidden"},
     "norm_eps": _JETMOE_EPS,
+    "has_head_bias": False,
     "target_settings": _jetmoe,
 }
 _JETMOE_LACKS = "experts.attention source: JetMoE has no {}; set it to shared"
 
+_GRANITE_HEADS = (
+    "the heads of a GraniteMoe are of hidden_size / num_attention_heads, as most programs read it",
+    _has_own_head_size,
+)
 _IN_GRANITE: dict[str, Any] = {
     "moe": "granitemoe",
     "moe_class": "GraniteMoeForCausalLM",
@@ -351,18 +360,37 @@ _IN_GRANITE: dict[str, Any] = {
 
 TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
     "shared": {
-        "llama": (FAMILIES["llama"], replace(FAMILIES["llama"], **_IN_GRANITE)),
+        "llama": (
+            FAMILIES["llama"],
+            replace(
+                FAMILIES["llama"],
+                **_IN_GRANITE,
+                refusals=(
+                    ("attention biases are not in this table", lambda c: c.attention_bias),
+                    ("no stock MoE has FFN biases", lambda c: c.mlp_bias),
+                    _GRANITE_HEADS,
+                ),
+            ),
+        ),
         "mistral": (
             FAMILIES["mistral"],
             replace(
                 FAMILIES["mistral"],
                 **_IN_GRANITE,
-                refusals=(("Granite has no sliding window; use mixtral", _has_window),),
+                refusals=(
+                    ("GraniteMoe has no sliding window; use mixtral", _has_window),
+                    _GRANITE_HEADS,
+                ),
             ),
         ),
         "qwen2": (
             FAMILIES["qwen2"],
-            replace(FAMILIES["qwen2"], **_IN_GRANITE, zeros={"self_attn.o_proj.bias": "hidden"}),
+            replace(
+                FAMILIES["qwen2"],
+                **_IN_GRANITE,
+                zeros={"self_attn.o_proj.bias": "hidden"},
+                refusals=((_SLIDING, _has_window), _GRANITE_HEADS),
+            ),
         ),
         "qwen3": (FAMILIES["qwen3"],),
     },

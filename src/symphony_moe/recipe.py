@@ -251,8 +251,9 @@ class Router(Section):
 
 class Output(Section):
     architecture: Name = "auto"
-    """`auto`: the family's first architecture (docs/engines.md). `granitemoe`: for Llama and Qwen2
-    in llama.cpp and MLX. Or the name of an architecture that the sources must have."""
+    """`auto`: the family's first architecture (docs/engines.md). `granitemoe`: for Qwen2 in
+    llama.cpp and MLX, and for Llama 3 in MLX. Or the name of an architecture that the sources must
+    have."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What the weights are rounded to when they are written."""
     max_shard_size: Name = "5GB"
@@ -803,7 +804,9 @@ def _absolute(path: str, folder: Path, where: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         reason = shortened(str(error), 200)
         where = shortened(where, 200)
-        raise RecipeError(f"{where}: {shortened(path, 80)!r} is no usable path: {reason}") from None
+        raise RecipeError(
+            f"{where}: {shortened(path, 80)!r} cannot be used as a path: {reason}"
+        ) from None
     return absolute
 
 

@@ -439,7 +439,8 @@ def _clear(run: RunFolder) -> None:
             retire(run, finished)
     for path in [*run.root.iterdir(), *run.work.iterdir()]:
         if path not in (run.work, run.recipe, run.overwriting):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            folder = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path) if folder else path.unlink()
 
 
 def retire(run: RunFolder, finished: Path) -> None:

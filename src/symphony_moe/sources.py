@@ -82,6 +82,8 @@ log = logging.getLogger(__name__)
 GENERATION = "generation_config.json"
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_CONFIG = "tokenizer_config.json"
+_CODE = ("auto_map", "custom_generate")
+"""What a generation config says of code: it is neither run nor carried on."""
 TABLE_ROWS = 8192
 """Rows of an embedding table that are read at once."""
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -774,7 +776,7 @@ def generation_settings(source: Source) -> dict[str, Any]:
     if source.generation is None:
         settings = {key: getattr(source.config, key, None) for key in _SPECIAL}
         settings["pad_token_id"], _ = _within(settings["pad_token_id"], source.own_rows, 0)
-    return {k: value for k, value in settings.items() if k not in ("auto_map", "custom_generate")}
+    return {k: value for k, value in settings.items() if k not in _CODE}
 
 
 def remarks(source: Source) -> list[str]:
@@ -1161,7 +1163,7 @@ def compare_sources(
 
 def _generation_settings(source: Source) -> dict[str, Any]:
     """What the source's generation_config.json sets."""
-    ignored = ("transformers_version", "_from_model_config", "auto_map")
+    ignored = ("transformers_version", "_from_model_config", *_CODE)
     return {key: value for key, value in _generation(source)[0].items() if key not in ignored}
 
 

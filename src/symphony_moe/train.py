@@ -345,8 +345,10 @@ def _refuse_lost(run: RunFolder) -> None:
 def _is_trained_with(run: RunFolder, settings: Train) -> bool:
     """Whether the `trained/` that is there was made with these settings. (`metrics.json` tells of
     it: a new one's settings are written when the old folder is gone.)"""
-    training = run.read_json(run.metrics).get("training", {})
-    return bool(training.get("settings") == json.loads(json.dumps(settings.model_dump())))
+    training = run.read_json(run.metrics).get("training")
+    return isinstance(training, dict) and bool(
+        training.get("settings") == json.loads(json.dumps(settings.model_dump()))
+    )
 
 
 def _note_settings(path: Path, recipe: Recipe) -> None:

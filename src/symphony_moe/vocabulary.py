@@ -457,8 +457,10 @@ def _name_for_every_reader(config: dict[str, Any]) -> None:
         config["tokenizer_class"] = _ANY
     old, new = _EXTRA
     if isinstance(config.get(new), list):
-        listed = config.get(old) or []
-        more = [token for token in config.pop(new) if token not in listed]
+        named = config.get(old) or []
+        listed = named if isinstance(named, list) else [named]
+        known = _spelled(listed)
+        more = [token for token in config.pop(new) if not _spelled(token) <= known]
         if listed or more:
             config[old] = [*listed, *more]
 
@@ -466,8 +468,9 @@ def _name_for_every_reader(config: dict[str, Any]) -> None:
 def _list_beside_sentencepiece(contents: dict[str, Any]) -> None:
     """List added tokens where readers of tokenizer.model look for them: llama.cpp's converter does
     not open tokenizer.json beside it, and would lose what only that file lists."""
-    config, added = contents["tokenizer_config.json"], contents["tokenizer.json"]["added_tokens"]
-    decoder = config.setdefault("added_tokens_decoder", {})
+    config = contents["tokenizer_config.json"]
+    added = contents["tokenizer.json"].get("added_tokens") or []
+    decoder = config["added_tokens_decoder"] = config.get("added_tokens_decoder") or {}
     for token in added:
         decoder.setdefault(str(token["id"]), {"content": token["content"]} | _flags(token))
     ordinary = _ordinary(contents["tokenizer.json"])

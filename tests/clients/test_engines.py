@@ -50,7 +50,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunFolder]:
     """case -> its finished run, made once. `SYMPHONY_CLIENT_RUNS` names a folder to keep them in,
-    for a session that is cut short: what is in there is not made again."""
+    so that what was cut short goes on: what is in there is not made again."""
     made: dict[str, RunFolder] = {}
     kept = os.environ.get("SYMPHONY_CLIENT_RUNS")
 
@@ -86,6 +86,11 @@ def question(folder: Path) -> dict[str, Any]:
 
 
 STAGES = ("built", "trained")
+JUDGED = (
+    "model_type", "attention_bias", "head_dim", "hidden_size", "num_attention_heads", "hidden_act",
+    "sliding_window", "max_position_embeddings", "rope_scaling",
+)  # fmt: skip
+"""Settings that `symphony_moe.engines` looks at."""
 
 
 def ask_script(python_: Path | str, name: str, asked: list[Any], folder: Path) -> list[Any]:
@@ -193,7 +198,11 @@ def note(case: str, name: str, config: Any, entry: dict[str, Any]) -> None:
     """Write what was measured into docs/engines.json and the tables that are made of it."""
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     row = found.setdefault(case, {"programs": {}})
-    row |= {"architecture": config["model_type"], "family": CASES[case].family}
+    row |= {
+        "architecture": config["model_type"], "family": CASES[case].family,
+        "config": {key: config[key] for key in JUDGED if key in config},
+        "sentencepiece": CASES[case].tokenizer == "sentencepiece",
+    }  # fmt: skip
     row["programs"][name] = entry
     text = json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False)
     FILE.write_text(text + "\n", encoding="utf-8")
