@@ -302,6 +302,20 @@ def test_a_project_in_a_folder_that_is_no_text_is_refused_where_its_files_are(
         assert code == 0 or "is not UTF-8 text" in json.loads(done.stdout)["error"]
 
 
+def test_json_is_json_where_the_output_takes_ascii_alone(project: Path) -> None:
+    """A folder's name may hold more."""
+    (project / "models" / "b").rename(project / "models" / "café")
+    text = (project / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = project / "ascii.yaml"
+    recipe.write_text(text.replace("models/b", "models/café"), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "symphony_moe", "plan", str(recipe), "--json"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "café" in [source["model"] for source in json.loads(done.stdout)["sources"]]
+
+
 def test_a_stray_file_whose_name_is_no_text_is_named(
     run: RunFolder, project: Path, symphony: Symphony
 ) -> None:

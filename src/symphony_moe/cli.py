@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _json(result: Any) -> str:
     from symphony_moe.run_folder import to_json
 
-    return to_json(result)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return to_json(result, ascii_only=encoding.lower().replace("-", "") != "utf8")
 
 
 def _less_memory(options: argparse.Namespace) -> str:
@@ -497,7 +498,8 @@ def describe_plan(plan: "Plan") -> str:
     lines += [f"  {d.verdict}: {d}" for d in plan.differences]
     if plan.notes:
         lines += ["notes", *(f"  {note}" for note in plan.notes)]
-    return "\n".join(lines)
+    # What they repeat of a source's files may be as long as its author liked.
+    return "\n".join(shown(line, 2000) for line in lines)
 
 
 def describe_tasks(tasks: Mapping[str, Any]) -> str:

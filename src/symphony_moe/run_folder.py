@@ -504,9 +504,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def to_json(content: Any, indent: int | None = None) -> str:
+def to_json(content: Any, indent: int | None = None, *, ascii_only: bool = False) -> str:
     """JSON that every parser reads: numbers that are none (a diverged loss) become null."""
-    return json.dumps(_finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(content), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def _finite(content: Any) -> Any:
