@@ -562,7 +562,7 @@ def test_no_message_repeats_all_of_a_long_argument(
 
 def test_a_message_is_cut_in_its_middle_and_steers_no_terminal() -> None:
     assert shown("a: b\nc") == "a: b\nc"
-    assert shown("a\x1b[2J\r\x9b\u202e") == "a\\x1b[2J\\r\\x9b\u202e"
+    assert shown("a\x1b[2J\r\x9b\u202e") == "a\\x1b[2J\\r\\x9b\\u202e"
     path = "/" + "y" * 300
     assert shown(f"{path}: not there") == f"{path}: not there", "short enough as it is"
     cut = shown(f"{'x' * 9999}: expected a name, got {'y ' * 9999}; rename it")
