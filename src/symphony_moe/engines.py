@@ -46,14 +46,9 @@ def readings(config: Mapping[str, Any], *, sentencepiece: bool = False) -> list[
     `families.target_config`. `sentencepiece`: its tokenizer is of that kind."""
     found = [Reading("transformers 5", "exact")]
     untried = _untried(config)
-    for program, judge in (
-        ("transformers 4.57", _transformers_4),
-        ("vLLM", _vllm),
-        ("llama.cpp", _llama_cpp),
-        ("MLX", _mlx),
-    ):
+    for program in list(TRIED)[1:]:
         # Without what nobody tried: a program that does not even read that is said to be so.
-        verdict, why = judge({**config, "rope_scaling": None} if untried else config)
+        verdict, why = _judge(program, {**config, "rope_scaling": None} if untried else config)
         if untried and verdict == "exact":
             verdict, why = "untried", untried
         if program == "llama.cpp" and verdict == "exact" and sentencepiece:
@@ -82,59 +77,63 @@ def _untried(config: Mapping[str, Any]) -> str:
     return "" if activation == "silu" else f"with the activation {activation}"
 
 
-def _transformers_4(config: Mapping[str, Any]) -> tuple[Verdict, str]:
-    if config["model_type"] == "ernie4_5_moe":
-        return "exact", "it warns of missing biases in the experts, and takes zeros"
-    return _EXACT
+_BY_ARCHITECTURE: dict[tuple[str, str], tuple[Verdict, str]] = {
+    ("transformers 4.57", "ernie4_5_moe"): (
+        "exact", "it warns of missing biases in the experts, and takes zeros",
+    ),
+    ("vLLM", "jetmoe"): ("other", "its JetMoE is another model"),
+    ("llama.cpp", "jetmoe"): ("refused", "it has no JetMoE"),
+    ("llama.cpp", "ernie4_5_moe"): (
+        "refused", "its converter wants a tokenizer.model; use output.architecture: granitemoe",
+    ),
+    ("MLX", "jetmoe"): ("refused", "it has no JetMoE"),
+    ("MLX", "ernie4_5_moe"): (
+        "refused", "its Ernie has other biases; use output.architecture: granitemoe",
+    ),
+}  # fmt: skip
+"""What the settings of a model do not change."""
 
 
 def _vllm(config: Mapping[str, Any]) -> tuple[Verdict, str]:
-    if config["model_type"] == "jetmoe":
-        return "other", "its JetMoE is another model"
     if config["model_type"] == "granitemoe" and config["attention_bias"]:
         return "other", "its GraniteMoe leaves the biases out; --model-impl transformers has them"
     return _EXACT
 
 
 def _llama_cpp(config: Mapping[str, Any]) -> tuple[Verdict, str]:
-    architecture = config["model_type"]
-    if architecture == "jetmoe":
-        return "refused", "it has no JetMoE"
-    if architecture == "ernie4_5_moe":
-        return (
-            "refused",
-            "its converter wants a tokenizer.model; use output.architecture: granitemoe",
-        )
-    if architecture == "granitemoe" and config.get("rope_scaling"):
+    if config["model_type"] == "granitemoe" and config.get("rope_scaling"):
         return "refused", "its GraniteMoe does not scale RoPE; use output.architecture: auto"
-    if (window := _window(config)) is not None:
-        return "other", f"its Mixtral sees beyond the window of {window} tokens"
-    return _EXACT
+    return _beyond_window(config)
 
 
 def _mlx(config: Mapping[str, Any]) -> tuple[Verdict, str]:
-    architecture = config["model_type"]
-    if architecture == "jetmoe":
-        return "refused", "it has no JetMoE"
-    if architecture == "ernie4_5_moe":
-        return "refused", "its Ernie has other biases; use output.architecture: granitemoe"
-    if architecture == "mixtral":
-        implied = config["hidden_size"] // config["num_attention_heads"]
-        if config["head_dim"] != implied:
-            return "refused", (
-                f"it takes heads of {implied}, hidden_size / num_attention_heads; this model has "
-                f"heads of {config['head_dim']}"
-            )
-        if config.get("rope_scaling"):
-            return "other", "its Mixtral does not scale RoPE; use output.architecture: granitemoe"
-        if (window := _window(config)) is not None:
-            return "other", f"its Mixtral sees beyond the window of {window} tokens"
-    return _EXACT
+    if config["model_type"] != "mixtral":
+        return _EXACT
+    implied = config["hidden_size"] // config["num_attention_heads"]
+    if config["head_dim"] != implied:
+        return "refused", (
+            f"it takes heads of {implied}, hidden_size / num_attention_heads; this model has "
+            f"heads of {config['head_dim']}"
+        )
+    if config.get("rope_scaling"):
+        return "other", "its Mixtral does not scale RoPE; use output.architecture: granitemoe"
+    return _beyond_window(config)
 
 
-def _window(config: Mapping[str, Any]) -> int | None:
-    """The window of a Mixtral's attention, in tokens, where it is less than its context."""
+_BY_SETTINGS = {"vLLM": _vllm, "llama.cpp": _llama_cpp, "MLX": _mlx}
+
+
+def _judge(program: str, config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """Of a model like those that were asked about."""
+    found = _BY_ARCHITECTURE.get((program, config["model_type"]))
+    if found is not None or program not in _BY_SETTINGS:
+        return found or _EXACT
+    return _BY_SETTINGS[program](config)
+
+
+def _beyond_window(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """Of a program whose Mixtral has no window."""
     window = config.get("sliding_window")
     if window is None or window >= config["max_position_embeddings"]:
-        return None
-    return int(window)
+        return _EXACT
+    return "other", f"its Mixtral sees beyond the window of {window} tokens"

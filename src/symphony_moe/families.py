@@ -248,6 +248,7 @@ def _has_own_head_size(config: PreTrainedConfig) -> bool:
     return head_dim(config) * config.num_attention_heads != config.hidden_size
 
 
+_NO_FFN_BIASES = ("no stock MoE has FFN biases", lambda config: config.mlp_bias)
 _SLIDING = "the target has no layers with a sliding window beside layers without one"
 _PRE_NORM = Symmetries(
     gains={_NORMS[0]: _ATTENTION[:3], _NORMS[1]: (GATE, UP)},
@@ -271,7 +272,7 @@ FAMILIES: dict[str, Family] = {
             symmetries=_PRE_NORM,
             refusals=(
                 ("Mixtral has no attention biases", lambda config: config.attention_bias),
-                ("no stock MoE has FFN biases", lambda config: config.mlp_bias),
+                _NO_FFN_BIASES,
             ),
         ),
         Family(
@@ -367,7 +368,7 @@ TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
                 **_IN_GRANITE,
                 refusals=(
                     ("attention biases are not in this table", lambda c: c.attention_bias),
-                    ("no stock MoE has FFN biases", lambda c: c.mlp_bias),
+                    _NO_FFN_BIASES,
                     _GRANITE_HEADS,
                 ),
             ),
@@ -389,7 +390,7 @@ TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
                 FAMILIES["qwen2"],
                 **_IN_GRANITE,
                 zeros={"self_attn.o_proj.bias": "hidden"},
-                refusals=((_SLIDING, _has_window), _GRANITE_HEADS),
+                refusals=(*FAMILIES["qwen2"].refusals, _GRANITE_HEADS),
             ),
         ),
         "qwen3": (FAMILIES["qwen3"],),

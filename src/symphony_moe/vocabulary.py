@@ -105,14 +105,22 @@ class Owner:
     @property
     def kind(self) -> str:
         """How it makes tokens of text. Only tokenizers of one kind can be merged."""
-        return _kind(self.content) or type(self.tokenizer).__name__
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return type(self.tokenizer).__name__
+        # Not of `content`: writing a large vocabulary as JSON takes half a second.
+        stages = [s for s in (backend.pre_tokenizer, backend.decoder) if s is not None]
+        spelled = " ".join(stage.__getstate__().decode() for stage in stages)
+        return _kind(type(backend.model).__name__, spelled)
 
     @property
     def filed_kind(self) -> str:
         """The same, as its tokenizer.json says it, whatever its class does; its own where there is
         none."""
         file = self.folder / "tokenizer.json"
-        return (_kind(json.loads(file.read_bytes())) if file.is_file() else "") or self.kind
+        content = json.loads(file.read_bytes()) if file.is_file() else {}
+        stages = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+        return _kind(str(content.get("model", {}).get("type", "")), stages) or self.kind
 
     def pieces(self, token: str, *, added: bool) -> list[int]:
         """What this tokenizer makes of a token that it does not have. `added`: the token is text as
@@ -122,12 +130,11 @@ class Owner:
         return [piece.id for piece in self.tokenizer.backend_tokenizer.model.tokenize(token)]
 
 
-def _kind(content: Mapping[str, Any]) -> str:
-    """How a tokenizer makes tokens of text, by what its library writes; empty for none."""
-    kind = str(content.get("model", {}).get("type", ""))
-    if kind != "BPE":
-        return kind
-    stages = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+def _kind(model: str, stages: str) -> str:
+    """How a tokenizer makes tokens of text, by the type of its model and its pre-tokenizer and
+    decoder, as its library writes them."""
+    if model != "BPE":
+        return model
     return "byte-level BPE" if '"ByteLevel"' in stages else "SentencePiece BPE"
 
 
@@ -388,8 +395,10 @@ def tokenizer_files(owner: Owner) -> dict[str, bytes]:
     return _with(files, _explicit(owner, files))
 
 
-def _with(files: Mapping[str, bytes], contents: Mapping[str, Any]) -> dict[str, bytes]:
+def _with(files: Mapping[str, bytes], contents: dict[str, Any]) -> dict[str, bytes]:
     """The files with other contents; byte for byte as they were, where those are the same."""
+    if "tokenizer.model" in files and "tokenizer.json" in contents:
+        _list_beside_sentencepiece(contents)
     changed = {
         name: _dump(content)
         for name, content in contents.items()
@@ -445,8 +454,6 @@ def _explicit(owner: Owner, files: Mapping[str, bytes]) -> dict[str, Any]:
             config["tokenizer_class"] = named
         _write_settings(owner.tokenizer, config)
     _name_for_every_reader(config)
-    if "tokenizer.model" in files and "tokenizer.json" in contents:
-        _list_beside_sentencepiece(contents)
     return {name: content for name, content in contents.items() if content or name in files}
 
 
@@ -468,7 +475,7 @@ def _name_for_every_reader(config: dict[str, Any]) -> None:
 def _list_beside_sentencepiece(contents: dict[str, Any]) -> None:
     """List added tokens where readers of tokenizer.model look for them: llama.cpp's converter does
     not open tokenizer.json beside it, and would lose what only that file lists."""
-    config = contents["tokenizer_config.json"]
+    config = contents.setdefault("tokenizer_config.json", {})
     added = contents["tokenizer.json"].get("added_tokens") or []
     decoder = config["added_tokens_decoder"] = config.get("added_tokens_decoder") or {}
     for token in added:
@@ -545,11 +552,8 @@ def _write_settings(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) 
             config[name] = value
 
 
-def _add(
-    contents: dict[str, Any], new: Sequence[Mapping[str, Any]], *, sentencepiece: bool = False
-) -> None:
-    """List new tokens wherever the files list added tokens. `sentencepiece`: there is a
-    tokenizer.model, whose readers find them in added_tokens.json."""
+def _add(contents: dict[str, Any], new: Sequence[Mapping[str, Any]]) -> None:
+    """List new tokens wherever the files list added tokens."""
     config = contents.get("tokenizer_config.json", {})
     for token in new:
         entry = _flags(token)
@@ -559,8 +563,8 @@ def _add(
         if "added_tokens_decoder" in config:
             listed = {"content": token["content"]} | entry
             config["added_tokens_decoder"][str(token["id"])] = listed
-        if "added_tokens.json" in contents or sentencepiece:
-            contents.setdefault("added_tokens.json", {})[token["content"]] = token["id"]
+        if "added_tokens.json" in contents:
+            contents["added_tokens.json"][token["content"]] = token["id"]
 
 
 def _files(anchor: Owner, new: Sequence[Mapping[str, Any]], chat: Owner) -> dict[str, bytes]:
@@ -574,7 +578,7 @@ def _files(anchor: Owner, new: Sequence[Mapping[str, Any]], chat: Owner) -> dict
         )
     contents = _explicit(anchor, files)
     config = contents.setdefault("tokenizer_config.json", {})
-    _add(contents, new, sentencepiece="tokenizer.model" in files)
+    _add(contents, new)
     if chat is not anchor:
         contents |= _chat_conventions(files, config, chat)
     return _with(files, contents)
