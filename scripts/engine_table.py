@@ -14,7 +14,6 @@ from symphony_moe.engines import TRIED
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docs" / "engines.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "engines.md")
-BEGIN, END = "<!-- engines: `make test-clients` writes this table -->", "<!-- /engines -->"
 COLUMNS = {
     "transformers 5": ("transformers-5.0", "transformers-5.24"),
     "transformers 4.57": ("transformers-4.57",),
@@ -63,11 +62,12 @@ def table(measured: dict[str, Any]) -> str:
     return "\n".join([*lines, "", notes])
 
 
-def with_table(page: str, measured: dict[str, Any]) -> str:
-    """A page with the table in its place."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(measured)}\n\n{END}{after}"
+def with_table(page: str, name: str, rows: str) -> str:
+    """A page with a table between the two comments of its name."""
+    begin, end = f"<!-- {name}: `make test-clients` writes this table -->", f"<!-- /{name} -->"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{rows}\n\n{end}{after}"
 
 
 def write_tables() -> None:
@@ -75,7 +75,7 @@ def write_tables() -> None:
     measured = json.loads(FILE.read_text(encoding="utf-8"))
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        page.write_text(with_table(text, measured), encoding="utf-8")
+        page.write_text(with_table(text, "engines", table(measured)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -120,11 +120,8 @@ def make_tokenizer(folder: Path, bos: bool = True, adds_bos: bool | None = None)
     tokenizer.save_pretrained(folder)
 
 
-def make_model(folder: Path, variant: str, seed: int, **changes: Any) -> Path:
-    """A random model folder, with weights large enough that layers matter and biases that are not
-    zero."""
-    settings = SIZES | {"tie_word_embeddings": False} | VARIANTS[variant] | changes
-    config = AutoConfig.for_model(**settings)
+def save_random(config: Any, folder: Path, seed: int) -> None:
+    """A random model of a config, whose layers, gains and biases all matter."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -136,6 +133,13 @@ def make_model(folder: Path, variant: str, seed: int, **changes: Any) -> Path:
             else:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
     model.save_pretrained(folder)
+
+
+def make_model(folder: Path, variant: str, seed: int, **changes: Any) -> Path:
+    """A folder with a random model (see `save_random`) and its tokenizer."""
+    settings = SIZES | {"tie_word_embeddings": False} | VARIANTS[variant] | changes
+    config = AutoConfig.for_model(**settings)
+    save_random(config, folder, seed)
     make_tokenizer(folder, bos=not variant.startswith("qwen"))
     return folder
 

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from symphony_moe import __version__
-from symphony_moe.errors import RecipeError, SymphonyError, first_line, shortened, shown
+from symphony_moe.errors import (
+    RecipeError,
+    SymphonyError,
+    first_line,
+    is_text,
+    shortened,
+    shown,
+)
 from symphony_moe.machine import is_out_of_memory, is_refusal, process_number
 
 if TYPE_CHECKING:
@@ -79,13 +86,11 @@ def _less_memory(options: argparse.Namespace) -> str:
 def _refuse_bytes(arguments: list[str]) -> None:
     """The weights' file format knows no paths that are not text, and no output could name them."""
     for argument in map(str, arguments):
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
+        if not is_text(argument):
             raise RecipeError(
                 f"the argument {shortened(ascii(argument), 200)} is not UTF-8 text; "
                 "rename what it names"
-            ) from None
+            )
 
 
 def _refuse_processes(options: argparse.Namespace) -> None:

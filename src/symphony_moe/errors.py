@@ -36,6 +36,15 @@ class VerificationError(SymphonyError):
     """A finished checkpoint does not hold what its sources and its manifest say it must."""
 
 
+def is_text(name: str) -> bool:
+    """Whether the bytes of a path or argument are UTF-8: no output could name it otherwise."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 LONGEST = 480
 """Characters of a message that a person is shown."""
 

@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from symphony_moe.errors import RecipeError, shortened
+from symphony_moe.errors import RecipeError, is_text, shortened
 from symphony_moe.yaml_text import SpelledFloat, SpelledInt, read_yaml, spelled, write_yaml
 
 
@@ -796,7 +796,7 @@ def _absolute(path: str, folder: Path, where: str) -> Path:
     """Raises RecipeError for text that cannot be a path: too long, of an unknown user, ..."""
     try:
         absolute = (folder / Path(path).expanduser()).resolve()
-        if absolute.exists() and not _is_text(str(absolute)):
+        if absolute.exists() and not is_text(str(absolute)):
             raise ValueError(
                 f"{str(absolute)!a} is not UTF-8 text, as files of weights and outputs need it; "
                 "rename it"
@@ -808,15 +808,6 @@ def _absolute(path: str, folder: Path, where: str) -> Path:
             f"{where}: {shortened(path, 80)!r} cannot be used as a path: {reason}"
         ) from None
     return absolute
-
-
-def _is_text(path: str) -> bool:
-    """Whether a path's bytes are UTF-8."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _refuse_unknown_keys(content: Any, model: type[BaseModel], who: str, path: str) -> None:

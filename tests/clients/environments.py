@@ -6,6 +6,7 @@ same pins give the same environment. An environment whose pins have changed is m
 """
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import tarfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from symphony_moe.convert import cache as cache_folder
 
@@ -103,6 +105,15 @@ def run(*command: str | Path, quiet: bool = False, merge: bool = False) -> str:
         stderr=errors,
     )
     return done.stdout
+
+
+def ask_script(interpreter: Path, script: str, request: Any, folder: Path) -> Any:
+    """What a script of this folder, with another Python, answers to a request. Raises
+    CalledProcessError where it fails, with what it said in `stderr`."""
+    question, answer = folder / "request.json", folder / "answer.json"
+    question.write_text(json.dumps(request))
+    run(interpreter, Path(__file__).with_name(script), question, answer, quiet=True)
+    return json.loads(answer.read_text())
 
 
 def _is_made(home: Path, recipe: bytes) -> bool:

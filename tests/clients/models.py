@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import pytest
+from transformers import AutoConfig, AutoTokenizer
 
-from conftest import make_text
+from conftest import VARIANTS, make_recipe, make_text, save_random
 from environments import clients_folder, python, run
-from symphony_moe import pipeline
+from symphony_moe import cli, pipeline
 from symphony_moe.recipe import load_recipe
 from symphony_moe.run_folder import RunFolder
 
@@ -153,7 +153,7 @@ def make_run(root: Path, name: str) -> RunFolder:
 
 
 def _make_model(folder: Path, case: Case, seed: int, new: list[str]) -> None:
-    """A random model whose layers, biases and gains all matter, with a released tokenizer."""
+    """A random model with a released tokenizer."""
     shutil.copytree(tokenizer_folder(case.tokenizer), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if new:
@@ -163,14 +163,15 @@ def _make_model(folder: Path, case: Case, seed: int, new: list[str]) -> None:
     ends = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos")}
     settings = SIZES | {"vocab_size": numbers} | ends | case.settings
     config = AutoConfig.for_model(case.model_type, **settings)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
-            elif parameter.ndim == 1:
-                parameter.copy_(0.3 * torch.randn_like(parameter))
-            else:
-                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-    model.save_pretrained(folder)
+    save_random(config, folder, seed)
+
+
+def make_trained(root: Path, variant: str, changes: dict[str, Any], **sections: Any) -> Path:
+    """A folder with `run/trained` of sources of conftest's variant, with changes to their config,
+    and `text.jsonl`: what a how-to page begins with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VARIANTS, variant, VARIANTS[variant] | changes)
+        recipe = make_recipe(root, variant, train={"scope": "all"}, **sections)
+    assert cli.main(["run", str(recipe), "--out", str(root / "run")]) == 0
+    shutil.copy(root / "a.jsonl", root / "text.jsonl")
+    return root

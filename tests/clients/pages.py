@@ -1,15 +1,14 @@
 """The how-to pages: what a reader copies from them is what the tests run."""
 
-import json
 import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from environments import python, run
+from environments import ask_script, python
 
-HERE = Path(__file__).parent
-HOW_TO = HERE.parent.parent / "docs" / "how-to"
+HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
 
 
 def blocks(page: str, title: str) -> list[str]:
@@ -32,10 +31,10 @@ def changed(block: str, changes: dict[str, str]) -> str:
 
 def ask(environment: str, script: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """What a script says in an environment."""
-    question, answer = folder / "request.json", folder / "answer.json"
-    question.write_text(json.dumps(request))
-    run(python(environment), HERE / script, question, answer)
-    said: dict[str, Any] = json.loads(answer.read_text())
+    try:
+        said: dict[str, Any] = ask_script(python(environment), script, request, folder)
+    except subprocess.CalledProcessError as error:
+        raise AssertionError(error.stderr[-2000:]) from None
     return said
 
 

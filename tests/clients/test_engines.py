@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from conftest import WORDS
 from engine_table import COLUMNS, FILE, write_tables
-from environments import alone, python, to_gguf
+from environments import ask_script, python, to_gguf
 from models import CASES, NEW, make_run
 from servers import Refused, ask_llama_cpp, ask_vllm, last_error
 from symphony_moe import engines
@@ -44,7 +44,7 @@ SPACES = ["  two spaces first", " one space first", f"{NEW[0]} beta", f"alpha{NE
 """Of a SentencePiece tokenizer, llama.cpp cuts spaces at the beginning of a text, and text after a
 special token, otherwise than transformers does; a plan says so."""
 ASKED = [(case, name) for case in CASES for names in COLUMNS.values() for name in names]
-HERE = Path(__file__).parent
+SCRIPT = "ask_transformers.py"
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +93,6 @@ JUDGED = (
 """Settings that `symphony_moe.engines` looks at."""
 
 
-def ask_script(python_: Path | str, name: str, asked: list[Any], folder: Path) -> list[Any]:
-    """What `ask_NAME.py` finds with another Python. Raises Refused where it fails."""
-    request, answer = folder / "request.json", folder / "answer.json"
-    request.write_text(json.dumps(asked))
-    command = [str(python_), str(HERE / f"ask_{name}.py"), str(request), str(answer)]
-    done = subprocess.run(command, capture_output=True, text=True, env=alone())
-    if done.returncode:
-        raise Refused(last_error(done.stderr))
-    return list(json.loads(answer.read_text()))
-
-
 @pytest.fixture(scope="module")
 def reference(
     runs: Callable[[str], RunFolder], tmp_path_factory: pytest.TempPathFactory
@@ -116,7 +105,7 @@ def reference(
             run = runs(case)
             asked = [question(folder) for folder in (run.checkpoint, run.trained)]
             folder = tmp_path_factory.mktemp("reference")
-            made[case] = asked, ask_script(sys.executable, "transformers", asked, folder)
+            made[case] = asked, ask_script(Path(sys.executable), SCRIPT, asked, folder)
         return made[case]
 
     return get
@@ -129,15 +118,12 @@ def ask(name: str, asked: list[Any], folder: Path) -> list[Any]:
         return [_or_refusal(ask_vllm, one, folder / "server.log") for one in asked]
     if name == "llama.cpp":
         return [_or_refusal(_ask_gguf, one, folder) for one in asked]
-    script = "mlx" if name == "mlx" else "transformers"
+    script = "ask_mlx.py" if name == "mlx" else SCRIPT
     try:
-        return ask_script(python(name), script, asked, folder)
-    except Refused:
+        return list(ask_script(python(name), script, asked, folder))
+    except subprocess.CalledProcessError:
         # One of them at least is refused: which?
-        return [
-            _or_refusal(lambda one: ask_script(python(name), script, [one], folder)[0], one)
-            for one in asked
-        ]
+        return [_or_refusal(_ask_alone, name, script, one, folder) for one in asked]
 
 
 def _or_refusal(ask_: Callable[..., Any], *arguments: Any) -> Any:
@@ -145,14 +131,17 @@ def _or_refusal(ask_: Callable[..., Any], *arguments: Any) -> Any:
         return ask_(*arguments)
     except Refused as refusal:
         return refusal
+    except subprocess.CalledProcessError as error:
+        return Refused(last_error(error.stderr))
+
+
+def _ask_alone(name: str, script: str, asked: Any, folder: Path) -> Any:
+    return ask_script(python(name), script, [asked], folder)[0]
 
 
 def _ask_gguf(asked: Any, folder: Path) -> Any:
     file = folder / "model.gguf"
-    try:
-        to_gguf(Path(asked["folder"]), file)
-    except subprocess.CalledProcessError as error:
-        raise Refused(last_error(error.stderr)) from None
+    to_gguf(Path(asked["folder"]), file)
     try:
         return ask_llama_cpp(asked | {"file": str(file)}, folder / "server.log")
     finally:

@@ -11,10 +11,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import conftest
-from conftest import VARIANTS, make_recipe
+from conftest import VARIANTS
+from models import make_trained
 from pages import ask, blocks, changed, follow
-from symphony_moe import cli
 
 pytestmark = pytest.mark.client
 
@@ -67,12 +66,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def make(root: Path, variant: str, sections: dict[str, Any]) -> Path:
     """A trained model that readers with a base of RoPE of their own misread."""
     rope = VARIANTS[variant].get("rope_parameters", {"rope_type": "default"})
-    settings = VARIANTS[variant] | {"rope_parameters": rope | {"rope_theta": THETA}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(conftest.VARIANTS, variant, settings)
-        recipe = make_recipe(root, variant, train={"scope": "all"}, **sections)
-    assert cli.main(["run", str(recipe), "--out", str(root / "run")]) == 0
-    return root
+    changes = {"rope_parameters": rope | {"rope_theta": THETA}}
+    return make_trained(root, variant, changes, **sections)
 
 
 @pytest.fixture(params=MODELS)
@@ -83,7 +78,7 @@ def root(request: pytest.FixtureRequest, trained: Callable[[str], Path], tmp_pat
 
 def copy(made: Path, to: Path) -> Path:
     shutil.copytree(made / "run" / "trained", to / "run" / "trained")
-    shutil.copy(made / "a.jsonl", to / "text.jsonl")
+    shutil.copy(made / "text.jsonl", to / "text.jsonl")
     return to
 
 
@@ -116,7 +111,7 @@ def tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
     found = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118 (a handle, not a dict)
                 part = file.get_slice(name)
                 found[name] = (part.get_dtype(), part.get_shape())
     return found

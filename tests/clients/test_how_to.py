@@ -7,12 +7,12 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine_table import with_table
 from environments import alone, llama_cpp, python, run, to_gguf, tool
 from models import make_run
 from pages import HOW_TO
@@ -138,9 +138,7 @@ def loss_of(file: Path, text: Path) -> float:
     return math.log(float(found.group(1)))
 
 
-def test_quantised_loss_beside_the_float_one(
-    smollm: RunFolder, tmp_path: Path, pages_table: Callable[[str, str], None]
-) -> None:
+def test_quantised_loss_beside_the_float_one(smollm: RunFolder, tmp_path: Path) -> None:
     """What Q8_0 and Q4_K_M cost on held-out English and Python."""
     text = tmp_path / "text.txt"
     documents = [*corpus.documents("english")[:40], *corpus.documents("python")[:20]]
@@ -157,24 +155,10 @@ def test_quantised_loss_beside_the_float_one(
         share = file.stat().st_size / whole.stat().st_size
         rows.append(f"| {kind} | {share:.0%} | {losses[kind]:.3f} |")
         print(rows[-1])
-    pages_table(
-        "gguf.md", "\n".join(["| type | size | loss, nats per token |", "|---|---|---|", *rows])
-    )
+    table = "\n".join(["| type | size | loss, nats per token |", "|---|---|---|", *rows])
+    page = HOW_TO / "gguf.md"
+    text_of_page = page.read_text(encoding="utf-8")
+    page.write_text(with_table(text_of_page, "loss", table), encoding="utf-8")
     assert abs(losses["F16"] - losses["F32"]) < 0.002
     assert abs(losses["Q8_0"] - losses["F32"]) < 0.01
     assert 0 < losses["Q4_K_M"] - losses["F32"] < 0.3
-
-
-@pytest.fixture
-def pages_table() -> Callable[[str, str], None]:
-    """Writes a measured table between a page's comments."""
-
-    def write(page: str, table: str) -> None:
-        path = HOW_TO / page
-        text = path.read_text(encoding="utf-8")
-        begin, end = "<!-- loss: `make test-clients` writes this table -->", "<!-- /loss -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        path.write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}", encoding="utf-8")
-
-    return write

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-import conftest
-from conftest import VARIANTS, make_recipe
+from models import make_trained
 from pages import HOW_TO, ask, blocks, changed
-from symphony_moe import cli
 
 pytestmark = pytest.mark.client
 
@@ -39,14 +37,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if name not in made:
             variant, output = MODELS[name]
             root = tmp_path_factory.mktemp("trained")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setitem(conftest.VARIANTS, variant, VARIANTS[variant] | SIZES)
-                recipe = make_recipe(
-                    root, variant, train={"scope": "all"}, output={"dtype": "bfloat16"} | output
-                )
-            assert cli.main(["run", str(recipe), "--out", str(root / "run")]) == 0
-            shutil.copy(root / "a.jsonl", root / "text.jsonl")
-            made[name] = root
+            output = {"dtype": "bfloat16"} | output
+            made[name] = make_trained(root, variant, SIZES, output=output)
         return made[name]
 
     return get
@@ -106,10 +98,11 @@ def test_only_eager_experts_compute_in_int8(trained: Callable[[str], Path], tmp_
     (make, _) = blocks(PAGE, TORCHAO)
     make = changed(make, {'    experts_implementation="eager",\n': ""})
     attempt = f"try:\n{_indented(make)}\n    model(torch.tensor([[1, 2, 3]]))\n"
-    attempt += "    raise SystemExit('it computes')\nexcept NotImplementedError:\n    pass\n"
+    attempt += "except NotImplementedError:\n    open('refused', 'w').close()\n"
     root = tmp_path / "root"
     shutil.copytree(trained("qwen3_moe"), root)
     ask("tune", "ask_page.py", tmp_path, {"folder": str(root), "blocks": [attempt]})
+    assert (root / "refused").is_file()
 
 
 def _indented(block: str) -> str:
