@@ -57,7 +57,7 @@ def table(measured: dict[str, Any]) -> str:
         lines.append(f"| {case['family']} | `{case['architecture']}` | {' | '.join(cells)} |")
     days = {p["day"] for case in measured.values() for p in case["programs"].values()}
     spread = " to ".join(sorted({min(days), max(days)}))
-    versions = ", ".join(f"{program} {version}" for program, version in TRIED.items())
+    versions = ", ".join(f"{name.split()[0]} {version}" for name, version in TRIED.items())
     notes = f"Measured on {spread} with {versions}. {_STAR}"
     return "\n".join([*lines, "", notes])
 

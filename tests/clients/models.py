@@ -79,7 +79,7 @@ CASES = {
         {"output": {"architecture": "granitemoe"}},
     ),
     "mistral": Case(
-        "Mistral, no window, own head size", "mistral", "sentencepiece",
+        "Mistral, no window, head size of its own", "mistral", "sentencepiece",
         {"sliding_window": None, "head_dim": 64},
     ),
     "mistral-window": Case(
@@ -90,7 +90,7 @@ CASES = {
         "Qwen2, Qwen2.5, tied", "qwen2", "qwen2_5", {"tie_word_embeddings": True},
         {"output": {"architecture": "granitemoe"}},
     ),
-    "qwen3": Case("Qwen3, own head size", "qwen3", "qwen3", {"head_dim": 64}),
+    "qwen3": Case("Qwen3, head size of its own", "qwen3", "qwen3", {"head_dim": 64}),
     "bam": Case("Llama, method bam", "llama", "llama3", {}, {"method": "bam"}),
 }  # fmt: skip
 
