@@ -18,12 +18,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from symphony_moe.compare import spread_text
-from symphony_moe.evaluate import held_out_text, losses_and_routing
-from symphony_moe.recipe import load_recipe
-from symphony_moe.sources import open_sources
-from symphony_moe.stock import load_stock
-from symphony_moe.text import Pieces
+from symphony_moe.evaluation.losses import held_out_text, losses_and_routing
+from symphony_moe.recipe.load import load_recipe
+from symphony_moe.reporting.comparison_table import spread_text
+from symphony_moe.sources.opening import open_sources
+from symphony_moe.sources.stock import load_stock
+from symphony_moe.text.windows import Pieces
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ("method=symphony", "backbone.attention=linear", "align.neurons=none")
@@ -32,13 +32,16 @@ METHODS = {
     "BTX, regression routing": (*PLAIN, "router.init=regression"),
     # Rows near zero: all experts, each with the same weight.
     "BTX, uniform routing": (
-        *PLAIN, "router.init=regression", "router.temperature=1e9", "router.top_k=4",
+        *PLAIN,
+        "router.init=regression",
+        "router.temperature=1e9",
+        "router.top_k=4",
     ),
     "symphony": ("method=symphony",),
     "harmonized, aligned only": ("method=harmonized", "refit.method=none"),
     "harmonized, closed form": ("method=harmonized", "refit.epochs=0"),
     "harmonized": ("method=harmonized",),
-}  # fmt: skip
+}
 TRAINED = ("symphony", "harmonized")
 LIMIT = "specialists (out of domain: the best of them)"
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from symphony_moe.engines import TRIED
+from symphony_moe.model.engines import TRIED
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docs" / "engines.json"

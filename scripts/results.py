@@ -16,10 +16,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from symphony_moe.compare import limits_of, mark_reached, spread_text
-from symphony_moe.comparison_page import line_chart
-from symphony_moe.recipe import load_recipe
-from symphony_moe.run_folder import CompareFolder
+from symphony_moe.recipe.load import load_recipe
+from symphony_moe.reporting.comparison_page import line_chart
+from symphony_moe.reporting.comparison_table import limits_of, mark_reached, spread_text
+from symphony_moe.runs.comparison_folder import CompareFolder
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 920, 480, 60, 40, 250, 40
@@ -54,8 +54,9 @@ def specialization(metrics: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
     lines.append(f"| the dense sources | {spread_text(sources)} | | | | |")
     for method in dict.fromkeys(method for method, _ in metrics):
         own = [of for (name, _), of in metrics.items() if name == method]
-        cells = [spread_text([of["cka"][stage]["mean"] for of in own])
-                 for stage in ("built", "trained")]  # fmt: skip
+        cells = [
+            spread_text([of["cka"][stage]["mean"] for of in own]) for stage in ("built", "trained")
+        ]
         routing = [of["routing"]["trained"]["mixed"] for of in own]
         for measure in ("entropy", "balance", "max_share"):
             cells.append(spread_text([sum(of[measure]) / len(of[measure]) for of in routing]))

@@ -1,6 +1,7 @@
-"""Do the numbers stay? Builds, trains and evaluates by every method on the bundled sources, and writes
-down the hash of every tensor and every number of `metrics.json`. Run it before and after a change
-that must not change what is computed:
+"""Do the numbers stay? Builds, trains and evaluates by every method on the bundled sources.
+
+Writes down the hash of every tensor and every number of `metrics.json`. Run it before and after a
+change that must not change what is computed:
 
     python scripts/same_numbers.py --out before.json
     python scripts/same_numbers.py --out after.json --against before.json
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "calibration": {"tokens": 16384, "sequence_length": 256},
     "train": {"tokens": 16384, "sequence_length": 256, "batch_size": 4, "learning_rate": 1e-3},
     "evaluation": {

@@ -40,15 +40,20 @@ from transformers import (
 )
 
 from symphony_moe.bundled.corpus import documents
-from symphony_moe.text import Encoder, Packed, is_held_out, joined, pack_windows
+from symphony_moe.text.documents import is_held_out
+from symphony_moe.text.windows import Encoder, Packed, joined, pack_windows
 
 HOLDOUT = 0.05
 SEQUENCE_LENGTH, BATCH_WINDOWS = 256, 16
 BASE_TOKENS, TUNING_TOKENS = 1_000_000, 500_000
 SHAPE: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
-}  # fmt: skip
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
 FILL = ("<PRE>", "<SUF>", "<MID>", "<EOT>")
 
 
@@ -245,10 +250,11 @@ def write_recipe(out: Path, family: str, code: str) -> Path:
         },
         "calibration": {"tokens": 131072, "sequence_length": 256},
         "evaluation": {
-            "tokens": 16384, "sequence_length": 256,
+            "tokens": 16384,
+            "sequence_length": 256,
             "extra": {"python": "../python-held-out.jsonl", "headers": "bundled:headers"},
         },
-    }  # fmt: skip
+    }
     path = out / family / f"{folder}.yaml"
     path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
     return path
@@ -261,11 +267,15 @@ def symphony(*arguments: str) -> None:
 
 
 METHODS = {
-    "plain mean": ("method=symphony", "backbone.attention=linear", "align.neurons=none",
-                   "router.init=regression"),
+    "plain mean": (
+        "method=symphony",
+        "backbone.attention=linear",
+        "align.neurons=none",
+        "router.init=regression",
+    ),
     "symphony": ("method=symphony",),
     "harmonized": ("method=harmonized",),
-}  # fmt: skip
+}
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 if TYPE_CHECKING:
     # Not while running: the shape checker must see the package before anything imports it.
-    from symphony_moe.run_folder import RunFolder
+    from symphony_moe.runs.folder import RunFolder
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -172,9 +172,12 @@ def make_recipe(root: Path, variant: str = "llama", count: int = 3, **sections: 
         "output": {"dtype": "float32", "architecture": ARCHITECTURES.get(variant, "auto")},
         "train": {"tokens": 2048, "sequence_length": 64, "batch_size": 4, "learning_rate": 1e-3},
         "evaluation": {
-            "tokens": 256, "holdout": 0.1, "sequence_length": 64, "extra": {"other": "other.jsonl"},
+            "tokens": 256,
+            "holdout": 0.1,
+            "sequence_length": 64,
+            "extra": {"other": "other.jsonl"},
         },
-    }  # fmt: skip
+    }
     for section, values in sections.items():
         old = recipe.get(section)
         recipe[section] = (
@@ -197,10 +200,10 @@ def _logging_as_before() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _no_stopwatch() -> Iterator[None]:
     """A plan measures this machine's speed, which takes longer than a pico build."""
-    from symphony_moe import plan
+    from symphony_moe.building import estimate
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "_matmul_speed", lambda: 1e10)
+        patch.setattr(estimate, "_matmul_speed", lambda: 1e10)
         yield
 
 
@@ -224,7 +227,7 @@ def built(
     """variant -> finished build of its recipe, made once. Nobody changes what is in there: copy
     it."""
     from symphony_moe import pipeline
-    from symphony_moe.recipe import load_recipe
+    from symphony_moe.recipe.load import load_recipe
 
     made: dict[str, RunFolder] = {}
 
@@ -240,7 +243,7 @@ def built(
 @pytest.fixture
 def copied(built: "Callable[[str], RunFolder]", tmp_path: Path) -> "Callable[[str], RunFolder]":
     """variant -> a fresh copy of its finished build."""
-    from symphony_moe.run_folder import RunFolder
+    from symphony_moe.runs.folder import RunFolder
 
     def get(variant: str) -> "RunFolder":
         root = tmp_path / f"run{len(list(tmp_path.iterdir()))}"

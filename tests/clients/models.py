@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoTokenizer
 from conftest import VARIANTS, make_recipe, make_text, save_random
 from environments import clients_folder, python, run
 from symphony_moe import cli, pipeline
-from symphony_moe.recipe import load_recipe
-from symphony_moe.run_folder import RunFolder
+from symphony_moe.recipe.load import load_recipe
+from symphony_moe.runs.folder import RunFolder
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -35,9 +35,13 @@ SIZES: dict[str, Any] = {
 }
 """Heads of 32, which every engine computes with."""
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 NEW = ["<|symphony_a|>", "<|symphony_b|>"]
 """Special tokens that one source has and the anchor lacks: the vocabulary is a union."""
 SENTENCEPIECE = ("mistral-common==1.13.1", "mistral_common/data/tokenizer.model.v1")
@@ -79,7 +83,9 @@ CASES = {
         {"output": {"architecture": "granitemoe"}},
     ),
     "mistral": Case(
-        "Mistral, no window, head size of its own", "mistral", "sentencepiece",
+        "Mistral, no window, head size of its own",
+        "mistral",
+        "sentencepiece",
         {"sliding_window": None, "head_dim": 64},
     ),
     "mistral-window": Case(
@@ -87,12 +93,15 @@ CASES = {
     ),
     "qwen2": Case("Qwen2, Qwen2.5, tied", "qwen2", "qwen2_5", {"tie_word_embeddings": True}),
     "qwen2-granitemoe": Case(
-        "Qwen2, Qwen2.5, tied", "qwen2", "qwen2_5", {"tie_word_embeddings": True},
+        "Qwen2, Qwen2.5, tied",
+        "qwen2",
+        "qwen2_5",
+        {"tie_word_embeddings": True},
         {"output": {"architecture": "granitemoe"}},
     ),
     "qwen3": Case("Qwen3, head size of its own", "qwen3", "qwen3", {"head_dim": 64}),
     "bam": Case("Llama, method bam", "llama", "llama3", {}, {"method": "bam"}),
-}  # fmt: skip
+}
 
 
 def tokenizer_folder(name: str) -> Path:
@@ -139,11 +148,14 @@ def make_run(root: Path, name: str) -> RunFolder:
         "sources": sources,
         "calibration": {"tokens": 1024, "sequence_length": 64},
         "train": {
-            "tokens": 3072, "sequence_length": 64, "batch_size": 4, "learning_rate": 3e-4,
+            "tokens": 3072,
+            "sequence_length": 64,
+            "batch_size": 4,
+            "learning_rate": 3e-4,
             "scope": "all",
         },
         "evaluation": {"tokens": 256, "holdout": 0.1, "sequence_length": 64},
-    } | {k: v for k, v in case.recipe.items() if k != "output"}  # fmt: skip
+    } | {k: v for k, v in case.recipe.items() if k != "output"}
     recipe["output"] = {"dtype": "float32"} | case.recipe.get("output", {})
     path = root / "recipe.yaml"
     path.write_text(json.dumps(recipe))

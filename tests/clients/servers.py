@@ -79,10 +79,24 @@ def ask_vllm(asked: dict[str, Any], log: Path, *more: str) -> dict[str, Any]:
     """What vLLM's OpenAI-compatible server answers. Raises Refused where it does not serve the
     model."""
     command = [
-        str(python("vllm")), "-m", "vllm.entrypoints.openai.api_server", "--model", asked["folder"],
-        "--served-model-name", "moe", "--dtype", "float32", "--enforce-eager", "--max-model-len",
-        "512", "--max-logprobs", "50", "--port", free_port(), *more,
-    ]  # fmt: skip
+        str(python("vllm")),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        asked["folder"],
+        "--served-model-name",
+        "moe",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+        "--max-logprobs",
+        "50",
+        "--port",
+        free_port(),
+        *more,
+    ]
     with serving(command, log, VLLM_CPU_KVCACHE_SPACE="1") as address:
         found = []
         for prompt in asked["prompts"]:
@@ -113,24 +127,48 @@ def ask_vllm(asked: dict[str, Any], log: Path, *more: str) -> dict[str, Any]:
 def ask_llama_cpp(asked: dict[str, Any], log: Path) -> dict[str, Any]:
     """What llama.cpp's server answers for a GGUF file, `asked["file"]`."""
     command = [
-        str(tool("llama-server")), "-m", asked["file"], "-c", "512", "-np", "1", "-fa", "off",
-        "-ctk", "f32", "-ctv", "f32", "--no-warmup", "--no-webui", "-t", "2", "--port", free_port(),
-    ]  # fmt: skip
+        str(tool("llama-server")),
+        "-m",
+        asked["file"],
+        "-c",
+        "512",
+        "-np",
+        "1",
+        "-fa",
+        "off",
+        "-ctk",
+        "f32",
+        "-ctv",
+        "f32",
+        "--no-warmup",
+        "--no-webui",
+        "-t",
+        "2",
+        "--port",
+        free_port(),
+    ]
     with serving(command, log) as address:
         found = []
         for prompt in asked["prompts"]:
             answer = ask(
                 f"{address}/completion",
                 {
-                    "prompt": prompt, "n_predict": asked["tokens"], "temperature": 0,
-                    "n_probs": asked["best"], "return_tokens": True, "cache_prompt": False,
+                    "prompt": prompt,
+                    "n_predict": asked["tokens"],
+                    "temperature": 0,
+                    "n_probs": asked["best"],
+                    "return_tokens": True,
+                    "cache_prompt": False,
                 },
-            )  # fmt: skip
+            )
             steps = answer["completion_probabilities"]
-            found.append({
-                "best": {str(one["id"]): one["logprob"] for one in steps[0]["top_logprobs"]},
-                "tokens": answer["tokens"], "steps": _by_token(answer["tokens"], steps),
-            })  # fmt: skip
+            found.append(
+                {
+                    "best": {str(one["id"]): one["logprob"] for one in steps[0]["top_logprobs"]},
+                    "tokens": answer["tokens"],
+                    "steps": _by_token(answer["tokens"], steps),
+                }
+            )
         texts = {
             str(special): [
                 ask(
@@ -159,8 +197,10 @@ def _speak(address: str, asked: dict[str, Any]) -> str:
     answer = ask(
         f"{address}/v1/completions",
         {
-            "model": "moe", "prompt": asked["speak"], "temperature": 0,
+            "model": "moe",
+            "prompt": asked["speak"],
+            "temperature": 0,
             "max_tokens": asked["spoken_tokens"],
         },
-    )  # fmt: skip
+    )
     return str(answer["choices"][0]["text"])

@@ -2,7 +2,7 @@
 trained, with a vocabulary that is a union, of every family.
 
 What is measured is written into docs/engines.json, and the table in README.md and docs/engines.md
-is made of it; a claim of `symphony_moe.engines` that a program does not keep fails.
+is made of it; a claim of `symphony_moe.model.engines` that a program does not keep fails.
 """
 
 import datetime
@@ -23,9 +23,9 @@ from engine_table import COLUMNS, FILE, write_tables
 from environments import ask_script, python, to_gguf
 from models import CASES, NEW, make_run
 from servers import Refused, ask_llama_cpp, ask_vllm, last_error
-from symphony_moe import engines
-from symphony_moe.engines import readings
-from symphony_moe.run_folder import RunFolder
+from symphony_moe.model import engines
+from symphony_moe.model.engines import readings
+from symphony_moe.runs.folder import RunFolder
 
 pytestmark = pytest.mark.client
 
@@ -37,9 +37,16 @@ SPOKEN = 12
 """Tokens that a client of OpenAI's protocol asks for."""
 SPEAK = "alpha beta gamma delta"
 AWKWARD = [
-    "It's naïve", "two  spaces\n\n", "日本語 テキスト", f"{NEW[0]}", f"alpha{NEW[1]}",
-    "tabs\t\there", "1234567.89 and 😀 é", "def f(x):\n    return x", "",
-]  # fmt: skip
+    "It's naïve",
+    "two  spaces\n\n",
+    "日本語 テキスト",
+    f"{NEW[0]}",
+    f"alpha{NEW[1]}",
+    "tabs\t\there",
+    "1234567.89 and 😀 é",
+    "def f(x):\n    return x",
+    "",
+]
 SPACES = ["  two spaces first", " one space first", f"{NEW[0]} beta", f"alpha{NEW[1]}beta"]
 """Of a SentencePiece tokenizer, llama.cpp cuts spaces at the beginning of a text, and text after a
 special token, otherwise than transformers does; a plan says so."""
@@ -78,19 +85,30 @@ def question(folder: Path) -> dict[str, Any]:
     ]
     ends = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
     return {
-        "folder": str(folder), "prompts": [tokenizer(text)["input_ids"] for text in texts],
-        "tokens": TOKENS, "best": 20, "texts": AWKWARD + SPACES,
-        "speak": SPEAK, "spoken_tokens": SPOKEN,
+        "folder": str(folder),
+        "prompts": [tokenizer(text)["input_ids"] for text in texts],
+        "tokens": TOKENS,
+        "best": 20,
+        "texts": AWKWARD + SPACES,
+        "speak": SPEAK,
+        "spoken_tokens": SPOKEN,
         "ends": ends if isinstance(ends, list) else [] if ends is None else [ends],
-    }  # fmt: skip
+    }
 
 
 STAGES = ("built", "trained")
 JUDGED = (
-    "model_type", "attention_bias", "head_dim", "hidden_size", "num_attention_heads", "hidden_act",
-    "sliding_window", "max_position_embeddings", "rope_scaling",
-)  # fmt: skip
-"""Settings that `symphony_moe.engines` looks at."""
+    "model_type",
+    "attention_bias",
+    "head_dim",
+    "hidden_size",
+    "num_attention_heads",
+    "hidden_act",
+    "sliding_window",
+    "max_position_embeddings",
+    "rope_scaling",
+)
+"""Settings that `symphony_moe.model.engines` looks at."""
 
 
 @pytest.fixture(scope="module")
@@ -165,22 +183,28 @@ def compare(
         steps = list(zip(found["steps"][:first], expected["steps"][:first], strict=True))
         nats = max([nats, *far, *(abs(one - other) for one, other in steps if one is not None)])
         same, total = same + first, total + len(tokens)
-    texts = sorted({
-        text
-        for special in ("False", "True")
-        for text, cut, expected in zip(
-            asked["texts"], theirs["texts"][special], ours["texts"][special], strict=True
-        )
-        if cut != expected
-    })  # fmt: skip
+    texts = sorted(
+        {
+            text
+            for special in ("False", "True")
+            for text, cut, expected in zip(
+                asked["texts"], theirs["texts"][special], ours["texts"][special], strict=True
+            )
+            if cut != expected
+        }
+    )
     spoken = "spoken" not in theirs or theirs["spoken"].strip() == ours["spoken"].strip()
     exact = nats <= TOLERANCE and same == total and spoken
     exact = exact and texts == (sorted(SPACES) if spaces else [])
     return {
-        "verdict": "exact" if exact else "other", "warns": bool(theirs.get("unclean")),
-        "nats": None if nats > 1e6 else float(f"{nats:.1e}"), "tokens": same,
-        "of": total, "texts cut otherwise": texts, "spoken": spoken,
-    }  # fmt: skip
+        "verdict": "exact" if exact else "other",
+        "warns": bool(theirs.get("unclean")),
+        "nats": None if nats > 1e6 else float(f"{nats:.1e}"),
+        "tokens": same,
+        "of": total,
+        "texts cut otherwise": texts,
+        "spoken": spoken,
+    }
 
 
 def note(case: str, name: str, config: Any, entry: dict[str, Any]) -> None:
@@ -188,10 +212,11 @@ def note(case: str, name: str, config: Any, entry: dict[str, Any]) -> None:
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     row = found.setdefault(case, {"programs": {}})
     row |= {
-        "architecture": config["model_type"], "family": CASES[case].family,
+        "architecture": config["model_type"],
+        "family": CASES[case].family,
         "config": {key: config[key] for key in JUDGED if key in config},
         "sentencepiece": CASES[case].tokenizer == "sentencepiece",
-    }  # fmt: skip
+    }
     row["programs"][name] = entry
     text = json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False)
     FILE.write_text(text + "\n", encoding="utf-8")

@@ -239,5 +239,7 @@ def test_what_all_linear_reaches(trained: Callable[[str], Path], tmp_path: Path)
         assert places(said[name]) == LEARNS | {"mlp.gate"}
     assert places(said["granitemoe"]) == attention
     assert places(said["jetmoe"]) == {
-        "self_attention.kv_proj", "self_attention.experts.router.layer", "mlp.router.layer",
-    }  # fmt: skip
+        "self_attention.kv_proj",
+        "self_attention.experts.router.layer",
+        "mlp.router.layer",
+    }

@@ -19,8 +19,8 @@ from pages import HOW_TO
 from real_model import convert, fetch, tune
 from symphony_moe import pipeline
 from symphony_moe.bundled import corpus
-from symphony_moe.recipe import load_recipe
-from symphony_moe.run_folder import RunFolder
+from symphony_moe.recipe.load import load_recipe
+from symphony_moe.runs.folder import RunFolder
 
 pytestmark = pytest.mark.client
 
@@ -49,10 +49,14 @@ def follow(page: str, folder: Path, *programs: Path) -> str:
     they have started is ended."""
     path = os.pathsep.join([*map(str, programs), os.environ["PATH"]])
     script = subprocess.Popen(
-        ["bash", "-euc", commands(page)], cwd=folder, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ["bash", "-euc", commands(page)],
+        cwd=folder,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=alone() | {"PATH": path, "VLLM_CPU_KVCACHE_SPACE": "1"},
-    )  # fmt: skip
+    )
     try:
         output, errors = script.communicate(timeout=900)
     finally:
@@ -117,10 +121,13 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         },
         "calibration": {"tokens": 4096, "sequence_length": 256},
         "train": {
-            "scope": "router", "tokens": 4096, "sequence_length": 256, "batch_size": 4,
+            "scope": "router",
+            "tokens": 4096,
+            "sequence_length": 256,
+            "batch_size": 4,
             "learning_rate": 1e-3,
         },
-    }  # fmt: skip
+    }
     path = root / "recipe.yaml"
     path.write_text(json.dumps(recipe))
     built = pipeline.build(load_recipe(path), root / "run")

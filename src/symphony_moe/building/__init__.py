@@ -1,0 +1,1 @@
+"""Stage 1: from sources to a checkpoint, without training."""

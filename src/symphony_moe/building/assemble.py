@@ -1,0 +1,172 @@
+"""Sources and maps -> the new model's tensors, part by part.
+
+Everything here is a function of the recipe, the sources' weights and what `alignment.safetensors`
+records, so `build` writes it (or fits it further: `fit_layer.py`) and `verify` computes it again.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from symphony_moe.building.fuse import drop_neurons, linear_mean, selective_linear, slerp
+from symphony_moe.building.router_init import random_router
+from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, NEURON_AXIS, stream_scale
+from symphony_moe.model.moe_layer import MoELayer
+from symphony_moe.model.symmetry import (
+    HeadMap,
+    NeuronMap,
+    fold_gains,
+    gain_of,
+    neutral_gain,
+    reorder_heads,
+    reorder_neurons,
+    rotate_residual,
+    scale_residual,
+    transform_embedding,
+    transform_head,
+)
+from symphony_moe.recipe.settings import Recipe
+from symphony_moe.sources.source import Source, anchor_of, is_tied
+
+Record = Mapping[str, Tensor]
+"""The tensors of `alignment.safetensors` (docs/design.md, "Run folder"). An empty one leaves every
+source in its own coordinates."""
+
+
+def aligned_layer(
+    recipe: Recipe, source: Source, layer: int, weights: Mapping[str, Tensor], record: Record
+) -> dict[str, Tensor]:
+    """A source's layer in the anchor's coordinates: the same function in other weights."""
+    aligned = fold_gains(source.family, weights) if recipe.folds else dict(weights)
+    prefix = f"{source.name}.layers.{layer}."
+    if f"{source.name}.residual" in record:
+        aligned = rotate_residual(source.family, aligned, record[f"{source.name}.residual"])
+    if f"{prefix}heads.order" in record:
+        heads = HeadMap(*(record[f"{prefix}heads.{p}"] for p in ("order", "phases", "values")))
+        aligned = reorder_heads(source.family, source.config, aligned, heads)
+    if f"{prefix}neurons" in record:
+        order = record[f"{prefix}neurons"]
+        aligned = reorder_neurons(aligned, NeuronMap(order, torch.ones(len(order))))
+    return aligned
+
+
+def aligned_table(
+    recipe: Recipe, source: Source, name: str, record: Record
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a source's token embeddings or output head in the anchor's coordinates,
+    block by block."""
+    residual = record.get(f"{source.name}.residual")
+    gain = gain_of(source.family, source.read(FINAL_NORM))
+    stored = EMBEDDING if name == EMBEDDING else source.head_name
+    for first, rows in source.table(stored):
+        if name == HEAD and recipe.folds:
+            yield first, transform_head(rows, gain, residual)
+        else:
+            yield first, transform_embedding(rows, residual)
+
+
+def fused_tables(
+    recipe: Recipe, sources: Sequence[Source], names: Sequence[str], record: Record
+) -> Iterator[tuple[str, int, Tensor]]:
+    """(name, first row, rows) of the token embeddings and the output head, block by block.
+
+    `names`: which of them the output has (a tied head is not written). Where `record` has the
+    number of each token in each source's text (`<source>.tokens`), token embeddings are weighted by
+    it.
+    """
+    method = recipe.backbone.embeddings
+    scale = _scale(recipe, sources)
+    sources = _by_name(sources)
+    shares = _shares(recipe, sources, method)
+    for name in names:
+        tables = (aligned_table(recipe, source, name, record) for source in sources)
+        for parts in zip(*tables, strict=True):
+            first, blocks = parts[0][0], [rows for _, rows in parts]
+            if method == "selective-linear":
+                rows = slice(first, first + len(blocks[0]))
+                knowledge = torch.stack([_knows(source, rows) for source in sources])
+                counts = [record.get(f"{source.name}.tokens") for source in sources]
+                if name == EMBEDDING and None not in counts:
+                    # One more of each: a token in nobody's text gets the plain mean.
+                    knowledge *= torch.stack([c[rows] + 1.0 for c in counts if c is not None])
+                fused = selective_linear(blocks, knowledge, shares)
+            else:
+                fused = linear_mean(blocks, shares)
+            yield name, first, fused * scale if name == EMBEDDING else fused
+
+
+def _knows(source: Source, rows: slice) -> Float[Tensor, " rows"]:
+    """1 for the tokens that a source has, 0 for the others."""
+    if source.known is None:
+        return torch.ones(rows.stop - rows.start)
+    return source.known[rows].float()
+
+
+def fused_final_norm(recipe: Recipe, sources: Sequence[Source]) -> Tensor:
+    """The gains of the norm before the head."""
+    if recipe.folds:
+        anchor = anchor_of(recipe, sources)
+        return neutral_gain(anchor.family, anchor.read(FINAL_NORM))
+    ordered = _by_name(sources)
+    shares = _shares(recipe, ordered, recipe.backbone.norms)
+    fused = linear_mean([source.read(FINAL_NORM) for source in ordered], shares)
+    # A tied head is as much too large as the token embeddings.
+    return fused / _scale(recipe, sources) if is_tied(recipe, sources) else fused
+
+
+def assemble_layer(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    layer: int,
+    aligned: Mapping[str, Mapping[str, Tensor]],
+) -> MoELayer:
+    """One layer of the new model before any fitting: the fused backbone, the experts, random
+    routers. `aligned`: source -> its layer, see `aligned_layer`."""
+    family = sources[0].family
+    backbone = recipe.backbone
+    scale = _scale(recipe, sources)
+    aligned = {name: scale_residual(tensors, scale) for name, tensors in aligned.items()}
+    shared: dict[str, Tensor] = {}
+    ordered = _by_name(sources)
+    for name in family.shared:
+        tensors = [aligned[source.name][name] for source in ordered]
+        method = backbone.norms if name in family.norms else backbone.attention
+        mean = slerp if method == "slerp" and name in family.attention else linear_mean
+        shared[name] = mean(tensors, _shares(recipe, ordered, method))
+    experts = []
+    for source in sources:
+        origin = recipe.anchor if recipe.experts.init == "copy" else source.name
+        expert = {name: aligned[origin][name] for name in family.expert}
+        if recipe.experts.init == "drop":
+            key = f"{recipe.seed}/{layer}/{source.name}"
+            expert = drop_neurons(expert, NEURON_AXIS, recipe.experts.drop_share, key)
+        experts.append(expert)
+    names = [source.name for source in sources]
+    hidden = sources[0].config.hidden_size
+    router = random_router(names, hidden, layer, recipe.seed)
+    attention_router = None
+    if family.attention_router is not None:
+        attention_router = random_router(names, hidden, layer, recipe.seed, "attention-router")
+    return MoELayer(shared, experts, router, attention_router)
+
+
+def _scale(recipe: Recipe, sources: Sequence[Source]) -> float:
+    """How many times as large as the sources' the residual stream of the new model is."""
+    anchor = anchor_of(recipe, sources)
+    return stream_scale(anchor.family, anchor.config)
+
+
+def _by_name(sources: Sequence[Source]) -> list[Source]:
+    """Sums go through the sources by name, so that the order of the recipe does not change so much
+    as their rounding, which a fit would make more of."""
+    return sorted(sources, key=lambda source: source.name)
+
+
+def _shares(recipe: Recipe, sources: Sequence[Source], method: str) -> list[float]:
+    """What each source counts in a mean."""
+    if method == "anchor":
+        return [float(source.name == recipe.anchor) for source in sources]
+    shares = dict(zip(recipe.expert_names, recipe.shares, strict=True))
+    return [shares[source.name] for source in sources]

@@ -1,0 +1,186 @@
+"""Calibration text through the sources, one layer at a time, keeping statistics and no activations.
+
+A layer advances the sources' residual streams in place, batch by batch, and hands what passes
+inside it to the accumulators of `align.py`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from symphony_moe.building.align import (
+    Comparison,
+    HeadActivity,
+    HeadCorrelation,
+    NeuronCorrelation,
+    ResidualCovariance,
+)
+from symphony_moe.errors import TextError
+from symphony_moe.model.families import EMBEDDING, head_dim
+from symphony_moe.model.layer import device, load_dense_layer, observe, run_layer
+from symphony_moe.model.streams import Streams, windows_at_once
+from symphony_moe.recipe.settings import Recipe
+from symphony_moe.sources.source import Source
+from symphony_moe.text.documents import Documents, read_documents, split_aside, split_held_out
+from symphony_moe.text.windows import Packed, draw_packed
+
+_ASIDE_DOCUMENTS = 1 / 8
+"""Share of a source's documents that a fit is judged by."""
+
+
+def calibration_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Packed]:
+    """Source -> calibration text of its domain (Sec. 3.2), for those that give some: the same
+    number of tokens each, held-out documents left out, and where something is fitted, those of
+    `aside_windows`."""
+    windows = {}
+    for source in [source for source in sources if source.name in recipe.calibration_domains]:
+        wanted = max(1, recipe.windows_each - recipe.windows_aside)
+        fitted, _ = _documents(recipe, source)
+        windows[source.name] = _draw(recipe, source, "calibration text", fitted, wanted)
+    return windows
+
+
+def aside_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Packed]:
+    """Source -> text of its domain that a fit is judged by: of documents of their own.
+
+    Raises TextError where a source has a single document.
+    """
+    windows = {}
+    for source in sources:
+        _, aside = _documents(recipe, source)
+        if not aside:
+            raise TextError(
+                f"calibration text of {source.name}: a single document; a fit is judged by "
+                "documents that it has not seen, so give text in several (or refit.method: none "
+                "and router.init: random)"
+            )
+        what = "calibration text kept aside (an eighth of the documents)"
+        windows[source.name] = _draw(recipe, source, what, aside, recipe.windows_aside)
+    return windows
+
+
+def _documents(recipe: Recipe, source: Source) -> tuple[Documents, Documents]:
+    """(to fit on, to judge a fit by); where nothing is fitted, the former are all."""
+    spec = recipe.sources[source.name]
+    who = f"calibration text of {source.name}"
+    documents: Documents = read_documents(
+        who, spec.data, spec.column, source.own_tokenizer, recipe.chat_rules(source.name)
+    )
+    documents, _ = split_held_out(documents, recipe.evaluation.holdout)
+    return split_aside(documents, _ASIDE_DOCUMENTS) if recipe.fits else (documents, [])
+
+
+def _draw(recipe: Recipe, source: Source, what: str, documents: Documents, windows: int) -> Packed:
+    length = recipe.calibration.sequence_length
+    return draw_packed(
+        f"{what} of {source.name}",
+        documents,
+        source.encoder,
+        tokens=windows * length,
+        sequence_length=length,
+        seed=recipe.calibration.seed,
+    )
+
+
+def embedding_blocks(source: Source) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a source's own token embeddings."""
+    yield from source.table(EMBEDDING)
+
+
+@torch.inference_mode()
+def compare_layer(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    layer: int,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    streams: Streams,
+    aside: int,
+    *,
+    statistics: bool,
+) -> dict[str, Comparison]:
+    """Run one layer of every source over the whole calibration text: the streams named after the
+    sources advance.
+
+    Returns, for every source but the anchor, how it compares with the anchor on the same tokens
+    (nothing where `statistics` is false). The residual stream is compared before the layer, between
+    attention and FFN, and after the last layer. `weights`: source -> its layer's tensors. `aside`:
+    windows at the beginning of the streams that are compared apart, to judge by.
+    """
+    ordered = sorted(sources, key=lambda source: source.name != recipe.anchor)  # the anchor first
+    config = ordered[0].config
+    models = {s.name: load_dense_layer(s.config, layer, weights[s.name]) for s in ordered}
+    is_last = layer == config.num_hidden_layers - 1
+    found = {}
+    if statistics:
+        found = {source.name: _blank(recipe, source, aside) for source in ordered[1:]}
+    sequence = streams[recipe.anchor].shape[1]
+    ends = [0, aside, len(streams[recipe.anchor])]
+    batches = [
+        slice(first, min(first + windows_at_once(sequence), end))
+        for begin, end in pairwise(ends)
+        for first in range(begin, end, windows_at_once(sequence))
+    ]
+    for batch in batches:
+        reference: dict[str, Tensor] = {}
+        for source in ordered:
+            hidden = streams[source.name][batch]
+            before = hidden.to(device(), copy=True)
+            with observe(models[source.name]) as seen:
+                after = run_layer(models[source.name], before)
+            hidden.copy_(after)
+            seen |= {"before": before, "after": after}
+            if not reference:
+                reference = seen
+            elif statistics:
+                places = ("before", "middle", "after") if is_last else ("before", "middle")
+                comparison = found[source.name]
+                if batch.start < aside:
+                    comparison = comparison.aside or comparison
+                _add(comparison, reference, seen, places, head_dim(config))
+    return found
+
+
+def _blank(recipe: Recipe, source: Source, aside: int) -> Comparison:
+    """Statistics of nothing yet. `aside`: windows to judge the maps by, which neurons' order, being
+    used in any case, is not."""
+    config = source.config
+
+    def blank() -> Comparison:
+        comparison = Comparison()
+        if recipe.align.residual == "orthogonal":
+            comparison.residual = ResidualCovariance(config.hidden_size, device())
+        if recipe.align.heads == "all":
+            comparison.heads = HeadCorrelation(config, device())
+        return comparison
+
+    comparison = blank()
+    if recipe.aligns_neurons:
+        comparison.neurons = NeuronCorrelation(config.intermediate_size, device())
+        comparison.neuron_share = recipe.align.neuron_share
+    if aside:
+        comparison.aside = blank()
+    return comparison
+
+
+def _add(
+    comparison: Comparison,
+    anchor: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    places: Sequence[str],
+    size: int,
+) -> None:
+    if comparison.residual is not None:
+        for place in places:
+            comparison.residual.update(*(seen[place].flatten(0, 1) for seen in (anchor, source)))
+    if comparison.heads is not None:
+        comparison.heads.update(*(_head_activity(seen, size) for seen in (anchor, source)))
+    if comparison.neurons is not None:
+        comparison.neurons.update(*(seen["neurons"].flatten(0, 1) for seen in (anchor, source)))
+
+
+def _head_activity(seen: Mapping[str, Tensor], size: int) -> HeadActivity:
+    tokens = seen["heads"].shape[0] * seen["heads"].shape[1]
+    parts = (seen[name].reshape(tokens, -1, size) for name in ("queries", "keys", "heads"))
+    return HeadActivity(*parts)

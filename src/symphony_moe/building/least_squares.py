@@ -1,0 +1,101 @@
+"""Ridge regression from Gram matrices: fits a linear map to its targets and keeps neither.
+
+Minimises `sum ||x W^T - y||^2 + lambda ||W - W0||^2` over W (outputs x inputs), where W0 is where
+the fit starts from and lambda is a share of the mean squared input. Only `X^T X` and `X^T Y` are
+kept; they add up over batches, and their size does not depend on the number of tokens. The idea of
+fitting merged models so is RegMean's (Jin et al. 2023, arXiv 2212.09849); here the inputs are those
+of the new model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+MAX_CONDITION = 1e12
+"""Above this the ridge is raised: float64 has 16 digits, and the result shall have four."""
+
+
+_ESCALATIONS = 12
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A solved regression."""
+
+    weight: Float[Tensor, "outputs inputs"]
+    intercept: Float[Tensor, " outputs"] | None
+    condition: float
+    """Of the matrix that was solved, estimated from its Cholesky factor (a lower bound)."""
+    ridge: float
+    """The share that was used in the end."""
+
+
+class LeastSquares:
+    """Sums of one regression. float64; the products of each batch are float32."""
+
+    def __init__(
+        self,
+        num_inputs: int,
+        num_outputs: int,
+        *,
+        intercept: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        size = num_inputs + intercept
+        self.intercept = intercept
+        self.count = 0
+        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.moments = torch.zeros(size, num_outputs, dtype=torch.float64, device=device)
+
+    def update(
+        self, inputs: Float[Tensor, "tokens inputs"], outputs: Float[Tensor, "tokens outputs"]
+    ) -> None:
+        """Add a batch."""
+        if self.intercept:
+            inputs = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
+        self.gram += inputs.T @ inputs
+        self.moments += inputs.T @ outputs
+        self.count += len(inputs)
+
+    def is_underdetermined(self) -> bool:
+        """Whether there are fewer tokens than unknowns per output: the pull decides the rest."""
+        return self.count < len(self.gram)
+
+    def solve(
+        self,
+        start: Float[Tensor, "outputs inputs"],
+        ridge: float,
+        start_intercept: Float[Tensor, " outputs"] | None = None,
+    ) -> Fit:
+        """The weights (float32) that fit, pulled toward `start`.
+
+        Cholesky; where the matrix is not positive definite in float64, or its condition is beyond
+        MAX_CONDITION, the ridge is multiplied by ten until it is.
+        """
+        begin = start.T.to(self.gram)
+        if self.intercept:
+            assert start_intercept is not None
+            begin = torch.cat((begin, start_intercept.to(self.gram)[None]))
+        residual = self.moments - self.gram @ begin
+        diagonal = self.gram.diagonal()
+        strength = float(diagonal[: start.shape[1]].mean())
+        for _ in range(_ESCALATIONS):
+            # The intercept is pulled as well, by what a constant input of one weighs.
+            pull = torch.full_like(diagonal, ridge * strength)
+            if self.intercept:
+                pull[-1] = ridge * self.count
+            factor, failed = torch.linalg.cholesky_ex(self.gram + torch.diag(pull))
+            edge = factor.diagonal()
+            condition = float((edge.max() / edge.min()) ** 2) if not bool(failed) else torch.inf
+            if condition <= MAX_CONDITION:
+                break
+            ridge *= 10
+        else:
+            # Inputs that are all zero: nothing is known, nothing changes.
+            return Fit(start.float(), start_intercept, float("inf"), float("inf"))
+        solution = (begin + torch.cholesky_solve(residual, factor)).T.float()
+        if not self.intercept:
+            return Fit(solution.contiguous(), None, condition, ridge)
+        return Fit(solution[:, :-1].contiguous(), solution[:, -1].contiguous(), condition, ridge)

@@ -1,0 +1,354 @@
+"""What a build will do, from headers and tokenizers alone: refuse early, write nothing.
+
+The list of output tensors comes from the same function that later writes them
+(`families.layer_outputs`), run on tensors without memory.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from symphony_moe.building.estimate import build_seconds, peak_memory, work_bytes
+from symphony_moe.model.checkpoint import BYTES, assign_shards
+from symphony_moe.model.engines import Reading, readings
+from symphony_moe.model.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    HEAD_BIAS,
+    Family,
+    queries_per_kv,
+    stream_scale,
+    target_config,
+)
+from symphony_moe.model.moe_layer import MoELayer, layer_outputs
+from symphony_moe.recipe.settings import BUNDLED, Recipe
+from symphony_moe.sources.matching import Difference, compare_sources, refuse_mismatch
+from symphony_moe.sources.opening import expected_shapes
+from symphony_moe.sources.source import Source, anchor_of, is_tied, public_name, remarks
+
+NOTE_PERMUTATION = (
+    "align.neurons reorders each expert's hidden neurons; this by itself does not change what an "
+    "MoE with separate experts computes, before or after training (docs/paper-map.md). It is "
+    "recorded and reported"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before a weight is read."""
+
+    architecture: str
+    """`model_type` of the output."""
+    family: str
+    """`model_type` of the sources."""
+    sources: list[dict[str, Any]]
+    differences: list[Difference]
+    tensors: dict[str, tuple[int, ...]]
+    """Every tensor of the output: name -> shape, in the order of writing."""
+    config: dict[str, Any]
+    """The output's config.json."""
+    dtype: str
+    total_parameters: int
+    active_parameters: int
+    """Parameters that a token passes through: everything but the experts it is not routed to."""
+    disk_bytes: int
+    """Size of the output's weights."""
+    shards: int
+    work_bytes: int
+    """Disk space that stage 1 needs beside the weights and gives back at its end."""
+    peak_memory_bytes: int
+    """Estimate for stage 1."""
+    seconds: float
+    """Rough estimate for stage 1, from this machine's speed at multiplying matrices."""
+    readers: list[Reading]
+    """Which programs read the output, and what each makes of it."""
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        content["tensors"] = {name: list(shape) for name, shape in self.tensors.items()}
+        return content
+
+
+def make_plan(
+    recipe: Recipe, sources: Sequence[Source], opened: Sequence[Source] | None = None
+) -> Plan:
+    """Plan a build. `opened`: all of the recipe's sources, where some are no experts.
+
+    Raises SourceMismatch where it cannot be done.
+    """
+    differences = compare_sources(sources, recipe.anchor, recipe.output.chat)
+    refuse_mismatch(differences)
+    anchor = anchor_of(recipe, sources)
+    family = anchor.family
+    tied = is_tied(recipe, sources)
+    tensors = output_tensors(family, anchor.config, len(sources), tied=tied)
+    if family.has_head_bias and recipe.output.head_bias:
+        tensors[HEAD_BIAS] = (anchor.config.vocab_size,)
+    total = sum(math.prod(shape) for shape in tensors.values())
+    active = total - _one_expert(family, anchor.config) * (len(sources) - recipe.router.top_k)
+    config = target_config(
+        family,
+        anchor.config,
+        len(sources),
+        recipe.router.top_k,
+        tied=tied,
+        dtype=recipe.output.dtype,
+    )
+    if anchor.vocabulary is not None:
+        config |= anchor.vocabulary.settings
+    disk = total * BYTES[recipe.output.dtype]
+    return Plan(
+        architecture=family.moe,
+        family=family.dense,
+        sources=[describe(source, recipe) for source in sources],
+        differences=differences,
+        tensors=tensors,
+        config=config,
+        dtype=recipe.output.dtype,
+        total_parameters=total,
+        active_parameters=active,
+        disk_bytes=disk,
+        shards=len(assign_shards(tensors, recipe.output.dtype, recipe.output.max_shard_bytes)),
+        work_bytes=work_bytes(recipe, anchor.config, len(sources)),
+        peak_memory_bytes=peak_memory(recipe, anchor.config, len(sources)),
+        seconds=build_seconds(recipe, sources, anchor.config),
+        readers=readings(config, sentencepiece=anchor.owner.kind == "SentencePiece BPE"),
+        notes=_notes(recipe, sources, differences, opened or sources),
+    )
+
+
+def describe(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """What the plan and the model card say of one source."""
+    spec = recipe.sources[source.name]
+    return {
+        "name": source.name,
+        "model": source.public_name,
+        "gguf_file": spec.gguf_file,
+        "adapter": None if spec.adapter is None else public_name(spec.adapter),
+        "adapter_base": None if (base := _adapter_base(source)) is None else public_name(base),
+        "architecture": source.config.model_type,
+        "parameters": source.num_parameters,
+        "dtype": ", ".join(sorted({header.dtype for header in source.headers.values()})),
+        "files": len({header.file for header in source.headers.values()}),
+        "anchor": source.name == recipe.anchor,
+    }
+
+
+def in_words(described: Mapping[str, Any]) -> str:
+    """The model of a source that is described: which file of it, and the LoRA that is merged."""
+    words = str(described["model"])
+    if described["gguf_file"]:
+        words += f", {described['gguf_file']}"
+    if described["adapter"]:
+        words += f", with the LoRA {described['adapter']}"
+    return words + (f" of {described['adapter_base']}" if described["adapter_base"] else "")
+
+
+def _adapter_base(source: Source) -> str | None:
+    """The model that its adapter says it was trained on."""
+    base = None if source.adapter is None else source.adapter.config.base_model_name_or_path
+    return str(base) if base else None
+
+
+def output_tensors(
+    family: Family, config: PreTrainedConfig, num_experts: int, *, tied: bool
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the output, name -> shape, in the order of writing."""
+    shapes = expected_shapes(config)
+    tensors = {EMBEDDING: shapes[EMBEDDING]}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        blank = {name: torch.empty(shapes[prefix + name], device="meta") for name in family.shared}
+        own = {name: torch.empty(shapes[prefix + name], device="meta") for name in family.expert}
+        router = torch.empty(num_experts, config.hidden_size, device="meta")
+        attention_router = None if family.attention_router is None else router
+        moe = MoELayer(blank, [own] * num_experts, router, attention_router)
+        for name, tensor in layer_outputs(family, config, layer, moe):
+            tensors[name] = tuple(tensor.shape)
+    tensors[FINAL_NORM] = shapes[FINAL_NORM]
+    if not tied:
+        tensors[HEAD] = shapes[EMBEDDING]
+    return tensors
+
+
+def _one_expert(family: Family, config: PreTrainedConfig) -> int:
+    """Parameters of one expert, in all layers."""
+    shapes = expected_shapes(config)
+    one_layer = sum(math.prod(shapes[f"model.layers.0.{name}"]) for name in family.expert)
+    return one_layer * config.num_hidden_layers
+
+
+def beyond_context(recipe: Recipe, opened: Sequence[Source], *sections: str) -> list[str]:
+    """A sentence for each of the sections (`calibration`, `train`, `evaluation`) whose windows are
+    longer than the context of a model that reads them: RoPE goes on there, but no training was."""
+    sentences = []
+    for section in sections:
+        length = getattr(recipe, section).sequence_length
+        contexts = {
+            source.name: source.config.max_position_embeddings
+            for source in opened
+            if source.name in _readers(recipe, section)
+        }
+        short = [f"{name} ({context})" for name, context in contexts.items() if context < length]
+        if short:
+            sentences.append(
+                f"{section}.sequence_length {length} is beyond the context of {', '.join(short)}"
+            )
+    return sentences
+
+
+def _readers(recipe: Recipe, section: str) -> list[str]:
+    """The sources whose models read a section's windows. The result has the anchor's context."""
+    if section == "calibration":
+        return recipe.expert_names if recipe.aligns or recipe.fits else []
+    if section == "train" and recipe.train.teacher == "none":
+        return [recipe.anchor]
+    return list(recipe.sources)
+
+
+def _notes(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    differences: Sequence[Difference],
+    opened: Sequence[Source],
+) -> list[str]:
+    notes = [str(d) for d in differences if d.verdict == "warning"]
+    for source in opened:
+        notes += remarks(source)
+        notes += [f"{source.name}: {note}" for note in _of_adapter(source)]
+        notes += [f"{source.name}: {note}" for note in _of_text(recipe, source)]
+    notes += _of_ends(recipe, sources)
+    if recipe.aligns_neurons:
+        notes.append(NOTE_PERMUTATION)
+    if recipe.refit.method != "none":
+        notes.append(
+            "refit: stage 1 goes through the calibration text "
+            f"{recipe.refit.epochs:g} times per layer (refit.epochs); 0 keeps the closed form alone"
+        )
+    if any(source.config.tie_word_embeddings for source in sources) and recipe.folds:
+        notes.append("the output's head is untied: the final norm's gain is folded into it")
+    anchor = anchor_of(recipe, sources)
+    grown = queries_per_kv(anchor.config)
+    if anchor.family.repeats_kv and grown > 1:
+        notes.append(
+            f"{anchor.family.moe} has a KV head for every query head: k and v, and the KV cache of "
+            f"the result, are {grown} times the sources'"
+        )
+    scale = stream_scale(anchor.family, anchor.config)
+    if scale != 1:
+        notes.append(
+            f"{anchor.family.moe}'s norms have a fixed epsilon of {anchor.family.norm_eps}, "
+            f"{anchor.name}'s {anchor.config.rms_norm_eps}: the residual stream is written "
+            f"{scale:.4g} times as large, which computes the same"
+        )
+    notes += beyond_context(recipe, opened, "calibration", "train", "evaluation")
+    each = max(1, recipe.windows_each - recipe.windows_aside) + recipe.windows_aside
+    least = each * len(recipe.calibration_domains) * recipe.calibration.sequence_length
+    if (recipe.aligns or recipe.fits) and recipe.calibration.tokens < least:
+        notes.append(
+            f"calibration.tokens {recipe.calibration.tokens:,} is less than what is used at least: "
+            f"{least:,}, {each} window(s) of every source"
+        )
+    if recipe.experts.init == "copy":
+        notes.append(f"experts.init copy: every expert is {recipe.anchor}'s FFN; nothing to align")
+    if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:
+        notes.append("backbone.weights has no effect on attention: it is the anchor's")
+    return notes + _without_effect(recipe)
+
+
+def _of_text(recipe: Recipe, source: Source) -> Iterator[str]:
+    """What is to be said of how a source's documents are spelled."""
+    encoder = source.encoder
+    if encoder.end is None:
+        why = (
+            f"its EOS {encoder.end_text!r} is not in the shared vocabulary"
+            if encoder.end_text
+            else "neither its tokenizer nor its config names an EOS"
+        )
+        yield f"{why}: nothing ends its documents, and the result learns no end of them"
+    if "strftime_now" in str(getattr(source.own_tokenizer, "chat_template", "")):
+        yield f"its chat template writes the date, and is told {recipe.chat_date} (chat_date)"
+
+
+def _of_ends(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
+    """Sources whose documents end otherwise than the anchor's."""
+    own = anchor_of(recipe, sources).encoder.end
+    for source in sources:
+        encoder = source.encoder
+        if encoder.end not in (None, own):
+            yield (
+                f"{source.name}: its documents end with {encoder.end_text!r}, at which generation "
+                "stops as well (eos_token_id of the generation config)"
+            )
+
+
+def _of_adapter(source: Source) -> Iterator[str]:
+    """What is to be said of a source's adapter, and of the tokenizer beside it."""
+    adapter, base = source.adapter, _adapter_base(source)
+    if adapter is None:
+        return
+    if base is not None and Path(base).name != Path(source.model).name:
+        yield (
+            f"its adapter was trained on {public_name(base)}, and is merged into "
+            f"{source.public_name}; are they the same model?"
+        )
+    yield from adapter.notes()
+    tokenizer = source.own_tokenizer
+    if source.tokenizer_folder is not None:
+        whole = source.tokenizer_folder == adapter.folder
+        what = "the one" if whole else "the model's with the files"
+        yield (
+            f"its tokenizer is {what} beside its adapter: {len(tokenizer)} tokens, "
+            f"{'a' if tokenizer.chat_template else 'no'} chat template, text ends with "
+            f"{tokenizer.eos_token!r}"
+        )
+    unnamed = set(adapter.tokens.get(EMBEDDING, ())).difference(tokenizer.get_vocab().values())
+    if unnamed:
+        yield (
+            f"its adapter trained {len(unnamed)} row(s) of no token of its tokenizer, from "
+            f"{min(unnamed)}; they stay padding. Put the tokenizer that it was trained with beside "
+            "it"
+        )
+
+
+def _is_here(model: str) -> bool:
+    """Whether it is bundled or a local folder, and nothing on the hub."""
+    return model.startswith(BUNDLED) or Path(model).exists()
+
+
+def _without_effect(recipe: Recipe) -> list[str]:
+    """What a user has set (to another value than the default) that nothing reads."""
+    of_refit = ("refit.ridge", "refit.epochs", "refit.learning_rate", "refit.pull", "refit.soften")
+    of_teacher = ("train.teacher_weight", "train.teacher_temperature", "train.teacher_loading")
+    unread = (
+        (recipe.refit.method == "none", "refit.method is none", of_refit),
+        (
+            recipe.refit.method != "none" and recipe.refit.epochs == 0,
+            "refit.epochs is 0",
+            ("refit.learning_rate", "refit.pull"),
+        ),
+        (recipe.router.init == "random", "router.init is random", ("router.temperature",)),
+        (not recipe.aligns_neurons, "no neurons are matched", ("align.neuron_share",)),
+        (recipe.experts.init != "drop", "experts.init is not drop", ("experts.drop_share",)),
+        (recipe.train.teacher == "none", "train.teacher is none", of_teacher),
+    )
+    notes = []
+    for name, spec in recipe.sources.items():
+        if spec.revision is not None and _is_here(spec.model):
+            notes.append(f"sources.{name}.revision has no effect: the model is not on the hub")
+        if spec.adapter_revision is not None and (spec.adapter is None or _is_here(spec.adapter)):
+            notes.append(f"sources.{name}.adapter_revision has no effect: no adapter on the hub")
+    for is_unread, reason, settings in unread:
+        for setting in settings if is_unread else ():
+            section, name = setting.split(".")
+            chosen = getattr(recipe, section)
+            if getattr(chosen, name) != type(chosen).model_fields[name].default:
+                notes.append(f"{setting} has no effect: {reason}")
+    return notes

@@ -1,0 +1,450 @@
+"""A finished run against its manifest, its sources and stock `transformers`.
+
+Everything that the recipe and the recorded maps determine is computed again from the sources and
+compared tensor by tensor (what was fitted to calibration text is not: `--deep` fits it again); then
+stock `AutoModelForCausalLM` must load the checkpoint with nothing missing or surplus, and give the
+logits that the pipeline's own layers give, and stock `AutoTokenizer` have every setting of the
+anchor's tokenizer and cut text as the pipeline does. Each source must compute, as it is read here,
+what it computes as stock `transformers` (and `peft`) load it.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from symphony_moe.building.assemble import (
+    aligned_layer,
+    assemble_layer,
+    fused_final_norm,
+    fused_tables,
+)
+from symphony_moe.building.plan import Plan
+from symphony_moe.errors import VerificationError, first_line
+from symphony_moe.files import hash_folder, sha256_of
+from symphony_moe.model.checkpoint import SPELLED
+from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, moe_config
+from symphony_moe.model.layer import load_dense_layer, load_moe_layer, logits_from_stream, run_layer
+from symphony_moe.model.moe_layer import layer_outputs, read_layer_outputs
+from symphony_moe.recipe.settings import Recipe
+from symphony_moe.runs.folder import RunFolder
+from symphony_moe.sources.pretrained import load_tokenizer
+from symphony_moe.sources.same_tokenizer import first_difference, settings_of, texts_for
+from symphony_moe.sources.source import Source, anchor_of
+from symphony_moe.sources.stock import load_alone, load_stock
+
+log = logging.getLogger(__name__)
+
+LOGITS_TOLERANCE = 1e-4
+"""max |stock - pipeline| over max |pipeline|, both in float32 from the same rounded weights."""
+
+
+_PROBE = (2, 48)
+"""Windows and tokens per window of the random probe for logits."""
+
+
+_PROBE_OF_SOURCE = (2, 24)
+"""The same for a source against stock loading of it."""
+
+
+def verify_run(
+    run: RunFolder, recipe: Recipe, sources: Sequence[Source], plan: Plan
+) -> dict[str, str]:
+    """Every check and what it found. Raises VerificationError with all that failed.
+
+    Opening the sources has already compared their hashes with the recipe's.
+    """
+    run.require_checkpoint()
+    listed = run.read_json(run.manifest).get("files")
+    if not isinstance(listed, dict):
+        raise VerificationError(f"{run.manifest}: lists no files")
+    checks: dict[str, str] = {"sources": "hashes equal the recipe's"}
+    failed: list[str] = []
+
+    def check(name: str, problem: str | None, passed: str) -> None:
+        checks[name] = problem or passed
+        if problem:
+            failed.append(f"{name}: {problem}")
+        log.info("%s: %s", name, checks[name])
+
+    folders = [folder for folder in (run.checkpoint, run.trained) if folder.is_dir()]
+    for folder in folders:
+        problem = _compare_files(folder, listed)
+        check(f"{folder.name} files", problem, "hashes equal the manifest's")
+        problem = _compare_names(folder, plan)
+        check(
+            f"{folder.name} tensors", problem, f"all {len(plan.tensors)} names, shapes and dtypes"
+        )
+        zeros = [name for name in plan.tensors if sources[0].family.is_zero(name)]
+        if problem is None and zeros:
+            problem = _compare_zeros(folder, zeros)
+            passed = f"all {len(zeros)} tensors that the sources lack are zero"
+            check(f"{folder.name} zeros", problem, passed)
+    problem = None
+    if not run.alignment.is_file():
+        problem = f"{run.alignment.name} is missing"
+    elif sha256_of(run.alignment) != listed.get(run.alignment.name):
+        problem = "hash differs from the manifest's"
+    check("alignment", problem, "hash equal")
+    problem = None if failed else _check_maps(run, recipe, sources)
+    check("maps", problem, "symmetries of the sources, for every layer that is aligned")
+    if failed:
+        # What follows would read files that are known to be wrong.
+        raise VerificationError(f"{run.root}: " + " | ".join(failed))
+
+    for source in sources:
+        problem, passed = _check_source(source, recipe.seed)
+        check(f"{source.name} in stock transformers", problem, passed)
+    probe = torch.randint(
+        plan.tensors[EMBEDDING][0], _PROBE, generator=torch.Generator().manual_seed(recipe.seed)
+    )
+    comparison, expected = _recompute(run, recipe, sources, plan, probe)
+    check("experts and backbone", comparison.problem(), comparison.summary())
+    for folder in folders:
+        problem, passed = _check_stock(
+            folder, plan, expected if folder == run.checkpoint else None, probe
+        )
+        check(f"{folder.name} in stock transformers", problem, passed)
+        problem = _check_tokenizer(folder, recipe, sources)
+        check(f"{folder.name} tokenizer", problem, "the anchor's settings; the pipeline's cuts")
+    if failed:
+        raise VerificationError(f"{run.root}: " + " | ".join(failed))
+    return checks
+
+
+def compare_builds(run: RunFolder, rebuilt: RunFolder) -> str:
+    """Tensor hashes of two builds of one recipe. Raises VerificationError where they differ."""
+    first, second = (r.read_json(r.manifest)["tensors"]["checkpoint"] for r in (run, rebuilt))
+    different = sorted(n for n in first.keys() | second.keys() if first.get(n) != second.get(n))
+    if different:
+        raise VerificationError(
+            f"{run.root}: a second build differs in {len(different)} tensors, first {different[0]}"
+        )
+    if hash_folder(run.checkpoint) != hash_folder(rebuilt.checkpoint):
+        raise VerificationError(f"{run.root}: a second build differs from checkpoint/")
+    return f"a second build has the same {len(first)} tensors"
+
+
+def _check_maps(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> str | None:
+    """What is wrong with the recorded maps: there is one for every layer of every source but the
+    anchor where the recipe asks for it, and none of them changes a source's function."""
+    try:
+        record = load_file(run.alignment)
+    except (SafetensorError, OSError) as error:
+        return f"{run.alignment.name} is not readable: {error}"
+    config = sources[0].config
+    others = [s.name for s in sources if s.name != recipe.anchor]
+    parts = ("heads.order", "heads.phases", "heads.values")
+    kinds = ("neurons", *parts)
+    recorded = {key for key in record if key.endswith(kinds) or key.endswith(".residual")}
+    allowed = {f"{name}.residual" for name in others if recipe.align.residual != "none"}
+    for name in others:
+        for group in (("neurons",), parts):
+            kind = group[0]
+            keys = {
+                f"{name}.layers.{layer}.{k}"
+                for layer in range(config.num_hidden_layers)
+                for k in group
+            }
+            if kind == "neurons" and recipe.aligns_neurons and not _is_plain_mean(recipe, record):
+                absent = keys - recorded
+                if absent:
+                    return f"{min(absent)} is missing or surplus"
+            # A source that gains nothing by other heads keeps its own, in all layers.
+            elif kind != "neurons" and recipe.align.heads != "none" and keys & recorded:
+                if keys - recorded:
+                    return f"{min(keys - recorded)} is missing or surplus"
+            else:
+                continue
+            allowed |= keys
+    if recorded - allowed:
+        return f"{min(recorded - allowed)} is missing or surplus"
+    for layer in range(config.num_hidden_layers):
+        for source in sources:
+            if not any(key.startswith(f"{source.name}.") for key in recorded):
+                continue
+            try:
+                aligned_layer(recipe, source, layer, source.read_layer(layer), record)
+            except ValueError as error:
+                return f"{source.name}, layer {layer}: {error}"
+    return None
+
+
+def _is_plain_mean(recipe: Recipe, record: Mapping[str, Tensor]) -> bool:
+    """Whether a build that fits has found the plain mean to be better, and written that."""
+    return recipe.refit.method != "none" and not any(key.endswith(".tokens") for key in record)
+
+
+class _Comparison:
+    """Tensors on disk against tensors computed again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.equal: set[str] = set()
+        self.rounded: set[str] = set()
+        self.different: set[str] = set()
+        self._where: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._where |= dict.fromkeys(file.keys(), path)
+
+    def add(self, name: str, expected: Tensor, first_row: int = 0) -> None:
+        """Compare a tensor, or some of its rows."""
+        with safe_open(self._where[name], framework="pt") as file:
+            stored = file.get_slice(name)[first_row : first_row + len(expected)]
+            last_bit = torch.finfo(stored.dtype).eps
+            if torch.equal(stored, expected):
+                self.equal.add(name)
+            elif torch.allclose(stored.float(), expected.float(), rtol=last_bit, atol=0):
+                # Another machine may add in another order and round the last bit the other way.
+                self.rounded.add(name)
+            else:
+                self.different.add(name)
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is on disk."""
+        with safe_open(self._where[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def problem(self) -> str | None:
+        """What is wrong, where anything is."""
+        if not self.different:
+            return None
+        return (
+            f"{len(self.different)} tensors are not what the sources and the recorded "
+            f"maps give, first {min(self.different)}"
+        )
+
+    def summary(self) -> str:
+        """What was found, where nothing is wrong."""
+        rounded = f", {len(self.rounded)} up to the last bit" if self.rounded else ""
+        equal = len(self.equal - self.rounded)
+        fitted = len(self._where) - len(self.equal | self.rounded)
+        rest = f"; {fitted} were fitted, and are what the manifest says" if fitted else ""
+        return f"computed again from the sources: {equal} tensors equal{rounded}{rest}"
+
+
+@torch.inference_mode()
+def _recompute(
+    run: RunFolder, recipe: Recipe, sources: Sequence[Source], plan: Plan, probe: Tensor
+) -> tuple[_Comparison, Tensor]:
+    """Compare the checkpoint with what its sources give, and run the probe through the recomputed
+    layers, or through the checkpoint's where they are fitted: (comparison, the pipeline's
+    logits)."""
+    anchor = anchor_of(recipe, sources)
+    config = moe_config(anchor.family, anchor.config)
+    dtype = getattr(torch, plan.dtype)
+    comparison = _Comparison(run.checkpoint)
+    record = load_file(run.alignment)
+    stream = torch.empty(*probe.shape, config.hidden_size)
+    fitted = recipe.refit.method != "none" and not _is_plain_mean(recipe, record)
+    for name, first, rows in fused_tables(recipe, sources, [EMBEDDING], record):
+        rows = rows.to(dtype)
+        comparison.add(name, rows, first)
+        inside = (probe >= first) & (probe < first + len(rows))
+        stream[inside] = rows[probe[inside] - first].float()
+    for layer in range(config.num_hidden_layers):
+        moe = read_layer_outputs(anchor.family, config, layer, len(sources), comparison.stored)
+        if not fitted:
+            aligned = {
+                s.name: aligned_layer(recipe, s, layer, s.read_layer(layer), record)
+                for s in sources
+            }
+            assembled = assemble_layer(recipe, sources, layer, aligned).to(dtype)
+            router = assembled.router if recipe.router.init == "random" else moe.router
+            moe = replace(assembled, router=router)
+            for name, tensor in layer_outputs(anchor.family, config, layer, moe):
+                comparison.add(name, tensor)
+        model = load_moe_layer(config, layer, moe, recipe.router.top_k)
+        stream = run_layer(model, stream)
+    norm = fused_final_norm(recipe, sources).to(dtype)
+    comparison.add(FINAL_NORM, norm)
+    if HEAD_BIAS in plan.tensors:
+        comparison.add(HEAD_BIAS, torch.zeros(plan.tensors[HEAD_BIAS], dtype=dtype))
+    eps = config.rms_norm_eps
+    head = HEAD if HEAD in plan.tensors else EMBEDDING
+    if fitted:
+        rows = comparison.stored(HEAD).float()
+        return comparison, logits_from_stream(stream.cpu(), norm.float(), rows, eps)
+    logits = []
+    for name, first, rows in fused_tables(recipe, sources, [head], record):
+        rows = rows.to(dtype)
+        if name == HEAD:
+            comparison.add(name, rows, first)
+        logits.append(logits_from_stream(stream.cpu(), norm.float(), rows.float(), eps))
+    return comparison, torch.cat(logits, dim=-1)
+
+
+def _compare_files(folder: Path, expected: Mapping[str, str]) -> str | None:
+    found = hash_folder(folder)
+    listed = {
+        name: digest for name, digest in expected.items() if name.startswith(folder.name + "/")
+    }
+    if found == listed:
+        return None
+    wrong = sorted(
+        name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name)
+    )
+
+    def state(name: str) -> str:
+        if name not in found:
+            return "missing"
+        return "changed" if name in listed else "not in the manifest"
+
+    return "not what the manifest says: " + ", ".join(f"{n} ({state(n)})" for n in wrong)
+
+
+def _compare_names(folder: Path, plan: Plan) -> str | None:
+    found: dict[str, Any] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a handle, not a dict)
+                    view = file.get_slice(name)
+                    found[name] = tuple(view.get_shape()), view.get_dtype()
+    except (SafetensorError, OSError) as error:
+        return f"a weights file is not readable: {error}"
+    expected = {name: (shape, SPELLED[plan.dtype]) for name, shape in plan.tensors.items()}
+    wrong = sorted(
+        name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+    )
+    return f"{len(wrong)} tensors are not as planned, first {wrong[0]}" if wrong else None
+
+
+def _compare_zeros(folder: Path, zeros: Sequence[str]) -> str | None:
+    """What is wrong with tensors that are to be zeros: engines leave them out."""
+    stored = _Comparison(folder)
+    learned = [name for name in zeros if bool(stored.stored(name).any())]
+    if not learned:
+        return None
+    return (
+        f"{len(learned)} tensors that the sources lack are not zero, first {learned[0]}; vLLM and "
+        "llama.cpp leave them out, and answer otherwise. Train it again"
+    )
+
+
+def _check_tokenizer(folder: Path, recipe: Recipe, sources: Sequence[Source]) -> str | None:
+    """What is wrong with a checkpoint's tokenizer as everyone else loads it. No documents are read:
+    the text of random tokens has all that the vocabulary has."""
+    try:
+        theirs = load_tokenizer(folder)
+    except Exception as error:
+        # The loaders behind AutoTokenizer raise whatever their parser raised.
+        return f"does not load in transformers: {type(error).__name__}: {error}"
+    anchor = anchor_of(recipe, sources)
+    ours = anchor.tokenizer
+    drawn = torch.randint(len(ours), (64, 32), generator=torch.Generator().manual_seed(recipe.seed))
+    texts = [*texts_for(ours), *ours.batch_decode(drawn)]
+    chat = next(s for s in sources if s.name == (recipe.output.chat or recipe.anchor))
+    expected = _conventions(anchor.own_tokenizer, chat.own_tokenizer)
+    return first_difference(ours, theirs, texts, expected)
+
+
+def _conventions(anchor: PreTrainedTokenizerBase, chat: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The settings that a checkpoint's tokenizer has: the anchor's, and of the chat source's its
+    templates, end and padding tokens."""
+    expected, other = settings_of(anchor), settings_of(chat)
+    roles = dict(expected["special tokens"])
+    for role in ("eos_token", "pad_token"):
+        roles.pop(role, None)
+        if role in other["special tokens"]:
+            roles[role] = other["special tokens"][role]
+    return expected | {"special tokens": roles, "chat_template": other["chat_template"]}
+
+
+def _check_source(source: Source, seed: int) -> tuple[str | None, str]:
+    """(problem, what passed) of what a source computes as it is read here against stock loading of
+    it, in its own vocabulary."""
+    unchecked = _too_large(source.num_parameters)
+    if unchecked:
+        return None, unchecked
+    alone = replace(source, vocabulary=None)
+    tokens = torch.randint(
+        source.own_rows, _PROBE_OF_SOURCE, generator=torch.Generator().manual_seed(seed)
+    )
+    try:
+        theirs = _logits_of_stock(load_alone(alone), tokens)
+    except VerificationError as error:
+        return str(error), ""
+    except Exception as error:
+        # A config that does not fit its weights fails anywhere in transformers.
+        return f"does not load in transformers: {type(error).__name__}: {first_line(error)}", ""
+    ours = _logits_as_read(alone, tokens)
+    if ours.shape != theirs.shape:
+        return f"has {ours.shape[-1]} tokens as it is read, {theirs.shape[-1]} in transformers", ""
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not difference <= LOGITS_TOLERANCE:
+        return (
+            f"computes something else than as it is read: logits differ by {difference:.1e} (at "
+            f"most {LOGITS_TOLERANCE})",
+            "",
+        )
+    return None, f"computes what it does as it is read, logits differ by {difference:.1e}"
+
+
+@torch.inference_mode()
+def _logits_as_read(source: Source, tokens: Tensor) -> Tensor:
+    """What a source computes by the pipeline's own reading, layer by layer."""
+    config = source.config
+    stream = torch.empty(*tokens.shape, config.hidden_size)
+    for first, rows in source.table(EMBEDDING):
+        inside = (tokens >= first) & (tokens < first + len(rows))
+        stream[inside] = rows[tokens[inside] - first]
+    for layer in range(config.num_hidden_layers):
+        stream = run_layer(load_dense_layer(config, layer, source.read_layer(layer)), stream)
+    norm, eps = source.read(FINAL_NORM), config.rms_norm_eps
+    parts = [
+        logits_from_stream(stream.cpu(), norm, rows, eps)
+        for _, rows in source.table(source.head_name)
+    ]
+    return torch.cat(parts, dim=-1)
+
+
+def _too_large(parameters: int) -> str | None:
+    """Why a model of so many parameters is not loaded; None where there is room for it."""
+    needed = parameters * 4 * 1.2
+    available = psutil.virtual_memory().available
+    if needed <= available:
+        return None
+    return f"not checked: loading takes {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are free"
+
+
+@torch.inference_mode()
+def _logits_of_stock(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
+    return logits.float().cpu()
+
+
+def _check_stock(
+    folder: Path, plan: Plan, expected: Tensor | None, probe: Tensor
+) -> tuple[str | None, str]:
+    """(problem, what passed) of loading a checkpoint and, where logits are expected, comparing."""
+    unchecked = _too_large(plan.total_parameters)
+    if unchecked:
+        return None, unchecked
+    try:
+        model = load_stock(folder)
+    except VerificationError as error:
+        return str(error), ""
+    except Exception as error:
+        # A config that does not fit its weights fails anywhere in transformers.
+        return f"does not load in transformers: {type(error).__name__}: {error}", ""
+    logits = _logits_of_stock(model, probe)
+    if not bool(torch.isfinite(logits).all()):
+        return "logits are not finite", ""
+    if expected is None:
+        return None, "loads with nothing missing or surplus"
+    difference = float((logits - expected).abs().max() / expected.abs().max())
+    if difference > LOGITS_TOLERANCE:
+        return (
+            f"logits differ from the pipeline's by {difference:.1e} (at most {LOGITS_TOLERANCE})",
+            "",
+        )
+    return None, f"loads with nothing missing or surplus, logits differ by {difference:.1e}"

@@ -1,0 +1,207 @@
+"""Many runs of one recipe: by several methods and seeds, into one table."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from symphony_moe.errors import RunFolderError, SymphonyError
+from symphony_moe.evaluation.losses import held_out_text
+from symphony_moe.files import to_json, write_text
+from symphony_moe.machine import (
+    versions,
+)
+from symphony_moe.pipeline import plan
+from symphony_moe.recipe.settings import Recipe, Train
+from symphony_moe.reporting.comparison_page import comparison_facts, render_comparison
+from symphony_moe.reporting.comparison_table import (
+    entries_of,
+    limits_of,
+    mark_reached,
+    refuse_different,
+)
+from symphony_moe.reporting.run_page import title
+from symphony_moe.runs.comparison_folder import CompareFolder, start_comparison
+from symphony_moe.runs.folder import RunFolder, adopt_build
+from symphony_moe.sources.opening import open_sources
+from symphony_moe.training.run import refuse_untrainable
+
+log = logging.getLogger(__name__)
+
+
+def compare(
+    recipe: Recipe,
+    variants: Mapping[str, Mapping[int, Recipe]],
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> tuple[CompareFolder, list[dict[str, Any]], dict[str, float | None]]:
+    """The same sources and text by several methods and seeds, each the whole way in a process of
+    its own, into one table: (where, the rows of `comparison.json`, the specialists' losses).
+    `variants`: method -> seed -> recipe (`recipe.load_variants`).
+
+    What is finished is kept with `resume`, and what was cut short goes on. Refuses (SymphonyError)
+    what any of the methods cannot build before the first begins, and to tabulate runs that differ
+    in sources, text, order of batches or number of trained tokens.
+    """
+    recipes = _by_name(variants)
+    for (method, seed), one in recipes.items():
+        if overwrite or not CompareFolder(out).run(method, seed).trained.is_dir():
+            with _naming(method):
+                refuse_untrainable(one)
+    folder = prepare_comparison(recipe, variants, out, resume=resume, overwrite=overwrite)
+    names = list(recipes)
+    for number, name in enumerate(names, start=1):
+        log.info("%d of %d: %s, seed %d", number, len(names), *name)
+        _adopt_build(folder, names[: number - 1], name, recipes[name])
+        _run_apart(folder.run(*name), folder.recipe(*name), folder.run(*names[0]))
+    runs = {name: folder.run(*name) for name in names}
+    metrics = {name: run.read_json(run.metrics) for name, run in runs.items()}
+    manifests = {name: run.read_json(run.manifest) for name, run in runs.items()}
+    for name, of_run in metrics.items():
+        _refuse_other_training(runs[name], of_run["training"], recipes[name].train)
+    refuse_different(metrics, manifests)
+    entries = entries_of(metrics, list(recipe.sources))
+    reference = recipe.compare.reference
+    reference = reference if reference in variants else next(iter(variants))
+    mark_reached(entries, reference)
+    limits = limits_of(metrics, list(recipe.sources))
+    write_text(folder.comparison, to_json(entries, indent=2) + "\n")
+    settings = {
+        method: recipe.compare.variants.get(method, {"method": method}) for method in variants
+    }
+    page = render_comparison(
+        title(recipe.sources),
+        entries,
+        limits,
+        reference,
+        comparison_facts([one.model_dump(mode="json") for one in recipes.values()]),
+        settings,
+        in_domain=list(recipe.sources),
+    )
+    write_text(folder.page, page)
+    return folder, entries, limits
+
+
+def prepare_comparison(
+    recipe: Recipe,
+    variants: Mapping[str, Mapping[int, Recipe]],
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> CompareFolder:
+    """The folder of a comparison with the recipe of every run in it, nothing run yet. Refuses
+    (SymphonyError) what `compare` refuses before it begins."""
+    folder = CompareFolder(out)
+    for method, of_seeds in variants.items():
+        with _naming(method):
+            plan(next(iter(of_seeds.values())))
+    held_out_text(recipe, open_sources(recipe, download=False))
+    named = _by_name(variants)
+    runs = [folder.run(*name) for name in named]
+    start_comparison(folder, runs, resume=resume, overwrite=overwrite)
+    for name, one in named.items():
+        _refuse_another_recipe(folder.run(*name), one)
+    folder.recipes.mkdir(exist_ok=True)
+    for name, one in named.items():
+        write_text(folder.recipe(*name), one.to_yaml())
+    return folder
+
+
+def _by_name(variants: Mapping[str, Mapping[int, Recipe]]) -> dict[tuple[str, int], Recipe]:
+    """(method, seed) -> recipe, in the order of the table."""
+    return {(method, seed): one for method, of in variants.items() for seed, one in of.items()}
+
+
+@contextmanager
+def _naming(method: str) -> Iterator[None]:
+    """What a method is refused for, with its name."""
+    try:
+        yield
+    except SymphonyError as error:
+        raise type(error)(f"{method}: {error} (--methods chooses what is compared)") from None
+
+
+def _refuse_another_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """RunFolderError for a run that was begun by another recipe."""
+    if run.recipe.is_file() and not _are_equal(run.read_recipe(), recipe):
+        raise RunFolderError(f"{run.root}: was begun by another recipe; --overwrite begins again")
+
+
+def _are_equal(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes are the same, whatever hashes their sources are pinned to."""
+    return _without_hashes(one).to_yaml() == _without_hashes(other).to_yaml()
+
+
+def _without_hashes(recipe: Recipe) -> Recipe:
+    specs = {n: s.model_copy(update={"sha256": None}) for n, s in recipe.sources.items()}
+    return recipe.model_copy(update={"sources": specs})
+
+
+def _adopt_build(
+    folder: CompareFolder,
+    finished: Sequence[tuple[str, int]],
+    name: tuple[str, int],
+    recipe: Recipe,
+) -> None:
+    """Begin a run with the checkpoint of a finished one that has the same stage 1, where there is
+    one: methods that differ in training only are built once."""
+    run = folder.run(*name)
+    if run.root.exists():
+        return
+    for one in finished:
+        other = folder.run(*one)
+        as_theirs = other.read_recipe().model_copy(update={"train": recipe.train})
+        manifest = other.read_json(other.manifest)
+        by_this = manifest["versions"] == versions() and "begun_with" not in manifest
+        if _are_equal(as_theirs, recipe) and by_this:
+            # Pinned to the sources that it was built of.
+            adopt_build(run, other, as_theirs, plan(recipe).to_json())
+            log.info("%s: built as %s", run.root.name, other.root.name)
+            return
+
+
+def _run_apart(run: RunFolder, recipe: Path, like: RunFolder) -> None:
+    """The whole way in a process of its own, so that its peak of memory is its own and what kills
+    it kills nothing else. `like`: the comparison's first run."""
+    if run.report.is_file() and "trained" in run.read_json(run.metrics):
+        return  # the report comes last; what is trained again has no losses yet
+    same = [] if like == run else ["--sources-from", str(like.root)]
+    command = [sys.executable, "-m", "symphony_moe", "run", str(recipe), "--out", str(run.root)]
+    code = subprocess.run(
+        [*command, "--resume", *same], stdout=subprocess.DEVNULL, check=False
+    ).returncode
+    if code:
+        killed = f"was killed (signal {-code}; out of memory?)"
+        raise RunFolderError(
+            f"{run.root}: {killed if code < 0 else f'ended with {code}'}; what it said is above "
+            f"and in {run.log.name}. Finished runs stay: --resume goes on from there"
+        )
+
+
+_OF_A_MACHINE = {
+    "batch_size",
+    "gradient_accumulation",
+    "gradient_checkpointing",
+    "checkpoints",
+    "teacher_loading",
+    "report_to",
+}
+
+
+def _refuse_other_training(run: RunFolder, training: Mapping[str, Any], settings: Train) -> None:
+    """RunFolderError for a run that was trained with other settings than its recipe's, but for
+    those that say how to compute and not what (a machine of several GPUs has its own)."""
+    wanted = settings.model_dump(exclude=_OF_A_MACHINE)
+    found = training.get("settings", {})
+    for name in wanted.keys() & found.keys():
+        if (value := found[name]) != wanted[name]:
+            raise RunFolderError(
+                f"{run.root}: was trained with {name} = {value}, not {wanted[name]} as its "
+                "recipe here says; train it with that, or remove the folder and --resume"
+            )

@@ -1,0 +1,1 @@
+"""Losses, routing, likeness of experts, benchmarks."""

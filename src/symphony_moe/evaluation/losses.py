@@ -1,0 +1,307 @@
+"""Held-out loss per domain of every model, where the routers send each domain's tokens, and how
+alike the experts are.
+
+Losses are nats per token: the mean negative log-likelihood of every token but the first of a
+document. Documents are read one by one, as stock models read them (a document that is longer than
+`evaluation.sequence_length` in pieces of that length, the first token of each left out).
+"""
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from symphony_moe.evaluation.cka import compare_experts, compare_sources, describe_cka, shared_text
+from symphony_moe.evaluation.routing import (
+    Routing,
+    at_least,
+    describe_routing,
+    experts_by_rule,
+    fixed_experts,
+    mixed,
+    observe_routing,
+    router_matrix,
+    routers,
+)
+from symphony_moe.recipe.settings import Recipe
+from symphony_moe.runs.folder import RunFolder
+from symphony_moe.sources.source import Source, anchor_of
+from symphony_moe.sources.stock import load_source, load_stock
+from symphony_moe.text.documents import Documents, read_documents, split_held_out
+from symphony_moe.text.windows import Pieces, as_pieces, digest_of, draw_pieces
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 1024
+"""Tokens of short documents that go through a model together: attention is computed between all
+of them, and masked."""
+
+
+def evaluate_run(
+    run: RunFolder, recipe: Recipe, sources: Sequence[Source], like: RunFolder | None = None
+) -> dict[str, Any]:
+    """Losses of the sources, the built and the trained model on every domain, their routing and the
+    likeness of their experts, into `metrics.json`.
+
+    `like`: a run that may have evaluated the same sources on the same text already; what it says of
+    them is taken over then. Returns what was written. Raises TextError for a domain without
+    held-out text.
+    """
+    run.require_checkpoint()
+    started = time.monotonic()
+    windows = held_out_text(recipe, sources)
+    shared = shared_text({name: text.windows for name, text in windows.items()})
+    names = recipe.expert_names
+    held_out = {"text": _digest_of_domains(windows)}
+    known = _known_of_sources(run, like, recipe, held_out) if like else None
+    of_sources, cka = known or _evaluate_sources(sources, windows, shared)
+    metrics: dict[str, Any] = {
+        "sources": of_sources,
+        "routing": {},
+        "cka": {"sources": cka},
+        "held_out": held_out,
+    }
+    for stage, folder in (("built", run.checkpoint), ("trained", run.trained)):
+        if not folder.is_dir():
+            continue
+        losses, routing, dynamic = _evaluate_moe(folder, windows, recipe.evaluation.thresholds)
+        metrics[stage] = losses
+        metrics["routing"][stage] = {
+            "experts": names,
+            "routers": "ffn",
+            "tokens": {domain: len(text.tokens) for domain, text in windows.items()},
+            **describe_routing(routing, names),
+        }
+        if dynamic:
+            metrics.setdefault("dynamic", {})[stage] = dynamic
+        alike = compare_experts(
+            folder, anchor_of(recipe, sources), len(names), recipe.router.top_k, shared
+        )
+        metrics["cka"][stage] = describe_cka(names, alike, shared.numel())
+        log.info("evaluated %s: %s", stage, _spell(losses))
+    before = run.read_json(run.metrics) if run.metrics.is_file() else {}
+    seconds = {"evaluate_seconds": round(time.monotonic() - started, 2)}
+    # What an earlier evaluation says of other text must not stand beside this one.
+    forget = [key for key in ("trained", "dynamic") if key not in metrics]
+    run.update_json(run.metrics, metrics | {"timing": before.get("timing", {}) | seconds}, forget)
+    return metrics
+
+
+def _evaluate_sources(
+    sources: Sequence[Source],
+    windows: Mapping[str, Pieces],
+    shared: Int[Tensor, "shared sequence"],
+) -> tuple[Mapping[str, Mapping[str, float | None]], dict[str, Any]]:
+    """Source -> domain -> loss, and the likeness of their FFNs."""
+    losses = {}
+    for source in sources:
+        losses[source.name], _ = losses_and_routing(load_source(source), windows, source.known)
+        log.info("evaluated source %s: %s", source.name, _spell(losses[source.name]))
+    alike = compare_sources(sources, shared)
+    return losses, describe_cka([source.name for source in sources], alike, shared.numel())
+
+
+def _digest_of_domains(windows: Mapping[str, Pieces]) -> str:
+    """SHA-256 of what is evaluated on under which names."""
+    digests = {
+        name: digest_of([torch.stack((text.tokens, text.positions))])
+        for name, text in windows.items()
+    }
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _known_of_sources(
+    run: RunFolder, like: RunFolder, recipe: Recipe, held_out: Mapping[str, str]
+) -> tuple[Mapping[str, Mapping[str, float | None]], dict[str, Any]] | None:
+    """What `_evaluate_sources` has given in another run (None for a loss that was no number); None
+    unless that run's weights, settings of the sources, anchor (whose vocabulary is used), text and
+    software are this one's."""
+    theirs, found = like.read_recipe(), like.read_json(like.metrics)
+    one, other = (folder.read_json(folder.manifest) for folder in (run, like))
+    same = (
+        found.get("held_out") == held_out
+        and (theirs.sources, theirs.anchor) == (recipe.sources, recipe.anchor)
+        and all(one[key] == other[key] for key in ("versions", "sources"))
+    )
+    if not same:
+        log.info("%s is not of the same sources and text: the sources are evaluated", like.root)
+        return None
+    log.info("the sources are evaluated in %s", like.root)
+    return found["sources"], found["cka"]["sources"]
+
+
+def _evaluate_moe(
+    folder: Path,
+    windows: Mapping[str, Pieces],
+    thresholds: Sequence[float],
+) -> tuple[dict[str, float], dict[str, Routing], dict[str, Any]]:
+    """Losses and routing of a checkpoint, and its losses with other numbers of experts (nothing
+    without thresholds). The model is out of memory afterwards."""
+    model = load_stock(folder)
+    losses, routing = losses_and_routing(model, windows)
+    return losses, routing, dynamic_routing(model, windows, thresholds) if thresholds else {}
+
+
+def held_out_text(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Pieces]:
+    """Domain -> held-out text: the sources' domains, then the extra ones. All of an extra domain's
+    documents are evaluated on, as none is trained on. Raises TextError where there is none."""
+    settings = recipe.evaluation
+    anchor = anchor_of(recipe, sources)
+    windows = {}
+    for name, data in [(s.name, recipe.sources[s.name].data) for s in sources] + list(
+        settings.extra.items()
+    ):
+        spec = recipe.sources.get(name)
+        # Text of no source is spelled and begun as the anchor does it.
+        owner = next((source for source in sources if source.name == name), anchor)
+        tokenizer = owner.own_tokenizer if spec else anchor.tokenizer
+        who = f"held-out text of {name}"
+        column, rules = spec.column if spec else "text", recipe.chat_rules(name)
+        documents: Documents = read_documents(who, data, column, tokenizer, rules)
+        if spec:
+            _, documents = split_held_out(documents, settings.holdout)
+        windows[name] = draw_pieces(
+            who,
+            documents,
+            owner.encoder,
+            tokens=settings.tokens,
+            sequence_length=settings.sequence_length,
+            seed=recipe.seed if settings.seed is None else settings.seed,
+        )
+    return windows
+
+
+def _at_once(model: PreTrainedModel, pieces: Pieces) -> int:
+    """Tokens of several pieces that go through a model together. Where its positions depend on the
+    length of what it reads, every piece goes by itself."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return 1
+    return max(pieces.sequence_length, _AT_ONCE)
+
+
+@torch.inference_mode()
+def losses_and_routing(
+    model: PreTrainedModel,
+    windows: Mapping[str, Pieces | Int[Tensor, "windows sequence"]],
+    known: Bool[Tensor, " vocabulary"] | None = None,
+) -> tuple[dict[str, float], dict[str, Routing]]:
+    """Domain -> nats per token; and, for an MoE, domain -> the routing of its FFNs.
+
+    `windows`: the text, in pieces that are read one by one, as windows are.
+
+    `known`: the tokens that the model has, where the vocabulary has others (None: all). It gives no
+    probability to the others, and where the text has one, it is not asked. The loss of a domain of
+    which it is asked nothing is NaN.
+    """
+    losses, routing = {}, {}
+    is_moe = bool(routers(model))
+    for domain, text in windows.items():
+        total, predicted = 0.0, 0
+        with ExitStack() as stack:
+            so_far = stack.enter_context(observe_routing(model)) if is_moe else None
+            pieces = as_pieces(text) if isinstance(text, Tensor) else text
+            for parts in pieces.batches(_at_once(model, pieces)):
+                tokens, positions = (part.to(model.device) for part in parts)
+                output = model(input_ids=tokens, position_ids=positions, use_cache=False)
+                nats = negative_log_likelihood(output.logits, tokens, known, positions)
+                total, predicted = total + float(nats.double().sum()), predicted + len(nats)
+        losses[domain] = total / predicted if predicted else math.nan
+        if so_far is not None:
+            routing[domain] = so_far()
+    return losses, routing
+
+
+def dynamic_routing(
+    model: PreTrainedModel,
+    windows: Mapping[str, Pieces | Int[Tensor, "windows sequence"]],
+    thresholds: Sequence[float],
+) -> dict[str, Any]:
+    """Losses of a stock MoE with 1 .. N experts per token, and with as many as reach each of the
+    `thresholds` (shares of 1) in the router's probabilities, beside the number of experts that
+    tokens then have: the mean over layers and domains alike, of each layer, of each domain."""
+    fixed, by_threshold = [], []
+    for count in range(1, len(router_matrix(routers(model)[0])) + 1):
+        with fixed_experts(model, count):
+            losses, _ = losses_and_routing(model, windows)
+        fixed.append({"experts": count, "losses": losses})
+    for threshold in thresholds:
+        with experts_by_rule(model, at_least(threshold)):
+            losses, routing = losses_and_routing(model, windows)
+        by_layer = mixed(list(routing.values())).used.sum(dim=1)
+        by_domain = {name: float(found.used.sum(dim=1).mean()) for name, found in routing.items()}
+        by_threshold.append(
+            {
+                "threshold": threshold,
+                "mean_experts": round(float(by_layer.mean()), 6),
+                "experts_by_layer": [round(count, 6) for count in by_layer.tolist()],
+                "experts_by_domain": {name: round(count, 6) for name, count in by_domain.items()},
+                "losses": losses,
+            }
+        )
+    return {"fixed": fixed, "threshold": by_threshold}
+
+
+def negative_log_likelihood(
+    logits: Float[Tensor, "windows sequence vocabulary"],
+    tokens: Int[Tensor, "windows sequence"],
+    known: Bool[Tensor, " vocabulary"] | None = None,
+    positions: Int[Tensor, "windows sequence"] | None = None,
+) -> Float[Tensor, " predicted"]:
+    """Nats of every token but each window's first (of those that are `known`). `positions`: each
+    token's place in its document, whose first token is not asked for."""
+    logits, wanted = logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()
+    if positions is not None:
+        continues = positions[:, 1:].flatten() > 0
+        logits, wanted = logits[continues], wanted[continues]
+    if known is not None:
+        known = known.to(logits.device)
+        asked = known[wanted]
+        logits, wanted = logits[asked].masked_fill(~known, -torch.inf), wanted[asked]
+    return torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+
+
+def _spell(losses: Mapping[str, float]) -> str:
+    return ", ".join(f"{domain} {loss:.3f}" for domain, loss in losses.items())
+
+
+@torch.inference_mode()
+def continuations(
+    run: RunFolder, recipe: Recipe, sources: Sequence[Source], *, count: int = 3, tokens: int = 48
+) -> list[tuple[str, str, str]]:
+    """(domain, prompt, sampled continuation) for the beginnings of held-out documents, by the
+    trained model (or, where there is none, the built one). `tokens`: length of the prompt, and of
+    the text."""
+    folder = run.trained if run.trained.is_dir() else run.checkpoint
+    model = load_stock(folder)
+    tokenizer = anchor_of(recipe, sources).tokenizer
+    torch.manual_seed(recipe.seed)
+    found = []
+    for domain, text in list(held_out_text(recipe, sources).items())[:count]:
+        prompt = text.tokens[None, :tokens].to(model.device)
+        generate: Any = model.generate
+        output = generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=0.7,
+            top_p=0.9,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        before, after = (
+            str(tokenizer.decode(ids, skip_special_tokens=True))
+            for ids in (output[0, :tokens], output[0, tokens:])
+        )
+        found.append((domain, before, after))
+    return found

@@ -1,0 +1,109 @@
+"""Files that a kill or a full disk cannot leave half written; locks, hashes and reserved room."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from symphony_moe.errors import RunFolderError
+from symphony_moe.machine import process_number
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """RunFolderError where another process is at work in a folder; inside the block others see that
+    this one is. The system takes the lock back from a process that is killed. Of the processes that
+    train together the first holds it."""
+    if process_number() > 0:
+        yield
+        return
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"{root}: another `symphony` is at work there; wait until it is done, or stop it"
+            ) from None
+        except OSError:
+            log.debug("%s: its file system has no locks", root)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file (UTF-8), see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def to_json(content: Any, indent: int | None = None, *, ascii_only: bool = False) -> str:
+    """JSON that every parser reads: numbers that are none (a diverged loss) become null."""
+    return json.dumps(_finite(content), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file by one rename, durably: a reader, or a kill, never sees half of it."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Make a finished folder appear by one rename, durably."""
+    staged.rename(final)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+CHUNK = 16 * 1024**2
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Take the disk space of a file. Raises RunFolderError where there is not so much."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise RunFolderError(f"{file.name}: no room on the disk: {error}") from None
+        file.truncate(size)  # a file system that cannot reserve
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """`<folder's name>/<file>` -> SHA-256, for every file in a folder."""
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    return {path.relative_to(folder.parent).as_posix(): sha256_of(path) for path in files}
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

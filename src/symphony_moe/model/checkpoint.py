@@ -1,0 +1,230 @@
+"""Safetensors files: laid out from a plan, filled tensor by tensor, hashed.
+
+Names and shapes are known before the first weight is computed, so each file is laid out and its
+disk space taken at once; a tensor is then written to its place and forgotten. Peak memory is one
+tensor, a full disk is noticed at the start, and the same tensors give the same bytes.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from symphony_moe.errors import RecipeError, RunFolderError
+from symphony_moe.files import CHUNK, reserve, write_text
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Output dtype -> bytes of a number."""
+
+
+SPELLED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Output dtype -> its name in safetensors files."""
+
+
+def assign_shards(
+    tensors: Mapping[str, tuple[int, ...]], dtype: str, max_bytes: int
+) -> list[dict[str, tuple[int, ...]]]:
+    """Split the output into files of at most `max_bytes` of tensors, in the order of writing. A
+    tensor larger than that has a file of its own."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in tensors.items():
+        size = math.prod(shape) * BYTES[dtype]
+        if shards[-1] and filled + size > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += size
+    return shards
+
+
+class CheckpointWriter:
+    """Writes tensors to their places in the shards of one checkpoint folder."""
+
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, tuple[int, ...]], dtype: str, max_shard_bytes: int
+    ) -> None:
+        """Lay out the files, or take up files that were laid out for the same tensors before.
+
+        Raises RunFolderError where the disk has no room.
+        """
+        self.folder = folder
+        self.dtype = dtype
+        self.files: dict[str, dict[str, tuple[int, int]]] = {}
+        """File name -> tensor name -> (offset in the file, size), in bytes."""
+        self._shapes = dict(tensors)
+        self._written: dict[str, dict[int, int]] = {name: {} for name in tensors}
+        """Tensor name -> first row -> number of rows that are written there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = assign_shards(tensors, dtype, max_shard_bytes)
+        needed = sum(math.prod(shape) for shape in tensors.values()) * BYTES[dtype]
+        present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        free = shutil.disk_usage(folder).free + present
+        if needed > free:
+            raise RunFolderError(
+                f"{folder}: the checkpoint needs {needed / 1e9:.2f} GB, the disk has "
+                f"{free / 1e9:.2f} GB free; make room or choose another --out"
+            )
+        for number, shard in enumerate(shards, start=1):
+            name = (
+                "model.safetensors"
+                if len(shards) == 1
+                else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            )
+            self._lay_out(name, shard)
+        self._where = {
+            tensor: (file, *place)
+            for file, places in self.files.items()
+            for tensor, place in places.items()
+        }
+
+    def _lay_out(self, file: str, shard: Mapping[str, tuple[int, ...]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        places, position = {}, 0
+        for name, shape in shard.items():
+            size = math.prod(shape) * BYTES[self.dtype]
+            header[name] = {
+                "dtype": SPELLED[self.dtype],
+                "shape": list(shape),
+                "data_offsets": [position, position + size],
+            }
+            places[name] = (position, size)
+            position += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = len(text).to_bytes(8, "little") + text
+        self.files[file] = {n: (len(start) + at, size) for n, (at, size) in places.items()}
+        path = self.folder / file
+        if path.is_file() and path.stat().st_size == len(start) + position:
+            with path.open("rb") as existing:
+                if existing.read(len(start)) == start:
+                    return
+        with path.open("wb") as opened:
+            opened.write(start)
+            opened.flush()
+            reserve(opened, len(start) + position)
+
+    def write(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
+        """Write a tensor, or some of its rows, rounded to the output's dtype.
+
+        Raises RecipeError where a value does not fit the dtype (float16 ends at 65504).
+        """
+        shape = self._shapes[name]
+        assert tensor.shape[1:] == shape[1:] and first_row + len(tensor) <= shape[0], (
+            f"{name}: planned {shape}, got rows {first_row}.. of {tuple(tensor.shape)}"
+        )
+        rounded = tensor.to(getattr(torch, self.dtype)).contiguous().cpu()
+        if not bool(torch.isfinite(rounded).all()):
+            raise RecipeError(beyond(name, float(tensor.abs().max()), self.dtype))
+        file, offset, _ = self._where[name]
+        row_bytes = math.prod(shape[1:]) * BYTES[self.dtype]
+        with (self.folder / file).open("r+b") as opened:
+            opened.seek(offset + first_row * row_bytes)
+            opened.write(rounded.view(torch.uint8).numpy().data)
+        # Rows may come in any order, and again.
+        last = first_row + len(tensor)
+        blocks = {at: n for at, n in self._written[name].items() if not first_row <= at < last}
+        self._written[name] = blocks | {first_row: len(tensor)}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that is written already (float32)."""
+        file, offset, size = self._where[name]
+        with (self.folder / file).open("rb") as opened:
+            opened.seek(offset)
+            content = bytearray(opened.read(size))
+        stored = torch.frombuffer(content, dtype=getattr(torch, self.dtype))
+        return stored.view(self._shapes[name]).float()
+
+    def keep(self, prefix: str) -> None:
+        """Take the tensors whose names begin so as an earlier, interrupted build has written
+        them."""
+        for name, shape in self._shapes.items():
+            if name.startswith(prefix):
+                self._written[name] = {0: shape[0]}
+
+    def digest(self, prefix: str) -> str:
+        """SHA-256 of what is on disk of the tensors whose names begin so."""
+        places = {
+            file: {name: place for name, place in tensors.items() if name.startswith(prefix)}
+            for file, tensors in self.files.items()
+        }
+        hashes = tensor_hashes(self.folder, places)
+        return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        for file in self.files:
+            with (self.folder / file).open("rb") as opened:
+                os.fsync(opened.fileno())
+
+    def finish(self) -> dict[str, str]:
+        """Write the index of a sharded checkpoint; tensor name -> SHA-256 of its bytes."""
+        unfinished = [
+            name
+            for name, blocks in self._written.items()
+            if sum(blocks.values()) != self._shapes[name][0]
+        ]
+        assert not unfinished, f"planned but not written: {unfinished[:3]}"
+        self.sync()
+        if len(self.files) > 1:
+            total = sum(size for places in self.files.values() for _, size in places.values())
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {name: place[0] for name, place in self._where.items()},
+            }
+            write_text(
+                self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n"
+            )
+        return tensor_hashes(self.folder, self.files)
+
+
+def beyond(name: str, value: float, dtype: str) -> str:
+    """What to say of a number that an output's dtype does not hold."""
+    largest = torch.finfo(getattr(torch, dtype)).max
+    return (
+        f"output.dtype: {name} has a value of {value:.5g}, and {dtype} ends at {largest:.5g}; "
+        "write bfloat16 or float32"
+    )
+
+
+def tensor_hashes(
+    folder: Path, files: Mapping[str, Mapping[str, tuple[int, int]]]
+) -> dict[str, str]:
+    """Tensor name -> SHA-256 of its bytes, read back from the files."""
+    hashes = {}
+    for file, places in files.items():
+        with (folder / file).open("rb") as opened:
+            for name, (offset, size) in places.items():
+                opened.seek(offset)
+                digest = hashlib.sha256()
+                while size > 0:
+                    chunk = opened.read(min(CHUNK, size))
+                    if not chunk:
+                        break
+                    digest.update(chunk)
+                    size -= len(chunk)
+                hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def tensor_reader(folder: Path) -> Callable[[str], Tensor]:
+    """Name -> tensor, as it is on disk, of the safetensors files in a folder."""
+    where: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            where |= dict.fromkeys(file.keys(), path)
+
+    def read(name: str) -> Tensor:
+        with safe_open(where[name], framework="pt") as file:
+            # A copy: while one tensor of a file is in use, all of it stays mapped.
+            return file.get_tensor(name).clone()
+
+    return read

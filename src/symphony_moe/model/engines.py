@@ -1,0 +1,147 @@
+"""Which programs read a finished model, and which of them compute something else.
+
+`make test-clients` asks each program about a model of every row of docs/engines.md, and fails where
+it does something else than is said here. What no such model had is "not tried".
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+TRIED = {
+    "transformers 5": "5.0.0, 5.23.0 and 5.24.0",
+    "transformers 4.57": "4.57.6",
+    "vLLM": "0.32.0",
+    "llama.cpp": "b11434",
+    "MLX": "0.32.4 with mlx-lm 0.32.2",
+}
+"""Program -> the versions that were asked."""
+
+
+Verdict = Literal["exact", "other", "refused", "untried"]
+"""`exact`: the same tokens. `other`: it loads the model, says nothing, and answers otherwise.
+`refused`: it does not load the model. `untried`: nobody has asked it."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one program makes of a model."""
+
+    program: str
+    verdict: Verdict
+    why: str = ""
+    """In a few words; empty where there is nothing to say."""
+
+    def __str__(self) -> str:
+        words = {
+            "exact": "the same answers",
+            "other": "loads it, but gives WRONG ANSWERS",
+            "refused": "does not load it",
+            "untried": "not tried",
+        }[self.verdict]
+        return f"{self.program}: {words}" + (f" ({self.why})" if self.why else "")
+
+
+def readings(config: Mapping[str, Any], *, sentencepiece: bool = False) -> list[Reading]:
+    """What every program of `TRIED` makes of a model with this config, which is one of
+    `families.target_config`. `sentencepiece`: its tokenizer is of that kind."""
+    found = [Reading("transformers 5", "exact")]
+    untried = _untried(config)
+    for program in list(TRIED)[1:]:
+        # Without what nobody tried: a program that does not even read that is said to be so.
+        verdict, why = _judge(program, {**config, "rope_scaling": None} if untried else config)
+        if untried and verdict == "exact":
+            verdict, why = "untried", untried
+        if program == "llama.cpp" and verdict == "exact" and sentencepiece:
+            more = "it splits spaces that begin a text, and text after a special token, otherwise"
+            why = f"{why}; {more}" if why else more
+        found.append(Reading(program, verdict, why))
+    return found
+
+
+_TRIED_ROPE = {
+    *(
+        (architecture, "default")
+        for architecture in ("mixtral", "granitemoe", "ernie4_5_moe", "qwen3_moe", "jetmoe")
+    ),
+    ("mixtral", "llama3"),
+    ("granitemoe", "llama3"),
+}
+"""Architecture and type of RoPE of the models that were asked about."""
+
+
+_EXACT: tuple[Verdict, str] = ("exact", "")
+
+
+def _untried(config: Mapping[str, Any]) -> str:
+    """What the config has that no measured model had; empty for nothing."""
+    kind = (config.get("rope_scaling") or {}).get("rope_type", "default")
+    if (config["model_type"], kind) not in _TRIED_ROPE:
+        return f"with RoPE of the type {kind}"
+    activation = config.get("hidden_act") or config.get("activation_function") or "silu"
+    return "" if activation == "silu" else f"with the activation {activation}"
+
+
+_BY_ARCHITECTURE: dict[tuple[str, str], tuple[Verdict, str]] = {
+    ("transformers 4.57", "ernie4_5_moe"): (
+        "exact",
+        "it warns of missing biases in the experts, and takes zeros",
+    ),
+    ("vLLM", "jetmoe"): ("other", "its JetMoE is another model"),
+    ("llama.cpp", "jetmoe"): ("refused", "it has no JetMoE"),
+    ("llama.cpp", "ernie4_5_moe"): (
+        "refused",
+        "its converter wants a tokenizer.model; use output.architecture: granitemoe",
+    ),
+    ("MLX", "jetmoe"): ("refused", "it has no JetMoE"),
+    ("MLX", "ernie4_5_moe"): (
+        "refused",
+        "its Ernie has other biases; use output.architecture: granitemoe",
+    ),
+}
+"""What the settings of a model do not change."""
+
+
+def _vllm(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    if config["model_type"] == "granitemoe" and config["attention_bias"]:
+        return "other", "its GraniteMoe leaves the biases out; --model-impl transformers has them"
+    return _EXACT
+
+
+def _llama_cpp(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    if config["model_type"] == "granitemoe" and config.get("rope_scaling"):
+        return "refused", "its GraniteMoe does not scale RoPE; use output.architecture: auto"
+    return _beyond_window(config)
+
+
+def _mlx(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    if config["model_type"] != "mixtral":
+        return _EXACT
+    implied = config["hidden_size"] // config["num_attention_heads"]
+    if config["head_dim"] != implied:
+        return "refused", (
+            f"it takes heads of {implied}, hidden_size / num_attention_heads; this model has "
+            f"heads of {config['head_dim']}"
+        )
+    if config.get("rope_scaling"):
+        return "other", "its Mixtral does not scale RoPE; use output.architecture: granitemoe"
+    return _beyond_window(config)
+
+
+_BY_SETTINGS = {"vLLM": _vllm, "llama.cpp": _llama_cpp, "MLX": _mlx}
+
+
+def _judge(program: str, config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """Of a model like those that were asked about."""
+    found = _BY_ARCHITECTURE.get((program, config["model_type"]))
+    if found is not None or program not in _BY_SETTINGS:
+        return found or _EXACT
+    return _BY_SETTINGS[program](config)
+
+
+def _beyond_window(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """Of a program whose Mixtral has no window."""
+    window = config.get("sliding_window")
+    if window is None or window >= config["max_position_embeddings"]:
+        return _EXACT
+    return "other", f"its Mixtral sees beyond the window of {window} tokens"

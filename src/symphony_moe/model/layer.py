@@ -1,0 +1,276 @@
+"""One decoder layer at a time, run by the family's own `transformers` module.
+
+`one_layer_model` is the dense family's model cut down to one layer: masks, positions and attention
+are the family's own code, embeddings and the final norm are bypassed. `MixtureOfExperts` stands in
+for the FFN where the new model is run before it is written.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from symphony_moe.model.families import DOWN, GATE, UP
+from symphony_moe.model.moe_layer import MoELayer
+
+_ATTENTION = "self_attn."
+
+
+WINDOWS_TOKENS = 4096
+"""Tokens run through a layer at once (whole windows, at least one)."""
+
+
+LOGITS_AT_ONCE = 2**25
+"""Logits of one model that are in memory at once."""
+
+
+def device() -> torch.device:
+    """Where layers are run: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def one_layer_model(config: PreTrainedConfig, layer: int) -> PreTrainedModel:
+    """The dense model with layer `layer` alone, on the meta device: input is the residual stream
+    (`inputs_embeds`), output the residual stream after the layer (`last_hidden_state`)."""
+    alone = copy.deepcopy(config)
+    alone.num_hidden_layers = 1
+    if getattr(alone, "layer_types", None):
+        alone.layer_types = [alone.layer_types[layer]]
+    # The embeddings are bypassed: do not even describe them at their size.
+    alone.vocab_size, alone.pad_token_id = 1, None
+    alone.use_cache = False
+    with torch.device("meta"):
+        model = AutoModel.from_config(alone, dtype=torch.float32)
+    model.norm = nn.Identity()
+    return model.eval()
+
+
+@torch.no_grad()
+def rotations(
+    config: PreTrainedConfig, lengths: Iterable[int]
+) -> list[tuple[Float[Tensor, " frequencies"], float]]:
+    """(radians per position, factor of the rotated) of the dense model's RoPE, in texts of each of
+    the lengths: some kinds of RoPE depend on them."""
+    rotary: Any = type(one_layer_model(config, 0).rotary_emb)(copy.deepcopy(config))
+    found = []
+    for length in sorted(lengths):
+        rotary(torch.zeros(1), torch.tensor([[length - 1]]))
+        found.append((rotary.inv_freq.clone(), float(rotary.attention_scaling)))
+    return found
+
+
+def decoder_layer(model: PreTrainedModel) -> Any:
+    """The one layer of a one-layer model."""
+    layers: Any = model.layers
+    return layers[0]
+
+
+def load_dense_layer(
+    config: PreTrainedConfig, layer: int, tensors: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """The dense model's layer with its weights (name within the layer -> tensor), ready to run."""
+    return _with_weights(one_layer_model(config, layer), tensors)
+
+
+def load_moe_layer(
+    config: PreTrainedConfig, layer: int, tensors: MoELayer, top_k: int
+) -> PreTrainedModel:
+    """The new model's layer, ready to run: the dense family's attention and norms around a
+    mixture; or its norms around two, where experts have attention."""
+    model = one_layer_model(config, layer)
+    block = decoder_layer(model)
+    block.mlp = MixtureOfExperts(tensors.experts, tensors.router, top_k, ACT2FN[config.hidden_act])
+    shared = dict(tensors.shared)
+    if tensors.attention_router is not None:
+        common = {name: shared.pop(name) for name in tensors.shared if name.startswith(_ATTENTION)}
+        own = [
+            {name: tensor for name, tensor in expert.items() if name.startswith(_ATTENTION)}
+            for expert in tensors.experts
+        ]
+        block.self_attn = MixtureOfAttention(
+            block.self_attn, [common | expert for expert in own], tensors.attention_router, top_k
+        )
+    return _with_weights(model, shared)
+
+
+def _with_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    where = device()
+    # Rotary frequencies are computed, not stored: make them anew off the meta device.
+    model.rotary_emb = type(model.rotary_emb)(model.config).to(where)
+    decoder_layer(model).load_state_dict(
+        {name: tensor.float().to(where) for name, tensor in tensors.items()}, assign=True
+    )
+    return model
+
+
+class _Nothing(nn.Module):
+    """An FFN that adds nothing to the residual stream."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.zeros_like(hidden)
+
+
+def load_attention(
+    config: PreTrainedConfig, layer: int, shared: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """The first half of a layer, ready to run: what it puts out is the residual stream between
+    attention and FFN. `shared`: `Family.shared` name -> tensor."""
+    model = one_layer_model(config, layer)
+    decoder_layer(model).mlp = _Nothing()
+    return _with_weights(model, shared)
+
+
+@contextmanager
+def observe(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """What passes inside a one-layer model in its last run inside the block, by name:
+
+    `queries` and `keys` (before RoPE, after their norms where there are any; ... x heads x head_dim
+    or flat), `heads` (the input of o_proj), `middle` (the residual stream between attention and
+    FFN), `neurons` (the input of down_proj, of a dense layer)."""
+    layer = decoder_layer(model)
+    attention = layer.self_attn
+    seen: dict[str, Tensor] = {}
+
+    def keep_input(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen[name] = inputs[0]
+
+        return hook
+
+    def keep_output(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            seen[name] = output
+
+        return hook
+
+    handles = [
+        getattr(attention, "q_norm", attention.q_proj).register_forward_hook(
+            keep_output("queries")
+        ),
+        getattr(attention, "k_norm", attention.k_proj).register_forward_hook(keep_output("keys")),
+        attention.o_proj.register_forward_pre_hook(keep_input("heads")),
+        layer.post_attention_layernorm.register_forward_pre_hook(keep_input("middle")),
+    ]
+    if hasattr(layer.mlp, "down_proj"):
+        down = layer.mlp.down_proj
+        handles.append(down.register_forward_pre_hook(keep_input("neurons")))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_layer(
+    model: PreTrainedModel, hidden: Float[Tensor, "windows sequence hidden"]
+) -> Float[Tensor, "windows sequence hidden"]:
+    """The residual stream after the layer."""
+    return model(inputs_embeds=hidden.to(device()), use_cache=False).last_hidden_state
+
+
+class MixtureOfExperts(nn.Module):
+    """What every target architecture computes in place of the FFN: softmax over all experts' router
+    logits, the top_k of them, renormalised to sum to one, mix the experts' outputs."""
+
+    def __init__(
+        self,
+        experts: Sequence[Mapping[str, Tensor]],
+        router: Tensor,
+        top_k: int,
+        activation: nn.Module,
+    ) -> None:
+        super().__init__()
+        where = device()
+        self.experts = [{k: v.float().to(where) for k, v in expert.items()} for expert in experts]
+        self.router = router.float().to(where)
+        self.top_k = top_k
+        self.activation = activation
+
+    def forward(
+        self, hidden: Float[Tensor, "windows sequence hidden"]
+    ) -> Float[Tensor, "windows sequence hidden"]:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        gates, chosen = route(flat, self.router, self.top_k)
+        mixed = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            tokens, place = torch.where(chosen == number)
+            neurons = gated_neurons(expert, flat[tokens], self.activation)
+            mixed.index_add_(0, tokens, neurons @ expert[DOWN].T * gates[tokens, place, None])
+        return mixed.view_as(hidden)
+
+
+def route(
+    hidden: Float[Tensor, "tokens hidden"], router: Float[Tensor, "experts hidden"], top_k: int
+) -> tuple[Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"]]:
+    """(gates, experts) of every token: softmax over all, the top_k of them, summing to one."""
+    gates, chosen = torch.topk(torch.softmax(hidden @ router.T, dim=-1), top_k, dim=-1)
+    return gates / gates.sum(dim=-1, keepdim=True), chosen
+
+
+class MixtureOfAttention(nn.Module):
+    """What JetMoE computes in place of attention: each expert's q and o around the k and v that all
+    share; the top_k of the experts' outputs are mixed as in `MixtureOfExperts`.
+
+    Here every expert is the dense family's own module and attends for every token, chosen or not.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        experts: Sequence[Mapping[str, Tensor]],
+        router: Tensor,
+        top_k: int,
+    ) -> None:
+        """`dense`: the family's module; `experts`: its weights for each, by name within the
+        layer."""
+        super().__init__()
+        where = device()
+        # A plain list: their weights are not the layer's, which are loaded by name.
+        self.experts = [copy.deepcopy(dense) for _ in experts]
+        for module, expert in zip(self.experts, experts, strict=True):
+            weights = {k.removeprefix(_ATTENTION): v.float().to(where) for k, v in expert.items()}
+            module.load_state_dict(weights, assign=True)
+        self.router = router.float().to(where)
+        self.top_k = top_k
+
+    def forward(
+        self, hidden_states: Float[Tensor, "windows sequence hidden"], **arguments: Any
+    ) -> tuple[Float[Tensor, "windows sequence hidden"], None]:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        gates, chosen = route(flat, self.router, self.top_k)
+        by_expert = gates.new_zeros(len(flat), len(self.experts)).scatter(1, chosen, gates)
+        mixed = torch.zeros_like(hidden_states)
+        for number, attention in enumerate(self.experts):
+            gate = by_expert[:, number].view(*hidden_states.shape[:-1], 1)
+            mixed += gate * attention(hidden_states=hidden_states, **arguments)[0]
+        return mixed, None
+
+
+def gated_neurons(
+    expert: Mapping[str, Tensor], x: Float[Tensor, "tokens hidden"], activation: nn.Module
+) -> Float[Tensor, "tokens ffn"]:
+    """What the neurons of a gated FFN put out: the input of down_proj."""
+    return activation(x @ expert[GATE].T) * (x @ expert[UP].T)
+
+
+def rms_norm(
+    hidden: Float[Tensor, "... hidden"], gain: Float[Tensor, " hidden"], eps: float
+) -> Float[Tensor, "... hidden"]:
+    """RMSNorm as every family of the table has it."""
+    return hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + eps) * gain
+
+
+def logits_from_stream(
+    hidden: Float[Tensor, "windows sequence hidden"],
+    norm: Float[Tensor, " hidden"],
+    head: Float[Tensor, "vocabulary hidden"],
+    eps: float,
+) -> Float[Tensor, "windows sequence vocabulary"]:
+    """Final RMS norm and output head, in float32."""
+    return rms_norm(hidden, norm, eps) @ head.T

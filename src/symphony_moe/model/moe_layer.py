@@ -1,0 +1,165 @@
+"""One layer of a Mixture-of-Experts model, and its tensors under the names of the output."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from symphony_moe.model.families import K_PROJ, ROTARY, V_PROJ, Family, head_dim, queries_per_kv
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One finished layer in the dense family's own layout, before it takes the target's names."""
+
+    shared: Mapping[str, Tensor]
+    """`Family.shared` name -> tensor."""
+    experts: Sequence[Mapping[str, Tensor]]
+    """For each expert, `Family.expert` name -> tensor."""
+    router: Tensor
+    """experts x hidden."""
+    attention_router: Tensor | None = None
+    """experts x hidden, where the experts have attention matrices."""
+
+    def select(self, order: Sequence[int]) -> "MoELayer":
+        """The same layer with its experts in another order: entry i is the expert that becomes
+        expert i."""
+        attention = self.attention_router
+        return MoELayer(
+            self.shared,
+            [self.experts[number] for number in order],
+            self.router[list(order)],
+            None if attention is None else attention[list(order)],
+        )
+
+    def to(self, dtype: torch.dtype) -> "MoELayer":
+        """The same layer, rounded to another dtype."""
+        return MoELayer(
+            {name: tensor.to(dtype) for name, tensor in self.shared.items()},
+            [{name: tensor.to(dtype) for name, tensor in e.items()} for e in self.experts],
+            self.router.to(dtype),
+            None if self.attention_router is None else self.attention_router.to(dtype),
+        )
+
+
+def interleave_rotary(rows: Float[Tensor, "rows ..."], head_size: int) -> Float[Tensor, "rows ..."]:
+    """Reorder the rows of q or k (or its bias), head by head, so that the pair (j, j + head_size /
+    2) becomes the neighbours (2j, 2j + 1). Attention scores stay as they are: q and k move
+    together."""
+    heads = rows.view(-1, 2, head_size // 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def undo_interleave_rotary(
+    rows: Float[Tensor, "rows ..."], head_size: int
+) -> Float[Tensor, "rows ..."]:
+    """The inverse of `interleave_rotary`."""
+    heads = rows.view(-1, head_size // 2, 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def repeat_heads(
+    rows: Float[Tensor, "rows hidden"], head_size: int, times: int
+) -> Float[Tensor, "more_rows hidden"]:
+    """k or v with a KV head of its own for every query head: each head, `times` times in a row."""
+    heads = rows.view(-1, head_size, rows.shape[1])
+    return heads.repeat_interleave(times, dim=0).reshape(-1, rows.shape[1])
+
+
+def undo_repeat_heads(
+    rows: Float[Tensor, "rows hidden"], head_size: int, times: int
+) -> Float[Tensor, "fewer_rows hidden"]:
+    """The inverse of `repeat_heads`: the first of each `times` heads."""
+    heads = rows.view(-1, times, head_size, rows.shape[1])
+    return heads[:, 0].reshape(-1, rows.shape[1])
+
+
+def read_layer_outputs(
+    family: Family,
+    config: PreTrainedConfig,
+    layer: int,
+    num_experts: int,
+    read: Callable[[str], Tensor],
+) -> MoELayer:
+    """The inverse of `layer_outputs`. `read`: name in the checkpoint -> tensor."""
+    prefix = f"model.layers.{layer}."
+
+    def read_parts(names: Iterable[str], outputs: Mapping[str, str]) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = {}
+        for output, inside in _by_output(names, outputs).items():
+            whole = read(prefix + output)
+            rows = max(0, whole.ndim - 2)
+            parts |= zip(inside, whole.chunk(len(inside), dim=rows), strict=True)
+        return parts
+
+    shared = {
+        name: _from_target(family, config, name, tensor)
+        for name, tensor in read_parts(family.shared, family.renamed).items()
+    }
+    if family.stacks_experts:
+        stacked = read_parts(family.expert, family.expert)
+        experts = [{name: stacked[name][n] for name in family.expert} for n in range(num_experts)]
+    else:
+        experts = [
+            {dense: read(prefix + name.format(expert=n)) for dense, name in family.expert.items()}
+            for n in range(num_experts)
+        ]
+    chooser = family.attention_router
+    attention_router = None if chooser is None else read(prefix + chooser)
+    return MoELayer(shared, experts, read(prefix + family.router), attention_router)
+
+
+def layer_outputs(
+    family: Family, config: PreTrainedConfig, layer: int, tensors: MoELayer
+) -> Iterator[tuple[str, Tensor]]:
+    """(name in the checkpoint, tensor) for everything that the target has in one layer."""
+    prefix = f"model.layers.{layer}."
+    num_experts, hidden = tensors.router.shape
+    for output, names in _by_output(family.shared, family.renamed).items():
+        parts = [_to_target(family, config, name, tensors.shared[name]) for name in names]
+        yield prefix + output, parts[0] if len(parts) == 1 else torch.cat(parts)
+    sizes = {"hidden": hidden, "experts": num_experts}
+    for name, axes in family.zeros.items():
+        shape = [sizes.get(axis) or int(axis) for axis in axes.split()]
+        yield prefix + name, torch.zeros(shape, dtype=tensors.router.dtype)
+    yield prefix + family.router, tensors.router
+    if family.attention_router is not None:
+        assert tensors.attention_router is not None
+        yield prefix + family.attention_router, tensors.attention_router
+    if family.stacks_experts:
+        for output, names in _by_output(family.expert, family.expert).items():
+            matrices = [expert[name] for expert in tensors.experts for name in names]
+            yield prefix + output, torch.cat(matrices).view(num_experts, -1, matrices[0].shape[1])
+        return
+    for number, expert in enumerate(tensors.experts):
+        for dense_name, name in family.expert.items():
+            yield prefix + name.format(expert=number), expert[dense_name]
+
+
+def _by_output(names: Iterable[str], outputs: Mapping[str, str]) -> dict[str, list[str]]:
+    """Name in the output (a tensor's own, unless `outputs` has another) -> the tensors in it."""
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        grouped.setdefault(outputs.get(name, name), []).append(name)
+    return grouped
+
+
+def _to_target(family: Family, config: PreTrainedConfig, name: str, tensor: Tensor) -> Tensor:
+    """A shared tensor with its rows as the target has them."""
+    if family.interleaved_rotary and name.startswith(ROTARY):
+        return interleave_rotary(tensor, head_dim(config))
+    if family.repeats_kv and name in (K_PROJ, V_PROJ):
+        return repeat_heads(tensor, head_dim(config), queries_per_kv(config))
+    return tensor
+
+
+def _from_target(family: Family, config: PreTrainedConfig, name: str, tensor: Tensor) -> Tensor:
+    """The inverse of `_to_target`."""
+    if family.interleaved_rotary and name.startswith(ROTARY):
+        return undo_interleave_rotary(tensor, head_dim(config))
+    if family.repeats_kv and name in (K_PROJ, V_PROJ):
+        return undo_repeat_heads(tensor, head_dim(config), queries_per_kv(config))
+    return tensor

@@ -1,0 +1,236 @@
+"""A recipe file (YAML) and overrides -> a `Recipe`; what is wrong with one, in words."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from symphony_moe.errors import RecipeError, is_text, shortened
+from symphony_moe.recipe.presets import PRESETS
+from symphony_moe.recipe.settings import BUNDLED, Recipe
+from symphony_moe.recipe.yaml_text import read_yaml, spelled
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file, apply `a.b=c` overrides, resolve presets and paths.
+
+    Raises RecipeError for a file that is not there or not YAML, an unknown key or preset, a value
+    of the wrong kind, and settings that contradict each other.
+    """
+    return resolve_recipe(read_content(path, overrides), path.resolve().parent, str(path))
+
+
+def read_content(path: Path, overrides: Iterable[str]) -> dict[Any, Any]:
+    """What a recipe file says, with `a.b=c` overrides."""
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder, not a recipe file")
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file")
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} is not UTF-8"
+        raise RecipeError(f"{path}: not readable as YAML: {where}; save it as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: expected settings such as `sources:`, got {_kind(content)}")
+    for one in overrides:
+        override(content, one)
+    return content
+
+
+def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe:
+    """Check settings and fill in presets and absolute paths. `who` names the recipe in errors."""
+    _refuse_unknown_keys(content, Recipe, who, "")
+    settings = _without_nulls(content)
+    method = spelled(settings.get("method", "symphony"))
+    if not isinstance(method, str) or method not in PRESETS:
+        raise RecipeError(
+            f"{who}: method: {shortened(repr(method), 60)} is not available; "
+            f"available: {', '.join(PRESETS)}"
+        )
+    for section in settings.keys() - {"sources", "compare"}:
+        if isinstance(own := settings[section], Mapping):
+            settings[section] = _without_nulls(own)
+    for section, preset in PRESETS[method].items():
+        own = settings.get(section, {})
+        settings[section] = preset | own if isinstance(own, dict) else own
+    sources = settings.get("sources")
+    evaluation = settings.get("evaluation")
+    try:
+        if isinstance(sources, dict) and sources:
+            settings["anchor"] = settings.get("anchor", str(next(iter(sources))))
+            settings["sources"] = {
+                str(name): _absolute_source(spec, folder, f"{who}: sources.{name}")
+                for name, spec in sources.items()
+            }
+        if isinstance(evaluation, dict) and isinstance(extra := evaluation.get("extra"), dict):
+            absolute = {
+                str(name): _absolute_data(data, folder, f"{who}: evaluation.extra.{name}")
+                for name, data in extra.items()
+            }
+            settings["evaluation"] = evaluation | {"extra": absolute}
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise RecipeError(f"{who}: {_describe_all(error)}") from None
+    except RecursionError:
+        raise RecipeError(f"{who}: a YAML alias stands inside itself") from None
+
+
+def _kind(content: Any) -> str:
+    """What a YAML text holds instead of settings, in words."""
+    if content is None:
+        return "nothing"
+    return {list: "a list", str: "text", bool: "true or false"}.get(type(content), "a number")
+
+
+def _without_nulls(settings: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A setting without a value is left at its default."""
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def override(content: dict[str, Any], spelled_out: str) -> None:
+    """Apply one `a.b=c`; the value is read as YAML."""
+    path, _, value = spelled_out.partition("=")
+    *parents, last = path.strip().split(".")
+    who = f"--set {shortened(spelled_out, 100)}"
+    if not value.strip() or not all([*parents, last]):
+        raise RecipeError(f"{who}: expected KEY=VALUE, such as train.tokens=1000000")
+    section = content
+    for parent in parents:
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            raise RecipeError(f"{who}: {shortened(parent, 40)} is a value, not a section")
+    try:
+        section[last] = read_yaml(value)
+    except ValueError as error:
+        raise RecipeError(f"{who}: the value is not YAML: {error}") from None
+
+
+def _absolute_source(spec: Any, folder: Path, where: str) -> Any:
+    if not isinstance(spec, dict):
+        return spec
+    spec = dict(spec)
+    for key in ("model", "adapter"):
+        value = spelled(spec.get(key))
+        if isinstance(value, str) and not value.startswith(BUNDLED):
+            local = _absolute(value, folder, f"{where}.{key}")
+            looks_local = value.startswith((".", "/", "~")) or local.exists()
+            spec[key] = str(local) if looks_local else value
+    if "data" in spec:
+        spec["data"] = _absolute_data(spec["data"], folder, f"{where}.data")
+    return spec
+
+
+def _absolute_data(data: Any, folder: Path, where: str) -> Any:
+    if isinstance(data, list):
+        return [_absolute_data(item, folder, where) for item in data]
+    if isinstance(data, dict):
+        hub = spelled(data.get("hub"))
+        if isinstance(hub, str) and (local := _absolute(hub, folder, where)).exists():
+            return data | {"hub": str(local)}
+        return data
+    if isinstance(data, str) and not data.startswith(BUNDLED):
+        return str(_absolute(data, folder, where))
+    return data
+
+
+def _absolute(path: str, folder: Path, where: str) -> Path:
+    """Raises RecipeError for text that cannot be a path: too long, of an unknown user, ..."""
+    try:
+        absolute = (folder / Path(path).expanduser()).resolve()
+        if absolute.exists() and not is_text(str(absolute)):
+            raise ValueError(
+                f"{str(absolute)!a} is not UTF-8 text, as files of weights and outputs need it; "
+                "rename it"
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = shortened(str(error), 200)
+        where = shortened(where, 200)
+        raise RecipeError(
+            f"{where}: {shortened(path, 80)!r} cannot be used as a path: {reason}"
+        ) from None
+    return absolute
+
+
+def _refuse_unknown_keys(content: Any, model: type[BaseModel], who: str, path: str) -> None:
+    """RecipeError for the first key that the section does not have, with the nearest that it
+    has."""
+    if not isinstance(content, Mapping):
+        return
+    for key, value in content.items():
+        where = f"{path}{shortened(str(key), 60)}"
+        field = model.model_fields.get(str(key))
+        if field is None:
+            near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5)
+            hint = (
+                f"did you mean {path}{near[0]}?"
+                if near
+                else f"known: {', '.join(model.model_fields)}"
+            )
+            raise RecipeError(f"{who}: unknown setting {where}; {hint}")
+        for section, is_table in _sections(field.annotation):
+            items = value.items() if is_table and isinstance(value, Mapping) else [(None, value)]
+            for name, item in items:
+                _refuse_unknown_keys(
+                    item, section, who, f"{where}.{name}." if name else f"{where}."
+                )
+
+
+def _sections(annotation: Any) -> list[tuple[type[BaseModel], bool]]:
+    """(section, whether it stands in a table of names) for every section that a field can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [(annotation, False)]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is dict:
+        return [(section, True) for section, _ in _sections(arguments[1])]
+    if origin in (typing.Union, types.UnionType):
+        return [found for argument in arguments for found in _sections(argument)]
+    return []
+
+
+def _describe_all(error: ValidationError) -> str:
+    """A sentence for each of the first mistakes, in the recipe's words."""
+    found = error.errors()
+    if any(one["loc"][:1] == ("sources",) for one in found):
+        found = [one for one in found if one["loc"] != ("anchor",)]  # it is the first of them
+    sentences = list(dict.fromkeys(_describe(one) for one in found))
+    shown = [shortened(sentence, 400 if len(sentences) == 1 else 150) for sentence in sentences[:2]]
+    return "; ".join(shown) + (f"; and {more} more" if (more := len(sentences) - 2) > 0 else "")
+
+
+def _describe(error: Any) -> str:
+    place, got = error["loc"], error.get("input")
+    shown = ""
+    if isinstance(got, str | int | float | bool):
+        shown = f" (got {shortened(repr(got), 80)})"
+    expected = error["msg"].removeprefix("Value error, ")
+    of_source = place[:1] == ("sources",)
+    if place == ("sources",) and error["type"] != "too_long":
+        expected = "expected two sources or more, each as NAME: {model: ..., data: ...}"
+        shown = f" (got {len(got)})" if error["type"] == "too_short" else ""
+    elif of_source and len(place) == 2 and error["type"] in ("model_type", "dict_type"):
+        expected = "expected {model: ..., data: ...}"
+    elif of_source and place[2:3] == ("data",) and place[3:] in _DATA_BRANCHES:
+        place = place[:3]
+        expected = "expected a file, a list of files, or {hub: ..., column: ...}"
+    elif error["type"] == "string_type" and shown:
+        expected = "expected text; write it in quotes"
+    where = ".".join(shortened(str(part), 60) for part in place)
+    return f"{where}: {expected}{shown}" if where else expected
+
+
+_DATA_BRANCHES = {("str",), ("list[str]",), ("HubData",)}
+"""What pydantic says of text that is none of `Data`: one mistake, three times."""

@@ -1,0 +1,37 @@
+"""What each `method` stands for: values for the sections of a recipe."""
+
+_PLAIN_MEAN: dict[str, dict[str, str]] = {
+    "backbone": {"attention": "linear", "embeddings": "selective-linear", "norms": "linear"},
+    "align": {"residual": "none", "heads": "none", "neurons": "none"},
+    "experts": {"init": "source"},
+    "refit": {"method": "none"},
+    "router": {"init": "random"},
+}
+
+
+PRESETS: dict[str, dict[str, dict[str, str]]] = {
+    "symphony": {
+        "backbone": {"attention": "slerp", "embeddings": "selective-linear", "norms": "linear"},
+        "align": {"residual": "none", "heads": "none", "neurons": "activations"},
+        "experts": {"init": "source"},
+        "refit": {"method": "none"},
+        "router": {"init": "random"},
+    },
+    "harmonized": {
+        "backbone": {"attention": "linear", "embeddings": "selective-linear", "norms": "linear"},
+        "align": {"residual": "orthogonal", "heads": "all", "neurons": "auto"},
+        "experts": {"init": "source"},
+        "refit": {"method": "least-squares"},
+        "router": {"init": "regression"},
+    },
+    "btx": _PLAIN_MEAN,
+    "bam": _PLAIN_MEAN | {"experts": {"init": "source", "attention": "source"}},
+    "drop-upcycling": _PLAIN_MEAN | {"experts": {"init": "drop"}},
+    "sparse-upcycling": _PLAIN_MEAN
+    | {
+        "backbone": {"attention": "anchor", "embeddings": "anchor", "norms": "anchor"},
+        "experts": {"init": "copy"},
+    },
+}
+"""method -> section -> setting. The paper's method, the project's own, and the paper's baselines
+(appendix)."""

@@ -1,0 +1,1 @@
+"""The checkpoints that go in: opened, read, compared."""

@@ -1,0 +1,492 @@
+"""Sources: dense checkpoints opened lazily, described from headers alone, proved to match.
+
+`open_source` reads config, tokenizer files and safetensors headers; `Source.read` reads one tensor.
+`compare_sources` names every difference between the sources and says what it means for the build.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationConfig,
+    PreTrainedConfig,
+)
+
+from symphony_moe.bundled import source_folder
+from symphony_moe.errors import SourceError, first_line, shortened
+from symphony_moe.model.families import (
+    AUTO,
+    EMBEDDING,
+    FAMILIES,
+    FINAL_NORM,
+    HEAD,
+    Target,
+)
+from symphony_moe.model.layer import decoder_layer, one_layer_model
+from symphony_moe.recipe.settings import BUNDLED, Recipe, SourceSpec
+from symphony_moe.sources.adapter import FILES as ADAPTER_FILES
+from symphony_moe.sources.adapter import Adapter, open_adapter
+from symphony_moe.sources.convert import (
+    INDEX,
+    SAFETENSORS,
+    from_gguf,
+    from_pickle,
+    pickles_of,
+    refuse_outside,
+    tokenizer_over,
+    weight_map,
+)
+from symphony_moe.sources.gguf_file import GGUFFile, open_gguf
+from symphony_moe.sources.hub import SMALL_FILES, fetch, has_weights, hub_headers, is_on_hub
+from symphony_moe.sources.pretrained import load_config
+from symphony_moe.sources.source import (
+    FLOAT_BYTES,
+    GENERATION,
+    NO_HEAD,
+    SPECIAL,
+    Header,
+    Source,
+    by_tensor,
+    has_equal_tables,
+    no_row,
+    within_vocabulary,
+)
+from symphony_moe.sources.vocabulary import (
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    is_needed,
+    merge,
+    tokenizer_paths,
+)
+
+_BUFFERS = r"rotary_emb\.inv_freq"
+"""What old checkpoints carry and the architecture computes itself: transformers reads past it."""
+
+
+def target_of(recipe: Recipe) -> Target:
+    """What a recipe says of its output's architecture."""
+    return Target(recipe.experts.attention, recipe.output.architecture)
+
+
+def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
+    """Open every source of a recipe, in its order, in one vocabulary. See `open_source`."""
+    target = target_of(recipe)
+    sources = [
+        open_source(name, spec, download=download, target=target)
+        for name, spec in recipe.sources.items()
+    ]
+    return share_vocabulary(sources, recipe.anchor, recipe.output.chat or recipe.anchor)
+
+
+def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[Source]:
+    """The sources in the union of their vocabularies; as they are where they have one already, and
+    where none can be found (`compare_sources` says why)."""
+    if len({source.config.model_type for source in sources}) > 1:
+        return list(sources)
+    owners = [source.owner for source in sources]
+    if not is_needed(owners, anchor, chat) or len({owner.kind for owner in owners}) > 1:
+        return list(sources)
+    vocabulary = merge(owners, anchor, chat)
+    shared = []
+    for source in sources:
+        config = copy.deepcopy(source.config)
+        config.vocab_size = vocabulary.size
+        changed = replace(source, config=config, vocabulary=vocabulary)
+        # Loaded once: a copy of a frozen dataclass would begin without.
+        changed.__dict__["own_tokenizer"] = source.own_tokenizer
+        shared.append(changed)
+    return shared
+
+
+def open_source(
+    name: str, spec: SourceSpec, *, download: bool = True, target: Target = AUTO
+) -> Source:
+    """Open a checkpoint from its headers and prove that it is complete.
+
+    `download=False` fetches configuration, tokenizer and headers from the hub, but no weights, and
+    does not read weights to compare their hashes. `target`: what the recipe says of
+    the output's architecture.
+    Raises SourceError for a folder or hub id that is not there, an architecture without a family
+    table, a variant that the target cannot hold, and missing, surplus or misshapen tensors;
+    RecipeError for a target that does not hold the family.
+    """
+    from_hub = not spec.model.startswith(BUNDLED) and not Path(spec.model).is_absolute()
+    if spec.model.startswith(BUNDLED):
+        folder = source_folder(spec.model.removeprefix(BUNDLED))
+    else:
+        patterns = [*SMALL_FILES, "*.safetensors"] if download else list(SMALL_FILES)
+        if spec.gguf_file is not None:
+            patterns.append(spec.gguf_file)  # everything is in it
+        elif spec.allow_pickle and not (
+            from_hub and any(is_on_hub(spec, file) for file in (SAFETENSORS, INDEX))
+        ):
+            patterns.append("*.bin")
+        folder = Path(spec.model)
+        if from_hub:
+            folder = fetch(name, spec.model, spec.revision, patterns)
+    if not folder.is_dir():
+        hint = ", which is a file; name the folder of the model that it is in"
+        hint = _gguf_hint(name, folder) or (hint if folder.is_file() else "")
+        raise SourceError(f"{name}: no such model folder: {folder}{hint}")
+    if (folder / ADAPTER_FILES[0]).is_file():
+        raise SourceError(
+            f"{name}: {folder} has an {ADAPTER_FILES[0]}: it holds a LoRA, which transformers "
+            f"loads into the model by itself. Name its folder as sources.{name}.adapter, and as "
+            "model the one that it was trained on, in a folder without it"
+        )
+    origin = folder
+    converted: tuple[str, ...] = ()
+    gguf: GGUFFile | None = None
+    if spec.gguf_file is not None:
+        gguf = open_gguf(name, folder / spec.gguf_file)
+        folder = _convert_gguf(name, folder, gguf, target, weights=download)
+        converted = (spec.gguf_file,)
+    elif not any(folder.glob("*.safetensors")) and not from_hub and _gguf_hint(name, folder):
+        found = f"{name}: {folder} has no .safetensors weights"
+        raise SourceError(found + _gguf_hint(name, folder))
+    config = _read_config(name, folder, target)
+    pickles = [] if converted else pickles_of(name, folder)
+    if pickles and from_hub and not download and is_on_hub(spec, SAFETENSORS):
+        pickles = []  # not fetched, but preferred
+    if pickles:
+        if not spec.allow_pickle:
+            raise SourceError(
+                f"{name}: {folder} has no .safetensors weights, only {pickles[0].name}, which is "
+                f"pickled; set sources.{name}.allow_pickle: true to have it read (tensors alone) "
+                "and converted"
+            )
+        folder = from_pickle(name, folder, pickles)
+        converted = tuple(path.name for path in pickles)
+    remote = from_hub and not download and not has_weights(name, folder)
+    if gguf is not None and not download:
+        headers, notes = _headers_of_gguf(gguf), list[str]()
+    else:
+        headers, notes = hub_headers(name, spec) if remote else _read_headers(name, folder)
+    notes += [] if gguf is None else gguf.notes
+    source = Source(name, spec.model, folder, config, headers, target=target)
+    source = replace(source, notes=tuple(notes))
+    if converted:
+        source = replace(source, origin=origin, converted=converted)
+    source = _with_its_head(_without_buffers(source), here=not remote)
+    _check_tensors(source)
+    _check_generation_config(source)
+    if spec.adapter is not None:
+        adapter = _open_adapter(name, spec, spec.adapter, source.config)
+        _refuse_tied_rows(adapter, declared=config, config=source.config)
+        source = _adapted(source, adapter)
+    source = replace(source, dropped=tuple(_drop_numbers(name, folder, source.config)))
+    if spec.sha256 is not None and download:
+        _check_hashes(source, spec.sha256)
+    return source
+
+
+def _gguf_hint(name: str, path: Path) -> str:
+    """How a recipe names the GGUF file that a path is, or that a folder has."""
+    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if not found or found[0].suffix != ".gguf":
+        return ""
+    return (
+        f". To read a GGUF file, write its folder as sources.{name}.model and "
+        f"sources.{name}.gguf_file: {found[0].name}"
+    )
+
+
+def _convert_gguf(
+    name: str, folder: Path, file: GGUFFile, target: Target, *, weights: bool
+) -> Path:
+    """The model folder of a GGUF file, which is proved to hold the whole model before its weights
+    are converted."""
+    described = from_gguf(name, folder, file, weights=False)
+    config = _read_config(name, described, target)
+    source = Source(name, str(folder), folder, config, _headers_of_gguf(file))
+    _check_tensors(replace(source, origin=file.path))
+    return from_gguf(name, folder, file, weights=True) if weights else described
+
+
+def _headers_of_gguf(file: GGUFFile) -> dict[str, Header]:
+    """Headers of the tensors that it becomes."""
+    return {name: Header(file.path.name, shape, "F32") for name, shape in file.tensors.items()}
+
+
+def _open_adapter(name: str, spec: SourceSpec, adapter: str, config: PreTrainedConfig) -> Adapter:
+    """The recipe's adapter. It is small: from the hub it is fetched whole, for a plan too."""
+    folder = Path(adapter)
+    if not folder.is_absolute():
+        patterns = [*ADAPTER_FILES, *TOKENIZER_FILES, "additional_chat_templates/*.jinja"]
+        folder = fetch(f"{name}: adapter", adapter, spec.adapter_revision, patterns)
+    if not folder.is_dir():
+        raise SourceError(f"{name}: no such adapter folder: {folder}")
+    return open_adapter(name, folder, expected_shapes(config))
+
+
+def _refuse_tied_rows(
+    adapter: Adapter, *, declared: PreTrainedConfig, config: PreTrainedConfig
+) -> None:
+    """Raise SourceError for rows of single tokens on a model whose config ties the head and whose
+    files hold another one: peft goes by the config and writes them into both tables."""
+    unties = declared.tie_word_embeddings and not config.tie_word_embeddings
+    if unties and EMBEDDING in adapter.tokens and HEAD not in adapter.tokens:
+        raise SourceError(
+            f"{adapter.owner}: its adapter trained rows of the embeddings "
+            "(trainable_token_indices). "
+            "The model's config ties the head to them, and its files hold another one: peft would "
+            "write the rows into that head too. Set tie_word_embeddings: false in the model's "
+            "config.json, or merge the adapter with peft and save the result"
+        )
+
+
+def _adapted(source: Source, adapter: Adapter) -> Source:
+    """The source with an adapter: the adapter's tables, where they have other rows or are two, and
+    its tokenizer, where it has one."""
+    config = copy.deepcopy(source.config)
+    headers = dict(source.headers)
+    if adapter.unties:
+        config.tie_word_embeddings = False
+        headers[HEAD] = headers[EMBEDDING]
+    if adapter.rows is not None:
+        config.vocab_size = adapter.rows
+        for name in (EMBEDDING, HEAD):
+            if name in headers:
+                shape = (adapter.rows, headers[name].shape[1])
+                headers[name] = replace(headers[name], shape=shape)
+    changed = replace(source, adapter=adapter, config=config, headers=headers)
+    beside = tokenizer_paths(adapter.folder)
+    if not beside:
+        return changed
+    folder = adapter.folder
+    if not set(beside).intersection(VOCABULARY_FILES):
+        known = tokenizer_paths(source.folder)
+        folder = tokenizer_over(source.name, source.folder, folder, beside, known)
+    changed = replace(changed, tokenizer_folder=folder)
+    special = {key: getattr(config, key, None) for key in SPECIAL}
+    for key, value in changed._with_its_tokens(special).items():
+        setattr(config, key, value)
+    return changed
+
+
+def _read_config(name: str, folder: Path, target: Target) -> PreTrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{name}: {folder} has no config.json; is it a model folder?")
+    try:
+        declared = json.loads(path.read_text(encoding="utf-8"))
+        model_type = declared.get("model_type") if isinstance(declared, dict) else None
+        if model_type is None:
+            raise SourceError(f"{name}: {path} names no model_type; is it a model's?")
+        if model_type not in FAMILIES:
+            raise SourceError(
+                f"{name}: {folder} is a {model_type!r} model; "
+                f"families with an exact MoE target: {', '.join(FAMILIES)}"
+            )
+        config = load_config(folder)
+        # The family's own module refuses sizes and settings that make no model.
+        expected_shapes(config)
+    except SourceError:
+        raise
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SourceError(f"{name}: {path} is not JSON: {error}") from None
+    except Exception as error:
+        # Every config class and module checks, or stumbles, in its own way.
+        reason = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", 250)
+        raise SourceError(f"{name}: {path} is not usable: {reason}") from None
+    if declared.get("quantization_config"):
+        raise SourceError(
+            f"{name}: {folder} is quantized; expected plain floating-point weights. "
+            "Use the checkpoint that it was quantized from"
+        )
+    for reason, refuses in target.family(model_type).refusals:
+        if refuses(config):
+            raise SourceError(f"{name}: {folder} cannot become an expert: {reason}")
+    return config
+
+
+def _drop_numbers(name: str, folder: Path, config: PreTrainedConfig) -> list[str]:
+    """Take numbers of special tokens out of a config that no row of the table has, as nothing that
+    stock transformers computes depends on them; what was taken, in words.
+
+    Raises SourceError for a padding token without a row, with which no model can be made.
+    """
+    rows, pad = config.vocab_size, config.pad_token_id
+    if isinstance(pad, int) and not -rows <= pad < rows:
+        raise SourceError(
+            f"{name}: pad_token_id in {folder / 'config.json'} is {pad}, and the embeddings have "
+            f"{rows} rows; transformers loads no such model. Set it to null, or to a token's number"
+        )
+    found = []
+    for key in ("bos_token_id", "eos_token_id"):
+        numbers, gone = within_vocabulary(getattr(config, key, None), rows)
+        if gone:
+            setattr(config, key, numbers)
+            found.append(no_row(key, "config.json", gone, rows))
+    return found
+
+
+def _read_headers(name: str, folder: Path) -> tuple[dict[str, Header], list[str]]:
+    """(headers of the files that transformers would load, whatever else is beside them; notes)."""
+    listed: dict[str, str] = {}
+    index = folder / INDEX
+    refuse_outside(name, index)
+    if (folder / SAFETENSORS).is_file():
+        files = [SAFETENSORS]
+    elif index.is_file():
+        listed = weight_map(name, index)
+        files = sorted(set(listed.values()))
+    else:
+        raise SourceError(
+            f"{name}: {folder} has no .safetensors weights that transformers would load, neither "
+            f"{SAFETENSORS} nor {INDEX} (found: "
+            f"{shortened(', '.join(sorted(p.name for p in folder.iterdir())), 150) or 'nothing'}). "
+            "Other formats: load the model with transformers and save_pretrained it"
+        )
+    for file in files:
+        if not (folder / file).is_file():
+            raise SourceError(f"{name}: {file} is in the index of {folder}, but is not there")
+    headers, notes = by_tensor(name, {file: _headers_of(name, folder, file) for file in files})
+    absent = sorted(set(listed) - set(headers))
+    if absent:
+        # transformers opens the files and takes what is in them: what a model needs is looked for
+        # there, and not here.
+        notes.append(
+            f"{name}: its index lists {len(absent)} tensors that no file holds, first {absent[0]}; "
+            "ignored, as transformers does"
+        )
+    return headers, notes
+
+
+def _headers_of(name: str, folder: Path, file: str) -> dict[str, Header]:
+    """Headers of one file."""
+    found: dict[str, Header] = {}
+    try:
+        with safe_open(folder / file, framework="pt") as opened:
+            for tensor in opened.keys():  # noqa: SIM118 (a handle, not a dict)
+                view = opened.get_slice(tensor)
+                found[tensor] = Header(file, tuple(view.get_shape()), view.get_dtype())
+    except (SafetensorError, OSError) as error:
+        raise SourceError(
+            f"{name}: {folder / file} is not a whole safetensors file ({error}); fetch it again"
+        ) from None
+    return found
+
+
+def _without_buffers(source: Source) -> Source:
+    """The source without the tensors that transformers reads past in silence."""
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
+    patterns = [_BUFFERS, *(getattr(stock, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    ignored = sorted(n for n in source.headers if any(re.search(p, n) for p in patterns))
+    if not ignored:
+        return source
+    note = (
+        f"{source.name}: {len(ignored)} tensors are ignored, as by transformers, which computes "
+        f"them itself, first {ignored[0]}"
+    )
+    headers = {n: h for n, h in source.headers.items() if n not in ignored}
+    return replace(source, headers=headers, notes=(*source.notes, note))
+
+
+def _with_its_head(source: Source, *, here: bool) -> Source:
+    """The source with the head that transformers gives it. Where a config ties the head to the
+    embeddings, and the files hold only one of both, it is both; where they hold both and they are
+    equal, they are tied; where they differ, they are not, whatever the config says. `here`: whether
+    the weights can be compared."""
+    headers = dict(source.headers)
+    if not source.config.tie_word_embeddings or HEAD not in headers:
+        return source
+    if EMBEDDING not in headers:
+        headers[EMBEDDING] = replace(headers.pop(HEAD), stored=HEAD)
+        return replace(source, headers=headers)
+    if headers[EMBEDDING].shape == headers[HEAD].shape:
+        if not here:
+            note = (
+                f"{source.name}: its config ties the head to the embeddings, and its files hold "
+                "both; whether they are equal shows once the weights are here. Where they are not, "
+                "the files' head is used, as transformers does, and the output's head is untied"
+            )
+            del headers[HEAD]
+            return replace(source, headers=headers, notes=(*source.notes, note))
+        if has_equal_tables(source):
+            del headers[HEAD]
+            return replace(source, headers=headers)
+    config = copy.deepcopy(source.config)
+    config.tie_word_embeddings = False
+    note = (
+        f"{source.name}: its config ties the head to the embeddings, but its files hold another "
+        "head; that is used, as transformers does"
+    )
+    return replace(source, config=config, notes=(*source.notes, note))
+
+
+def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of a dense model, from the family's own module (no memory is taken)."""
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    shapes = {EMBEDDING: (vocabulary, hidden), FINAL_NORM: (hidden,)}
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (vocabulary, hidden)
+    layer = decoder_layer(one_layer_model(config, 0))
+    for number in range(config.num_hidden_layers):
+        for name, tensor in layer.state_dict().items():
+            shapes[f"model.layers.{number}.{name}"] = tuple(tensor.shape)
+    return shapes
+
+
+def _check_tensors(source: Source) -> None:
+    expected = expected_shapes(source.config)
+    folder = source.origin or source.folder
+    missing = [name for name in expected if name not in source.headers]
+    if missing:
+        raise SourceError(
+            f"{source.name}: {len(missing)} tensors are missing from {folder}, "
+            f"first {missing[0]}; expected all that config.json describes"
+            + (NO_HEAD if missing == [HEAD] else "")
+        )
+    surplus = sorted(set(source.headers) - set(expected))
+    if surplus:
+        raise SourceError(
+            f"{source.name}: {folder} has {len(surplus)} tensors that a "
+            f"{source.config.model_type} model does not have, first {surplus[0]}"
+        )
+    for name, shape in expected.items():
+        header = source.headers[name]
+        if header.shape != shape:
+            raise SourceError(
+                f"{source.name}: {name} is {list(header.shape)} in {header.file}, "
+                f"its config.json says {list(shape)}"
+            )
+        if header.dtype not in FLOAT_BYTES:
+            raise SourceError(
+                f"{source.name}: {name} is stored as {header.dtype}; expected a float type "
+                f"({', '.join(FLOAT_BYTES)})"
+            )
+
+
+def _check_generation_config(source: Source) -> None:
+    """The anchor's is copied into the output, where a bad one keeps the model from loading."""
+    path = source.folder / GENERATION
+    if not path.is_file():
+        return
+    try:
+        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise ValueError("expected a table of settings")
+        GenerationConfig.from_pretrained(source.folder, local_files_only=True).validate()
+    except Exception as error:
+        # Whatever the library's own checks raise: the file is the user's.
+        raise SourceError(
+            f"{source.name}: {path} is not usable: {first_line(error)}; mend or remove it"
+        ) from None
+
+
+def _check_hashes(source: Source, expected: Mapping[str, str]) -> None:
+    found = source.hash_files()
+    # A recipe may pin the weights alone.
+    for file in [*expected, *(file for file in source._weights if file not in expected)]:
+        if expected.get(file) != found.get(file):
+            path = (source.origin or source.folder) / file
+            raise SourceError(
+                f"{source.name}: {path} has SHA-256 {str(found.get(file))[:16]}, "
+                f"the recipe says {str(expected.get(file))[:16]}: the source has changed"
+            )

@@ -1,0 +1,495 @@
+"""One dense checkpoint, read tensor by tensor."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from symphony_moe.errors import SourceError, first_line
+from symphony_moe.files import sha256_of
+from symphony_moe.model.families import AUTO, EMBEDDING, HEAD, Family, Target
+from symphony_moe.recipe.settings import Recipe
+from symphony_moe.sources.adapter import FILES as ADAPTER_FILES
+from symphony_moe.sources.adapter import Adapter
+from symphony_moe.sources.pretrained import code_of, load_tokenizer
+from symphony_moe.sources.vocabulary import (
+    Owner,
+    Vocabulary,
+    cut_otherwise,
+    left_out,
+    tokenizer_paths,
+    without_rowless,
+)
+from symphony_moe.text.windows import Encoder
+
+GENERATION = "generation_config.json"
+
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+CODE = ("auto_map", "custom_generate")
+"""What a generation config says of code: it is neither run nor carried on."""
+
+
+TABLE_ROWS = 8192
+"""Rows of an embedding table that are read at once."""
+
+
+FLOAT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors header says of one tensor."""
+
+    file: str
+    """Name of the file in the source's folder."""
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors spells it: `BF16`, `F32`, ..."""
+    stored: str | None = None
+    """Its name in the file, where that is another."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dense checkpoint. Nothing of its weights is in memory."""
+
+    name: str
+    model: str
+    """As the recipe spells it: folder, hub id, or bundled name."""
+    folder: Path
+    config: PreTrainedConfig
+    headers: Mapping[str, Header]
+    """Tensor name -> header."""
+    origin: Path | None = None
+    """The folder with the files that `folder` was converted from, where it was."""
+    converted: tuple[str, ...] = ()
+    """Those of them that hold weights."""
+    adapter: Adapter | None = None
+    """LoRA that is merged into its tensors as they are read."""
+    tokenizer_folder: Path | None = None
+    """The folder with its tokenizer, where that is not `folder`: an adapter may have its own."""
+    vocabulary: Vocabulary | None = None
+    """What it shares with the other sources, where theirs is not its own; `config.vocab_size` is
+    the size of that then."""
+    target: Target = AUTO
+    """What the recipe says of the output's architecture."""
+    notes: tuple[str, ...] = ()
+    """What its files hold that is ignored, or that its config does not say, in words."""
+    dropped: tuple[str, ...] = ()
+    """What its config says and `config` does not, in words."""
+
+    @property
+    def family(self) -> Family:
+        return self.target.family(self.config.model_type)
+
+    @property
+    def head_name(self) -> str:
+        """The tensor that holds the output head: the embeddings, where the head is tied to them."""
+        return EMBEDDING if self.config.tie_word_embeddings else HEAD
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of its embedding table."""
+        return self.headers[EMBEDDING].shape[0]
+
+    @property
+    def known(self) -> Bool[Tensor, " vocabulary"] | None:
+        """Which tokens of the shared vocabulary it has; None where it has all."""
+        return None if self.vocabulary is None else self.vocabulary.tables[self.name].known
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(header.shape) for header in self.headers.values())
+
+    @property
+    def public_name(self) -> str:
+        """The model without the machine's paths."""
+        return public_name(self.model)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What makes tokens of text for all sources of a build."""
+        return self.own_tokenizer if self.vocabulary is None else self.vocabulary.tokenizer
+
+    @cached_property
+    def own_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's own (or the adapter's), without what only its class adds beyond the model's
+        rows. Raises SourceError where its files cannot be read, and where they list tokens that the
+        model has no rows for."""
+        folder = self.tokenizer_folder or self.folder
+        try:
+            loaded = load_tokenizer(folder)
+            tokenizer, _ = without_rowless(loaded, folder, self.own_rows)
+            num_tokens = max(tokenizer.get_vocab().values()) + 1
+        except Exception as error:
+            # The loaders behind AutoTokenizer raise whatever their parser raised.
+            raise SourceError(
+                f"{self.name}: {why_unusable(folder, error)}{self._or_the_models}"
+            ) from None
+        if num_tokens > self.own_rows:
+            raise SourceError(
+                f"{self.name}: the tokenizer in {folder} has {num_tokens} tokens, the model "
+                f"embeddings for {self.own_rows}; is it another model's tokenizer? "
+                "Otherwise remove the tokens that have no embedding"
+                + kinds_hint(Owner(self.name, folder, loaded, self.own_rows))
+                + self._or_the_models
+            )
+        return tokenizer
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What makes tokens of its documents: begun and ended as its own tokenizer does it, in the
+        numbers of the shared vocabulary."""
+        eos = getattr(self.config, "eos_token_id", None)
+        return Encoder.of(self.own_tokenizer, self.tokenizer, eos)
+
+    @property
+    def _or_the_models(self) -> str:
+        beside = self.tokenizer_folder is not None
+        return ". Without tokenizer files beside its adapter the model's are used" if beside else ""
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """What its generation_config.json says; None where it has none. Special tokens of an
+        adapter's own tokenizer are in it, as in its config: any of several ends a text."""
+        path = self.folder / GENERATION
+        if not path.is_file():
+            return None
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+        return settings if self.tokenizer_folder is None else self._with_its_tokens(settings)
+
+    def _with_its_tokens(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings with the special tokens of its tokenizer, put there as transformers' Trainer
+        puts them into a model that it trains; an adapter's files do not keep them."""
+        changed = dict(settings)
+        for key in SPECIAL:
+            number, old = getattr(self.own_tokenizer, key, None), settings.get(key)
+            listed = old if isinstance(old, list) else [old]
+            if number is None or number in listed:
+                continue
+            several = key == "eos_token_id" and old is not None
+            changed[key] = [number, *listed] if several else number
+        return changed
+
+    @property
+    def owner(self) -> Owner:
+        """Its own tokenizer, the size of its tables, and its config's special tokens."""
+        special = {key: getattr(self.config, key, None) for key in ("eos_token_id", "pad_token_id")}
+        folder = self.tokenizer_folder or self.folder
+        generation = None if self.generation is None else read_generation(self)[0]
+        return Owner(self.name, folder, self.own_tokenizer, self.own_rows, special, generation)
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor (or some of its first axis) as float32, with the adapter in it.
+
+        Raises SourceError for a file that cannot be read and for values that are not finite.
+        """
+        if self.adapter is None or not self.adapter.touches(name):
+            return self._read(name, rows)
+        if rows is not None and self.adapter.needs_all_rows(name):
+            return self.read(name)[rows]
+        weight = None if self.adapter.holds(name) else self._read(name, rows)
+        return self.adapter.merge(name, weight, slice(None) if rows is None else rows)
+
+    def _read(self, name: str, rows: slice | None) -> Tensor:
+        """One tensor of the model's own files.
+
+        The file is mapped only while this runs, so that what was read does not stay in memory.
+        """
+        path = self.folder / self.headers[name].file
+        own = self.headers[name].stored or name
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored = file.get_tensor(own) if rows is None else file.get_slice(own)[rows]
+                tensor = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)
+                if not bool(torch.isfinite(tensor).all()):
+                    reason = _why_not_finite(stored)
+                    raise SourceError(f"{self.name}: {own} in {path} has {reason}")
+        except (SafetensorError, OSError) as error:
+            raise SourceError(f"{self.name}: {own} in {path} is not readable: {error}") from None
+        return tensor
+
+    def table(self, name: str) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
+        """(first row, rows) of its token embeddings or output head in the shared vocabulary, block
+        by block. A token that it lacks is the mean of the pieces that it makes of the token's text;
+        a padding row that it lacks is zero."""
+        if self.vocabulary is None:
+            for first in range(0, self.headers[name].shape[0], TABLE_ROWS):
+                yield first, self.read(name, slice(first, first + TABLE_ROWS))
+            return
+        where = self.vocabulary.tables[self.name]
+        for first in range(0, self.vocabulary.size, TABLE_ROWS):
+            wanted = where.rows[first : first + TABLE_ROWS]
+            pieces = {
+                number: where.pieces[number]
+                for number in range(first, first + len(wanted))
+                if number in where.pieces
+            }
+            parts = torch.tensor([row for rows in pieces.values() for row in rows]).long()
+            rows = self._rows(name, torch.cat((wanted, parts)))
+            block, means = rows[: len(wanted)], rows[len(wanted) :]
+            for number, these in pieces.items():
+                block[number - first] = means[: len(these)].mean(dim=0)
+                means = means[len(these) :]
+            yield first, block
+
+    def _rows(self, name: str, wanted: Int[Tensor, " rows"]) -> Float[Tensor, "rows hidden"]:
+        """Rows of a table by number, zeros for -1; read in blocks, so that no table is ever whole
+        in memory."""
+        rows = torch.zeros(len(wanted), self.headers[name].shape[1])
+        for block in (wanted[wanted >= 0] // TABLE_ROWS).unique().tolist():
+            begin = block * TABLE_ROWS
+            inside = (wanted >= begin) & (wanted < begin + TABLE_ROWS)
+            part = self.read(name, slice(begin, begin + TABLE_ROWS))
+            rows[inside] = part[wanted[inside] - begin]
+        return rows
+
+    def read_layer(self, layer: int) -> dict[str, Tensor]:
+        """Every tensor of a decoder layer, by its name within the layer."""
+        prefix = f"model.layers.{layer}."
+        family = self.family
+        names = [*family.shared, *family.expert]
+        return {name: self.read(prefix + name) for name in names}
+
+    @property
+    def _weights(self) -> list[str]:
+        """The files that hold its weights, as the user has them."""
+        return sorted(self.converted or {header.file for header in self.headers.values()})
+
+    def hash_files(self) -> dict[str, str]:
+        """File name -> SHA-256, for every file that a build reads: weights, config, tokenizer."""
+        folder = self.origin or self.folder
+        others = ("config.json", GENERATION, *tokenizer_paths(folder))
+        files = self._weights + [file for file in others if (folder / file).is_file()]
+        found = {file: sha256_of(folder / file) for file in files}
+        if self.adapter is not None:
+            adapted = self.adapter.folder
+            beside = tokenizer_paths(adapted)
+            found |= {f"adapter/{f}": sha256_of(adapted / f) for f in (*ADAPTER_FILES, *beside)}
+        return found
+
+
+def _why_not_finite(stored: Tensor) -> str:
+    """What keeps a tensor of a file from being finite in float32."""
+    # Of the dtypes that are read, only float64 holds numbers that float32 does not.
+    beyond = (
+        stored.abs() > torch.finfo(torch.float32).max if stored.dtype == torch.float64 else None
+    )
+    if beyond is not None and bool((beyond & stored.isfinite()).any()):
+        value = float(stored[beyond & stored.isfinite()][0])
+        return (
+            f"{value:.4g}, which is finite but beyond float32 (at most 3.4e38), in which "
+            "everything is computed. Expected the weights of a model; fetch the checkpoint again "
+            "or leave this source out"
+        )
+    bad = int((~torch.isfinite(stored.float())).sum())
+    return (
+        f"{bad} values that are NaN or infinite; expected finite weights. Fetch the checkpoint "
+        "again or leave this source out"
+    )
+
+
+def public_name(model: str) -> str:
+    """A model or adapter without the machine's paths: a hub id, or a folder's own name."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def experts_of(recipe: Recipe, sources: Sequence[Source]) -> list[Source]:
+    """The sources whose models become experts.
+
+    Raises SourceError where the union of vocabularies has a token that none of these has.
+    """
+    experts = [source for source in sources if source.name in recipe.expert_names]
+    if experts[0].vocabulary is not None:
+        known = torch.stack([x.known for x in experts if x.known is not None]).any(dim=0)
+        if not bool(known.all()):
+            token = experts[0].tokenizer.convert_ids_to_tokens(int((~known).nonzero()[0]))
+            raise SourceError(
+                f"experts.sources: {', '.join(recipe.expert_names)} have no row for the token "
+                f"{token!r}, which is another's; leave that source out of the recipe, or "
+                "make it an expert"
+            )
+    return experts
+
+
+def anchor_of(recipe: Recipe, sources: Sequence[Source]) -> Source:
+    """The source that the others are aligned to, and that settles what they differ in."""
+    return next(source for source in sources if source.name == recipe.anchor)
+
+
+def is_tied(recipe: Recipe, sources: Sequence[Source]) -> bool:
+    """Whether the output's head is its token embeddings."""
+    return all(source.config.tie_word_embeddings for source in sources) and not recipe.folds
+
+
+def why_unusable(folder: Path, error: Exception) -> str:
+    """Why no tokenizer was read from a folder, and what to do."""
+    if _needs_sentencepiece(folder):
+        return (
+            f"{folder} has no tokenizer.json, and reading its tokenizer.model needs sentencepiece "
+            "and protobuf: pip install sentencepiece protobuf"
+        )
+    code = code_of(folder, TOKENIZER_CONFIG)
+    if code and "trust_remote_code" in str(error):
+        return (
+            f"the tokenizer in {folder} needs {', '.join(code)[:80]}, code that comes with it, "
+            "which is never run; load it where you trust the code, save_pretrained it, and take "
+            f"auto_map out of its {TOKENIZER_CONFIG}"
+        )
+    return (
+        f"no usable tokenizer in {folder} (tokenizer.json and tokenizer_config.json, or what its "
+        f"class reads): {first_line(error)}"
+    )
+
+
+def kinds_hint(owner: Owner) -> str:
+    """That the class makes another tokenizer of tokenizer.json than it holds, where it does."""
+    if owner.filed_kind == owner.kind:
+        return ""
+    return (
+        f". Its tokenizer.json is {owner.filed_kind}, of which transformers makes a "
+        f"{type(owner.tokenizer).__name__}, which is {owner.kind}"
+    )
+
+
+def _needs_sentencepiece(folder: Path) -> bool:
+    """Whether a tokenizer is in SentencePiece's format alone, and what reads that is missing."""
+    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+        return False
+    return find_spec("sentencepiece") is None
+
+
+def within_vocabulary(numbers: Any, rows: int, least: int | None = None) -> tuple[Any, list[int]]:
+    """(numbers of tokens that are below `rows`, and `least` or more, as a list or alone; the
+    others). None where none is left."""
+    listed = numbers if isinstance(numbers, list) else [numbers]
+
+    def stands(number: Any) -> bool:
+        return type(number) is not int or (number < rows and (least is None or number >= least))
+
+    gone = [number for number in listed if not stands(number)]
+    kept = [number for number in listed if stands(number)]
+    if not gone:
+        return numbers, gone
+    return (kept if isinstance(numbers, list) and kept else None), gone
+
+
+def no_row(key: str, file: str, gone: Sequence[int], rows: int) -> str:
+    numbers = ", ".join(map(str, gone[:5]))
+    return f"{key} in {file} names {numbers}, and the embeddings have {rows} rows: left out"
+
+
+def read_generation(source: Source) -> tuple[dict[str, Any], list[str]]:
+    """(the settings of a source's generation config without numbers of tokens that no row has, what
+    was taken out, in words); nothing where there is no such file."""
+    settings = dict(source.generation or {})
+    found = []
+    for key in SPECIAL:
+        least = 0 if key == "pad_token_id" else None  # transformers will not save such a one
+        kept, gone = within_vocabulary(settings.get(key), source.own_rows, least)
+        if gone:
+            settings[key] = kept
+            found.append(no_row(key, GENERATION, gone, source.own_rows))
+    return settings, found
+
+
+def generation_settings(source: Source) -> dict[str, Any]:
+    """What a source's generation config says, without code and numbers that are of no use: what
+    its config says of special tokens, where it has none."""
+    settings, _ = read_generation(source)
+    if source.generation is None:
+        settings = {key: getattr(source.config, key, None) for key in SPECIAL}
+        settings["pad_token_id"], _ = within_vocabulary(
+            settings["pad_token_id"], source.own_rows, 0
+        )
+    return {k: value for k, value in settings.items() if k not in CODE}
+
+
+def remarks(source: Source) -> list[str]:
+    """What a source's files say and the result does not take over, or not as it stands."""
+    found = [*source.dropped, *read_generation(source)[1]]
+    folder = source.tokenizer_folder or source.folder
+    for where, file in ((source.folder, "config.json"), (folder, TOKENIZER_CONFIG)):
+        if code := code_of(where, file):
+            found.append(
+                f"{file} names code ({', '.join(code)[:80]}), which is never run: the classes of "
+                "transformers are used, and the result names none"
+            )
+    tokenizer = source.own_tokenizer
+    if gone := left_out(tokenizer):
+        found.append(
+            f"the model has no rows for {some(gone)}, which only the tokenizer's class adds: left "
+            "out"
+        )
+    elif fill := getattr(tokenizer, "fill_token", None):
+        found.append(
+            f"its tokenizer's class makes two texts of one with {fill}; to the result, whose class "
+            "is another, it is a token like others"
+        )
+    text = cut_otherwise(source.owner)
+    if text is not None:
+        found.append(
+            f"tokenizer.json says to cut text otherwise than the class does that transformers "
+            f"takes for it, as in {text[:60]!r}; text is cut as by the class, here and by the "
+            "result where it is the anchor"
+        )
+    return [*source.notes, *(f"{source.name}: {remark}" for remark in found)]
+
+
+def by_tensor(
+    name: str, files: Mapping[str, Mapping[str, Header]]
+) -> tuple[dict[str, Header], list[str]]:
+    """(headers by tensor, notes) of files in the order of their names. Of a tensor that several
+    hold, the last file's is read, whatever an index says: so does transformers."""
+    headers: dict[str, Header] = {}
+    twice: set[str] = set()
+    for content in files.values():
+        twice |= headers.keys() & content.keys()
+        headers |= content
+    if not twice:
+        return headers, []
+    first = min(twice)
+    return headers, [
+        f"{name}: {len(twice)} tensors are in more than one file, first {first}; that of "
+        f"{headers[first].file}, the last of them, is read, as by transformers"
+    ]
+
+
+def has_equal_tables(source: Source) -> bool:
+    """Whether the stored head is the embeddings. Block by block, up to the first that differs."""
+    return all(
+        torch.equal(
+            *(source._read(table, slice(first, first + TABLE_ROWS)) for table in (EMBEDDING, HEAD))
+        )
+        for first in range(0, source.own_rows, TABLE_ROWS)
+    )
+
+
+NO_HEAD = (
+    ". transformers would draw a head at random; where the embeddings are the head, write "
+    "tie_word_embeddings: true in config.json"
+)
+
+
+def some(tokens: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, tokens[:4]))
+    return shown if len(tokens) <= 4 else shown + ", ..."

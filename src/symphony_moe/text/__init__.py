@@ -1,0 +1,1 @@
+"""Documents, and windows of tokens drawn from them."""

@@ -1,0 +1,1 @@
+"""Stage 2: from a checkpoint to a trained one."""

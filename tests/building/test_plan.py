@@ -1,0 +1,323 @@
+"""What a plan says a build will take, against what it takes."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from symphony_moe import pipeline
+from symphony_moe.building import estimate
+from symphony_moe.building.estimate import streams_bytes
+from symphony_moe.cli import main
+from symphony_moe.model.checkpoint import CheckpointWriter
+from symphony_moe.model.streams import Streams
+from symphony_moe.recipe.load import load_recipe
+from symphony_moe.runs.folder import RunFolder
+
+Recipes = Callable[[str], Path]
+
+SETTINGS = {
+    "nothing": ["method=symphony", "backbone.attention=linear", "align.neurons=none"],
+    "a router": ["method=symphony", "align.neurons=none", "router.init=regression"],
+    "the paper's": ["method=symphony"],
+    "the paper's and a router": ["method=symphony", "router.init=hidden"],
+    "alignment": ["method=harmonized", "refit.method=none", "router.init=random"],
+    "a fit": ["method=harmonized", "refit.epochs=0"],
+    "a fit of strangers to nothing": [
+        "method=harmonized",
+        "refit.epochs=0",
+        "align.residual=none",
+        "align.heads=none",
+    ],
+}
+
+
+@pytest.fixture
+def largest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of all streams at once, each time that one is made."""
+    sizes = [0]
+    make = Streams.new
+
+    def new(self: Streams, *arguments: Any) -> Tensor:
+        stream = make(self, *arguments)
+        sizes.append(sum(one.numel() * one.element_size() for one in self._streams.values()))
+        return stream
+
+    monkeypatch.setattr(Streams, "new", new)
+    return sizes
+
+
+@pytest.mark.parametrize("tokens", [200, 1536, 6000])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_streams_take_what_was_planned(
+    settings: str, tokens: int, recipes: Recipes, tmp_path: Path, largest: list[int]
+) -> None:
+    """To the byte: one window a source, as many as a router reads at most, and more."""
+    recipe = load_recipe(
+        recipes("llama"),
+        [*SETTINGS[settings], f"calibration.tokens={tokens}", "calibration.sequence_length=32"],
+    )
+    sources = pipeline.open_sources(recipe)
+    planned = streams_bytes(recipe, sources[0].config, len(sources))
+    pipeline.build(recipe, tmp_path / "run")
+    assert max(largest) == planned
+    assert (planned == 0) is (settings == "nothing")
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_work_takes_what_was_planned(
+    settings: str, recipes: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where streams wait in files: what was planned, and the headers of the records and the notes
+    of the finished layers (a few KB a layer), which are not."""
+    monkeypatch.setattr(estimate, "STREAMS_IN_MEMORY", 0)
+    recipe = load_recipe(recipes("llama"), [*SETTINGS[settings], "calibration.tokens=6000"])
+    planned = pipeline.plan(recipe)
+    run = RunFolder(tmp_path / "run")
+    sizes = [0]
+
+    def measure() -> None:
+        files = [path for path in run.work.rglob("*") if path.is_file()]
+        weights = set(run.staged_checkpoint.glob("*"))
+        sizes.append(sum(path.stat().st_size for path in files if path not in weights))
+
+    release, finish = Streams.release, CheckpointWriter.finish
+
+    def released(self: Streams) -> None:
+        measure()
+        release(self)
+
+    def finished(self: CheckpointWriter) -> dict[str, str]:
+        measure()
+        return finish(self)
+
+    monkeypatch.setattr(Streams, "release", released)
+    monkeypatch.setattr(CheckpointWriter, "finish", finished)
+    pipeline.build(recipe, run.root)
+    assert planned.work_bytes <= max(sizes) <= planned.work_bytes + 20_000
+    assert (planned.work_bytes == 0) is (settings == "nothing")
+
+
+def test_a_disk_without_room_for_the_work_is_refused_before_anything_is_made(
+    recipes: Recipes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Room for the weights alone is not enough; what an earlier build has taken counts as room."""
+    monkeypatch.setattr(estimate, "STREAMS_IN_MEMORY", 0)
+    settings = ["method=harmonized", "refit.epochs=0"]
+    planned = pipeline.plan(load_recipe(recipes("llama"), settings))
+    needed = planned.disk_bytes + planned.work_bytes
+    usage = shutil.disk_usage(tmp_path)
+    free = [needed - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    out = tmp_path / "new" / "out"
+    arguments = ["build", str(recipes("llama")), "--out", str(out)]
+    for setting in settings:
+        arguments += ["--set", setting]
+    assert planned.work_bytes > 0
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "the disk has" in error and "until it ends" in error and "Traceback" not in error
+    assert not out.parent.exists()
+
+    out.mkdir(parents=True)
+    (out / "work").mkdir()
+    (out / "work" / "half").write_bytes(b"x")
+    (out / "recipe.yaml").write_text("")
+    assert main([*arguments, "--overwrite"]) == 0
+    # Finished, it needs no room at all.
+    free[0] = 0
+    assert main([*arguments, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("settings", ["alignment", "a fit"])
+def test_the_peak_counts_what_a_fit_holds(settings: str, recipes: Recipes) -> None:
+    """Where tables are large: all sources' heads and six more of float32. Where experts are large:
+    three matrices ffn x ffn of float64. A build that fits nothing holds neither."""
+    recipe = load_recipe(recipes("llama"), SETTINGS[settings])
+    config = pipeline.open_sources(recipe)[0].config
+
+    def peak(**sizes: int) -> int:
+        changed = copy.deepcopy(config)
+        for name, size in sizes.items():
+            setattr(changed, name, size)
+        return estimate.peak_memory(recipe, changed, len(recipe.sources))
+
+    tables = peak(vocab_size=10**7) - peak(vocab_size=10**6)
+    experts = peak(intermediate_size=2 * 10**5) - peak(intermediate_size=10**5)
+    wanted = 3 * (2 * 10**5) ** 2 * 8 - 3 * (10**5) ** 2 * 8
+    if settings == "a fit":
+        assert tables == 9 * (10**6 - 10**5) * 10 * config.hidden_size * 4
+        assert wanted < experts < 1.1 * wanted
+    else:
+        assert tables == 0
+        assert experts < 0.02 * wanted
+
+
+def test_plans_are_printed_and_written(
+    recipes: Recipes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(recipes("llama")), "--set", "method=harmonized"]
+    assert main([*arguments, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert f"{planned['work_bytes'] / 1e9:.3f} GB more until stage 1 ends" in shown
+    assert f"about {planned['peak_memory_bytes'] / 1e9:.1f} GB at the peak" in shown
+
+
+def test_the_peak_counts_the_statistics_of_both_texts(recipes: Recipes) -> None:
+    """Of two sources beside the anchor, a matrix (heads x head_dim) squared of float64; of the text
+    kept aside another, where something is fitted."""
+
+    def peak(*settings: str) -> int:
+        recipe = load_recipe(recipes("llama"), ["method=harmonized", *settings])
+        config = copy.deepcopy(pipeline.open_sources(recipe)[0].config)
+        config.head_dim = 20_000
+        return estimate.peak_memory(recipe, config, 3)
+
+    for router, texts in (("random", 1), ("regression", 2)):
+        settings = ["refit.method=none", f"router.init={router}"]
+        heads = peak(*settings) - peak(*settings, "align.heads=none")
+        assert heads == pytest.approx(texts * 2 * (4 * 20_000) ** 2 * 8, rel=0.01)
+
+
+def test_more_epochs_take_more_time(recipes: Recipes) -> None:
+    def seconds(epochs: int) -> float:
+        recipe = load_recipe(recipes("llama"), ["method=harmonized", f"refit.epochs={epochs}"])
+        return pipeline.plan(recipe).seconds
+
+    first, second, third = (seconds(epochs) for epochs in (0, 1000, 2000))
+    assert second > first + 0.5 and third - second == pytest.approx(second - first)
+
+
+def test_windows_beyond_the_context_of_any_source_that_reads_them_are_noted(
+    recipes: Recipes, tmp_path: Path
+) -> None:
+    """Training is of the result, which has the anchor's."""
+    path = shutil.copytree(recipes("llama").parent, tmp_path / "copy") / "recipe.yaml"
+    config = path.parent / "models" / "b" / "config.json"
+    content = json.loads(config.read_text()) | {"max_position_embeddings": 48}
+    config.write_text(json.dumps(content))
+
+    def beyond(*settings: str) -> list[str]:
+        notes = pipeline.plan(load_recipe(path, ["anchor=a", *settings])).notes
+        return [note for note in notes if "sequence_length" in note]
+
+    assert beyond() == [
+        "calibration.sequence_length 64 is beyond the context of b (48)",
+        "evaluation.sequence_length 64 is beyond the context of b (48)",
+    ]
+    assert beyond("train.sequence_length=300", "calibration.sequence_length=48") == [
+        "train.sequence_length 300 is beyond the context of a (256)",
+        "evaluation.sequence_length 64 is beyond the context of b (48)",
+    ]
+    # Teachers read the text of training too; an aligned source that is no expert only evaluates.
+    taught = beyond("train.teacher=sources", "experts.sources=[a, c]")
+    assert taught == [
+        "train.sequence_length 64 is beyond the context of b (48)",
+        "evaluation.sequence_length 64 is beyond the context of b (48)",
+    ]
+    assert beyond("method=btx") == [
+        "evaluation.sequence_length 64 is beyond the context of b (48)",
+    ]
+    assert beyond("calibration.sequence_length=300")[0] == (
+        "calibration.sequence_length 300 is beyond the context of a (256), b (48), c (256)"
+    )
+
+
+def test_commands_warn_of_windows_beyond_a_context(
+    recipes: Recipes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that read them, in the plan's words; and they go on."""
+    path = shutil.copytree(recipes("llama").parent, tmp_path / "copy") / "recipe.yaml"
+    for name, context in (("a", 60), ("b", 48)):
+        config = path.parent / "models" / name / "config.json"
+        content = json.loads(config.read_text()) | {"max_position_embeddings": context}
+        config.write_text(json.dumps(content))
+
+    def warned(command: Callable[..., Any], *arguments: Any) -> list[str]:
+        caplog.clear()
+        command(*arguments)
+        return [m for m in caplog.messages if "sequence_length" in m]
+
+    run = RunFolder(tmp_path / "run")
+    recipe = load_recipe(path, ["anchor=a"])
+    assert warned(pipeline.build, recipe, run.root) == [
+        "calibration.sequence_length 64 is beyond the context of a (60), b (48)"
+    ]
+    assert warned(pipeline.train, run) == [
+        "train.sequence_length 64 is beyond the context of a (60)"
+    ]
+    assert warned(pipeline.evaluate, run, ["evaluation.sequence_length=50"]) == [
+        "evaluation.sequence_length 50 is beyond the context of b (48)"
+    ]
+    assert warned(pipeline.evaluate, run, ["evaluation.sequence_length=48"]) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "unread", "reason", "read"),
+    [
+        ("refit.ridge=0.5", [], "refit.method is none", ["method=harmonized"]),
+        (
+            "refit.pull=1",
+            ["method=harmonized", "refit.epochs=0"],
+            "refit.epochs is 0",
+            ["method=harmonized", "refit.epochs=1"],
+        ),
+        ("router.temperature=2", [], "router.init is random", ["router.init=hidden"]),
+        ("align.neuron_share=0.5", ["method=btx"], "no neurons are matched", ["method=symphony"]),
+        ("experts.drop_share=0.1", [], "experts.init is not drop", ["method=drop-upcycling"]),
+        ("train.teacher_weight=0.1", [], "train.teacher is none", ["train.teacher=sources"]),
+        ("sources.a.revision=main", [], "the model is not on the hub", []),
+        ("sources.a.adapter_revision=main", [], "no adapter on the hub", []),
+    ],
+)
+def test_settings_that_nothing_reads_are_noted(
+    setting: str, unread: list[str], reason: str, read: list[str], recipes: Recipes
+) -> None:
+    def notes(*settings: str) -> list[str]:
+        found = pipeline.plan(load_recipe(recipes("llama"), settings)).notes
+        return [note for note in found if "has no effect" in note]
+
+    assert notes(setting, *unread) == [f"{setting.split('=')[0]} has no effect: {reason}"]
+    assert not notes(*unread) and not (read and notes(setting, *read))
+
+
+@pytest.mark.parametrize(("method", "used"), [("symphony", 3 * 32), ("harmonized", 6 * 32)])
+def test_calibration_text_that_is_too_little_is_noted(
+    method: str, used: int, recipes: Recipes, tmp_path: Path
+) -> None:
+    settings = [f"method={method}", "calibration.tokens=10", "calibration.sequence_length=32"]
+    recipe = load_recipe(recipes("llama"), settings)
+    notes = [note for note in pipeline.plan(recipe).notes if "calibration.tokens 10 is" in note]
+    assert len(notes) == 1 and f" {used}, " in notes[0]
+    metrics = (run := pipeline.build(recipe, tmp_path / "run")).read_json(run.metrics)
+    assert metrics["timing"]["calibration_tokens"] == used
+    enough = load_recipe(recipes("llama"), [*settings, f"calibration.tokens={used}"])
+    assert not any("calibration.tokens" in note for note in pipeline.plan(enough).notes)
+
+
+def test_what_training_would_refuse_is_noted(recipes: Recipes) -> None:
+    """Not refused: a build alone does not mind, and the training may be another machine's."""
+    found = pipeline.plan(load_recipe(recipes("llama"), ["train.batch_size=100000"])).notes
+    assert "`symphony train` stops here: training text: " in found[-1]
+    assert not any("stops here" in n for n in pipeline.plan(load_recipe(recipes("llama"))).notes)
+
+
+def test_variants_that_compare_would_refuse_are_refused(
+    recipes: Recipes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(recipes("llama").read_text())
+    content["compare"] = {"variants": {"one": {"methd": "btx"}}}
+    path = recipes("llama").with_name("variants.yaml")
+    path.write_text(json.dumps(content))
+    assert main(["plan", str(path)]) == 2
+    assert "did you mean" in capsys.readouterr().err

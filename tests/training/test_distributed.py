@@ -1,0 +1,215 @@
+"""`symphony train` under a launcher: two processes compute what one does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import make_recipe
+from symphony_moe import pipeline
+from symphony_moe.recipe.load import load_recipe
+from symphony_moe.runs.folder import RunFolder
+
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node",
+    "2",
+    "--rdzv-backend",
+    "c10d",
+    "--rdzv-endpoint",
+    "localhost:0",
+]
+
+
+def sharded(folder: Path, kind: str = "FULL_STATE_DICT") -> list[str]:
+    """`accelerate launch` with a configuration of its own for FSDP2."""
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        "num_machines": 1,
+        "num_processes": 2,
+        "machine_rank": 0,
+        "mixed_precision": "no",
+        "use_cpu": True,
+        "main_process_port": 0,
+        "distributed_type": "FSDP",
+        "fsdp_config": {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_state_dict_type": kind,
+            "fsdp_cpu_ram_efficient_loading": False,
+        },
+    }
+    path = folder / "launch.yaml"
+    path.write_text(json.dumps(config))
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+
+
+SETTINGS = [
+    "train.batch_size=2",
+    "train.teacher=sources",
+    "train.balance_weight=0.5",
+    "train.soften=0.05",
+]
+
+# accelerate shards on accelerators only; FSDP2 itself runs anywhere. The one change is what it is
+# told of the machine.
+SCRIPT = """
+import os
+import sys
+import time
+from pathlib import Path
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+begin = PartialState.__init__
+
+def begin_as_accelerator(self, *arguments, **settings):
+    begin(self, *arguments, **settings)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_XPU
+
+if "--fsdp" in sys.argv:
+    sys.argv.remove("--fsdp")
+    PartialState.__init__ = begin_as_accelerator
+
+from symphony_moe.training import run as train
+from symphony_moe.cli import main
+
+if "--kill" in sys.argv:
+    sys.argv.remove("--kill")
+    begin_step = train._Progress.on_step_begin
+
+    def killed(self, arguments, state, *rest, **more):
+        if state.global_step == 5:
+            raise SystemExit(9)
+        begin_step(self, arguments, state, *rest, **more)
+
+    train._Progress.on_step_begin = killed
+
+publish, ended = train._publish, Path(__file__).with_name("ended")
+
+def publish_seen(run, recipe, model, *rest):
+    print("MODEL", type(model).__name__)
+    began = time.monotonic()
+    while not ended.exists():  # writing may take long: the other process must not wait for it
+        assert time.monotonic() - began < 60, "the other process waits"
+        time.sleep(0.1)
+    publish(run, recipe, model, *rest)
+
+train._publish = publish_seen
+code = main(sys.argv[1:])
+if os.environ["RANK"] != "0":
+    ended.touch()
+sys.exit(code)
+"""
+
+
+def launch(folder: Path, launcher: list[str], *arguments: str) -> tuple[int, str]:
+    """(exit code, everything printed) of a command in two processes."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    (folder / "ended").unlink(missing_ok=True)
+    kinds = [] if launcher is TORCHRUN else ["--fsdp"]
+    sets = [word for setting in SETTINGS for word in ("--set", setting)]
+    done = subprocess.run(
+        [*launcher, str(script), *kinds, *arguments, *(sets if "train" in arguments else [])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def single(
+    built: Callable[[str], RunFolder], tmp_path_factory: pytest.TempPathFactory
+) -> list[float]:
+    """The losses of one process that takes two batches a step."""
+    root = tmp_path_factory.mktemp("single") / "run"
+    shutil.copytree(built("llama").root, root)
+    pipeline.train(RunFolder(root), [*SETTINGS, "train.gradient_accumulation=2"])
+    return losses(RunFolder(root))
+
+
+def losses(run: RunFolder) -> list[float]:
+    """Of every step; and of the model at the end, as it is and softened."""
+    training = run.read_json(run.metrics)["training"]
+    return [entry["loss"] for entry in training["curve"]] + training["softened"]["loss"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_give_the_losses_of_one(
+    launcher: str, single: list[float], built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(built("llama").root, run.root)
+    words = TORCHRUN if launcher == "torchrun" else sharded(tmp_path)
+    code, output = launch(tmp_path, words, "train", str(run.root))
+    assert code == 0, output
+    # Sharded where it is meant to be.
+    model = "MixtralForCausalLM" if launcher == "torchrun" else "FSDPMixtralForCausalLM"
+    assert f"MODEL {model}\n" in output
+    assert losses(run) == pytest.approx(single, abs=1e-4)
+    assert output.count("trained ") == 1 and output.count("step 7 of 7") == 1
+    pipeline.verify(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_killed_training_in_shards_goes_on(
+    kind: str, single: list[float], built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(built("llama").root, run.root)
+    words = sharded(tmp_path, kind)
+    code, _ = launch(tmp_path, words, "--kill", "train", str(run.root))
+    assert code != 0 and not run.trained.exists()
+    assert list(run.training.glob("checkpoint-*"))
+    code, output = launch(tmp_path, words, "train", str(run.root), "--resume")
+    assert code == 0, output
+    assert losses(run) == pytest.approx(single, abs=1e-4)
+    pipeline.verify(run)
+
+
+CLASSES = {
+    "qwen2": "Ernie4_5_MoeForCausalLM",
+    "qwen3": "Qwen3MoeForCausalLM",
+    "bam": "JetMoeForCausalLM",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("what", CLASSES)
+def test_every_architecture_trains_in_two_processes(
+    what: str, launcher: str, built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    run, alone = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone")
+    if what == "bam":
+        recipe = load_recipe(make_recipe(tmp_path / "sources", method="bam"))
+        pipeline.build(recipe, run.root)
+    else:
+        shutil.copytree(built(what).root, run.root)
+    shutil.copytree(run.root, alone.root)
+    pipeline.train(alone, [*SETTINGS, "train.gradient_accumulation=2"])
+    words = TORCHRUN if launcher == "torchrun" else sharded(tmp_path)
+    code, output = launch(tmp_path, words, "train", str(run.root))
+    assert code == 0, output
+    assert f"MODEL {'' if launcher == 'torchrun' else 'FSDP'}{CLASSES[what]}\n" in output
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-4)
+    pipeline.verify(run)
+
+
+def test_other_commands_are_refused_in_several_processes(tmp_path: Path) -> None:
+    code, output = launch(tmp_path, TORCHRUN, "evaluate", str(tmp_path))
+    assert code != 0
+    assert "only `symphony train` runs in several processes" in output
+    assert "a bug in" not in output
