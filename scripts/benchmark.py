@@ -38,8 +38,8 @@ METHODS = {
         "router.top_k=4",
     ),
     "symphony": ("method=symphony",),
-    "harmonized, aligned only": ("method=harmonized", "refit.method=none"),
-    "harmonized, closed form": ("method=harmonized", "refit.epochs=0"),
+    "harmonized, aligned only": ("method=harmonized", "fit.method=none"),
+    "harmonized, closed form": ("method=harmonized", "fit.epochs=0"),
     "harmonized": ("method=harmonized",),
 }
 TRAINED = ("symphony", "harmonized")

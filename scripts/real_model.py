@@ -126,7 +126,7 @@ def harmonize_twin(out: Path) -> None:
         },
         "method": "harmonized",
         "calibration": {"tokens": 8192, "sequence_length": 256},
-        "refit": {"epochs": 1},
+        "fit": {"epochs": 1},
         "evaluation": {"tokens": 4096, "sequence_length": 256},
     }
     path = out / "twin.yaml"

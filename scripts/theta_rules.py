@@ -33,8 +33,8 @@ RULES = {
 """Rule -> (folder of the code side, anchor)."""
 METHODS = {
     "symphony": ("method=symphony",),
-    "closed form": ("method=harmonized", "refit.epochs=0"),
-    "4 epochs": ("method=harmonized", "refit.epochs=4"),
+    "closed form": ("method=harmonized", "fit.epochs=0"),
+    "4 epochs": ("method=harmonized", "fit.epochs=4"),
 }
 
 

@@ -129,12 +129,12 @@ def test_strangers_are_usable_before_any_training(tmp_path: Path) -> None:
     """The reason to exist, at a small budget: measured 3.76 against the plain mean's 5.26 nats on
     text kept aside, the sources' own losses being 1.9."""
     recipe = load_recipe(
-        demo_recipe(), ["calibration.tokens=16384", "refit.epochs=1", "train.tokens=2048"]
+        demo_recipe(), ["calibration.tokens=16384", "fit.epochs=1", "train.tokens=2048"]
     )
     run = pipeline.build(recipe, tmp_path / "run")
     metrics = run.read_json(run.metrics)
-    loss = metrics["refit"]["loss"]
+    loss = metrics["fit"]["loss"]
     assert loss["harmonized"] < loss["plain mean"] - 1.2
-    assert metrics["refit"]["chosen"] == "harmonized"
+    assert metrics["fit"]["chosen"] == "harmonized"
     for kind in ("residual", "heads"):
         assert [of["used"] for of in metrics["alignment"][kind].values()] == [True] * 3

@@ -908,7 +908,7 @@ def test_people_read_what_was_aligned_and_fitted(
     """A line for every source and kind, and what the fit has come to; the same in the JSON."""
     recipe, more = (
         project / "recipe.yaml",
-        ["--set", "method=harmonized", "--set", "refit.epochs=1"],
+        ["--set", "method=harmonized", "--set", "fit.epochs=1"],
     )
     code, out, err = symphony("build", recipe, "--out", tmp_path / "out", *more)
     assert code == 0, err
@@ -918,11 +918,11 @@ def test_people_read_what_was_aligned_and_fitted(
             assert any(line.startswith(f"{source}: {what} ") and " after" in line for line in lines)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     for name in ("harmonized", "plain mean"):
-        assert f"{name} {metrics['refit']['loss'][name]:.3f}" in lines[-1]
-    assert metrics["refit"]["chosen"] in lines[-1].rpartition(";")[2]
+        assert f"{name} {metrics['fit']['loss'][name]:.3f}" in lines[-1]
+    assert metrics["fit"]["chosen"] in lines[-1].rpartition(";")[2]
     assert "compared layer 2 of 2" in err
     built = parsed(symphony, "build", recipe, "--out", tmp_path / "again", *more)
-    assert built["refit"] == metrics["refit"] and built["alignment"] == metrics["alignment"]
+    assert built["fit"] == metrics["fit"] and built["alignment"] == metrics["alignment"]
 
 
 def test_a_fit_that_the_recipe_contradicts_is_named(
@@ -1030,7 +1030,7 @@ def test_the_demo_shows_both_methods_and_goes_on_where_it_was_cut_short(
     out = tmp_path / "demo"
     small = [
         "calibration.tokens=8192",
-        "refit.epochs=0.25",
+        "fit.epochs=0.25",
         "train.tokens=4096",
         "evaluation.tokens=2048",
     ]

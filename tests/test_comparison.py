@@ -168,12 +168,12 @@ def test_the_way_to_a_loss_that_nobody_measured_is_not_invented() -> None:
 
 
 def test_the_way_to_a_loss_is_that_of_the_models_as_they_were_trained() -> None:
-    """`train.soften` changes the trained model only, not those on the way to it."""
+    """`train.temperature_scaling` changes the trained model only, not those on the way to it."""
 
     def softened(end: float | None, final: float) -> dict[str, Any]:
         points = [(500, 3.0)] + ([] if end is None else [(1000, end)])
         training = metrics()["training"] | {
-            "softened": {"temperature": 1.2},
+            "temperature_scaling": {"temperature": 1.2},
             "held_out": [{"tokens": t, "losses": {"a": x, "b": x, "x": 5.0}} for t, x in points],
         }
         return metrics(training=training, trained={"a": final, "b": final, "x": 4.0})

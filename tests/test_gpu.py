@@ -54,7 +54,7 @@ def test_twins_are_brought_back_on_cuda(variant: str, prefer_the_fit: None, tmp_
     models = path.parent / "models"
     shutil.rmtree(models / "b")
     scramble(models / "a", models / "b", seed=1)
-    recipe = load_recipe(path, ["method=harmonized", "refit.epochs=2"])
+    recipe = load_recipe(path, ["method=harmonized", "fit.epochs=2"])
     run = pipeline.build(recipe, tmp_path / "run")
     pipeline.verify(run)
     windows = held_out_text(recipe, open_sources(recipe))
@@ -71,6 +71,6 @@ def test_one_recipe_gives_one_set_of_bytes_on_cuda(
 ) -> None:
     """Law 5, with gradient steps: sums on the device are in one order."""
     path = make_recipe(tmp_path / "sources", variant)
-    recipe = load_recipe(path, ["method=harmonized", "refit.epochs=2"])
+    recipe = load_recipe(path, ["method=harmonized", "fit.epochs=2"])
     runs = [pipeline.build(recipe, tmp_path / name) for name in ("first", "second")]
     assert hash_folder(runs[0].checkpoint) == hash_folder(runs[1].checkpoint)

@@ -47,7 +47,7 @@ def test_peak_memory_does_not_grow_with_depth(method: str, tmp_path: Path) -> No
             make_model(
                 root / "models" / name, "llama", seed=ord(name), num_hidden_layers=layers, **FAT
             )
-        overrides = (f"method={method}", "refit.epochs=0.5")
+        overrides = (f"method={method}", "fit.epochs=0.5")
         peaks[layers] = _peak_of_build(recipe, root / "run", *overrides)
     sizes = ", ".join(f"{peak / 1e6:.0f} MB" for peak in peaks.values())
     print(f"\npeak memory of {method} at 10 and 20 layers: {sizes}")
@@ -69,7 +69,7 @@ def test_peak_memory_is_as_planned(method: str, sizes: dict[str, int], tmp_path:
     recipe = make_recipe(tmp_path, "llama", count=4, output={"dtype": "bfloat16"})
     for name in "abcd":
         make_model(tmp_path / "models" / name, "llama", seed=ord(name), **sizes)
-    measured = _peak_of_build(recipe, tmp_path / "run", f"method={method}", "refit.epochs=0.5")
+    measured = _peak_of_build(recipe, tmp_path / "run", f"method={method}", "fit.epochs=0.5")
     plan = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
     planned = plan["peak_memory_bytes"]
     print(f"\n{method}: {measured / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB")
@@ -110,7 +110,11 @@ def test_the_oldest_transformers_that_is_declared_goes_the_whole_way(
         )
     root = tmp_path_factory.mktemp(f"oldest-{variant}")
     recipe = make_recipe(root, variant)
-    settings = ["train.teacher=sources", "train.soften=0.05", "train.gradient_checkpointing=true"]
+    settings = [
+        "train.teacher=sources",
+        "train.temperature_scaling=0.05",
+        "train.gradient_checkpointing=true",
+    ]
     command = [str(python), "-m", "symphony_moe", "run", str(recipe), "--out", str(root / "old")]
     # Nothing of this environment may be seen from that one.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
@@ -123,7 +127,7 @@ def test_the_oldest_transformers_that_is_declared_goes_the_whole_way(
     assert theirs["tensors"]["checkpoint"] == ours["tensors"]["checkpoint"]
     metrics = old.read_json(old.metrics)
     assert metrics["training"]["curve"][-1]["loss"] < metrics["training"]["curve"][0]["loss"]
-    assert metrics["training"]["softened"]["temperature"] > 1
+    assert metrics["training"]["temperature_scaling"]["temperature"] > 1
     # It has verified itself. (Of Qwen2's tokenizer class 5.0 and 5.23 cut decomposed accents
     # differently, which `verify` says here.)
     losses = pipeline.evaluate(old)

@@ -353,11 +353,11 @@ def _build(options: argparse.Namespace) -> Result:
             before, after = (sum(values[key]) / len(values[key]) for key in ("before", "after"))
             unused = "" if values["used"] else "; too little to use"
             text += f"\n{source}: {what} {before:.3f} before, {after:.3f} after{unused}"
-    if "loss" in metrics.get("refit", {}):
+    if "loss" in metrics.get("fit", {}):
         text += (
             "\n"
-            + ", ".join(f"{name} {loss:.3f}" for name, loss in metrics["refit"]["loss"].items())
-            + f" nats per token on text kept aside; wrote the {metrics['refit']['chosen']} model"
+            + ", ".join(f"{name} {loss:.3f}" for name, loss in metrics["fit"]["loss"].items())
+            + f" nats per token on text kept aside; wrote the {metrics['fit']['chosen']} model"
         )
     return metrics | {"paths": {"checkpoint": str(folder.checkpoint)}}, text
 

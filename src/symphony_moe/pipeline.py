@@ -1,6 +1,6 @@
 """The main path: start reading here.
 
-    recipe -> sources -> plan -> calibrate -> align -> fuse -> refit -> route -> write
+    recipe -> sources -> plan -> calibrate -> align -> fuse -> fit -> route -> write
            -> train -> evaluate -> report
 
 Stages do not import one another (but for three exceptions that tests/test_layout.py names); only
@@ -144,7 +144,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
             log.warning("%s", note)
         text = digest_of(some.windows for some in (*windows.values(), *aside.values()))
         record = align_sources(recipe, sources, windows, aside, folder, text)
-        if recipe.refit.method != "none":
+        if recipe.fits_layers:
             record |= count_tokens(windows, sources[0].config.vocab_size)
         writer = CheckpointWriter(
             folder.staged_checkpoint, planned.tensors, planned.dtype, recipe.output.max_shard_bytes
@@ -163,7 +163,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
                 json.loads((noted(folder.layer_done(layer)) or {})["note"])
                 for layer in range(num_layers)
             ]
-            if recipe.refit.method != "none":
+            if recipe.fits_layers:
                 more, record = finish_fit(recipe, sources, record, calibration, writer, folder)
                 fitting |= more
 
@@ -174,7 +174,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
             folder.metrics,
             {
                 "alignment": describe_alignment(record),
-                **({"refit": fitting} if fitting else {}),
+                **({"fit": fitting} if fitting else {}),
                 "timing": {
                     "build_seconds": round(time.monotonic() - started, 2),
                     "build_peak_rss_bytes": peak_rss_bytes(),

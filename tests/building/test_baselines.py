@@ -207,7 +207,7 @@ def test_calibration_text_of_one_domain(recipes: Callable[[str], Path], tmp_path
         (["calibration.domains=[]"], "calibration.domains"),
         (["method=harmonized", "calibration.domains=[a]"], "text of every source"),
         (["router.init=regression", "calibration.domains=[a]"], "text of every source"),
-        (["method=harmonized", "experts.init=drop"], "refit.method"),
+        (["method=harmonized", "experts.init=drop"], "fit.method"),
         (["experts.drop_share=1.5"], "experts.drop_share"),
         (["align.neuron_share=-1"], "align.neuron_share"),
     ],
@@ -623,7 +623,7 @@ def test_what_jetmoe_cannot_hold_is_refused(
     "setting",
     [
         "experts.init=copy",
-        "refit.method=least-squares",
+        "fit.method=least-squares",
         "router.init=regression",
         "router.init=hidden",
         "train.gradient_checkpointing=true",
@@ -658,7 +658,7 @@ def test_some_of_the_sources_are_experts(
         f"method={method}",
         f"experts.sources=[{','.join(names)}]",
         f"router.top_k={top_k}",
-        "refit.epochs=1",
+        "fit.epochs=1",
         "train.teacher=sources",
     ]
     recipe = load_recipe(recipes("llama"), settings)

@@ -38,7 +38,7 @@ from symphony_moe.building.fit_layer import (
     fit_layer,
     judged,
 )
-from symphony_moe.building.least_squares import Fit, LeastSquares
+from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.building.router_init import hidden_router, regression_router
 from symphony_moe.errors import SourceError
 from symphony_moe.model.families import DOWN, EMBEDDING, FAMILIES, GATE, HEAD, UP, head_dim
@@ -72,11 +72,11 @@ def harmonized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     def get(variant: str) -> Path:
         if variant not in made:
             made[variant] = make_recipe(
-                tmp_path_factory.mktemp(f"refit-{variant}"),
+                tmp_path_factory.mktemp(f"fit-{variant}"),
                 variant,
                 method="harmonized",
                 anchor="a",
-                refit={"epochs": 0, "ridge": RIDGE},
+                fit={"epochs": 0, "ridge": RIDGE},
                 calibration={"seed": 2},
             )
         return made[variant]
@@ -227,7 +227,7 @@ def test_what_is_kept_lowers_the_error_on_text_kept_aside(
     """Of strangers, step by step; as noted, and as measured by other code here. Layer two goes on
     from layer one."""
     small_steps(monkeypatch)
-    settings = ["refit.epochs=3", "refit.learning_rate=0.001"]
+    settings = ["fit.epochs=3", "fit.learning_rate=0.001"]
     recipe = load_recipe(harmonized(variant), settings)
     begun = begin(recipe)
     for layer in range(2):
@@ -256,7 +256,7 @@ def test_copies_of_one_source_stay_what_they_are(
     """Law 2 after the fit: three copies on three texts are fitted already. The error stays at zero
     and every layer computes what the source's does."""
     small_steps(monkeypatch)
-    recipe = load_recipe(harmonized(variant), ["refit.epochs=2"])
+    recipe = load_recipe(harmonized(variant), ["fit.epochs=2"])
     model = recipe.sources["a"].model
     copies = {n: s.model_copy(update={"model": model}) for n, s in recipe.sources.items()}
     begun = begin(recipe.model_copy(update={"sources": copies}))
@@ -378,13 +378,13 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def test_the_router_alone_is_fitted_where_nothing_else_is_asked_for(
     harmonized: Callable[[str], Path], seen: Routed
 ) -> None:
-    """refit.method none: backbone and experts as they are, to the bit; each kind of router from the
+    """fit.method none: backbone and experts as they are, to the bit; each kind of router from the
     new model's own router inputs, its rows in the order of names, divided by the temperature."""
     for init in ("regression", "hidden"):
         begun = begin(
             load_recipe(
                 harmonized("qwen2"),
-                ["refit.method=none", f"router.init={init}", "router.temperature=2"],
+                ["fit.method=none", f"router.init={init}", "router.temperature=2"],
             )
         )
         calibration, start = begun.calibration, begun.starts[0]
@@ -410,7 +410,7 @@ def test_the_order_of_the_sources_changes_nothing(
     """Law 4, with the anchor named: recipe, text, layers and heads in another order give the same
     layers by name, refinement, head and loss, to the bit."""
     small_steps(monkeypatch)
-    recipe = load_recipe(harmonized("qwen2"), ["refit.epochs=1"])
+    recipe = load_recipe(harmonized("qwen2"), ["fit.epochs=1"])
     begun, again = (begin(one) for one in reordered(recipe))
     for layer in range(2):
         (moe, note), (moe_again, note_again) = begun.fit(layer), again.fit(layer)
@@ -439,7 +439,7 @@ def test_no_gradient_leaves_the_layer(
     weights, and those that learn are attention, experts and router, not the norms. What was given
     is left as it was, without a gradient."""
     small_steps(monkeypatch)
-    begun = begin(load_recipe(harmonized(variant), ["refit.epochs=1"]))
+    begun = begin(load_recipe(harmonized(variant), ["fit.epochs=1"]))
     start, aligned, family = begun.starts[0], begun.layers[0], begun.calibration.family
     given = dict(tensors(start)) | {
         f"{n} {k}": t for n, layer in aligned.items() for k, t in layer.items()
@@ -511,15 +511,15 @@ def test_a_step_that_does_harm_is_not_kept(
     """Whatever a step gives, worse weights or none at all: the layer is what it is without that
     step, to the bit."""
     small_steps(monkeypatch)
-    without = begin(load_recipe(harmonized("qwen2"), ["refit.epochs=0"]))
+    without = begin(load_recipe(harmonized("qwen2"), ["fit.epochs=0"]))
     epochs = int(step == "refinement")
-    begun = begin(load_recipe(harmonized("qwen2"), [f"refit.epochs={epochs}"]))
+    begun = begin(load_recipe(harmonized("qwen2"), [f"fit.epochs={epochs}"]))
     solve, real_descend = fit_layer_module.solve, fit_layer_module.descend
     spoilt = {"attention": "o", "experts": "down_proj of b"}.get(step)
 
     def spoiled(
         calibration: Calibration, sums: LeastSquares, start: Tensor, what: str, *rest: Any
-    ) -> Fit:
+    ) -> Solution:
         fit = solve(calibration, sums, start, what, *rest)
         return replace(fit, weight=fit.weight + value) if what == spoilt else fit
 
@@ -570,7 +570,9 @@ def test_text_kept_aside_is_never_fitted_on(
     small_steps(monkeypatch)
     fits = []
     for scale in (1.0, -4.0):
-        begun = begin(load_recipe(harmonized("qwen2"), ["refit.epochs=2", "refit.soften=0"]))
+        begun = begin(
+            load_recipe(harmonized("qwen2"), ["fit.epochs=2", "fit.temperature_scaling=0"])
+        )
         for name in begun.calibration.names:
             assert begun.calibration.aside(name) == ASIDE
             for part in ("new", "source", "plain"):
@@ -638,14 +640,14 @@ def test_the_plain_mean_gets_a_router_of_its_own(
     assert_router_is(found, seen, "hidden", inputs, 1.0)
 
 
-def by_hand(counts: Mapping[str, int], sequence: int = 8, **refit_settings: Any) -> Calibration:
+def by_hand(counts: Mapping[str, int], sequence: int = 8, **fit_settings: Any) -> Calibration:
     """A calibration of a model that is nowhere: as many windows of each source as given."""
     spec = SourceSpec(model="nowhere", data="nowhere.jsonl")
     recipe = Recipe.model_validate(
         {
             "sources": dict.fromkeys(counts, spec),
             "anchor": next(iter(counts)),
-            "refit": {"method": "least-squares", "ridge": RIDGE, **refit_settings},
+            "fit": {"method": "least-squares", "ridge": RIDGE, **fit_settings},
         }
     )
     sizes = SIZES | VARIANTS["llama"] | {"hidden_size": 8, "vocab_size": 20}
@@ -778,7 +780,7 @@ def test_the_refinement_is_pulled_toward_the_aligned_weights(
     small_steps(monkeypatch)
     distances = []
     for pull in (0.0, 3.0, 1e9):
-        begun = begin(load_recipe(harmonized("qwen2"), ["refit.epochs=8", f"refit.pull={pull}"]))
+        begun = begin(load_recipe(harmonized("qwen2"), ["fit.epochs=8", f"fit.pull={pull}"]))
         moe, _ = begun.fit()
         starts = dict(tensors(begun.starts[0]))
         distances.append({k: float((t - starts[k]).norm()) for k, t in tensors(moe)})
@@ -790,7 +792,7 @@ def test_the_refinement_is_pulled_toward_the_aligned_weights(
             assert pulled < free and bound <= 1e-6 * max(1.0, free), name
 
 
-@pytest.mark.parametrize("soften", [0.0, 0.02, 0.3])
+@pytest.mark.parametrize("temperature_scaling", [0.0, 0.02, 0.3])
 def test_logits_are_softened_as_far_as_the_divergence_allows(
     soften: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -799,7 +801,7 @@ def test_logits_are_softened_as_far_as_the_divergence_allows(
     monkeypatch.setattr(fit_layer_module, "WINDOWS_TOKENS", 16)
 
     def prepared(share: float) -> Calibration:
-        calibration = by_hand({"b": 20, "a": 33}, epochs=4, soften=share)
+        calibration = by_hand({"b": 20, "a": 33}, epochs=4, temperature_scaling=share)
         for name in "ab":
             source = calibration.streams[f"source/{name}"]
             calibration.streams[f"new/{name}"].mul_(0.5).add_(source)
@@ -810,7 +812,7 @@ def test_logits_are_softened_as_far_as_the_divergence_allows(
     start = heads.pop("")
     sharp, _ = fit_head(prepared(0), start, heads)
     head, note = fit_head(calibration, start, heads)
-    temperature = note["softened"]["temperature"]
+    temperature = note["temperature_scaling"]["temperature"]
     torch.testing.assert_close(head * temperature, sharp, rtol=1e-5, atol=1e-6)
 
     def divergence(one: Tensor) -> float:
@@ -826,26 +828,32 @@ def test_logits_are_softened_as_far_as_the_divergence_allows(
         return sum(found) / 2
 
     limit = divergence(sharp) * (1 + soften)
-    assert note["softened"]["error"] == pytest.approx(
+    assert note["temperature_scaling"]["error"] == pytest.approx(
         [divergence(sharp), divergence(head)], abs=2e-6
     )
     if soften == 0:
-        assert temperature == 1 and not note["softened"]["kept"] and torch.equal(head, sharp)
+        assert (
+            temperature == 1
+            and not note["temperature_scaling"]["kept"]
+            and torch.equal(head, sharp)
+        )
     else:
-        assert temperature > 1 and note["softened"]["kept"]
+        assert temperature > 1 and note["temperature_scaling"]["kept"]
         assert divergence(head) < limit
         assert temperature == pytest.approx(2.0, abs=0.01) or divergence(head / 1.02) >= limit
 
 
 def test_a_model_that_equals_its_sources_is_not_softened() -> None:
     """Law 3: where nothing is lost there is nothing to be less sure of."""
-    calibration = by_hand({"b": 20, "a": 33}, epochs=1, soften=1.0)
+    calibration = by_hand({"b": 20, "a": 33}, epochs=1, temperature_scaling=1.0)
     heads = random_heads(calibration)
     start = heads.pop("")
     for name in "ab":
         calibration.streams[f"new/{name}"].copy_(calibration.streams[f"source/{name}"])
     head, note = fit_head(calibration, start, dict.fromkeys(heads, start))
-    assert note["softened"]["temperature"] == 1 and not note["softened"]["kept"]
+    assert (
+        note["temperature_scaling"]["temperature"] == 1 and not note["temperature_scaling"]["kept"]
+    )
     torch.testing.assert_close(head, start, rtol=0, atol=1e-4)
 
 
@@ -856,7 +864,7 @@ def unit(rows: Tensor, eps: float = 1e-5) -> Tensor:
 def test_the_closed_form_of_the_head_is_ridge_on_the_logits(everything_is_kept: None) -> None:
     """Regression onto the streams, then the heads: the same as onto the logits themselves, pulled
     toward the start. Float64 on all logits at once."""
-    calibration = by_hand({"b": 20, "a": 33}, epochs=0, soften=0)
+    calibration = by_hand({"b": 20, "a": 33}, epochs=0, temperature_scaling=0)
     heads = random_heads(calibration)
     start = heads.pop("")
     x, logits = [], []
@@ -867,7 +875,7 @@ def test_the_closed_form_of_the_head_is_ridge_on_the_logits(everything_is_kept: 
     expected, _ = explicit_ridge(torch.cat(x), torch.cat(logits), start)
     head, note = fit_head(calibration, start, heads)
     torch.testing.assert_close(head.double(), expected, rtol=0, atol=1e-5)
-    assert set(note) == {"closed form", "softened"}
+    assert set(note) == {"closed form", "temperature_scaling"}
     assert float((head - start).abs().max()) > 0.1
 
 
@@ -927,7 +935,7 @@ def test_the_divergence_is_the_mean_over_tokens_then_sources(
     if pieces:
         monkeypatch.setattr(fit_head_module, "LOGITS_AT_ONCE", 20 * 7)
     monkeypatch.setattr(fit_layer_module, "WINDOWS_TOKENS", 16)
-    calibration = by_hand({"b": 20, "a": 33}, epochs=4, soften=0)
+    calibration = by_hand({"b": 20, "a": 33}, epochs=4, temperature_scaling=0)
     for name in "ab":  # a stream that has something in common with the source's
         source = calibration.streams[f"source/{name}"]
         calibration.streams[f"new/{name}"].mul_(0.5).add_(source)
@@ -958,7 +966,7 @@ def test_a_head_that_does_harm_is_not_kept(
     step: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next step goes on from what was kept, and is judged against it."""
-    calibration = by_hand({"b": 20, "a": 33}, epochs=1, soften=0)
+    calibration = by_hand({"b": 20, "a": 33}, epochs=1, temperature_scaling=0)
     heads = random_heads(calibration)
     start = heads.pop("")
     if step != "refinement":
@@ -969,7 +977,7 @@ def test_a_head_that_does_harm_is_not_kept(
             calibration.streams[f"new/{name}"].copy_(source)
     solve, real_descend = fit_head_module.solve, fit_head_module.descend
 
-    def spoiled(*arguments: Any) -> Fit:
+    def spoiled(*arguments: Any) -> Solution:
         fit = solve(*arguments)
         return replace(fit, weight=fit.weight + value) if step != "refinement" else fit
 
@@ -989,7 +997,7 @@ def test_a_head_that_does_harm_is_not_kept(
     closed, refined = note["closed form"], note["refinement"]
     if step == "refinement":
         assert refined["error"][0] == closed["error"][1]
-        without = by_hand({"b": 20, "a": 33}, epochs=0, soften=0)
+        without = by_hand({"b": 20, "a": 33}, epochs=0, temperature_scaling=0)
         expected, _ = fit_head(without, start, heads)
         assert torch.equal(head, expected)
     else:
@@ -1053,7 +1061,7 @@ def test_too_little_text_and_bad_inputs_are_said_once(caplog: pytest.LogCaptureF
 
 def test_notes_are_plain_numbers(harmonized: Callable[[str], Path]) -> None:
     """They are kept as JSON with the layer, and go into metrics.json."""
-    begun = begin(load_recipe(harmonized("llama"), ["refit.epochs=0.5"]))
+    begun = begin(load_recipe(harmonized("llama"), ["fit.epochs=0.5"]))
     _, note = begun.fit()
     _, head_note = fit_head(begun.calibration, begun.head, begun.heads)
     for one in (note, head_note):
@@ -1063,7 +1071,7 @@ def test_notes_are_plain_numbers(harmonized: Callable[[str], Path]) -> None:
     names = [["q, k and v", "o"], what, ["output head"]]
     for found, expected in zip(conditions, names, strict=True):
         assert list(found["condition"]) == list(found["ridge"]) == expected
-        assert set(found["ridge"].values()) == {begun.calibration.recipe.refit.ridge}
+        assert set(found["ridge"].values()) == {begun.calibration.recipe.fit.ridge}
         assert all(1 < condition < 1e12 for condition in found["condition"].values())
     values = {c for found in conditions for c in found["condition"].values()}
     assert len(values) > 5, "each regression has a condition of its own"
@@ -1115,7 +1123,7 @@ def test_the_router_is_not_pulled(
         return real(calibration, parameters, toward, *rest, seed=seed)
 
     monkeypatch.setattr(fit_layer_module, "descend", spy)
-    begun = begin(load_recipe(harmonized("qwen2"), ["refit.epochs=0.1"]))
+    begun = begin(load_recipe(harmonized("qwen2"), ["fit.epochs=0.1"]))
     for layer in range(2):
         moe, _ = begun.fit(layer)
         advance_new(begun.calibration, layer, moe)
@@ -1125,7 +1133,7 @@ def test_the_router_is_not_pulled(
 def test_the_refinements_loss_is_the_error_that_it_is_judged_by(
     harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = begin(load_recipe(harmonized("qwen2"), ["refit.epochs=1"]))
+    begun = begin(load_recipe(harmonized("qwen2"), ["fit.epochs=1"]))
     c = begun.calibration
     losses = []
 
@@ -1161,7 +1169,7 @@ def test_router_inputs_are_spread_over_the_text(
 ) -> None:
     """Every third of six windows that are fitted on, and no window that is kept aside."""
     monkeypatch.setattr(router_init, "ROUTER_TOKENS", 3 * 64 * 2)
-    begun = begin(load_recipe(harmonized("llama"), ["refit.method=none"]))
+    begun = begin(load_recipe(harmonized("llama"), ["fit.method=none"]))
     c = begun.calibration
     assert c.router_windows("a") == 2
     for name in c.names:
@@ -1193,7 +1201,7 @@ def test_the_plain_means_router_has_as_much_text(
 def test_a_stream_too_large_for_float32_is_named(
     harmonized: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    begun = begin(load_recipe(harmonized("llama"), ["refit.epochs=0"]))
+    begun = begin(load_recipe(harmonized("llama"), ["fit.epochs=0"]))
     begun.layers[0]["b"]["self_attn.o_proj.weight"] *= 1e25
     begun.fit()
     named = [r.getMessage() for r in caplog.records if "too large to be compared" in r.getMessage()]
@@ -1230,7 +1238,7 @@ def test_the_head_is_fitted_and_judged_where_a_document_goes_on(everything_is_ke
     places = torch.tensor([0, 1, 2, 0, 0, 1, 2, 3])
     found = []
     for other in (False, True):
-        calibration = by_hand({"b": 20, "a": 33}, epochs=2, soften=0.05)
+        calibration = by_hand({"b": 20, "a": 33}, epochs=2, temperature_scaling=0.05)
         positions = {n: places.expand_as(w) for n, w in calibration.windows.items()}
         calibration = replace(calibration, positions=positions)
         ends = [2, 3, 7]

@@ -51,8 +51,8 @@ from twin import scramble
 Recipes = Callable[[str], Path]
 Runs = Callable[[str], RunFolder]
 
-QUICK = ("method=harmonized", "refit.epochs=1")
-ALIGNED_ONLY = ("method=harmonized", "refit.method=none", "router.init=random")
+QUICK = ("method=harmonized", "fit.epochs=1")
+ALIGNED_ONLY = ("method=harmonized", "fit.method=none", "router.init=random")
 MAPS = ("residual", "order", "phases", "values", "neurons", "tokens")
 """What keys of `alignment.safetensors` that change the result end with."""
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -197,8 +197,8 @@ def test_identical_sources_give_the_dense_model(
             weight.copy_(2 * torch.randn(weight.shape, generator=generator))
     assert difference(logits_of(moe, text), logits_of(dense, text)) <= EXACT
     metrics = run.read_json(run.metrics)
-    steps = [step for layer in metrics["refit"]["layers"] for step in layer.items()]
-    steps += metrics["refit"]["head"].items()
+    steps = [step for layer in metrics["fit"]["layers"] for step in layer.items()]
+    steps += metrics["fit"]["head"].items()
     assert [what for what, step in steps if step.get("kept")] == []
     assert metrics["alignment"].keys() == {"residual", "heads"}
     for by_source in metrics["alignment"].values():
@@ -236,7 +236,7 @@ def english(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "sources": {"english": original, "other": original},
         "method": "harmonized",
         "calibration": {"tokens": 3072, "sequence_length": 128},
-        "refit": {"epochs": 1},
+        "fit": {"epochs": 1},
         "output": {"dtype": "float32"},
         "evaluation": {"tokens": 4096, "sequence_length": 128},
     }
@@ -266,7 +266,7 @@ def test_a_real_models_twins_lose_what_the_model_loses(
         for folder in (opened[0].folder, run.checkpoint)
     )
     assert 2 < dense < 3 and abs(moe - dense) <= 1e-3
-    fit = run.read_json(run.metrics)["refit"]
+    fit = run.read_json(run.metrics)["fit"]
     assert fit["chosen"] == "harmonized"
     assert fit["loss"]["plain mean"] > fit["loss"]["harmonized"] + 1
 
@@ -315,7 +315,7 @@ def test_reordering_sources_permutes_experts_and_routers_only(
     run = build(path, tmp_path / "run", prefer=prefer)
     usual = (fitted if prefer == "harmonized" else fallen_back)(variant)
     assert_reordered(variant, read_tensors(usual.checkpoint), read_tensors(run.checkpoint), order)
-    assert run.read_json(run.metrics)["refit"] == usual.read_json(usual.metrics)["refit"]
+    assert run.read_json(run.metrics)["fit"] == usual.read_json(usual.metrics)["fit"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -394,7 +394,7 @@ def test_killed_and_resumed_equals_never_killed(
     for path in (run.alignment, run.manifest, run.recipe):
         assert path.read_bytes() == (whole.root / path.name).read_bytes()
     ours, theirs = (r.read_json(r.metrics) for r in (run, whole))
-    assert (ours["alignment"], ours["refit"]) == (theirs["alignment"], theirs["refit"])
+    assert (ours["alignment"], ours["fit"]) == (theirs["alignment"], theirs["fit"])
     assert not run.work.exists()
 
 
@@ -442,7 +442,7 @@ def test_the_checkpoint_computes_what_the_build_says(
     assert model.config.tie_word_embeddings is False
     head, table = stored["lm_head.weight"].float(), stored["model.embed_tokens.weight"].float()
     assert difference(head, table) > 0.1
-    fit = run.read_json(run.metrics)["refit"]
+    fit = run.read_json(run.metrics)["fit"]
     assert fit["chosen"] == "harmonized"
     aside = kept_aside(recipes(variant))
     losses = [loss_by_hand(model, text) for text in aside.values()]
@@ -453,13 +453,13 @@ def test_the_checkpoint_computes_what_the_build_says(
 def test_every_step_says_what_it_did(variant: str, fitted: Runs) -> None:
     """For each layer and for the head: the error on the text kept aside, before and after, and
     whether the step was kept, which is whether it was lowered."""
-    fit = fitted(variant).read_json(fitted(variant).metrics)["refit"]
+    fit = fitted(variant).read_json(fitted(variant).metrics)["fit"]
     steps = [
         layer[what] for layer in fit["layers"] for what in ("attention", "experts", "refinement")
     ]
     assert len(steps) == 6
     steps += [fit["head"][what] for what in ("closed form", "refinement")]
-    softened = fit["head"]["softened"]
+    softened = fit["head"]["temperature_scaling"]
     assert softened["kept"] is (softened["temperature"] > 1)
     for step in steps:
         before, after = step["error"]
@@ -478,9 +478,9 @@ def test_what_is_kept_of_the_closed_form_is_what_is_written(
     """Without refinement: matrices differ from those of a build that fits nothing, layer by layer,
     where and only where their step is said to be kept."""
     path = recipes("llama-tied-rope3")
-    run = build(path, tmp_path / "run", "refit.epochs=0")
-    unfitted = build(path, tmp_path / "unfitted", "refit.method=none")
-    fit = run.read_json(run.metrics)["refit"]
+    run = build(path, tmp_path / "run", "fit.epochs=0")
+    unfitted = build(path, tmp_path / "unfitted", "fit.method=none")
+    fit = run.read_json(run.metrics)["fit"]
     stored, start = read_tensors(run.checkpoint), read_tensors(unfitted.checkpoint)
     kept = []
     for number, layer in enumerate(fit["layers"]):
@@ -556,7 +556,7 @@ def test_a_fit_that_is_worse_gives_the_plain_mean(
     fitted but the routers; the metrics say so, and no map is recorded. Its reported loss is the
     checkpoint's own."""
     run = fallen_back(variant)
-    fit = run.read_json(run.metrics)["refit"]
+    fit = run.read_json(run.metrics)["fit"]
     assert fit["chosen"] == "plain mean"
     assert fit["loss"]["plain mean"] < fit["loss"]["harmonized"]
     assert maps_in(run) == set()
@@ -611,7 +611,7 @@ def test_a_plain_mean_of_any_kind_verifies(
     assert maps_in(run) == set()
     model = load_clean(run.checkpoint)
     losses = [loss_by_hand(model, text) for text in kept_aside(run.recipe).values()]
-    reported = run.read_json(run.metrics)["refit"]["loss"]["plain mean"]
+    reported = run.read_json(run.metrics)["fit"]["loss"]["plain mean"]
     assert reported == pytest.approx(sum(losses) / 3, abs=1e-4)
 
 
@@ -631,7 +631,7 @@ def test_a_head_that_fits_nothing_is_found_out(
     monkeypatch.setattr(build_module, "fit_head", broken)
     with caplog.at_level(logging.INFO, logger="symphony_moe"):
         run = build(recipes("llama"), tmp_path / "run", prefer=None)
-    fit = run.read_json(run.metrics)["refit"]
+    fit = run.read_json(run.metrics)["fit"]
     assert fit["chosen"] == "plain mean" and maps_in(run) == set()
     assert "writing the plain mean" in caplog.text
 
@@ -650,7 +650,7 @@ def test_a_loss_that_is_no_number_is_never_better(
 
     monkeypatch.setattr(build_module, "next_token_losses", losses)
     run = build(recipes("llama"), tmp_path / "run", prefer=None)
-    assert run.read_json(run.metrics)["refit"]["chosen"] == chosen
+    assert run.read_json(run.metrics)["fit"]["chosen"] == chosen
 
 
 def test_a_domain_that_loses_by_the_fit_is_named(
@@ -672,7 +672,7 @@ def test_a_domain_that_loses_by_the_fit_is_named(
 
     monkeypatch.setattr(build_module, "next_token_losses", losses)
     run = build(recipes("llama"), tmp_path / "run", prefer=None)
-    fit = run.read_json(run.metrics)["refit"]
+    fit = run.read_json(run.metrics)["fit"]
     assert fit["chosen"] == "harmonized"
     assert fit["loss_by_source"]["harmonized"] == {"a": 5.0, "b": 5.2, "c": 5.0}
     assert [r.getMessage()[:21] for r in caplog.records if "loses less" in r.getMessage()] == [
@@ -705,13 +705,13 @@ def test_branches_with_little_text_are_not_made_worse(windows: int, tmp_path: Pa
         "method": "harmonized",
         "calibration": {"tokens": 4 * windows * 128, "sequence_length": 128},
         "output": {"dtype": "float32"},
-        "refit": {"epochs": 2},
+        "fit": {"epochs": 2},
         "evaluation": {"tokens": 4096, "sequence_length": 128},
     }
     recipe = resolve_recipe(content, tmp_path, "branches")
     held_out = held_out_text(recipe, open_sources(recipe))
     run = pipeline.build(recipe, tmp_path / "run")
-    fit = run.read_json(run.metrics)["refit"]
+    fit = run.read_json(run.metrics)["fit"]
     assert fit["chosen"] == min(fit["loss"], key=fit["loss"].__getitem__)
     with preferring("plain mean"):
         plain = pipeline.build(recipe, tmp_path / "plain")
@@ -737,7 +737,7 @@ def test_alignment_alone_brings_twins_back_exactly(
     assert f"{len(stored)} tensors equal" in summary and "fitted" not in summary
     found = {key.rpartition(".")[2] for key in maps_in(run)}
     assert found == {"residual", "order", "phases", "values"}
-    assert not {"head", "loss", "chosen"} & run.read_json(run.metrics).get("refit", {}).keys()
+    assert not {"head", "loss", "chosen"} & run.read_json(run.metrics).get("fit", {}).keys()
     text = random_text(2, 3, 48)
     expected = logits_of(load_clean(models_of(twins(variant)) / "a"), text)
     assert difference(logits_of(load_clean(run.checkpoint), text), expected) <= 1e-4
@@ -858,7 +858,7 @@ def test_regression_routers_are_the_minimum_on_the_stock_models_inputs(
     usual, stored = read_tensors(runs["random"].checkpoint), read_tensors(run.checkpoint)
     routers = {f"model.layers.{layer}.{router_name(variant)}" for layer in range(2)}
     assert {n for n in usual if not torch.equal(usual[n], stored[n])} == routers
-    layers = run.read_json(run.metrics)["refit"]["layers"]
+    layers = run.read_json(run.metrics)["fit"]["layers"]
     assert [list(layer) for layer in layers] == [["routing"]] * 2, "the balance is reported"
     model = load_clean(run.checkpoint)
     windows = windows_of(recipes(variant))
@@ -1085,7 +1085,7 @@ def test_one_short_window_per_source_is_fitted_with_a_warning(
     assert any("down_proj of a: 16 calibration tokens for 48 unknowns" in line for line in said)
     assert len(said) == len(set(said)), "the same of every layer"
     assert finite(run)
-    losses = run.read_json(run.metrics)["refit"]["loss"]
+    losses = run.read_json(run.metrics)["fit"]["loss"]
     assert all(math.isfinite(loss) for loss in losses.values())
     pipeline.verify(run)
 
@@ -1206,8 +1206,8 @@ def test_the_whole_way_with_tied_sources(recipes: Recipes, tmp_path: Path) -> No
     stored = read_tensors(run.trained)
     assert "lm_head.weight" in stored and stored.keys() == read_tensors(run.checkpoint).keys()
     metrics = run.read_json(run.metrics)
-    assert metrics.keys() >= {"sources", "built", "trained", "alignment", "refit", "routing"}
-    assert metrics["refit"]["chosen"] == "harmonized"
+    assert metrics.keys() >= {"sources", "built", "trained", "alignment", "fit", "routing"}
+    assert metrics["fit"]["chosen"] == "harmonized"
     assert run.report.stat().st_size > 1000
     pipeline.verify(run)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from symphony_moe.building.least_squares import MAX_CONDITION, Fit, LeastSquares
+from symphony_moe.building.least_squares import MAX_CONDITION, LeastSquares, Solution
 
 SEEDS = st.integers(0, 2**31)
 
@@ -59,7 +59,7 @@ def explicit_ridge(
     return (solution, None) if start_intercept is None else (solution[:, :-1], solution[:, -1])
 
 
-def assert_is(fit: Fit, weight: np.ndarray, intercept: np.ndarray | None = None) -> None:
+def assert_is(fit: Solution, weight: np.ndarray, intercept: np.ndarray | None = None) -> None:
     """To float32's rounding."""
     assert fit.weight.dtype == torch.float32
     np.testing.assert_allclose(fit.weight.numpy(), weight, rtol=1e-5, atol=1e-5)

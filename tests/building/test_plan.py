@@ -26,11 +26,11 @@ SETTINGS = {
     "a router": ["method=symphony", "align.neurons=none", "router.init=regression"],
     "the paper's": ["method=symphony"],
     "the paper's and a router": ["method=symphony", "router.init=hidden"],
-    "alignment": ["method=harmonized", "refit.method=none", "router.init=random"],
-    "a fit": ["method=harmonized", "refit.epochs=0"],
+    "alignment": ["method=harmonized", "fit.method=none", "router.init=random"],
+    "a fit": ["method=harmonized", "fit.epochs=0"],
     "a fit of strangers to nothing": [
         "method=harmonized",
-        "refit.epochs=0",
+        "fit.epochs=0",
         "align.residual=none",
         "align.heads=none",
     ],
@@ -111,7 +111,7 @@ def test_a_disk_without_room_for_the_work_is_refused_before_anything_is_made(
 ) -> None:
     """Room for the weights alone is not enough; what an earlier build has taken counts as room."""
     monkeypatch.setattr(estimate, "STREAMS_IN_MEMORY", 0)
-    settings = ["method=harmonized", "refit.epochs=0"]
+    settings = ["method=harmonized", "fit.epochs=0"]
     planned = pipeline.plan(load_recipe(recipes("llama"), settings))
     needed = planned.disk_bytes + planned.work_bytes
     usage = shutil.disk_usage(tmp_path)
@@ -184,14 +184,14 @@ def test_the_peak_counts_the_statistics_of_both_texts(recipes: Recipes) -> None:
         return estimate.peak_memory(recipe, config, 3)
 
     for router, texts in (("random", 1), ("regression", 2)):
-        settings = ["refit.method=none", f"router.init={router}"]
+        settings = ["fit.method=none", f"router.init={router}"]
         heads = peak(*settings) - peak(*settings, "align.heads=none")
         assert heads == pytest.approx(texts * 2 * (4 * 20_000) ** 2 * 8, rel=0.01)
 
 
 def test_more_epochs_take_more_time(recipes: Recipes) -> None:
     def seconds(epochs: int) -> float:
-        recipe = load_recipe(recipes("llama"), ["method=harmonized", f"refit.epochs={epochs}"])
+        recipe = load_recipe(recipes("llama"), ["method=harmonized", f"fit.epochs={epochs}"])
         return pipeline.plan(recipe).seconds
 
     first, second, third = (seconds(epochs) for epochs in (0, 1000, 2000))
@@ -265,12 +265,12 @@ def test_commands_warn_of_windows_beyond_a_context(
 @pytest.mark.parametrize(
     ("setting", "unread", "reason", "read"),
     [
-        ("refit.ridge=0.5", [], "refit.method is none", ["method=harmonized"]),
+        ("fit.ridge=0.5", [], "fit.method is none", ["method=harmonized"]),
         (
-            "refit.pull=1",
-            ["method=harmonized", "refit.epochs=0"],
-            "refit.epochs is 0",
-            ["method=harmonized", "refit.epochs=1"],
+            "fit.pull=1",
+            ["method=harmonized", "fit.epochs=0"],
+            "fit.epochs is 0",
+            ["method=harmonized", "fit.epochs=1"],
         ),
         ("router.temperature=2", [], "router.init is random", ["router.init=hidden"]),
         ("align.neuron_share=0.5", ["method=btx"], "no neurons are matched", ["method=symphony"]),

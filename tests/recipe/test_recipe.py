@@ -18,7 +18,8 @@ from pydantic import BaseModel
 from symphony_moe.errors import RecipeError
 from symphony_moe.recipe.load import load_recipe, resolve_recipe
 from symphony_moe.recipe.presets import PRESETS
-from symphony_moe.recipe.settings import HubData, Recipe, Refit, SourceSpec, parse_size
+from symphony_moe.recipe.settings import Fit, HubData, Recipe, SourceSpec, parse_size
+from symphony_moe.recipe.variants import load_variants
 
 BASE: dict[str, Any] = {
     "sources": {
@@ -359,12 +360,12 @@ def test_extra_domains_and_sources_have_different_names(tmp_path: Path) -> None:
         ("align", {"residual": "permutation"}),
         ("align", {"heads": "some"}),
         ("experts", {"init": "drop-in"}),
-        ("refit", {"method": "ridge"}),
-        ("refit", {"ridge": 0}),
-        ("refit", {"ridge": float("inf")}),
-        ("refit", {"epochs": -0.5}),
-        ("refit", {"epochs": float("nan")}),
-        ("refit", {"learning_rate": 0}),
+        ("fit", {"method": "ridge"}),
+        ("fit", {"ridge": 0}),
+        ("fit", {"ridge": float("inf")}),
+        ("fit", {"epochs": -0.5}),
+        ("fit", {"epochs": float("nan")}),
+        ("fit", {"learning_rate": 0}),
         ("router", {"init": "learned"}),
         ("router", {"temperature": 0}),
         ("router", {"temperature": -1}),
@@ -497,7 +498,7 @@ def test_harmonized_aligns_fits_and_calibrates(tmp_path: Path) -> None:
         "linear",
     )
     assert (align.residual, align.heads, align.neurons) == ("orthogonal", "all", "auto")
-    assert (recipe.experts.init, recipe.refit.method) == ("source", "least-squares")
+    assert (recipe.experts.init, recipe.fit.method) == ("source", "least-squares")
     assert (recipe.router.init, recipe.router.top_k) == ("regression", 2)
     assert recipe.aligns and recipe.folds and recipe.fits
     assert not recipe.aligns_neurons, "no expert here meets another's neurons"
@@ -511,7 +512,7 @@ def test_harmonized_aligns_fits_and_calibrates(tmp_path: Path) -> None:
         ({"align": {"neurons": "auto"}}, False, False, False),
         ({"align": {"neurons": "none", "residual": "orthogonal"}}, True, True, False),
         ({"align": {"neurons": "none", "heads": "all"}}, True, False, False),
-        ({"align": {"neurons": "none"}, "refit": {"method": "least-squares"}}, False, True, True),
+        ({"align": {"neurons": "none"}, "fit": {"method": "least-squares"}}, False, True, True),
         ({"align": {"neurons": "none"}, "router": {"init": "regression"}}, False, False, True),
         ({"align": {"neurons": "none"}, "router": {"init": "hidden"}}, False, False, True),
         ({"experts": {"init": "copy"}}, False, False, False),
@@ -530,7 +531,7 @@ def test_each_setting_asks_for_its_own_stage(
     [
         ("align", "residual", "orthogonal"),
         ("align", "heads", "all"),
-        ("refit", "method", "least-squares"),
+        ("fit", "method", "least-squares"),
     ],
 )
 def test_copies_of_one_expert_are_fitted_to_nobody(
@@ -545,14 +546,14 @@ def test_copies_of_one_expert_are_fitted_to_nobody(
         experts={"init": "copy"},
         **{
             s: {k: "none" for s2, k in OF_SOURCES if s2 == s and (s, k) != (section, setting)}
-            for s in ("align", "refit")
+            for s in ("align", "fit")
         },
     )
-    quiet = {"align": {"residual": "none", "heads": "none"}, "refit": {"method": "none"}}
+    quiet = {"align": {"residual": "none", "heads": "none"}, "fit": {"method": "none"}}
     assert resolve(tmp_path, method="harmonized", experts={"init": "copy"}, **quiet).fits
 
 
-OF_SOURCES = (("align", "residual"), ("align", "heads"), ("refit", "method"))
+OF_SOURCES = (("align", "residual"), ("align", "heads"), ("fit", "method"))
 
 
 @pytest.mark.parametrize("method", PRESETS)
@@ -641,9 +642,9 @@ def test_overrides_reach_every_level(tmp_path: Path) -> None:
         "sources.a.data=[x.txt, y.txt]",
         "sources.b.revision=v1.0",
         "output.head_bias=false",
-        "refit.method=least-squares",
-        "refit.ridge=1e-3",
-        "refit.epochs=0.5",
+        "fit.method=least-squares",
+        "fit.ridge=1e-3",
+        "fit.epochs=0.5",
         "router.temperature=2",
         "seed=7",
         "anchor=b",
@@ -657,8 +658,8 @@ def test_overrides_reach_every_level(tmp_path: Path) -> None:
     assert recipe.sources["a"].data == [str(tmp_path / "x.txt"), str(tmp_path / "y.txt")]
     assert recipe.sources["b"].revision == "v1.0"
     assert recipe.output.head_bias is False
-    assert (recipe.refit.method, recipe.refit.ridge) == ("least-squares", 1e-3)
-    assert (recipe.refit.epochs, recipe.router.temperature) == (0.5, 2)
+    assert (recipe.fit.method, recipe.fit.ridge) == ("least-squares", 1e-3)
+    assert (recipe.fit.epochs, recipe.router.temperature) == (0.5, 2)
     assert (recipe.seed, recipe.anchor) == (7, "b")
     assert list(recipe.evaluation.extra) == ["other", "more"]
 
@@ -805,7 +806,7 @@ calibration: {tokens: 262144, sequence_length: 2048, seed: 114514}
 backbone: {attention: slerp, embeddings: selective-linear, norms: linear, weights: null}
 align: {neurons: activations, residual: none, heads: none}
 experts: {init: source}
-refit: {method: none}
+fit: {method: none}
 router: {init: random, top_k: 2}
 output: {architecture: auto, dtype: bfloat16, max_shard_size: 5GB}
 train: {scope: all, tokens: 10_000_000, learning_rate: 5.0e-5, balance_weight: 0.01,
@@ -935,6 +936,48 @@ def test_text_junk_is_refused_as_a_mistake(text: str, override: str, tmp_path: P
 
 def test_the_defaults_of_the_fit_are_those_that_were_measured() -> None:
     """docs/lab-log.md; another one changes every published number."""
-    refit = Refit()
-    measured = (refit.ridge, refit.epochs, refit.learning_rate, refit.pull, refit.soften)
+    fit = Fit()
+    measured = (fit.ridge, fit.epochs, fit.learning_rate, fit.pull, fit.temperature_scaling)
     assert measured == (1e-2, 8.0, 0.06, 0.1, 0.05)
+
+
+# Settings of an earlier version
+
+OLD = """
+sources: {a: {model: x/a, data: a.txt}, b: {model: x/b, data: b.txt}}
+method: harmonized
+refit: {epochs: 3, soften: 0.125}
+train: {soften: 0.25}
+compare: {variants: {short: {method: harmonized, refit: {epochs: 1}}}, methods: [short]}
+"""
+
+
+def test_settings_are_taken_by_their_old_names_with_a_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = load_recipe(write(tmp_path, OLD), ["refit.ridge=0.5"])
+    assert (recipe.fit.epochs, recipe.fit.ridge) == (3, 0.5)
+    assert (recipe.fit.temperature_scaling, recipe.train.temperature_scaling) == (0.125, 0.25)
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "refit is called fit now; it is read as that",
+        "fit.soften is called fit.temperature_scaling now; it is read as that",
+        "train.soften is called train.temperature_scaling now; it is read as that",
+    ]
+
+
+def test_variants_are_taken_by_old_names_too(tmp_path: Path) -> None:
+    _, found = load_variants(write(tmp_path, OLD))
+    (recipe,) = found["short"].values()
+    assert recipe.fit.epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("both", "said"),
+    [
+        ("refit: {epochs: 1}\nfit: {epochs: 2}", "fit is there twice, once by its old name refit"),
+        ("train: {soften: 0, temperature_scaling: 0}", "once by its old name train.soften"),
+    ],
+)
+def test_an_old_name_beside_the_new_one_is_refused(both: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(write(tmp_path, yaml.safe_dump(BASE) + both))

@@ -37,7 +37,7 @@ KEYS = [
     "built",
     "trained",
     "alignment",
-    "refit",
+    "fit",
     "routing",
     "cka",
     "dynamic",
@@ -57,7 +57,7 @@ def sample_recipe() -> dict[str, Any]:
             "evaluation": {"extra": {"medicine": "medicine.jsonl"}},
             "method": "harmonized",
             "align": {"residual": "orthogonal", "heads": "all", "neurons": "activations"},
-            "refit": {"method": "least-squares"},
+            "fit": {"method": "least-squares"},
         }
     ).model_dump(mode="json")
 
@@ -138,7 +138,7 @@ def sample_metrics() -> dict[str, Any]:
             }
             for kind, shift in (("residual", 0.1), ("heads", 0.2), ("neurons", 0.0))
         },
-        "refit": sample_refit(),
+        "fit": sample_fit(),
         "routing": {"built": routing, "trained": copy.deepcopy(routing)},
         "cka": {
             name: sample_cka(start)
@@ -206,8 +206,8 @@ def sample_tasks() -> dict[str, Any]:
     }
 
 
-def sample_refit() -> dict[str, Any]:
-    ridge = sample_recipe()["refit"]["ridge"]
+def sample_fit() -> dict[str, Any]:
+    ridge = sample_recipe()["fit"]["ridge"]
     attention = {"q, k and v": 9.4, "o": 6.1}
     experts = {f"input map of {name}": 70.0 + i for i, name in enumerate(SOURCES)}
     experts |= {f"down_proj of {name}": 1069.3 - i for i, name in enumerate(SOURCES)}
@@ -244,7 +244,7 @@ def sample_refit() -> dict[str, Any]:
                 "ridge": {"output head": ridge},
             },
             "refinement": {"error": [1.335, 0.591], "kept": True},
-            "softened": {"error": [0.591, 0.6179], "kept": True, "temperature": 1.25},
+            "temperature_scaling": {"error": [0.591, 0.6179], "kept": True, "temperature": 1.25},
         },
         "loss": {"harmonized": 2.4943, "plain mean": 5.5905},
         "loss_by_source": {
@@ -255,24 +255,24 @@ def sample_refit() -> dict[str, Any]:
     }
 
 
-def old_refit() -> dict[str, Any]:
+def old_fit() -> dict[str, Any]:
     """As builds noted it that kept windows aside, not documents."""
-    refit = sample_refit()
-    del refit["loss_by_source"], refit["head"]["softened"]
-    del refit["head"]["closed form"]["condition"], refit["head"]["closed form"]["ridge"]
-    for layer in refit["layers"]:
+    fit = sample_fit()
+    del fit["loss_by_source"], fit["head"]["temperature_scaling"]
+    del fit["head"]["closed form"]["condition"], fit["head"]["closed form"]["ridge"]
+    for layer in fit["layers"]:
         for step in (layer["attention"], layer["experts"]):
             step["condition"] = max(step["condition"].values())
             del step["ridge"]
-    return refit
+    return fit
 
 
 def router_only() -> tuple[dict[str, Any], dict[str, Any]]:
     """(metrics, recipe) of a build that fitted a router and nothing else."""
     metrics, recipe = sample_metrics(), sample_recipe()
-    layers = [{"routing": layer["routing"]} for layer in metrics["refit"]["layers"]]
-    metrics["refit"] = {"layers": layers}
-    recipe["refit"]["method"], recipe["router"]["init"] = "none", "regression"
+    layers = [{"routing": layer["routing"]} for layer in metrics["fit"]["layers"]]
+    metrics["fit"] = {"layers": layers}
+    recipe["fit"]["method"], recipe["router"]["init"] = "none", "regression"
     return metrics, recipe
 
 
@@ -326,7 +326,7 @@ def test_the_full_page_has_every_section_and_says_what_was_built() -> None:
         ("routing", "Routing", "symphony evaluate DIR"),
         ("cka", "How alike the experts are", "symphony evaluate DIR"),
         ("alignment", "Alignment", BUILD),
-        ("refit", "Fit", BUILD),
+        ("fit", "Fit", BUILD),
         ("timing", "Time and memory", BUILD),
     ],
 )
@@ -348,7 +348,7 @@ def test_any_part_alone_renders(kept: tuple[str, ...]) -> None:
         "training": "Training",
         "routing": "Routing",
         "alignment": "Alignment",
-        "refit": "Fit",
+        "fit": "Fit",
         "timing": "Time and memory",
     }
     shown = {key for key, heading in headings.items() if heading in page.text}
@@ -394,10 +394,10 @@ def test_a_kind_of_alignment_that_is_missing_beside_others_is_named() -> None:
 
 def test_no_fit_is_no_omission_where_the_recipe_asks_for_none() -> None:
     recipe = sample_recipe()
-    recipe["refit"]["method"] = "none"
-    assert "Not in this report" not in render(without("refit"), sample_plan(), recipe)
+    recipe["fit"]["method"] = "none"
+    assert "Not in this report" not in render(without("fit"), sample_plan(), recipe)
     recipe["router"]["init"] = "regression"
-    page = Page(render(without("refit"), sample_plan(), recipe))
+    page = Page(render(without("fit"), sample_plan(), recipe))
     assert f"No balance of the fitted router; run  {BUILD}" in " ".join(page.text)
 
 
@@ -415,13 +415,13 @@ def test_names_are_escaped() -> None:
     metrics["cka"]["built"]["experts"] = [evil, *SOURCES[1:]]
     for kind in metrics["alignment"].values():
         kind[evil] = {"before": [0.1], "after": [0.2], "used": False}
-    metrics["refit"] |= {"loss": {evil: 1.0}, "chosen": evil}
-    metrics["refit"]["loss_by_source"][evil] = {evil: 1.0}
-    metrics["refit"]["layers"][0]["routing"]["share"][evil] = 0.1
-    metrics["refit"]["layers"][0]["experts"]["condition"][evil] = 1e9
-    metrics["refit"]["layers"][0]["experts"]["ridge"][evil] = 0.1
+    metrics["fit"] |= {"loss": {evil: 1.0}, "chosen": evil}
+    metrics["fit"]["loss_by_source"][evil] = {evil: 1.0}
+    metrics["fit"]["layers"][0]["routing"]["share"][evil] = 0.1
+    metrics["fit"]["layers"][0]["experts"]["condition"][evil] = 1e9
+    metrics["fit"]["layers"][0]["experts"]["ridge"][evil] = 0.1
     metrics["training"]["curve"][0][f"share/{evil}"] = 0.1
-    metrics["refit"]["head"][evil] = {"error": [1.0, 2.0], "kept": False}
+    metrics["fit"]["head"][evil] = {"error": [1.0, 2.0], "kept": False}
     page = Page(render(metrics, plan, recipe))
     assert "script" not in [tag for tag, _ in page.tags]
     assert any(evil in row for row in page.rows)
@@ -797,7 +797,7 @@ def test_the_fit_shows_every_error_and_their_means() -> None:
     assert rows[6] == ["mean", "0.4850", "0.4350", "0.3750", "0.2850", "0.1450"]
     head = page.table("Output head")
     assert head == [
-        ["before", "closed form", "refinement", "softened"],
+        ["before", "closed form", "refinement", "temperature_scaling"],
         ["1.7300", "1.3350", "0.5910", "0.6179"],
     ]
     assert "kept aside, in nats per token: harmonized 2.494, plain mean 5.590." in page.words
@@ -807,7 +807,7 @@ def test_the_fit_shows_every_error_and_their_means() -> None:
 
 def test_a_step_that_was_not_kept_is_struck_through_and_counts_as_it_was_before() -> None:
     metrics = sample_metrics()
-    layers, head = metrics["refit"]["layers"], metrics["refit"]["head"]
+    layers, head = metrics["fit"]["layers"], metrics["fit"]["head"]
     layers[1]["experts"] = {"error": [0.38, 0.98], "kept": False}
     layers[2]["refinement"] = {"error": [0.28, math.nan], "kept": False}
     head["closed form"] = {"error": [1.73, 1.9], "kept": False}
@@ -822,15 +822,15 @@ def test_a_step_that_was_not_kept_is_struck_through_and_counts_as_it_was_before(
 
 def test_a_fit_without_some_of_its_steps_renders() -> None:
     metrics = sample_metrics()
-    for layer in metrics["refit"]["layers"]:
+    for layer in metrics["fit"]["layers"]:
         del layer["refinement"]
-    del metrics["refit"]["head"]["refinement"], metrics["refit"]["head"]["softened"]
+    del metrics["fit"]["head"]["refinement"], metrics["fit"]["head"]["temperature_scaling"]
     page = Page(rendered(metrics))
     assert page.table("Layers")[1] == ["Layer", "before", "attention", "before", "experts"]
     assert page.table("Output head") == [["before", "closed form"], ["1.7300", "1.3350"]]
 
-    del metrics["refit"]["layers"][0]["attention"]
-    metrics["refit"]["layers"][1]["experts"] = {"error": [None, None], "kept": False}
+    del metrics["fit"]["layers"][0]["attention"]
+    metrics["fit"]["layers"][1]["experts"] = {"error": [None, None], "kept": False}
     rows = Page(rendered(metrics)).table("Layers")
     assert rows[2] == ["0", MISSING, MISSING, "0.3900", "0.3000"]
     assert rows[3] == ["1", "0.4900", "0.4400", "NaN", "NaN"]
@@ -840,7 +840,7 @@ def test_a_fit_without_some_of_its_steps_renders() -> None:
 @pytest.mark.parametrize("key", ["layers", "head", "loss", "chosen"])
 def test_any_part_of_the_fit_may_be_absent(key: str) -> None:
     metrics = sample_metrics()
-    del metrics["refit"][key]
+    del metrics["fit"][key]
     page = Page(rendered(metrics))
     assert "Fit" in page.text
     captions = " ".join(page.tables)
@@ -848,12 +848,12 @@ def test_any_part_of_the_fit_may_be_absent(key: str) -> None:
     assert ("Output head" in captions) == (key != "head")
     assert ("in nats per token: harmonized" in page.words) == (key != "loss")
     assert ("was written" in page.words) == (key != "chosen")
-    Page(rendered(sample_metrics() | {"refit": {key: sample_refit()[key]}}))
+    Page(rendered(sample_metrics() | {"fit": {key: sample_fit()[key]}}))
 
 
 def test_the_page_says_that_the_plain_mean_was_written() -> None:
     metrics = sample_metrics()
-    metrics["refit"] |= {"loss": {"harmonized": None, "plain mean": 3.25}, "chosen": "plain mean"}
+    metrics["fit"] |= {"loss": {"harmonized": None, "plain mean": 3.25}, "chosen": "plain mean"}
     for kind in metrics["alignment"].values():
         for source in kind.values():
             source["used"] = False
@@ -877,7 +877,7 @@ def test_every_table_of_a_fitted_model_that_was_not_written_says_so(table: str) 
         return next(c for c in Page(rendered(metrics)).tables if c.startswith(table))
 
     assert UNWRITTEN not in caption()
-    metrics["refit"]["chosen"] = "plain mean"
+    metrics["fit"]["chosen"] = "plain mean"
     assert caption().endswith(UNWRITTEN)
 
 
@@ -892,8 +892,8 @@ def test_the_fit_shows_the_loss_kept_aside_per_source_and_which_model_was_writte
     # The mean may be worth it where one source's own is not.
     assert "<b>3.250</b>" in html and "<b>1.600</b>" in html
     assert "<b>3.500</b>" not in html and "<b>6.100</b>" not in html
-    metrics["refit"]["chosen"] = "plain mean"
-    metrics["refit"]["loss_by_source"]["harmonized"] = {"general": None, "maths": 2.0}
+    metrics["fit"]["chosen"] = "plain mean"
+    metrics["fit"]["loss_by_source"]["harmonized"] = {"general": None, "maths": 2.0}
     assert Page(rendered(metrics)).table("Text kept aside")[1:] == [
         ["harmonized", "NaN", "2.000", MISSING],
         ["plain mean (written)", "3.250", "7.421", "6.100"],
@@ -925,14 +925,14 @@ def test_a_router_that_is_all_that_was_fitted_has_its_balance_and_nothing_else()
 
 
 def test_shares_that_are_coloured_have_their_legend_once() -> None:
-    for metrics in (sample_metrics(), without("routing"), without("refit")):
+    for metrics in (sample_metrics(), without("routing"), without("fit")):
         assert rendered(metrics).count('class="legend"') == 1
-    assert 'class="legend"' not in rendered(without("routing", "refit"))
+    assert 'class="legend"' not in rendered(without("routing", "fit"))
 
 
 def test_the_fit_shows_the_largest_condition_of_every_layer_and_that_no_ridge_was_raised() -> None:
     metrics = sample_metrics()
-    metrics["refit"]["layers"][2]["attention"]["condition"]["o"] = 3.14e7
+    metrics["fit"]["layers"][2]["attention"]["condition"]["o"] = 3.14e7
     page = Page(rendered(metrics))
     assert page.table("Regressions") == [
         ["Layer", "condition", "of"],
@@ -947,12 +947,12 @@ def test_the_fit_shows_the_largest_condition_of_every_layer_and_that_no_ridge_wa
 
 def test_the_fit_shows_where_a_ridge_was_raised_above_the_recipe_s() -> None:
     metrics = sample_metrics()
-    layers = metrics["refit"]["layers"]
+    layers = metrics["fit"]["layers"]
     layers[1]["experts"]["ridge"]["down_proj of maths"] = 0.1
     layers[1]["attention"]["ridge"]["o"] = 10.0
     for key in ("condition", "ridge"):  # nothing could be solved for
         layers[3]["experts"][key]["input map of code"] = None
-    metrics["refit"]["head"]["closed form"]["ridge"]["output head"] = 1.0
+    metrics["fit"]["head"]["closed form"]["ridge"]["output head"] = 1.0
     page = Page(rendered(metrics))
     rows = page.table("Regressions")
     assert rows[0] == ["Layer", "condition", "of", "ridge raised to"]
@@ -967,10 +967,10 @@ def test_the_fit_shows_where_a_ridge_was_raised_above_the_recipe_s() -> None:
     assert "in 4 of 33 regressions it was raised tenfold" in page.words
     # Beside a recipe that asks for as much, none of these was raised.
     recipe = sample_recipe()
-    recipe["refit"]["ridge"] = 0.1
+    recipe["fit"]["ridge"] = 0.1
     for note in (note for layer in layers for note in layer.values() if "ridge" in note):
         note["ridge"] = dict.fromkeys(note["ridge"], 0.1)
-    metrics["refit"]["head"]["closed form"]["ridge"]["output head"] = 0.1
+    metrics["fit"]["head"]["closed form"]["ridge"]["output head"] = 0.1
     assert "none was raised" in Page(render(metrics, sample_plan(), recipe)).words
 
 
@@ -982,7 +982,7 @@ def test_the_fit_says_in_words_what_the_temperature_does() -> None:
     assert "A token that was 100 times as likely as another is now 40 times as likely." in words
     assert "The divergence may rise by 5 per cent for this" in words
     note = {"error": [0.591, 0.591], "kept": False, "temperature": 1.0}
-    metrics["refit"]["head"]["softened"] = note
+    metrics["fit"]["head"]["temperature_scaling"] = note
     page = Page(rendered(metrics))
     assert "The head was not softened" in page.words and "divided by" not in page.words
     # It did not fail: no other temperature was near enough.
@@ -997,13 +997,13 @@ def test_the_fit_says_what_text_it_was_judged_by() -> None:
     assert "They decided which steps were kept and how much the head was softened." in words
     router, recipe = router_only()
     assert documents in Page(render(router, sample_plan(), recipe)).words
-    words = Page(rendered(metrics | {"refit": old_refit()})).words
+    words = Page(rendered(metrics | {"fit": old_fit()})).words
     assert "windows of that text kept aside, on which no weight was fitted." in words
     assert "documents of their own" not in words
 
 
 def test_the_fit_of_an_older_build_renders_with_what_it_noted() -> None:
-    page = Page(rendered(sample_metrics() | {"refit": old_refit()}))
+    page = Page(rendered(sample_metrics() | {"fit": old_fit()}))
     assert page.table("Regressions")[:2] == [
         ["Layer", "condition", "of"],
         ["0", "1,069", "experts"],
@@ -1012,7 +1012,7 @@ def test_the_fit_of_an_older_build_renders_with_what_it_noted() -> None:
     assert page.table("Layers")[2] == ["0", "0.5000", "0.4500", "0.3900", "0.3000", "0.1600"]
     assert page.table("Balance")[-1][-1] == "81.5"
     assert not any(caption.startswith("Text kept aside") for caption in page.tables)
-    for absent in ("was raised", "softened"):
+    for absent in ("was raised", "temperature_scaling"):
         assert absent not in page.words.split("Recipe")[0]
 
 
@@ -1028,7 +1028,7 @@ def test_what_softening_after_the_training_cost() -> None:
     metrics = sample_metrics()
     assert "Logits divided by" not in Page(rendered(metrics)).words
     note = {"temperature": 1.171660, "loss": [2.1, 2.142], "tokens": 65_536}
-    metrics["training"]["softened"] = note
+    metrics["training"]["temperature_scaling"] = note
     words = Page(rendered(metrics)).words
     assert "Logits divided by 1.17 (loss on its own text from 2.100 to 2.142)" in words
 

@@ -622,7 +622,7 @@ def test_streams_of_a_fit_that_do_not_fit_the_disk_are_a_message(
     usage = shutil.disk_usage(disk.path)  # refused before it begins, were it known
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
     out = disk.path / "out"
-    more = ["--set", "method=harmonized", "--set", "refit.epochs=1"]
+    more = ["--set", "method=harmonized", "--set", "fit.epochs=1"]
     assert main(["build", str(recipes("llama")), "--out", str(out), *more]) == 2
     error = capsys.readouterr().err
     assert "symphony: error: " in error and "no room" in error and "Traceback" not in error

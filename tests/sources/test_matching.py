@@ -241,7 +241,7 @@ def test_every_mismatch_is_named(
     # A consequence follows what differs.
     line = next(line for line in shown.out.splitlines() if said in line)
     assert len(line.partition("): ")[2]) > 20, line
-    recipe = load_recipe(path, ["method=harmonized", "refit.epochs=0"])
+    recipe = load_recipe(path, ["method=harmonized", "fit.epochs=0"])
     run = pipeline.build(recipe, out)
     pipeline.verify(run)
     assert (

@@ -282,7 +282,7 @@ def test_different_vocabularies_build_verify_and_load(
     """By both methods, tied and not, in shards: stock transformers loads it, its tokenizer has the
     union, and what one source alone has is exactly that source's."""
     path = a_pair(tmp_path, variant, output={"dtype": "float32", "max_shard_size": "50KB"})
-    recipe = load_recipe(path, [f"method={method}", "refit.epochs=0.5"])
+    recipe = load_recipe(path, [f"method={method}", "fit.epochs=0.5"])
     run = pipeline.run(recipe, tmp_path / "run")
     for folder in (run.checkpoint, run.trained):
         assert weight_of(load_stock(folder).get_input_embeddings()).shape == (305, 32)
@@ -326,7 +326,7 @@ def test_sentencepiece_models_with_different_tokens_build_and_verify(
         sentence_piece_tokenizer(model, named)
     rewrite(tmp_path / "models" / "b", infilling)
     run = pipeline.build(
-        load_recipe(path, [f"method={method}", "refit.epochs=0.5"]), tmp_path / "run"
+        load_recipe(path, [f"method={method}", "fit.epochs=0.5"]), tmp_path / "run"
     )
     pipeline.verify(run)
     sources = open_sources(load_recipe(path))
@@ -380,7 +380,7 @@ def test_numbers_say_nothing(tmp_path: Path) -> None:
         if shuffled:
             _shuffle(root / "models" / "b")
         for method in ("symphony", "harmonized"):
-            recipe = load_recipe(path, [f"method={method}", "refit.epochs=0.5"])
+            recipe = load_recipe(path, [f"method={method}", "fit.epochs=0.5"])
             run = pipeline.build(recipe, root / method)
             made.append(run.read_json(run.manifest)["tensors"]["checkpoint"])
     assert made[:2] == made[2:]
@@ -470,7 +470,7 @@ def test_chats_go_through_the_template_of_their_own_source(tmp_path: Path) -> No
         for number in range(400)
     ]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    recipe = load_recipe(path, ["method=harmonized", "refit.epochs=0"])
+    recipe = load_recipe(path, ["method=harmonized", "fit.epochs=0"])
     sources = open_sources(recipe)
     windows = pipeline.calibration_windows(recipe, sources)["b"].windows
     start, end = (sources[0].tokenizer.get_vocab()[f"<|im_{x}|>"] for x in ("start", "end"))
@@ -643,7 +643,7 @@ def test_an_end_that_is_no_token_is_said_to_be_none(
 @pytest.mark.parametrize("method", ["symphony", "harmonized"])
 def test_a_source_of_weight_0_keeps_what_it_alone_has(method: str, tmp_path: Path) -> None:
     path = a_pair(tmp_path)
-    settings = ["backbone.weights={a: 1, b: 0}", f"method={method}", "refit.epochs=0"]
+    settings = ["backbone.weights={a: 1, b: 0}", f"method={method}", "fit.epochs=0"]
     run = pipeline.build(load_recipe(path, settings), tmp_path / "run")
     pipeline.verify(run)
     if method == "symphony":

@@ -31,7 +31,7 @@ from symphony_moe.building.calibrate import aside_windows, calibration_windows
 from symphony_moe.errors import TextError
 from symphony_moe.evaluation.losses import held_out_text
 from symphony_moe.recipe.load import resolve_recipe
-from symphony_moe.recipe.settings import HubData, Refit, Router
+from symphony_moe.recipe.settings import Fit, HubData, Router
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.text import documents as documents_module
@@ -640,7 +640,7 @@ def test_the_text_kept_aside_is_of_documents_of_its_own() -> None:
             assert pieces and all(piece in streams[0] for piece in pieces)
             assert sum(piece in streams[1] for piece in pieces) < len(pieces) / 10
         assert len(fitted[source.name]) == 36 and len(aside[source.name]) == 4
-    plain = recipe.model_copy(update={"refit": Refit(), "router": Router()})
+    plain = recipe.model_copy(update={"fit": Fit(), "router": Router()})
     assert all(len(text) == 40 for text in calibration_windows(plain, opened).values())
 
 

@@ -218,7 +218,7 @@ def test_held_out_losses_on_the_way(copied: Callable[[str], RunFolder]) -> None:
     assert [point["tokens"] for point in points] == [3 * 256, 5 * 256]
     # Where that is of softer logits, what was trained is measured before.
     soft = copied("llama")
-    pipeline.train(soft, ["train.evaluations=3", "train.soften=0.5"])
+    pipeline.train(soft, ["train.evaluations=3", "train.temperature_scaling=0.5"])
     *before, last = soft.read_json(soft.metrics)["training"]["held_out"]
     assert before == points and last["tokens"] == 7 * 256
     evaluated = pipeline.evaluate(whole)["trained"]

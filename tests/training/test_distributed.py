@@ -55,7 +55,7 @@ SETTINGS = [
     "train.batch_size=2",
     "train.teacher=sources",
     "train.balance_weight=0.5",
-    "train.soften=0.05",
+    "train.temperature_scaling=0.05",
 ]
 
 # accelerate shards on accelerators only; FSDP2 itself runs anywhere. The one change is what it is
@@ -142,7 +142,7 @@ def single(
 def losses(run: RunFolder) -> list[float]:
     """Of every step; and of the model at the end, as it is and softened."""
     training = run.read_json(run.metrics)["training"]
-    return [entry["loss"] for entry in training["curve"]] + training["softened"]["loss"]
+    return [entry["loss"] for entry in training["curve"]] + training["temperature_scaling"]["loss"]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])

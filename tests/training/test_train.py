@@ -279,7 +279,7 @@ def ending(
                 count=2,
                 method="harmonized",
                 calibration={"tokens": 8192},
-                refit={"epochs": 1},
+                fit={"epochs": 1},
                 train={"tokens": 16384, "batch_size": 8, "learning_rate": 3e-3},
             )
             torch.manual_seed(0)
@@ -406,7 +406,7 @@ def test_a_kill_after_the_last_step_of_text_that_is_no_whole_number_of_steps(
 ) -> None:
     """The windows that are left over make no further step."""
     whole, cut = copied("llama"), copied("llama")
-    settings = ["train.tokens=1728", "train.soften=0.02"]
+    settings = ["train.tokens=1728", "train.temperature_scaling=0.02"]
     pipeline.train(whole, settings)
 
     def killed(*_: Any, **__: Any) -> None:
@@ -419,7 +419,7 @@ def test_a_kill_after_the_last_step_of_text_that_is_no_whole_number_of_steps(
     pipeline.train(cut, settings, resume=True)
     one, other = (run.read_json(run.metrics)["training"] for run in (whole, cut))
     assert one["steps"] * 4 < 1728 // 64 == 27 and one["tokens"] < 1728
-    for key in ("steps", "tokens", "curve", "softened", "text"):
+    for key in ("steps", "tokens", "curve", "temperature_scaling", "text"):
         assert one[key] == other[key], key
     assert hash_folder(whole.trained) == hash_folder(cut.trained)
 
@@ -944,11 +944,11 @@ def test_softening_costs_what_it_may_and_changes_the_final_norm_alone(
     settings = ["train.tokens=12288"]
     monkeypatch.setattr(run_module, "TRAINED_TOKENS", 2048)
     pipeline.train(sharp, settings)
-    pipeline.train(soft, [*settings, "train.soften=0.02"])
+    pipeline.train(soft, [*settings, "train.temperature_scaling=0.02"])
     before, after = read_tensors(sharp.trained), read_tensors(soft.trained)
     assert {n for n in before if not torch.equal(before[n], after[n])} == {"model.norm.weight"}
-    assert "softened" not in sharp.read_json(sharp.metrics)["training"]
-    found = soft.read_json(soft.metrics)["training"]["softened"]
+    assert "temperature_scaling" not in sharp.read_json(sharp.metrics)["training"]
+    found = soft.read_json(soft.metrics)["training"]["temperature_scaling"]
     temperature = found["temperature"]
     torch.testing.assert_close(
         after["model.norm.weight"] * temperature, before["model.norm.weight"]

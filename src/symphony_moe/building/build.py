@@ -54,7 +54,7 @@ def refuse_beyond(recipe: Recipe, sources: Sequence[Source]) -> None:
     """Raise RecipeError where an expert's matrix that is written as it is has a number that float16
     does not hold: found while it is written, that would be after hours."""
     dtype = recipe.output.dtype
-    changed = recipe.folds or recipe.refit.method != "none" or recipe.experts.init == "drop"
+    changed = recipe.folds or recipe.fits_layers or recipe.experts.init == "drop"
     if dtype != "float16" or changed or sources[0].family.norm_eps is not None:
         return
     copied = recipe.experts.init == "copy"
@@ -193,7 +193,7 @@ def begin_fit(
     hidden = anchor.config.hidden_size
     new = {f"new/{name}": text for name, text in by_name.items()}
     streams.embed(new, hidden, _embedding_blocks(recipe, sources, record))
-    if recipe.refit.method != "none":
+    if recipe.fits_layers:
         for source in sources:
             own = {f"source/{source.name}": by_name[source.name]}
             streams.embed(own, hidden, aligned_table(recipe, source, EMBEDDING, record))
@@ -234,7 +234,7 @@ def build_layer(
         writer.keep(prefix)
         if calibration is None:
             return
-    refits = recipe.refit.method != "none"
+    refits = recipe.fits_layers
     weights = {source.name: source.read_layer(layer) for source in sources}
     aligned = {s.name: aligned_layer(recipe, s, layer, weights[s.name], record) for s in sources}
     names = [source.name for source in sources]

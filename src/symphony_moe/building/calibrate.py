@@ -53,7 +53,7 @@ def aside_windows(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Packed
         if not aside:
             raise TextError(
                 f"calibration text of {source.name}: a single document; a fit is judged by "
-                "documents that it has not seen, so give text in several (or refit.method: none "
+                "documents that it has not seen, so give text in several (or fit.method: none "
                 "and router.init: random)"
             )
         what = "calibration text kept aside (an eighth of the documents)"

@@ -36,7 +36,7 @@ def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) ->
     whole = to_fit + recipe.windows_aside
     aligning = len(recipe.calibration_domains) * whole if recipe.aligns else 0
     fitting = 2 * whole if recipe.fits else 0
-    if recipe.refit.method != "none":
+    if recipe.fits_layers:
         router = len(windows_for_router(num_sources, recipe.calibration.sequence_length, to_fit))
         fitting = 5 * whole + recipe.windows_aside + router
     tokens = num_sources * max(aligning, fitting) * recipe.calibration.sequence_length
@@ -110,7 +110,7 @@ def peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> i
         solving = 3 * (ffn + 1) ** 2 * 8 + 2 * ffn * hidden * 8
         learning = num_sources * layer * 12 + windows * (ffn * 24 + hidden * 120)
         moments.append(layers + max(solving, learning))
-    if recipe.refit.method != "none":
+    if recipe.fits_layers:
         # All sources' heads, the fused one, the fitted one, its gradient and Adam's two moments.
         table = config.vocab_size * hidden * 4
         moments.append((num_sources + 6) * table + 6 * LOGITS_AT_ONCE * 4)
@@ -135,11 +135,11 @@ def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedC
     if recipe.fits:
         active = one_source * recipe.router.top_k  # an upper bound: attention counts once
         operations += 2.0 * tokens * 2 * active
-    if recipe.refit.method != "none":
+    if recipe.fits_layers:
         # Each source on its own text, the Gram matrices, and forward and backward per epoch.
         operations += 2.0 * tokens * 2 * one_source
         operations += 2.0 * tokens * config.intermediate_size**2 * config.num_hidden_layers
-        operations += recipe.refit.epochs * tokens * (6.0 * active + 6.0 * table)
+        operations += recipe.fit.epochs * tokens * (6.0 * active + 6.0 * table)
     reading_and_writing = 12 * num_weights / 500e6
     return 5.0 + operations / _matmul_speed() + assignment + reading_and_writing
 

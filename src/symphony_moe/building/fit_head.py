@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symphony_moe.building.fit_layer import Calibration, descend, described, judged, solve, to_fit
-from symphony_moe.building.least_squares import Fit, LeastSquares
+from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.model.layer import LOGITS_AT_ONCE, device, rms_norm
 from symphony_moe.model.streams import windows_at_once
 from symphony_moe.model.temperature import TEMPERATURES, largest_temperature
@@ -37,7 +37,7 @@ def fit_head(
     for what in ("closed form", "refinement"):
         if what == "closed form":
             head, fit = _closed_form(calibration, chosen, heads)
-        elif calibration.recipe.refit.epochs > 0:
+        elif calibration.recipe.fit.epochs > 0:
             head = _refine(calibration, chosen, start, heads)
         else:
             break
@@ -49,7 +49,7 @@ def fit_head(
             divergences[-1] = divergences[-2]
     notes["closed form"] |= described({"output head": fit})
     temperature, softened = _soften(calibration, chosen, heads)
-    notes["softened"] = {
+    notes["temperature_scaling"] = {
         "error": [round(divergences[-1], 6), round(softened, 6)],
         "kept": temperature > 1,
         "temperature": round(temperature, 6),
@@ -92,7 +92,7 @@ def _chunks(rows: Tensor, head: Tensor) -> Sequence[Tensor]:
 @torch.no_grad()
 def _closed_form(
     calibration: Calibration, start: Head, heads: Mapping[str, Head]
-) -> tuple[Head, Fit]:
+) -> tuple[Head, Solution]:
     """Ridge regression of the logits, from hidden x hidden matrices alone: with `B_i` the
     regression of source i's stream (zero on other sources' text) and `B` that of the input itself,
     the solution is `sum H_i B_i + H_0 (I - B)`."""
@@ -160,8 +160,8 @@ def _wanted(
 
 def _soften(calibration: Calibration, head: Head, heads: Mapping[str, Head]) -> tuple[float, float]:
     """The largest temperature at which the divergence from the sources is no more than
-    `refit.soften` of itself above that of temperature 1; and the divergence there."""
-    soften = calibration.recipe.refit.soften
+    `fit.temperature_scaling` of itself above that of temperature 1; and the divergence there."""
+    soften = calibration.recipe.fit.temperature_scaling
     temperatures = TEMPERATURES if soften > 0 else TEMPERATURES[:1]
     return largest_temperature(_divergences(calibration, head, heads, temperatures), soften)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from symphony_moe.building.least_squares import Fit, LeastSquares
+from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.building.router_init import hidden_router, regression_router, windows_for_router
 from symphony_moe.errors import SourceError
 from symphony_moe.model.families import DOWN, GATE, UP, Family, head_dim
@@ -139,7 +139,7 @@ def fit_layer(
     advanced past the layer; the new model's is not (see `advance_new`).
     """
     recipe = calibration.recipe
-    refits = recipe.refit.method == "least-squares"
+    refits = recipe.fits_layers
     note: dict[str, Any] = {}
     shared = dict(start.shared)
     if refits:
@@ -147,12 +147,12 @@ def fit_layer(
         shared, note["attention"] = _fit_attention(calibration, layer, shared, aligned)
     _run_attention(calibration, layer, shared)
     router = start.router
-    if recipe.router.init != "random":
+    if recipe.fits_router:
         router = _fit_router(recipe, _router_inputs(calibration, shared, "new-middle"))
     moe = MoELayer(shared, start.experts, router)
     if refits:
         moe, note["experts"] = _fit_experts(calibration, layer, moe)
-        if recipe.refit.epochs > 0:
+        if recipe.fit.epochs > 0:
             moe, note["refinement"] = _refine(calibration, layer, moe, start)
         for name in calibration.names:
             calibration.streams.swap(f"source/{name}", f"after/{name}")
@@ -188,7 +188,7 @@ def _routing(calibration: Calibration, layer: int, moe: MoELayer) -> dict[str, A
 def begin_streams(calibration: Calibration) -> None:
     """Make room for the streams that live within a layer."""
     parts = ["new-middle"]
-    if calibration.recipe.refit.method == "least-squares":
+    if calibration.recipe.fits_layers:
         parts += ["middle", "after"]
     for name in calibration.names:
         windows, sequence = calibration.windows[name].shape
@@ -222,7 +222,7 @@ def advance_new(calibration: Calibration, layer: int, moe: MoELayer, stream: str
 def calibrate_plain(calibration: Calibration, layer: int, plain: MoELayer) -> Tensor:
     """The router of the plain mean, calibrated on its own router inputs where the recipe asks for
     that."""
-    if calibration.recipe.router.init == "random":
+    if not calibration.recipe.fits_router:
         return plain.router
     attention = load_attention(calibration.config, layer, plain.shared)
     inputs = []
@@ -384,7 +384,7 @@ def _fit_experts(
     hidden, activation = config.hidden_size, ACT2FN[config.hidden_act]
     identity = torch.eye(hidden, device=device())
     experts: list[dict[str, Tensor]] = []
-    fits: dict[str, Fit] = {}
+    fits: dict[str, Solution] = {}
     for name, expert in zip(calibration.names, start.experts, strict=True):
         expert = {key: tensor.to(device()) for key, tensor in expert.items()}
         inputs = LeastSquares(hidden, hidden, device=device())
@@ -412,7 +412,7 @@ def _fit_experts(
     return (fitted if note["kept"] else start), note | described(fits)
 
 
-def described(fits: Mapping[str, Fit]) -> dict[str, Any]:
+def described(fits: Mapping[str, Solution]) -> dict[str, Any]:
     """For `metrics.json`: the condition and the ridge of each regression, by what it fits."""
     return {
         "condition": {what: fit.condition for what, fit in fits.items()},
@@ -426,9 +426,9 @@ def solve(
     start: Tensor,
     what: str,
     intercept: Tensor | None = None,
-) -> Fit:
+) -> Solution:
     """The fit, with a warning (once for every `what`) where the text does not determine it."""
-    ridge = calibration.recipe.refit.ridge
+    ridge = calibration.recipe.fit.ridge
     fit = sums.solve(start, ridge, intercept)
     problems = {}
     if sums.is_underdetermined():
@@ -511,16 +511,16 @@ def descend(
     *,
     seed: int,
 ) -> int:
-    """Adam with a cosine learning rate over `refit.epochs` passes of the text; the number of steps.
+    """Adam with a cosine learning rate over `fit.epochs` passes of the text; the number of steps.
 
-    A step takes the same number of windows from every source, and each tensor `refit.pull` times
+    A step takes the same number of windows from every source, and each tensor `fit.pull` times
     the learning rate of the way to its counterpart in `toward` (decoupled from the gradient, as
     AdamW's decay is). Adam moves an entry that hardly matters on this text as far as any other; the
     pull takes those back, and keeps what the aligned weights know of other text. `loss_of`:
     (source, windows' numbers, input, target) batches -> loss (or None, where it has set the
     gradients itself).
     """
-    settings = calibration.recipe.refit
+    settings = calibration.recipe.fit
     names = calibration.names
     first = calibration.kept_aside
     rows = {name: len(calibration.windows[name]) - first[name] for name in names}

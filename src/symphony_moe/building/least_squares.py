@@ -21,7 +21,7 @@ _ESCALATIONS = 12
 
 
 @dataclass(frozen=True)
-class Fit:
+class Solution:
     """A solved regression."""
 
     weight: Float[Tensor, "outputs inputs"]
@@ -68,7 +68,7 @@ class LeastSquares:
         start: Float[Tensor, "outputs inputs"],
         ridge: float,
         start_intercept: Float[Tensor, " outputs"] | None = None,
-    ) -> Fit:
+    ) -> Solution:
         """The weights (float32) that fit, pulled toward `start`.
 
         Cholesky; where the matrix is not positive definite in float64, or its condition is beyond
@@ -94,8 +94,10 @@ class LeastSquares:
             ridge *= 10
         else:
             # Inputs that are all zero: nothing is known, nothing changes.
-            return Fit(start.float(), start_intercept, float("inf"), float("inf"))
+            return Solution(start.float(), start_intercept, float("inf"), float("inf"))
         solution = (begin + torch.cholesky_solve(residual, factor)).T.float()
         if not self.intercept:
-            return Fit(solution.contiguous(), None, condition, ridge)
-        return Fit(solution[:, :-1].contiguous(), solution[:, -1].contiguous(), condition, ridge)
+            return Solution(solution.contiguous(), None, condition, ridge)
+        return Solution(
+            solution[:, :-1].contiguous(), solution[:, -1].contiguous(), condition, ridge
+        )

@@ -227,10 +227,10 @@ def _notes(
     notes += _of_ends(recipe, sources)
     if recipe.aligns_neurons:
         notes.append(NOTE_PERMUTATION)
-    if recipe.refit.method != "none":
+    if recipe.fits_layers:
         notes.append(
-            "refit: stage 1 goes through the calibration text "
-            f"{recipe.refit.epochs:g} times per layer (refit.epochs); 0 keeps the closed form alone"
+            "fit: stage 1 goes through the calibration text "
+            f"{recipe.fit.epochs:g} times per layer (fit.epochs); 0 keeps the closed form alone"
         )
     if any(source.config.tie_word_embeddings for source in sources) and recipe.folds:
         notes.append("the output's head is untied: the final norm's gain is folded into it")
@@ -325,16 +325,16 @@ def _is_here(model: str) -> bool:
 
 def _without_effect(recipe: Recipe) -> list[str]:
     """What a user has set (to another value than the default) that nothing reads."""
-    of_refit = ("refit.ridge", "refit.epochs", "refit.learning_rate", "refit.pull", "refit.soften")
+    of_fit = ("fit.ridge", "fit.epochs", "fit.learning_rate", "fit.pull", "fit.temperature_scaling")
     of_teacher = ("train.teacher_weight", "train.teacher_temperature", "train.teacher_loading")
     unread = (
-        (recipe.refit.method == "none", "refit.method is none", of_refit),
+        (recipe.fit.method == "none", "fit.method is none", of_fit),
         (
-            recipe.refit.method != "none" and recipe.refit.epochs == 0,
-            "refit.epochs is 0",
-            ("refit.learning_rate", "refit.pull"),
+            recipe.fits_layers and recipe.fit.epochs == 0,
+            "fit.epochs is 0",
+            ("fit.learning_rate", "fit.pull"),
         ),
-        (recipe.router.init == "random", "router.init is random", ("router.temperature",)),
+        (not recipe.fits_router, "router.init is random", ("router.temperature",)),
         (not recipe.aligns_neurons, "no neurons are matched", ("align.neuron_share",)),
         (recipe.experts.init != "drop", "experts.init is not drop", ("experts.drop_share",)),
         (recipe.train.teacher == "none", "train.teacher is none", of_teacher),

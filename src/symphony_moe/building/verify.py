@@ -180,7 +180,7 @@ def _check_maps(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> st
 
 def _is_plain_mean(recipe: Recipe, record: Mapping[str, Tensor]) -> bool:
     """Whether a build that fits has found the plain mean to be better, and written that."""
-    return recipe.refit.method != "none" and not any(key.endswith(".tokens") for key in record)
+    return recipe.fits_layers and not any(key.endswith(".tokens") for key in record)
 
 
 class _Comparison:
@@ -244,7 +244,7 @@ def _recompute(
     comparison = _Comparison(run.checkpoint)
     record = load_file(run.alignment)
     stream = torch.empty(*probe.shape, config.hidden_size)
-    fitted = recipe.refit.method != "none" and not _is_plain_mean(recipe, record)
+    fitted = recipe.fits_layers and not _is_plain_mean(recipe, record)
     for name, first, rows in fused_tables(recipe, sources, [EMBEDDING], record):
         rows = rows.to(dtype)
         comparison.add(name, rows, first)
@@ -258,7 +258,7 @@ def _recompute(
                 for s in sources
             }
             assembled = assemble_layer(recipe, sources, layer, aligned).to(dtype)
-            router = assembled.router if recipe.router.init == "random" else moe.router
+            router = assembled.router if not recipe.fits_router else moe.router
             moe = replace(assembled, router=router)
             for name, tensor in layer_outputs(anchor.family, config, layer, moe):
                 comparison.add(name, tensor)

@@ -1,9 +1,9 @@
 """How much softer a model's logits may be made: the largest temperature at a price.
 
 A model is surer of itself on text that nobody fitted it to than it has reason to be, and is better
-there when its logits are divided by a temperature above 1; on the text that it was fitted to, it
-loses by that. The fit of the head (`refit.soften`) and the training (`train.soften`) say what they
-may lose.
+there when its logits are divided by a temperature above 1 (temperature scaling: Guo et al. 2017).
+On the text that it was fitted to, it loses by that. `fit.temperature_scaling` and
+`train.temperature_scaling` say how much it may lose.
 """
 
 from collections.abc import Callable, Sequence

@@ -14,21 +14,25 @@ from pydantic import (
 
 from symphony_moe.errors import RecipeError, is_text, shortened
 from symphony_moe.recipe.presets import PRESETS
+from symphony_moe.recipe.renamed import current_path, with_current_names
 from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.recipe.yaml_text import read_yaml, spelled
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Iterable[str] = (), *, tell: bool = True) -> Recipe:
     """Read a recipe file, apply `a.b=c` overrides, resolve presets and paths.
+
+    A setting of an earlier version is read under its new name; `tell`: and a note says so.
 
     Raises RecipeError for a file that is not there or not YAML, an unknown key or preset, a value
     of the wrong kind, and settings that contradict each other.
     """
-    return resolve_recipe(read_content(path, overrides), path.resolve().parent, str(path))
+    content = read_content(path, overrides, tell=tell)
+    return resolve_recipe(content, path.resolve().parent, str(path))
 
 
-def read_content(path: Path, overrides: Iterable[str]) -> dict[Any, Any]:
-    """What a recipe file says, with `a.b=c` overrides."""
+def read_content(path: Path, overrides: Iterable[str], *, tell: bool = True) -> dict[Any, Any]:
+    """What a recipe file says, in today's names, with `a.b=c` overrides."""
     if path.is_dir():
         raise RecipeError(f"{path}: is a folder, not a recipe file")
     if not path.is_file():
@@ -44,6 +48,7 @@ def read_content(path: Path, overrides: Iterable[str]) -> dict[Any, Any]:
         raise RecipeError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: expected settings such as `sources:`, got {_kind(content)}")
+    content = with_current_names(content, str(path), tell=tell)
     for one in overrides:
         override(content, one)
     return content
@@ -102,7 +107,7 @@ def _without_nulls(settings: Mapping[Any, Any]) -> dict[Any, Any]:
 def override(content: dict[str, Any], spelled_out: str) -> None:
     """Apply one `a.b=c`; the value is read as YAML."""
     path, _, value = spelled_out.partition("=")
-    *parents, last = path.strip().split(".")
+    *parents, last = current_path(path.strip().split("."))
     who = f"--set {shortened(spelled_out, 100)}"
     if not value.strip() or not all([*parents, last]):
         raise RecipeError(f"{who}: expected KEY=VALUE, such as train.tokens=1000000")

@@ -4,7 +4,7 @@ _PLAIN_MEAN: dict[str, dict[str, str]] = {
     "backbone": {"attention": "linear", "embeddings": "selective-linear", "norms": "linear"},
     "align": {"residual": "none", "heads": "none", "neurons": "none"},
     "experts": {"init": "source"},
-    "refit": {"method": "none"},
+    "fit": {"method": "none"},
     "router": {"init": "random"},
 }
 
@@ -14,14 +14,14 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
         "backbone": {"attention": "slerp", "embeddings": "selective-linear", "norms": "linear"},
         "align": {"residual": "none", "heads": "none", "neurons": "activations"},
         "experts": {"init": "source"},
-        "refit": {"method": "none"},
+        "fit": {"method": "none"},
         "router": {"init": "random"},
     },
     "harmonized": {
         "backbone": {"attention": "linear", "embeddings": "selective-linear", "norms": "linear"},
         "align": {"residual": "orthogonal", "heads": "all", "neurons": "auto"},
         "experts": {"init": "source"},
-        "refit": {"method": "least-squares"},
+        "fit": {"method": "least-squares"},
         "router": {"init": "regression"},
     },
     "btx": _PLAIN_MEAN,

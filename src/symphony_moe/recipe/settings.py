@@ -190,7 +190,7 @@ class Experts(Section):
     mean and the standard deviation of the matrix."""
 
 
-class Refit(Section):
+class Fit(Section):
     method: Literal["none", "least-squares"] = "none"
     """Fit the new model's layers, one after the other, to what the sources compute."""
     ridge: Real = Field(1e-2, gt=0, le=1e6)
@@ -205,7 +205,7 @@ class Refit(Section):
     """Pull of the refinement toward the aligned weights: a step takes a tensor this many times the
     learning rate of the way back. More of it fits the calibration text less, and keeps more of what
     the sources know of other text."""
-    soften: Real = Field(0.05, ge=0, le=1)
+    temperature_scaling: Real = Field(0.05, ge=0, le=1)
     """How much farther from the sources' distributions (KL divergence on the text kept aside, as a
     share of itself) the fitted head's logits may be divided down: what a fitted model is too sure
     of on text of no source's domain. 0: not at all."""
@@ -279,7 +279,7 @@ class Train(Section):
     """What both sides' logits are divided by in the divergence."""
     teacher_loading: Literal["auto", "together", "in-turn"] = "auto"
     """All teachers in memory, or one after the other; `auto`: together where they fit."""
-    soften: Real = Field(0.0, ge=0, le=1)
+    temperature_scaling: Real = Field(0.0, ge=0, le=1)
     """How much higher the language-model loss may be for softer logits, as a share of itself, on
     the text that was trained on last: at the end the final norm (of any scope) is divided by the
     largest temperature that keeps to it. A trained model is too sure of itself on text of no
@@ -336,7 +336,7 @@ class Recipe(Section):
     backbone: Backbone = Backbone()
     align: Align = Align()
     experts: Experts = Experts()
-    refit: Refit = Refit()
+    fit: Fit = Fit()
     router: Router = Router()
     output: Output = Output()
     train: Train = Train()
@@ -395,12 +395,12 @@ class Recipe(Section):
                 )
         if self.calibration.domains is not None and self.fits:
             raise ValueError(
-                "calibration.domains: a fit (refit.method, or a calibrated router.init) needs text "
+                "calibration.domains: a fit (fit.method, or a calibrated router.init) needs text "
                 "of every source; leave calibration.domains out, or fit nothing"
             )
-        if self.experts.init == "drop" and self.refit.method != "none":
+        if self.experts.init == "drop" and self.fits_layers:
             raise ValueError(
-                "refit.method: fits each expert to its source, but experts.init drop draws a share "
+                "fit.method: fits each expert to its source, but experts.init drop draws a share "
                 "of its neurons anew; set it to none, or experts.init to source"
             )
         if self.experts.attention == "source":
@@ -412,8 +412,8 @@ class Recipe(Section):
                     "source",
                     "copies of one expert have no attention of their sources",
                 ),
-                ("refit.method", self.refit.method != "none", "none", fits),
-                ("router.init", self.router.init != "random", "random", fits),
+                ("fit.method", self.fits_layers, "none", fits),
+                ("router.init", self.fits_router, "random", fits),
                 (
                     "train.gradient_checkpointing",
                     self.train.gradient_checkpointing,
@@ -430,7 +430,7 @@ class Recipe(Section):
             of_sources = {
                 "align.residual": self.align.residual == "orthogonal",
                 "align.heads": self.align.heads == "all",
-                "refit.method": self.refit.method == "least-squares",
+                "fit.method": self.fits_layers,
             }
             for setting, is_set in of_sources.items():
                 if is_set:
@@ -447,10 +447,20 @@ class Recipe(Section):
         return self.align.neurons == "activations" and self.experts.init != "copy"
 
     @property
+    def fits_layers(self) -> bool:
+        """Whether the new model's layers and head are fitted to what the sources compute."""
+        return self.fit.method != "none"
+
+    @property
+    def fits_router(self) -> bool:
+        """Whether the router is initialised from the new model's own router inputs."""
+        return self.router.init != "random"
+
+    @property
     def folds(self) -> bool:
         """Whether norm gains are folded into what reads them (and a tied head untied): a rotation
         of the residual stream, and a fit of what reads it, know no gains."""
-        return self.align.residual != "none" or self.refit.method != "none"
+        return self.align.residual != "none" or self.fits_layers
 
     @property
     def aligns(self) -> bool:
@@ -461,7 +471,7 @@ class Recipe(Section):
     @property
     def fits(self) -> bool:
         """Whether the new model itself is run on the calibration text, layer by layer."""
-        return self.refit.method != "none" or self.router.init != "random"
+        return self.fits_layers or self.fits_router
 
     @property
     def shares(self) -> list[float]:

@@ -76,7 +76,7 @@ def entries_of(
             "seconds": round(timing["build_seconds"] + training["seconds"], 2),
             "peak_rss_bytes": timing["train_peak_rss_bytes"],
             "calibration_tokens": calibration,
-            "temperature": training.get("softened", {}).get("temperature", 1.0),
+            "temperature": training.get("temperature_scaling", {}).get("temperature", 1.0),
             "curve": [
                 {"tokens": calibration + point["tokens"], **_means(point["losses"], sources)}
                 for point in training.get("held_out", [])
@@ -104,7 +104,7 @@ def mark_reached(entries: Sequence[dict[str, Any]], reference: str) -> None:
     """Say in every trained row when its in-domain mean is down to the final one of the reference
     method with the same seed: `reaches: {tokens, share of the reference's tokens}`, each None where
     it never is, where nothing was measured on the way there (`train.evaluations: 0`), and for the
-    reference itself. What is compared is as it was trained, before `train.soften`."""
+    reference itself. What is compared is as it was trained, before `train.temperature_scaling`."""
     final = {e["seed"]: e for e in entries if (e["method"], e["stage"]) == (reference, "trained")}
     for built, trained in zip(entries[::2], entries[1::2], strict=True):
         goal, tokens = final[trained["seed"]], None

@@ -78,7 +78,7 @@ _MARKERS = (
 """SVG paths in pixels around the point. Colour and marker repeat together after 24 lines."""
 
 
-_SOFTENED = "softened"
+_SOFTENED = "temperature_scaling"
 """The last step of the head. It is the one that may raise the error, so it is never struck out."""
 
 
@@ -245,7 +245,7 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitTable:
     """How far the new model is from the sources, step by step."""
 
     verdict: list[str]
@@ -335,9 +335,9 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
         ],
         likeness=likeness_tables(metrics.get("cka") or {}),
         alignment=alignment_tables(metrics.get("alignment") or {}, recipe),
-        fit=fit_tables(metrics.get("refit") or {}, recipe),
-        judged_apart=recipe["refit"]["method"] != "none" or recipe["router"]["init"] != "random",
-        plain_written=(metrics.get("refit") or {}).get("chosen") == _PLAIN,
+        fit=fit_tables(metrics.get("fit") or {}, recipe),
+        judged_apart=recipe["fit"]["method"] != "none" or recipe["router"]["init"] != "random",
+        plain_written=(metrics.get("fit") or {}).get("chosen") == _PLAIN,
         differences=plan["differences"],
         notes=other_notes(plan),
         timing=timing_rows(metrics.get("timing") or {}, plan),
@@ -413,8 +413,8 @@ def missing_sections(
     unaligned = [_KINDS[kind][0] for kind in asked if asked[kind] and not measured.get(kind)]
     if unaligned:
         missing.append((f"No alignment of: {', '.join(unaligned)}", build))
-    if not metrics.get("refit"):
-        if recipe["refit"]["method"] != "none":
+    if not metrics.get("fit"):
+        if recipe["fit"]["method"] != "none":
             missing.append(("No errors of the fit", build))
         elif recipe["router"]["init"] != "random":
             missing.append(("No balance of the fitted router", build))
@@ -620,7 +620,7 @@ def training_facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
         "steps": ("Steps", count),
         "seconds": ("Time", duration),
         "learning_rate": ("Learning rate at its peak", lambda rate: f"{rate:g}"),
-        "softened": ("Logits divided by", trained_softening),
+        "temperature_scaling": ("Logits divided by", trained_softening),
     }
     return [
         (label, write(training[key]))
@@ -936,13 +936,13 @@ def alignment_tables(
     return tables
 
 
-def fit_tables(refit: Mapping[str, Any], recipe: Mapping[str, Any]) -> Fit | None:
+def fit_tables(fit: Mapping[str, Any], recipe: Mapping[str, Any]) -> FitTable | None:
     """What was measured of every layer and of the head, step by step; what is not there (the whole
     of it where only a router was fitted, some in an older build's metrics) is left out. None where
     nothing was fitted."""
-    if not refit:
+    if not fit:
         return None
-    layers = refit.get("layers") or []
+    layers = fit.get("layers") or []
     names = ["attention", "experts"]
     if any("refinement" in layer for layer in layers):
         names.append("refinement")
@@ -965,7 +965,7 @@ def fit_tables(refit: Mapping[str, Any], recipe: Mapping[str, Any]) -> Fit | Non
                 ),
             )
         )
-    notes = refit.get("head") or {}
+    notes = fit.get("head") or {}
     head = {name: _Step.of(note, drops=name != _SOFTENED) for name, note in notes.items()}
     dropped = [
         f"{name} in {count} of {len(table)} layers"
@@ -973,23 +973,25 @@ def fit_tables(refit: Mapping[str, Any], recipe: Mapping[str, Any]) -> Fit | Non
         if (count := sum(row[index].cell.dropped for row in table))
     ]
     dropped += [f"{name} of the head" for name, step in head.items() if step.cell.dropped]
-    return Fit(
-        verdict=fit_verdict(refit),
+    return FitTable(
+        verdict=fit_verdict(fit),
         # Builds that did not note the loss per source kept windows of the fitted documents aside.
-        documents=bool(refit.get("loss_by_source")) or recipe["refit"]["method"] == "none",
-        losses=losses_kept_aside(refit, recipe["sources"]),
+        documents=bool(fit.get("loss_by_source")) or recipe["fit"]["method"] == "none",
+        losses=losses_kept_aside(fit, recipe["sources"]),
         groups=[
             ("after attention", ["before", "attention"]),
             ("after the layer", ["before", *names[1:]]),
         ],
         rows=rows if any(name in layer for layer in layers for name in names) else [],
-        conditions=fit_conditions(layers, notes, recipe["refit"]["ridge"]),
+        conditions=fit_conditions(layers, notes, recipe["fit"]["ridge"]),
         balance=fit_balance(layers, recipe),
         head=[
             *(("before", Cell(error_text(step.before))) for step in list(head.values())[:1]),
             *((name, step.cell) for name, step in head.items()),
         ],
-        softened=softening_text(notes.get(_SOFTENED) or {}, recipe["refit"].get("soften")),
+        softened=softening_text(
+            notes.get(_SOFTENED) or {}, recipe["fit"].get("temperature_scaling")
+        ),
         dropped=dropped,
     )
 
@@ -1027,10 +1029,10 @@ def error_text(error: float | None) -> str:
 
 
 def losses_kept_aside(
-    refit: Mapping[str, Any], sources: Iterable[str]
+    fit: Mapping[str, Any], sources: Iterable[str]
 ) -> tuple[list[str], list[tuple[str, bool, list[Cell]]]]:
     """(sources, rows: model, whether it was written, its loss on the text of each)"""
-    by_model = refit.get("loss_by_source") or {}
+    by_model = fit.get("loss_by_source") or {}
     names = _in_order(sources, *by_model.values())
     columns = [
         [_number(loss[name]) if name in loss else None for loss in by_model.values()]
@@ -1040,7 +1042,7 @@ def losses_kept_aside(
     rows = [
         (
             model,
-            model == refit.get("chosen"),
+            model == fit.get("chosen"),
             [
                 Cell(loss_text(loss), perplexity_text(loss), best=loss_text(loss) == lowest)
                 for loss, lowest in zip(row, best, strict=True)
@@ -1141,7 +1143,7 @@ def fit_balance(layers: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) 
 
 def softening_text(note: Mapping[str, Any], allowed: float | None) -> str:
     """What dividing the head's logits by a temperature does, for those who have never done it.
-    `allowed`: the recipe's `refit.soften`."""
+    `allowed`: the recipe's `fit.temperature_scaling`."""
     temperature = _number(note.get("temperature"))
     if not math.isfinite(temperature):
         return ""
@@ -1149,7 +1151,10 @@ def softening_text(note: Mapping[str, Any], allowed: float | None) -> str:
         return "The head was not softened: its logits are as they were (temperature 1)."
     limit = ""
     if allowed is not None:
-        limit = f" The divergence may rise by {100 * allowed:g} per cent for this (refit.soften)."
+        limit = (
+            f" The divergence may rise by {100 * allowed:g} per cent for this "
+            "(fit.temperature_scaling)."
+        )
     return (
         f"The head was softened: its logits are divided by {temperature:.2f}, which is what "
         f"sampling at temperature {temperature:.2f} does. A token that was 100 times as likely as "
@@ -1158,9 +1163,9 @@ def softening_text(note: Mapping[str, Any], allowed: float | None) -> str:
     )
 
 
-def fit_verdict(refit: Mapping[str, Any]) -> list[str]:
+def fit_verdict(fit: Mapping[str, Any]) -> list[str]:
     """Sentences: what the whole model loses beside the plain mean, and which was written."""
-    losses, chosen = refit.get("loss") or {}, refit.get("chosen")
+    losses, chosen = fit.get("loss") or {}, fit.get("chosen")
     verdict = []
     if losses:
         each = ", ".join(f"{name} {loss_text(_number(loss))}" for name, loss in losses.items())

@@ -155,7 +155,8 @@ class RunFolder:
                     f"--set {override}: the model is built; what can change now is: "
                     f"{', '.join(sections) or 'nothing'}"
                 )
-        return load_recipe(self.recipe, overrides)
+        # Nobody wrote it by hand, so nobody need hear of old names in it.
+        return load_recipe(self.recipe, overrides, tell=False)
 
     def require_checkpoint(self) -> None:
         """RunFolderError unless stage 1 is finished."""
@@ -330,7 +331,7 @@ def adopt_build(run: RunFolder, other: RunFolder, recipe: Recipe, plan: Mapping[
     shutil.copytree(other.checkpoint, copied)
     manifest, metrics = other.read_json(other.manifest), other.read_json(other.metrics)
     shutil.copyfile(other.alignment, run.alignment)
-    of_build: dict[str, Any] = {k: metrics[k] for k in ("alignment", "refit") if k in metrics}
+    of_build: dict[str, Any] = {k: metrics[k] for k in ("alignment", "fit") if k in metrics}
     timing = ("build_seconds", "build_peak_rss_bytes", "calibration_tokens")
     of_build["timing"] = {key: metrics["timing"][key] for key in timing}
     run.update_json(run.metrics, of_build)

@@ -186,7 +186,7 @@ def train_run(
                 "held_out": _held_out_curve(trainer, settings),
             }
             if softened:
-                training["softened"] = softened
+                training["temperature_scaling"] = softened
             _publish(run, recipe, model, weights, training)
     except Exception as error:
         _explain(error, run, None if trainer is None else trainer.state.global_step)
@@ -308,7 +308,7 @@ def _soften(trainer: Trainer, settings: Train) -> dict[str, Any] | None:
     """What the final norm is to be divided by (`temperature`), and the language-model loss without
     and with it on the text that was trained on last; None where the recipe does not ask for it.
     Every process measures its share of that text."""
-    if not settings.soften:
+    if not settings.temperature_scaling:
         return None
     world, rank = trainer.args.world_size, trainer.args.process_index
     windows: Any = trainer.train_dataset
@@ -322,7 +322,7 @@ def _soften(trainer: Trainer, settings: Train) -> dict[str, Any] | None:
     losses = losses_by_temperature(
         trainer.model_wrapped, batches, lambda x: trainer.accelerator.reduce(x, "sum")
     )
-    temperature, softened = largest_temperature(losses, settings.soften)
+    temperature, softened = largest_temperature(losses, settings.temperature_scaling)
     log.info("softened: temperature %.2f, loss %.3f to %.3f", temperature, losses[0], softened)
     return {
         "temperature": round(temperature, 6),
@@ -354,7 +354,7 @@ def _is_trained_with(run: RunFolder, settings: Train) -> bool:
 def _note_settings(path: Path, recipe: Recipe) -> None:
     """`_note` of the settings of a training."""
     settings = recipe.train.model_dump() | {"seed": recipe.seed}
-    del settings["soften"]  # no step knows of it
+    del settings["temperature_scaling"]  # no step knows of it
     # An older version's has not all of today's settings: it did what their defaults do.
     _note(path, settings, Train().model_dump())
 
@@ -786,7 +786,9 @@ def _make_trainer(
 
     trainer.remove_callback(PrinterCallback)
     if measure is not None and settings.evaluations:
-        trainer.add_callback(_Measure(measure, settings.evaluations, at_end=settings.soften > 0))
+        trainer.add_callback(
+            _Measure(measure, settings.evaluations, at_end=settings.temperature_scaling > 0)
+        )
     return trainer
 
 
