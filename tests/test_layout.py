@@ -28,7 +28,7 @@ MODULES = {
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 ORDER = [
-    *("errors", "machine", "files"),
+    *("errors", "machine", "progress", "files"),
     *("bundled", "recipe", "runs", "model", "text", "sources"),
     *("building", "training", "evaluation", "reporting"),
     *("pipeline", "comparison", "cli", "__main__"),
