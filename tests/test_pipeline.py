@@ -736,7 +736,7 @@ def test_a_resumed_build_gives_the_same_bytes(
     """Law 5, second half: cut short between a layer's tensors and its record, and resumed."""
     recipe = load_recipe(recipes(variant), [f"align.neurons={neurons}"])
     whole = pipeline.build(recipe, tmp_path / "whole")
-    sync = pipeline.CheckpointWriter.sync
+    sync = build_module.CheckpointWriter.sync
     written: list[int] = []
 
     def killed(writer: Any) -> None:
@@ -746,7 +746,7 @@ def test_a_resumed_build_gives_the_same_bytes(
         sync(writer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.CheckpointWriter, "sync", killed)
+        patch.setattr(build_module.CheckpointWriter, "sync", killed)
         with pytest.raises(Killed):
             pipeline.build(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoint").exists()
@@ -758,15 +758,15 @@ def test_a_resumed_build_gives_the_same_bytes(
 
 def cut_short(recipe: Recipe, root: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A build that was killed after its first layer."""
-    build_layer = build_module.build_layer
+    build_layer = build_module.Build._build_layer
 
-    def killed(recipe: Recipe, sources: Any, layer: int, *rest: Any) -> None:
+    def killed(one: Any, layer: int) -> None:
         if layer == 1:
             raise Killed
-        build_layer(recipe, sources, layer, *rest)
+        build_layer(one, layer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "build_layer", killed)
+        patch.setattr(build_module.Build, "_build_layer", killed)
         with pytest.raises(Killed):
             pipeline.build(recipe, root)
     return RunFolder(root)
@@ -862,7 +862,7 @@ def test_comparisons_on_other_calibration_text_are_made_again(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "settle", killed)
+        patch.setattr(build_module, "choose_maps", killed)
         with pytest.raises(Killed):
             pipeline.build(load_recipe(path), tmp_path / "run")
     assert RunFolder(tmp_path / "run").layer_compared(1).is_file()

@@ -8,7 +8,6 @@ this module knows their order. Fusing and routing are called from assemble.py an
 commands come first, then what a build is made of; `compare`, many runs, is at the end.
 """
 
-import json
 import logging
 import shutil
 import tempfile
@@ -18,25 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-
-from symphony_moe.building.align import describe_alignment
-from symphony_moe.building.build import (
-    align_sources,
-    begin_fit,
-    build_layer,
-    count_tokens,
-    finish_fit,
-    noted,
-    refuse_beyond,
-    write_manifest,
-    write_tables,
-)
+from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
 from symphony_moe.building.calibrate import (
     aside_windows,
     calibration_windows,
 )
-from symphony_moe.building.companions import write_companions
 from symphony_moe.building.plan import Plan, beyond_context, make_plan
 from symphony_moe.building.verify import compare_builds, verify_run
 from symphony_moe.errors import RecipeError, SymphonyError
@@ -47,14 +32,12 @@ from symphony_moe.evaluation.losses import (
     held_out_text,
     losses_and_routing,
 )
-from symphony_moe.files import publish, write_bytes, write_text
+from symphony_moe.files import write_text
 from symphony_moe.machine import (
-    peak_rss_bytes,
     process_number,
-    release_freed_memory,
     versions,
 )
-from symphony_moe.model.checkpoint import CheckpointWriter
+from symphony_moe.progress import ignore
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.reporting.run_page import render
 from symphony_moe.runs.folder import (
@@ -68,7 +51,6 @@ from symphony_moe.runs.folder import (
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.source import Source, experts_of, remarks
 from symphony_moe.text.documents import check_data_exists
-from symphony_moe.text.windows import digest_of
 from symphony_moe.training.run import refuse_no_text, refuse_untrainable, train_run
 
 log = logging.getLogger(__name__)
@@ -124,8 +106,10 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     sources = experts_of(recipe, opened)
     planned = make_plan(recipe, sources, opened)
     refuse_beyond(recipe, sources)
-    windows = calibration_windows(recipe, sources) if recipe.aligns or recipe.fits else {}
-    aside = aside_windows(recipe, sources) if recipe.fits else {}
+    text = CalibrationText(
+        calibration_windows(recipe, sources) if recipe.aligns or recipe.fits else {},
+        aside_windows(recipe, sources) if recipe.fits else {},
+    )
     recipe = _with_hashes(recipe, opened)
     if overwrite or not RunFolder(out).checkpoint.is_dir():
         require_room(out, planned.disk_bytes + planned.work_bytes, planned.work_bytes)
@@ -142,52 +126,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
         folder.update_json(folder.plan, planned.to_json())
         for note in (note for source in opened for note in remarks(source)):
             log.warning("%s", note)
-        text = digest_of(some.windows for some in (*windows.values(), *aside.values()))
-        record = align_sources(recipe, sources, windows, aside, folder, text)
-        if recipe.fits_layers:
-            record |= count_tokens(windows, sources[0].config.vocab_size)
-        writer = CheckpointWriter(
-            folder.staged_checkpoint, planned.tensors, planned.dtype, recipe.output.max_shard_bytes
-        )
-        write_tables(recipe, sources, record, writer, planned.tensors)
-        calibration = begin_fit(recipe, sources, record, windows, aside, folder)
-        num_layers = sources[0].config.num_hidden_layers
-        for layer in range(num_layers):
-            build_layer(recipe, sources, layer, record, calibration, writer, folder, text)
-            release_freed_memory()
-            seconds = time.monotonic() - started
-            log.info("layer %d of %d, %.0f s", layer + 1, num_layers, seconds)
-        fitting: dict[str, Any] = {}
-        if calibration is not None:
-            fitting["layers"] = [
-                json.loads((noted(folder.layer_done(layer)) or {})["note"])
-                for layer in range(num_layers)
-            ]
-            if recipe.fits_layers:
-                more, record = finish_fit(recipe, sources, record, calibration, writer, folder)
-                fitting |= more
-
-        tensor_hashes = writer.finish()
-        write_companions(folder.staged_checkpoint, planned, recipe, sources)
-        write_bytes(folder.alignment, save(record))
-        folder.update_json(
-            folder.metrics,
-            {
-                "alignment": describe_alignment(record),
-                **({"fit": fitting} if fitting else {}),
-                "timing": {
-                    "build_seconds": round(time.monotonic() - started, 2),
-                    "build_peak_rss_bytes": peak_rss_bytes(),
-                    "calibration_tokens": sum(
-                        text.windows.numel() for text in (*windows.values(), *aside.values())
-                    ),
-                },
-            },
-        )
-        write_manifest(folder, recipe, tensor_hashes, begun_with)
-        publish(folder.staged_checkpoint, folder.checkpoint)
-        shutil.rmtree(folder.work)
-        log.info("built %s", folder.checkpoint)
+        Build(recipe, sources, planned, text, folder).run(begun_with, started, ignore)
     return folder
 
 

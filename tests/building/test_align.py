@@ -24,22 +24,24 @@ from conftest import SIZES, VARIANTS
 from symphony_moe.building import build as build_module
 from symphony_moe.building.align import (
     MIN_GAIN,
-    Comparison,
-    HeadActivity,
-    HeadCorrelation,
-    NeuronCorrelation,
-    ResidualCovariance,
-    describe_alignment,
+    choose_maps,
     match,
     match_heads,
     match_neurons,
     matched_correlation,
     mean_cosine,
-    measured,
     residual_basis,
-    settle,
 )
-from symphony_moe.building.calibrate import compare_layer, embedding_blocks
+from symphony_moe.building.alignment import Alignment
+from symphony_moe.building.plan import make_plan
+from symphony_moe.building.statistics import (
+    Comparison,
+    HeadActivity,
+    HeadCorrelation,
+    NeuronCorrelation,
+    ResidualCovariance,
+)
+from symphony_moe.building.sweep import Sweep
 from symphony_moe.errors import SourceError
 from symphony_moe.model.families import DOWN, FAMILIES, GATE, UP, Family, head_dim
 from symphony_moe.model.layer import (
@@ -60,6 +62,7 @@ from symphony_moe.model.symmetry import (
     reorder_neurons,
     transform_layer,
 )
+from symphony_moe.progress import ignore
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
@@ -619,29 +622,35 @@ def test_maps_are_judged_on_text_that_they_were_not_found_on() -> None:
         comparison = noise(config, layer, 40)
         found = match(comparison, family, "who")
         own |= {f"b.layers.{layer}.{key}": tensor for key, tensor in found.items()}
-        comparison.aside = noise(config, 100 + layer, 40)
+        comparison.validation = noise(config, 100 + layer, 40)
         apart = match(comparison, family, "who")
         judged |= {f"b.layers.{layer}.{key}": tensor for key, tensor in apart.items()}
-        assert set(apart) == set(found) | {"covariance.aside"}
+        assert set(apart) == set(found) | {"covariance.validation"}
         for key in ("covariance", "heads.order", "heads.phases", "heads.values"):
             assert torch.equal(apart[key], found[key])
-        assert comparison.aside.residual is not None and comparison.aside.heads is not None
-        assert torch.equal(apart["covariance.aside"], comparison.aside.residual.result())
-        again, before, after = match_heads(comparison.aside.heads, "any")
+        assert (
+            comparison.validation.residual is not None and comparison.validation.heads is not None
+        )
+        assert torch.equal(apart["covariance.validation"], comparison.validation.residual.result())
+        again, before, after = match_heads(comparison.validation.heads, "any")
         assert after > 0.2 > float(apart["heads.correlation"][1])
         assert float(apart["heads.correlation"][0]) == pytest.approx(before, abs=1e-7)
         assert not torch.equal(again.values.float(), apart["heads.values"])
-    records = [settle(found, found.__getitem__, ["b"], 2) for found in (own, judged)]
+    records = [choose_maps(found, found.__getitem__, ["b"], 2) for found in (own, judged)]
     basis = residual_basis(own["b.layers.0.covariance"] + own["b.layers.1.covariance"])
     for layer in range(2):
-        pair = [mean_cosine(judged[f"b.layers.{layer}.covariance.aside"], q) for q in (None, basis)]
-        assert records[1][f"b.layers.{layer}.cosine"].tolist() == pytest.approx(pair, abs=1e-7)
+        pair = [
+            mean_cosine(judged[f"b.layers.{layer}.covariance.validation"], q) for q in (None, basis)
+        ]
+        assert records[1].tensors[f"b.layers.{layer}.cosine"].tolist() == pytest.approx(
+            pair, abs=1e-7
+        )
     used = [
-        [describe_alignment(record)[kind]["b"]["used"] for kind in ("residual", "heads")]
+        [record.describe()[kind]["b"]["used"] for kind in ("residual", "heads")]
         for record in records
     ]
     assert used == [[True, True], [False, False]]
-    assert not any("covariance" in key for key in records[1])
+    assert not any("covariance" in key for key in records[1].tensors)
 
 
 def test_a_map_that_holds_on_other_text_is_used() -> None:
@@ -650,9 +659,9 @@ def test_a_map_that_holds_on_other_text_is_used() -> None:
     layer = random_layer(config, 1)
     drawn = random_heads(family, config, torch.Generator().manual_seed(3))
     other = transform_layer(family, config, layer, heads=drawn)
-    comparison = Comparison(aside=Comparison())
-    assert comparison.aside is not None
-    for seed, part in enumerate((comparison, comparison.aside)):
+    comparison = Comparison(validation=Comparison())
+    assert comparison.validation is not None
+    for seed, part in enumerate((comparison, comparison.validation)):
         hidden = random_stream(config, seed)
         part.heads = compare_heads(
             config, activity(config, layer, hidden), activity(config, other, hidden)
@@ -685,7 +694,7 @@ def test_activations_that_are_not_finite_are_refused_by_name(kind: str, value: f
         getattr(heads[1], kind)[3, 1, 5] = value
         comparison.heads = HeadCorrelation(config)
         comparison.heads.update(*heads)
-    with pytest.raises(SourceError, match=r"^b: layer 7 puts out values that are not finite"):
+    with pytest.raises(SourceError, match=r"^b: layer 7 puts out values that are NaN or infinite"):
         match(comparison, family, "b: layer 7")
 
 
@@ -693,11 +702,11 @@ def test_activations_that_are_not_finite_are_refused_by_name(kind: str, value: f
 def test_activations_kept_aside_that_are_not_finite_are_refused(kind: str) -> None:
     family, config = config_of("llama")
     comparison = noise(config, 0, 20)
-    aside = comparison.aside = noise(config, 1, 20)
-    assert aside.residual is not None and aside.heads is not None
-    statistics = aside.residual.products if kind == "residual" else aside.heads.outputs
+    validation = comparison.validation = noise(config, 1, 20)
+    assert validation.residual is not None and validation.heads is not None
+    statistics = validation.residual.products if kind == "residual" else validation.heads.outputs
     statistics[2, 3] = math.nan
-    with pytest.raises(SourceError, match=r"^b: layer 7 puts out values that are not finite"):
+    with pytest.raises(SourceError, match=r"^b: layer 7 puts out values that are NaN or infinite"):
         match(comparison, family, "b: layer 7")
 
 
@@ -738,7 +747,7 @@ def test_maps_that_gain_too_little_are_dropped_and_their_measurements_kept() -> 
         }
     )
     sources = ["both", "none", "residual", "heads", "mean"]
-    record = settle(found, found.__getitem__, sources, 2)
+    record = choose_maps(found, found.__getitem__, sources, 2)
     expected = {
         key for key in found if not key.endswith("covariance") and not key.endswith(MAPS)
     } | {f"{source}.layers.{layer}.cosine" for source in sources for layer in range(2)}
@@ -749,13 +758,15 @@ def test_maps_that_gain_too_little_are_dropped_and_their_measurements_kept() -> 
         for layer in range(2)
         for part in MAPS
     }
-    assert set(record) == expected
-    assert record["both.layers.0.cosine"].tolist() == pytest.approx([1 - high, 1], abs=1e-6)
-    assert record["none.layers.1.cosine"].tolist() == pytest.approx([1 - low, 1], abs=1e-6)
-    torch.testing.assert_close(record["both.residual"], torch.diag(torch.tensor([1.0, -1.0])))
-    assert all(t.dtype in (torch.float32, torch.int64) for t in record.values())
+    assert set(record.tensors) == expected
+    assert record.tensors["both.layers.0.cosine"].tolist() == pytest.approx([1 - high, 1], abs=1e-6)
+    assert record.tensors["none.layers.1.cosine"].tolist() == pytest.approx([1 - low, 1], abs=1e-6)
+    torch.testing.assert_close(
+        record.tensors["both.residual"], torch.diag(torch.tensor([1.0, -1.0]))
+    )
+    assert all(t.dtype in (torch.float32, torch.int64) for t in record.tensors.values())
 
-    described = describe_alignment(record)
+    described = record.describe()
     assert set(described) == {"residual", "heads", "neurons"}
     used = {kind: [s for s in sources if described[kind][s]["used"]] for kind in described}
     assert used == {
@@ -767,9 +778,11 @@ def test_maps_that_gain_too_little_are_dropped_and_their_measurements_kept() -> 
     assert described["heads"]["mean"]["after"] == [0.25, 0.25 + round(3 * MIN_GAIN, 6)]
     assert described["residual"]["mean"]["before"] == [1, round(1 - 3 * MIN_GAIN, 6)]
 
-    without = measured(record)
-    assert set(without) == {key for key in record if key.endswith(("cosine", "correlation"))}
-    assert not any(e["used"] for k in describe_alignment(without).values() for e in k.values())
+    without = record.without_maps()
+    assert set(without.tensors) == {
+        key for key in record.tensors if key.endswith(("cosine", "correlation"))
+    }
+    assert not any(e["used"] for k in without.describe().values() for e in k.values())
 
 
 def test_one_basis_serves_all_layers() -> None:
@@ -778,15 +791,15 @@ def test_one_basis_serves_all_layers() -> None:
     generator = torch.Generator().manual_seed(0)
     covariances = torch.randn(3, 5, 5, generator=generator, dtype=torch.float64) / 5
     found = {f"b.c.layers.{layer}.covariance": c for layer, c in enumerate(covariances)}
-    record = settle(found, found.__getitem__, ["b.c"], 3)
+    record = choose_maps(found, found.__getitem__, ["b.c"], 3)
     basis = residual_basis(covariances.sum(dim=0))
-    torch.testing.assert_close(record["b.c.residual"], basis.float())
+    torch.testing.assert_close(record.tensors["b.c.residual"], basis.float())
     for layer, one in enumerate(covariances):
-        pair = record[f"b.c.layers.{layer}.cosine"].tolist()
+        pair = record.tensors[f"b.c.layers.{layer}.cosine"].tolist()
         assert pair == pytest.approx([float(one.trace()), float((basis * one).sum())], abs=1e-6)
-    assert set(describe_alignment(record)) == {"residual"}
+    assert set(record.describe()) == {"residual"}
     nothing: dict[str, Tensor] = {}
-    assert settle(nothing, nothing.__getitem__, ["b.c"], 3) == {}
+    assert choose_maps(nothing, nothing.__getitem__, ["b.c"], 3).tensors == {}
 
 
 @pytest.mark.parametrize("num_layers", [2, 9])
@@ -804,9 +817,9 @@ def test_settling_holds_two_covariances_at_most_however_many_layers(num_layers: 
             most = max(most, len(alive))
         return tensor
 
-    record = settle(found, read, ["b", "c", "d"], num_layers)
+    record = choose_maps(found, read, ["b", "c", "d"], num_layers)
     assert 1 <= most <= 2
-    assert {"b.residual", "c.residual", "d.residual"} <= record.keys()
+    assert {"b.residual", "c.residual", "d.residual"} <= record.tensors.keys()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="looks at the process's maps")
@@ -820,24 +833,25 @@ def test_what_is_settled_from_is_read_when_asked_for_and_keeps_no_file_mapped(
     folder.work.mkdir()
     settled = []
 
-    def look(
-        names: Mapping[str, Path], read: Callable[[str], Tensor], *others: Any
-    ) -> dict[str, Tensor]:
+    def look(names: Mapping[str, Path], read: Callable[[str], Tensor], *others: Any) -> Alignment:
         kept = {name: read(name) for name in names}
         assert sum(name.endswith(".covariance") for name in kept) == 2 * 2
         assert "compared-" not in Path("/proc/self/maps").read_text(encoding="utf-8")
         assert all(read(name).data_ptr() != tensor.data_ptr() for name, tensor in kept.items())
         settled.append(others)
-        return settle(names, read, *others)
+        return choose_maps(names, read, *others)
 
-    monkeypatch.setattr(build_module, "settle", look)
+    monkeypatch.setattr(build_module, "choose_maps", look)
     windows = {
         name: Packed(torch.randint(256, (2, 64)), torch.arange(64).expand(2, 64))
         for name in recipe.sources
     }
-    record = build_module.align_sources(recipe, open_sources(recipe), windows, {}, folder, "text")
+    sources = open_sources(recipe)
+    planned = make_plan(recipe, sources, sources)
+    text = build_module.CalibrationText(windows, {})
+    record = build_module.Build(recipe, sources, planned, text, folder)._align(ignore)
     assert settled == [(["b", "c"], 2)]
-    assert "b.layers.1.cosine" in record
+    assert "b.layers.1.cosine" in record.tensors
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -849,15 +863,15 @@ def test_streams_are_compared_at_every_place(layer: int, recipes: Callable[[str]
     text = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
     streams, own = Streams(), {}
     weights = {source.name: source.read_layer(layer) for source in sources}
+    sweep = Sweep(recipe, sources, streams, text, 1)
     for source in sources:
-        streams.embed({source.name: text}, 32, embedding_blocks(source))
         model = load_dense_layer(source.config, layer, weights[source.name])
         before = streams[source.name].clone()
         with observe(model) as seen, torch.no_grad():
             after = run_layer(model, before)
         own[source.name] = [before, seen["middle"]] + ([after] if layer == 1 else [])
-    found = compare_layer(recipe, sources, layer, weights, streams, 1, statistics=True)["b"]
-    for rows, one in ((slice(1, None), found), (slice(0, 1), found.aside)):
+    found = sweep.advance(layer, weights, compare=True)["b"]
+    for rows, one in ((slice(1, None), found), (slice(0, 1), found.validation)):
         expected = ResidualCovariance(32)
         for a, b in zip(own["a"], own["b"], strict=True):
             expected.update(a[rows].flatten(0, 1), b[rows].flatten(0, 1))

@@ -6,6 +6,7 @@ is written is chosen here (`preferring`) where a test is about one of them. What
 means something is tested on the bundled models.
 """
 
+import importlib
 import json
 import logging
 import math
@@ -37,6 +38,7 @@ from checks import (
 from conftest import VARIANTS, make_recipe, make_text, router_of, target_of_variant
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
+from symphony_moe.building import candidate
 from symphony_moe.building.calibrate import aside_windows, calibration_windows
 from symphony_moe.errors import RunFolderError, SourceError, TextError, VerificationError
 from symphony_moe.evaluation.losses import held_out_text, losses_and_routing
@@ -62,7 +64,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 @contextmanager
 def preferring(model: str) -> Iterator[None]:
     """Let the other one of `harmonized` and `plain mean` lose 100 nats more than it does."""
-    whole = build_module.next_token_losses
+    whole = candidate.next_token_losses
     other = {"harmonized": "plain", "plain mean": "new"}[model]
 
     def losses(calibration: Any, stream: str, head: Tensor) -> dict[str, float]:
@@ -70,7 +72,7 @@ def preferring(model: str) -> Iterator[None]:
         return {name: loss + more for name, loss in whole(calibration, stream, head).items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module, "next_token_losses", losses)
+        patch.setattr(candidate, "next_token_losses", losses)
         yield
 
 
@@ -334,24 +336,24 @@ def test_one_recipe_gives_one_set_of_bytes(
 
 
 KILLS = [
-    ("match", 3, "harmonized", False),
-    ("write_bytes", 2, "harmonized", True),
-    ("fit_layer", 2, "harmonized", False),
-    ("CheckpointWriter.sync", 1, "harmonized", True),
-    ("fit_head", 1, "harmonized", False),
-    ("next_token_losses", 2, "harmonized", True),
+    ("build.match", 3, "harmonized", False),
+    ("records.write_bytes", 2, "harmonized", True),
+    ("build.fit_layer", 2, "harmonized", False),
+    ("build.CheckpointWriter.sync", 1, "harmonized", True),
+    ("build.fit_head", 1, "harmonized", False),
+    ("candidate.next_token_losses", 2, "harmonized", True),
     # Each of the two layers is assembled as it is fitted, as the plain mean, and in falling back.
-    ("assemble_layer", 6, "plain mean", False),
-    ("describe_alignment", 1, "plain mean", False),
+    ("candidate.assemble_layer", 6, "plain mean", False),
+    ("alignment.Alignment.describe", 1, "plain mean", False),
 ]
-"""(function of the pipeline, call, which model is written, whether streams are in files)"""
+"""(function in building/, call, which model is written, whether streams are in files)"""
 
 
 @contextmanager
 def killing(function: str, call: int) -> Iterator[None]:
     """A signal before some function's n-th call."""
-    *inside, name = function.split(".")
-    owner: Any = build_module if hasattr(build_module, inside[0] if inside else name) else pipeline
+    module, *inside, name = function.split(".")
+    owner: Any = importlib.import_module(f"symphony_moe.building.{module}")
     for part in inside:
         owner = getattr(owner, part)
     whole, calls = getattr(owner, name), 0
@@ -402,10 +404,10 @@ def test_what_was_compared_and_fitted_is_not_done_again(
     recipes: Recipes, fitted: Runs, tmp_path: Path
 ) -> None:
     """A build that was cut short before its head was fitted goes through no layer's fit again."""
-    with killing("fit_head", 1):
+    with killing("build.fit_head", 1):
         build(recipes("llama"), tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("compare_layer", "match", "fit_layer", "calibrate_plain"):
+        for name in ("Sweep", "match", "fit_layer", "calibrate_plain"):
             patch.setattr(build_module, name, None)
         run = build(recipes("llama"), tmp_path / "run", resume=True)
     assert hash_folder(run.checkpoint) == hash_folder(fitted("llama").checkpoint)
@@ -615,6 +617,29 @@ def test_a_plain_mean_of_any_kind_verifies(
     assert reported == pytest.approx(sum(losses) / 3, abs=1e-4)
 
 
+@pytest.mark.parametrize("written", ["harmonized", "plain mean"])
+def test_the_manifest_says_which_model_was_written(
+    written: str, fitted: Runs, fallen_back: Runs, tmp_path: Path
+) -> None:
+    """`verify` goes by that; in a run of version 0.1, by what its metrics call `refit`."""
+    whole = (fitted if written == "harmonized" else fallen_back)("llama")
+    assert whole.read_json(whole.manifest)["model"] == written
+    run = RunFolder(shutil.copytree(whole.root, tmp_path / "run"))
+    pipeline.verify(run)
+    manifest, metrics = run.read_json(run.manifest), run.read_json(run.metrics)
+    other = {"harmonized": "plain mean", "plain mean": "harmonized"}[written]
+    run.manifest.write_text(json.dumps(manifest | {"model": other}))
+    if written == "harmonized":  # what the sources give then is not what was fitted
+        with pytest.raises(VerificationError, match=r"missing or surplus|are not what the sources"):
+            pipeline.verify(run)
+    del manifest["model"]
+    metrics["refit"] = metrics.pop("fit")
+    run.manifest.write_text(json.dumps(manifest))
+    run.metrics.write_text(json.dumps(metrics))
+    checks = pipeline.verify(run)
+    assert ("were fitted" in checks["experts and backbone"]) == (written == "harmonized")
+
+
 def test_a_head_that_fits_nothing_is_found_out(
     recipes: Recipes,
     monkeypatch: pytest.MonkeyPatch,
@@ -642,13 +667,13 @@ def test_a_head_that_fits_nothing_is_found_out(
 def test_a_loss_that_is_no_number_is_never_better(
     which: str, chosen: str, recipes: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    whole = build_module.next_token_losses
+    whole = candidate.next_token_losses
 
     def losses(calibration: Any, stream: str, head: Tensor) -> dict[str, float]:
         found = whole(calibration, stream, head)
         return found | {"b": math.nan} if which in (stream, "both") else found
 
-    monkeypatch.setattr(build_module, "next_token_losses", losses)
+    monkeypatch.setattr(candidate, "next_token_losses", losses)
     run = build(recipes("llama"), tmp_path / "run", prefer=None)
     assert run.read_json(run.metrics)["fit"]["chosen"] == chosen
 
@@ -660,7 +685,7 @@ def test_a_domain_that_loses_by_the_fit_is_named(
     tmp_path: Path,
 ) -> None:
     """The mean over sources decides; a source on whose text the plain mean is better is told of."""
-    whole = build_module.next_token_losses
+    whole = candidate.next_token_losses
 
     def losses(calibration: Any, stream: str, head: Tensor) -> dict[str, float]:
         found = whole(calibration, stream, head)
@@ -670,13 +695,13 @@ def test_a_domain_that_loses_by_the_fit_is_named(
             else dict.fromkeys(found, 5.1)
         )
 
-    monkeypatch.setattr(build_module, "next_token_losses", losses)
+    monkeypatch.setattr(candidate, "next_token_losses", losses)
     run = build(recipes("llama"), tmp_path / "run", prefer=None)
     fit = run.read_json(run.metrics)["fit"]
     assert fit["chosen"] == "harmonized"
     assert fit["loss_by_source"]["harmonized"] == {"a": 5.0, "b": 5.2, "c": 5.0}
-    assert [r.getMessage()[:21] for r in caplog.records if "loses less" in r.getMessage()] == [
-        "on the text of b kept"
+    assert [r.getMessage()[:22] for r in caplog.records if "loses less" in r.getMessage()] == [
+        "on the validation text"
     ]
 
 
@@ -1186,7 +1211,7 @@ def test_a_disk_that_fills_up_with_streams_is_a_message(
 def test_resuming_with_other_calibration_text_is_refused(recipes: Recipes, tmp_path: Path) -> None:
     """Half of the layers fitted on one text and half on another is no build of any recipe."""
     project = shutil.copytree(recipes("llama").parent, tmp_path / "project")
-    with killing("fit_layer", 2):
+    with killing("build.fit_layer", 2):
         build(project / "recipe.yaml", tmp_path / "run")
     make_text(project / "a.jsonl", seed=7)
     with pytest.raises(RunFolderError, match="calibration text has changed"):

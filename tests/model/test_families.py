@@ -102,46 +102,56 @@ def test_a_written_layer_is_read_back(
     variant: str, target: Target, recipes: Callable[[str], Path]
 ) -> None:
     """What the target's names and row order hold is the layer in the dense family's own layout, bit
-    for bit; and a selection of experts takes their router rows along."""
+    for bit; and experts in another order take their router rows along."""
     folder = recipes(variant).parent / "models"
     specs = {n: SourceSpec(model=str(folder / n), data="unread.jsonl") for n in "abc"}
     sources = [open_source(name, spec, target=target) for name, spec in specs.items()]
     family, config = sources[0].family, sources[0].config
     layers = [source.read_layer(1) for source in sources]
     generator = torch.Generator().manual_seed(0)
-    router, other = torch.randn(2, 3, config.hidden_size, generator=generator)
+    router, other = (
+        dict(zip("abc", rows, strict=True))
+        for rows in torch.randn(2, 3, config.hidden_size, generator=generator)
+    )
     moe = MoELayer(
         {name: layers[0][name] for name in family.shared},
-        [{name: layer[name] for name in family.expert} for layer in layers],
+        {
+            source: {name: layer[name] for name in family.expert}
+            for source, layer in zip("abc", layers, strict=True)
+        },
         router,
         other if target.attention == "source" else None,
     )
-    written = dict(layer_outputs(family, config, 1, moe))
+    written = dict(layer_outputs(family, config, 1, moe, "abc"))
     assert all(name.startswith("model.layers.1.") for name in written)
-    back = read_layer_outputs(family, config, 1, 3, written.__getitem__)
+    back = read_layer_outputs(family, config, 1, "abc", written.__getitem__)
     assert_same(back, moe)
     if family.interleaved_rotary:
         name = "model.layers.1.self_attn.q_proj.weight"
         assert not torch.equal(written[name], moe.shared["self_attn.q_proj.weight"])
 
-    chosen = moe.select([2, 0])
-    assert torch.equal(chosen.router, router[[2, 0]])
-    if chosen.attention_router is not None:
-        assert torch.equal(chosen.attention_router, other[[2, 0]])
-    for expert, layer in zip(chosen.experts, (layers[2], layers[0]), strict=True):
-        assert all(torch.equal(expert[name], layer[name]) for name in family.expert)
-    assert_same(moe.select([2, 0, 1]).select([1, 2, 0]), moe)
+    other_way = dict(layer_outputs(family, config, 1, moe, "cab"))
+    assert other_way.keys() == written.keys()
+    in_turn = read_layer_outputs(family, config, 1, "abc", other_way.__getitem__)
+    for place, source in zip("abc", "cab", strict=True):
+        assert torch.equal(in_turn.router[place], router[source])
+        if in_turn.attention_router is not None:
+            assert torch.equal(in_turn.attention_router[place], other[source])
+        for name in family.expert:
+            assert torch.equal(in_turn.experts[place][name], moe.experts[source][name])
+    assert_same(read_layer_outputs(family, config, 1, "cab", other_way.__getitem__), moe)
 
 
 def assert_same(found: MoELayer, expected: MoELayer) -> None:
-    assert torch.equal(found.router, expected.router)
+    assert found.experts.keys() == expected.experts.keys()
+    pairs = [(found.router, expected.router)]
     if expected.attention_router is None:
         assert found.attention_router is None
     else:
         assert found.attention_router is not None
-        assert torch.equal(found.attention_router, expected.attention_router)
-    parts = [(found.shared, expected.shared), *zip(found.experts, expected.experts, strict=True)]
-    for ours, theirs in parts:
+        pairs.append((found.attention_router, expected.attention_router))
+    pairs += [(found.experts[name], expected.experts[name]) for name in expected.experts]
+    for ours, theirs in [(found.shared, expected.shared), *pairs]:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from conftest import make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
-from symphony_moe.building import estimate
+from symphony_moe.building import candidate, estimate
 from symphony_moe.building.calibrate import calibration_windows
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, VerificationError
@@ -315,15 +315,15 @@ KILLS = [
     ("model.checkpoint:CheckpointWriter.write", 25, True),
     ("model.checkpoint:CheckpointWriter.sync", 2, False),
     ("building.build:match", 3, True),
-    ("building.build:write_bytes", 2, True),
-    ("building.build:write_bytes!after", 2, False),
-    ("building.build:settle", 1, False),
+    ("building.records:write_bytes", 2, True),
+    ("building.records:write_bytes!after", 2, False),
+    ("building.build:choose_maps", 1, False),
     ("model.checkpoint:CheckpointWriter.finish", 1, False),
-    ("pipeline:write_companions!after", 1, False),
-    ("pipeline:describe_alignment", 1, False),
-    ("pipeline:write_manifest", 1, False),
-    ("pipeline:publish", 1, False),
-    ("pipeline:publish!after", 1, False),
+    ("building.build:write_companions!after", 1, False),
+    ("building.alignment:Alignment.describe", 1, False),
+    ("building.build:Build._write_manifest", 1, False),
+    ("building.build:publish", 1, False),
+    ("building.build:publish!after", 1, False),
 ]
 """(function, call, whether the streams are in memory-mapped files)"""
 
@@ -366,7 +366,7 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(
     kill: Any, kills: Kills, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = kills.cut[kill]
-    if kill[0] == "pipeline:publish!after":
+    if kill[0] == "building.build:publish!after":
         # It is finished; only the cleaning up was cut off.
         assert snapshot(run.checkpoint) == snapshot(kills.whole.checkpoint)
         return
@@ -404,14 +404,14 @@ def test_layers_that_were_finished_are_not_computed_again(
     killed = kills.cut[("building.build:layer_outputs", 2, False)]
     shutil.copytree(killed.root, tmp_path / "run")
     assembled = []
-    whole = build_module.assemble_layer
+    whole = candidate.assemble_layer
 
     def counted(*arguments: Any) -> Any:
         assembled.append(arguments[2])
         return whole(*arguments)
 
-    monkeypatch.setattr(build_module, "assemble_layer", counted)
-    monkeypatch.setattr(build_module, "compare_layer", None)
+    monkeypatch.setattr(candidate, "assemble_layer", counted)
+    monkeypatch.setattr(build_module, "Sweep", None)
     pipeline.build(load_recipe(kills.recipe), tmp_path / "run", resume=True)
     assert assembled == [1]
 
@@ -420,20 +420,20 @@ def test_layers_that_were_compared_are_not_compared_again(
     kills: Kills, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their streams are brought past them, and nothing is gathered or matched."""
-    killed = kills.cut[("building.build:write_bytes", 2, True)]
+    killed = kills.cut[("building.records:write_bytes", 2, True)]
     shutil.copytree(killed.root, tmp_path / "run")
     gathered, matched = [], []
-    compare, match = build_module.compare_layer, build_module.match
+    advance, match = build_module.Sweep.advance, build_module.match
 
-    def compared(recipe: Any, sources: Any, layer: int, *rest: Any, statistics: bool) -> Any:
-        gathered.append((layer, statistics))
-        return compare(recipe, sources, layer, *rest, statistics=statistics)
+    def advanced(sweep: Any, layer: int, weights: Any, *, compare: bool) -> Any:
+        gathered.append((layer, compare))
+        return advance(sweep, layer, weights, compare=compare)
 
     def counted(comparison: Any, family: Any, who: str) -> Any:
         matched.append(who)
         return match(comparison, family, who)
 
-    monkeypatch.setattr(build_module, "compare_layer", compared)
+    monkeypatch.setattr(build_module.Sweep, "advance", advanced)
     monkeypatch.setattr(build_module, "match", counted)
     pipeline.build(load_recipe(kills.recipe), tmp_path / "run", resume=True)
     assert gathered == [(0, False), (1, True)]

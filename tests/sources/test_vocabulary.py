@@ -28,6 +28,7 @@ from checks import (
 )
 from conftest import VARIANTS, make_model, make_recipe
 from symphony_moe import pipeline
+from symphony_moe.building.alignment import Alignment
 from symphony_moe.building.assemble import fused_tables
 from symphony_moe.cli import main
 from symphony_moe.errors import SourceError, VerificationError
@@ -267,7 +268,9 @@ def test_padding_is_kept_where_it_is_and_zero_where_there_is_none(tmp_path: Path
         sources = open_sources(load_recipe(path, [f"anchor={anchor}"]))
         recipe = load_recipe(path, [f"anchor={anchor}"])
         ours = {s.name: open_source(s.name, recipe.sources[s.name]).read(HEAD) for s in sources}
-        fused = torch.cat([rows for _, _, rows in fused_tables(recipe, sources, [HEAD], {})])
+        fused = torch.cat(
+            [rows for _, _, rows in fused_tables(recipe, sources, [HEAD], Alignment())]
+        )
         assert len(fused) == size
         torch.testing.assert_close(fused[:301], (ours["a"] + ours["b"][:301]) / 2)
         assert torch.equal(fused[301:], ours["b"][301:size])
@@ -364,7 +367,9 @@ def test_the_order_of_the_sources_does_not_change_the_ids(tmp_path: Path) -> Non
     assert one is not None and other is not None
     assert one.files == other.files and one.added == other.added
     tables = [
-        torch.cat([rows for _, _, rows in fused_tables(r, open_sources(r), [EMBEDDING], {})])
+        torch.cat(
+            [rows for _, _, rows in fused_tables(r, open_sources(r), [EMBEDDING], Alignment())]
+        )
         for r in (recipe, turned)
     ]
     assert torch.equal(*tables)

@@ -1,7 +1,7 @@
 """Sources and maps -> the new model's tensors, part by part.
 
 Everything here is a function of the recipe, the sources' weights and what `alignment.safetensors`
-records, so `build` writes it (or fits it further: `fit_layer.py`) and `verify` computes it again.
+says, so `build` writes it (or fits it further: `fit_layer.py`) and `verify` computes it again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,13 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from symphony_moe.building.alignment import Alignment
 from symphony_moe.building.fuse import drop_neurons, linear_mean, selective_linear, slerp
 from symphony_moe.building.router_init import random_router
 from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, NEURON_AXIS, stream_scale
 from symphony_moe.model.moe_layer import MoELayer
 from symphony_moe.model.symmetry import (
-    HeadMap,
-    NeuronMap,
     fold_gains,
     gain_of,
     neutral_gain,
@@ -30,34 +29,34 @@ from symphony_moe.model.symmetry import (
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.source import Source, anchor_of, is_tied
 
-Record = Mapping[str, Tensor]
-"""The tensors of `alignment.safetensors` (docs/design.md, "Run folder"). An empty one leaves every
-source in its own coordinates."""
-
 
 def aligned_layer(
-    recipe: Recipe, source: Source, layer: int, weights: Mapping[str, Tensor], record: Record
+    recipe: Recipe, source: Source, layer: int, weights: Mapping[str, Tensor], alignment: Alignment
 ) -> dict[str, Tensor]:
-    """A source's layer in the anchor's coordinates: the same function in other weights."""
+    """A source's layer in the anchor's coordinates: the same function in other weights. `weights`:
+    the layer as it is (name within the layer -> tensor).
+
+    Raises ValueError for a map that is no symmetry of the family.
+    """
     aligned = fold_gains(source.family, weights) if recipe.folds else dict(weights)
-    prefix = f"{source.name}.layers.{layer}."
-    if f"{source.name}.residual" in record:
-        aligned = rotate_residual(source.family, aligned, record[f"{source.name}.residual"])
-    if f"{prefix}heads.order" in record:
-        heads = HeadMap(*(record[f"{prefix}heads.{p}"] for p in ("order", "phases", "values")))
+    residual = alignment.residual(source.name)
+    if residual is not None:
+        aligned = rotate_residual(source.family, aligned, residual)
+    heads = alignment.heads(source.name, layer)
+    if heads is not None:
         aligned = reorder_heads(source.family, source.config, aligned, heads)
-    if f"{prefix}neurons" in record:
-        order = record[f"{prefix}neurons"]
-        aligned = reorder_neurons(aligned, NeuronMap(order, torch.ones(len(order))))
+    neurons = alignment.neurons(source.name, layer)
+    if neurons is not None:
+        aligned = reorder_neurons(aligned, neurons)
     return aligned
 
 
 def aligned_table(
-    recipe: Recipe, source: Source, name: str, record: Record
+    recipe: Recipe, source: Source, name: str, alignment: Alignment
 ) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows) of a source's token embeddings or output head in the anchor's coordinates,
     block by block."""
-    residual = record.get(f"{source.name}.residual")
+    residual = alignment.residual(source.name)
     gain = gain_of(source.family, source.read(FINAL_NORM))
     stored = EMBEDDING if name == EMBEDDING else source.head_name
     for first, rows in source.table(stored):
@@ -68,26 +67,25 @@ def aligned_table(
 
 
 def fused_tables(
-    recipe: Recipe, sources: Sequence[Source], names: Sequence[str], record: Record
+    recipe: Recipe, sources: Sequence[Source], names: Sequence[str], alignment: Alignment
 ) -> Iterator[tuple[str, int, Tensor]]:
     """(name, first row, rows) of the token embeddings and the output head, block by block.
 
-    `names`: which of them the output has (a tied head is not written). Where `record` has the
-    number of each token in each source's text (`<source>.tokens`), token embeddings are weighted by
-    it.
+    `names`: which of them the output has (a tied head is not written). Where the alignment has the
+    number of each token in each source's text, token embeddings are weighted by it.
     """
     method = recipe.backbone.embeddings
     scale = _scale(recipe, sources)
     sources = _by_name(sources)
     shares = _shares(recipe, sources, method)
     for name in names:
-        tables = (aligned_table(recipe, source, name, record) for source in sources)
+        tables = (aligned_table(recipe, source, name, alignment) for source in sources)
         for parts in zip(*tables, strict=True):
             first, blocks = parts[0][0], [rows for _, rows in parts]
             if method == "selective-linear":
                 rows = slice(first, first + len(blocks[0]))
                 knowledge = torch.stack([_knows(source, rows) for source in sources])
-                counts = [record.get(f"{source.name}.tokens") for source in sources]
+                counts = [alignment.token_counts(source.name) for source in sources]
                 if name == EMBEDDING and None not in counts:
                     # One more of each: a token in nobody's text gets the plain mean.
                     knowledge *= torch.stack([c[rows] + 1.0 for c in counts if c is not None])
@@ -135,21 +133,23 @@ def assemble_layer(
         method = backbone.norms if name in family.norms else backbone.attention
         mean = slerp if method == "slerp" and name in family.attention else linear_mean
         shared[name] = mean(tensors, _shares(recipe, ordered, method))
-    experts = []
+    experts: dict[str, Mapping[str, Tensor]] = {}
     for source in sources:
         origin = recipe.anchor if recipe.experts.init == "copy" else source.name
         expert = {name: aligned[origin][name] for name in family.expert}
         if recipe.experts.init == "drop":
             key = f"{recipe.seed}/{layer}/{source.name}"
             expert = drop_neurons(expert, NEURON_AXIS, recipe.experts.drop_share, key)
-        experts.append(expert)
-    names = [source.name for source in sources]
+        experts[source.name] = expert
     hidden = sources[0].config.hidden_size
-    router = random_router(names, hidden, layer, recipe.seed)
-    attention_router = None
-    if family.attention_router is not None:
-        attention_router = random_router(names, hidden, layer, recipe.seed, "attention-router")
-    return MoELayer(shared, experts, router, attention_router)
+
+    def router(part: str) -> dict[str, Tensor]:
+        rows = random_router(list(experts), hidden, layer, recipe.seed, part)
+        return dict(zip(experts, rows, strict=True))
+
+    has_attention = family.attention_router is not None
+    attention_router = router("attention-router") if has_attention else None
+    return MoELayer(shared, experts, router("router"), attention_router)
 
 
 def _scale(recipe: Recipe, sources: Sequence[Source]) -> float:

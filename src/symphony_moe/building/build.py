@@ -1,53 +1,107 @@
-"""Stage 1, layer by layer."""
+"""Stage 1, layer by layer: the sources' layers in, the finished layer out, nothing else in memory.
 
+`Build.run` is the whole of it. A finished layer is durable: a build that was killed goes on with
+the next one.
+"""
+
+import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from symphony_moe.building.align import match, measured, settle
-from symphony_moe.building.assemble import (
-    Record,
-    aligned_layer,
-    aligned_table,
-    assemble_layer,
-    fused_final_norm,
-    fused_tables,
-)
-from symphony_moe.building.calibrate import compare_layer, embedding_blocks
+from symphony_moe.building.align import choose_maps, match
+from symphony_moe.building.alignment import Alignment, layer_key
+from symphony_moe.building.assemble import aligned_table, fused_final_norm
+from symphony_moe.building.candidate import HARMONIZED, PLAIN_MEAN, Candidate
+from symphony_moe.building.companions import write_companions
 from symphony_moe.building.estimate import streams_in_memory
-from symphony_moe.building.fit_head import fit_head, next_token_losses
+from symphony_moe.building.fit_head import fit_head
 from symphony_moe.building.fit_layer import (
-    Calibration,
-    advance_new,
     advance_sources,
     begin_streams,
     calibrate_plain,
     fit_layer,
 )
-from symphony_moe.errors import RecipeError, RunFolderError
-from symphony_moe.files import hash_folder, sha256_of, to_json, write_bytes
-from symphony_moe.machine import (
-    release_freed_memory,
-    versions,
+from symphony_moe.building.fitting import NEW, PLAIN, SOURCE, FitState
+from symphony_moe.building.plan import Plan
+from symphony_moe.building.records import (
+    Findings,
+    is_compared,
+    is_finished,
+    read_note,
+    read_plain_router,
+    write_comparison,
+    write_layer,
 )
+from symphony_moe.building.sweep import Sweep
+from symphony_moe.errors import RecipeError
+from symphony_moe.files import hash_folder, publish, sha256_of, to_json, write_bytes
+from symphony_moe.machine import peak_rss_bytes, release_freed_memory, versions
 from symphony_moe.model.checkpoint import CheckpointWriter, beyond
 from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS
-from symphony_moe.model.moe_layer import layer_outputs, read_layer_outputs
-from symphony_moe.model.streams import Streams
+from symphony_moe.model.moe_layer import (
+    MoELayer,
+    layer_outputs,
+    read_layer_outputs,
+    router_matrix,
+)
+from symphony_moe.model.streams import Streams, Windows
+from symphony_moe.progress import Listener, Progress
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.source import Source, anchor_of
-from symphony_moe.text.windows import Packed, joined
+from symphony_moe.text.windows import Packed, digest_of, joined
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The text that a build runs the sources on; empty where it runs none."""
+
+    fitted: Mapping[str, Packed]
+    """Source -> what is aligned and fitted on."""
+    validation: Mapping[str, Packed]
+    """Source -> what a fit is judged by."""
+
+    @property
+    def digest(self) -> str:
+        """What tells this text from another."""
+        return digest_of(
+            some.windows for some in (*self.fitted.values(), *self.validation.values())
+        )
+
+    @property
+    def tokens(self) -> int:
+        """All of it."""
+        every = (*self.fitted.values(), *self.validation.values())
+        return sum(text.windows.numel() for text in every)
+
+    @property
+    def num_validation(self) -> int:
+        """Windows of validation text, of all sources."""
+        return sum(len(text.windows) for text in self.validation.values())
+
+    def together(self) -> Windows:
+        """All windows, the validation text first, each by the sources' names."""
+        parts = [
+            text[name].windows for text in (self.validation, self.fitted) for name in sorted(text)
+        ]
+        return torch.cat(parts)
+
+    def count_tokens(self, vocabulary: int) -> dict[str, Tensor]:
+        """Source -> how often each token is in what it is fitted on (int64)."""
+        return {
+            name: torch.bincount(text.windows.flatten(), minlength=vocabulary)
+            for name, text in self.fitted.items()
+        }
 
 
 def refuse_beyond(recipe: Recipe, sources: Sequence[Source]) -> None:
@@ -68,337 +122,320 @@ def refuse_beyond(recipe: Recipe, sources: Sequence[Source]) -> None:
                     raise RecipeError(f"{source.name}: " + beyond(name, float(largest), dtype))
 
 
-def align_sources(
-    recipe: Recipe,
-    sources: Sequence[Source],
-    windows: Mapping[str, Packed],
-    aside: Mapping[str, Packed],
-    folder: RunFolder,
-    text: str,
-) -> dict[str, Tensor]:
-    """One sweep of all sources over the whole calibration text, that of `aside` first; what
-    `alignment.safetensors` will hold. Layers that an interrupted build has compared are not
-    compared again."""
-    if not recipe.aligns:
-        return {}
-    num_layers = sources[0].config.num_hidden_layers
-    compared = [_is_compared(folder.layer_compared(layer), text) for layer in range(num_layers)]
-    if not all(compared):
-        in_memory = streams_in_memory(recipe, sources[0].config, len(sources))
-        streams = Streams(None if in_memory else folder.work)
-        parts = [aside[name].windows for name in sorted(aside)]
-        num_aside = sum(map(len, parts))
-        together = torch.cat([*parts, *(windows[name].windows for name in sorted(windows))])
-        for source in sources:
-            table = embedding_blocks(source)
-            streams.embed({source.name: together}, source.config.hidden_size, table)
-        for layer in range(num_layers):
-            path = None if compared[layer] else folder.layer_compared(layer)
-            _compare_layer(recipe, sources, layer, streams, num_aside, path, text)
-            log.info("compared layer %d of %d", layer + 1, num_layers)
+class Build:
+    """One build, into a run folder that has been begun."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Sequence[Source],
+        planned: Plan,
+        text: CalibrationText,
+        folder: RunFolder,
+    ) -> None:
+        """`sources`: those that become experts, in the order of the experts."""
+        self.recipe = recipe
+        self.sources = sources
+        self.planned = planned
+        self.text = text
+        self.digest = text.digest
+        self.folder = folder
+        self.anchor = anchor_of(recipe, sources)
+        self.names = [source.name for source in sources]
+        self.num_layers: int = self.anchor.config.num_hidden_layers
+
+    def run(self, begun_with: Mapping[str, str], started: float, listen: Listener) -> None:
+        """From sources to `checkpoint/`. `begun_with`: the versions of the software that the build
+        was begun with, which it may not end with. `started`: when (time.monotonic)."""
+        # 1. Find the maps that bring each source into the anchor's coordinates.
+        alignment = self._align(listen)
+        if self.recipe.fits_layers:
+            counts = self.text.count_tokens(self.anchor.config.vocab_size)
+            alignment = alignment.with_token_counts(counts)
+        self.new = Candidate(self.recipe, self.sources, alignment, NEW)
+        self.plain = Candidate(self.recipe, self.sources, Alignment(), PLAIN)
+        # 2. Lay the files out, and write what stands in no layer.
+        self.writer = CheckpointWriter(
+            self.folder.staged_checkpoint,
+            self.planned.tensors,
+            self.planned.dtype,
+            self.recipe.output.max_shard_bytes,
+        )
+        self._write_tables()
+        # 3. Put every stream at its token embeddings.
+        self.state = self._begin_fit()
+        # 4. Layer by layer: align, fuse, fit, write.
+        for layer in range(self.num_layers):
+            self._build_layer(layer)
             release_freed_memory()
-        streams.release()
-    where: dict[str, Path] = {}
-    for layer in range(num_layers):
-        with safetensors.safe_open(folder.layer_compared(layer), framework="pt") as file:
-            where |= dict.fromkeys(file.keys(), folder.layer_compared(layer))
-
-    def read(name: str) -> Tensor:
-        with safetensors.safe_open(where[name], framework="pt") as file:
-            # A copy: while one tensor of a file is in use, all of it stays mapped.
-            return file.get_tensor(name).clone()
-
-    others = [source.name for source in sources if source.name != recipe.anchor]
-    return settle(where, read, others, num_layers)
-
-
-def _compare_layer(
-    recipe: Recipe,
-    sources: Sequence[Source],
-    layer: int,
-    streams: Streams,
-    aside: int,
-    path: Path | None,
-    text: str,
-) -> None:
-    """Bring all sources' streams past one layer. `path`: where to record how it compares with the
-    anchor's; None where that is known. `aside`: windows of the streams to judge by."""
-    weights = {source.name: source.read_layer(layer) for source in sources}
-    statistics = path is not None
-    found = compare_layer(recipe, sources, layer, weights, streams, aside, statistics=statistics)
-    if path is None:
-        return
-    tensors = {}
-    for name, comparison in found.items():
-        who = f"{name} (or the anchor, {recipe.anchor}): layer {layer}"
-        for kind, tensor in match(comparison, sources[0].family, who).items():
-            tensors[f"{name}.layers.{layer}.{kind}"] = tensor
-    write_bytes(path, save(tensors, {"text": text}))
-
-
-def _is_compared(path: Path, text: str) -> bool:
-    """Whether an interrupted build has compared this layer, on this text."""
-    return (noted(path) or {}).get("text") == text
-
-
-def count_tokens(windows: Mapping[str, Packed], vocabulary: int) -> dict[str, Tensor]:
-    """`<source>.tokens`: how often each token is in a source's calibration text (int64)."""
-    return {
-        f"{name}.tokens": torch.bincount(text.windows.flatten(), minlength=vocabulary)
-        for name, text in windows.items()
-    }
-
-
-def write_tables(
-    recipe: Recipe,
-    sources: Sequence[Source],
-    record: Record,
-    writer: CheckpointWriter,
-    tensors: Mapping[str, tuple[int, ...]],
-) -> None:
-    """Token embeddings, output head and final norm, as fused. A head that is fitted is written over
-    at the end."""
-    tables = [name for name in (EMBEDDING, HEAD) if name in tensors]
-    for name, first_row, rows in fused_tables(recipe, sources, tables, record):
-        writer.write(name, rows, first_row)
-    writer.write(FINAL_NORM, fused_final_norm(recipe, sources))
-    if HEAD_BIAS in tensors:
-        writer.write(HEAD_BIAS, torch.zeros(tensors[HEAD_BIAS]))
-
-
-def begin_fit(
-    recipe: Recipe,
-    sources: Sequence[Source],
-    record: dict[str, Tensor],
-    windows: Mapping[str, Packed],
-    aside: Mapping[str, Packed],
-    folder: RunFolder,
-) -> Calibration | None:
-    """All streams of the fit at their token embeddings; None where nothing is fitted. `aside`: the
-    text that it is judged by."""
-    if not recipe.fits:
-        return None
-    anchor = anchor_of(recipe, sources)
-    in_memory = streams_in_memory(recipe, anchor.config, len(sources))
-    streams = Streams(None if in_memory else folder.work)
-    texts = {name: joined((aside[name], windows[name])) for name in sorted(windows)}
-    by_name = {name: text.windows for name, text in texts.items()}
-    positions = {name: text.positions for name, text in texts.items()}
-    counts = {name: len(text) for name, text in aside.items()}
-    configs = {source.name: source.config for source in sources}
-    known = {source.name: source.known for source in sources}
-    calibration = Calibration(
-        recipe, anchor.family, configs, anchor.name, by_name, counts, streams, known, positions
-    )
-    hidden = anchor.config.hidden_size
-    new = {f"new/{name}": text for name, text in by_name.items()}
-    streams.embed(new, hidden, _embedding_blocks(recipe, sources, record))
-    if recipe.fits_layers:
-        for source in sources:
-            own = {f"source/{source.name}": by_name[source.name]}
-            streams.embed(own, hidden, aligned_table(recipe, source, EMBEDDING, record))
-        some = {
-            f"plain/{name}": text[: calibration.plain_windows(name)]
-            for name, text in by_name.items()
+            seconds = time.monotonic() - started
+            log.info("layer %d of %d, %.0f s", layer + 1, self.num_layers, seconds)
+            listen(Progress("build", layer + 1, self.num_layers))
+        # 5. Fit the head, and write the better of the two models.
+        fit = self._finish_fit()
+        written = self.plain if fit.get("chosen") == PLAIN_MEAN else self.new
+        alignment = alignment if written is self.new else alignment.without_maps()
+        # 6. Write what stands beside the weights, and publish it all by one rename.
+        tensor_hashes = self.writer.finish()
+        staged = self.folder.staged_checkpoint
+        write_companions(staged, self.planned, self.recipe, self.sources)
+        write_bytes(self.folder.alignment, alignment.to_bytes())
+        timing = {
+            "build_seconds": round(time.monotonic() - started, 2),
+            "build_peak_rss_bytes": peak_rss_bytes(),
+            "calibration_tokens": self.text.tokens,
         }
-        streams.embed(some, hidden, _embedding_blocks(recipe, sources, {}))
-    begin_streams(calibration)
-    return calibration
+        self.folder.update_json(
+            self.folder.metrics,
+            {
+                "alignment": alignment.describe(),
+                **({"fit": fit} if fit else {}),
+                "timing": timing,
+            },
+        )
+        self._write_manifest(tensor_hashes, begun_with, fit.get("chosen"))
+        publish(staged, self.folder.checkpoint)
+        shutil.rmtree(self.folder.work)
+        log.info("built %s", self.folder.checkpoint)
+
+    def _align(self, listen: Listener) -> Alignment:
+        """One sweep of all sources over the whole calibration text. Layers that an interrupted
+        build has compared are not compared again."""
+        if not self.recipe.aligns:
+            return Alignment()
+        paths = [self.folder.layer_compared(layer) for layer in range(self.num_layers)]
+        compared = [is_compared(path, self.digest) for path in paths]
+        if not all(compared):
+            streams = self._streams()
+            text, validation = self.text.together(), self.text.num_validation
+            sweep = Sweep(self.recipe, self.sources, streams, text, validation)
+            for layer, path in enumerate(paths):
+                weights = self._read_layer(layer)
+                found = sweep.advance(layer, weights, compare=not compared[layer])
+                if not compared[layer]:
+                    tensors = {
+                        layer_key(source, layer, kind): tensor
+                        for source, comparison in found.items()
+                        for kind, tensor in match(
+                            comparison,
+                            self.anchor.family,
+                            f"{source} (or the anchor, {self.recipe.anchor}): layer {layer}",
+                        ).items()
+                    }
+                    write_comparison(path, tensors, self.digest)
+                log.info("compared layer %d of %d", layer + 1, self.num_layers)
+                listen(Progress("compare", layer + 1, self.num_layers))
+                release_freed_memory()
+            streams.release()
+        findings = Findings(paths)
+        others = [name for name in self.names if name != self.recipe.anchor]
+        return choose_maps(findings.names, findings.read, others, self.num_layers)
+
+    def _write_tables(self) -> None:
+        """Token embeddings, output head and final norm, as fused. A head that is fitted is written
+        over at the end."""
+        tensors = self.planned.tensors
+        tables = [name for name in (EMBEDDING, HEAD) if name in tensors]
+        for name, first_row, rows in self.new.tables(tables):
+            self.writer.write(name, rows, first_row)
+        self.writer.write(FINAL_NORM, fused_final_norm(self.recipe, self.sources))
+        if HEAD_BIAS in tensors:
+            self.writer.write(HEAD_BIAS, torch.zeros(tensors[HEAD_BIAS]))
+
+    def _begin_fit(self) -> FitState | None:
+        """All streams of the fit at their token embeddings; None where nothing is fitted."""
+        if not self.recipe.fits:
+            return None
+        text = self.text
+        texts = {n: joined((text.validation[n], text.fitted[n])) for n in sorted(text.fitted)}
+        windows = {name: each.windows for name, each in texts.items()}
+        state = FitState(
+            self.recipe,
+            self.anchor.family,
+            {source.name: source.config for source in self.sources},
+            self.anchor.name,
+            windows,
+            {name: len(each) for name, each in text.validation.items()},
+            self._streams(),
+            {source.name: source.known for source in self.sources},
+            {name: each.positions for name, each in texts.items()},
+        )
+        self.new.begin(state, windows)
+        if self.recipe.fits_layers:
+            hidden = self.anchor.config.hidden_size
+            for source in self.sources:
+                own = {f"{SOURCE}/{source.name}": windows[source.name]}
+                table = aligned_table(self.recipe, source, EMBEDDING, self.new.alignment)
+                state.streams.embed(own, hidden, table)
+            some = {name: each[: state.plain_windows(name)] for name, each in windows.items()}
+            self.plain.begin(state, some)
+        begin_streams(state)
+        return state
+
+    def _build_layer(self, layer: int) -> None:
+        """Align, fuse, fit and write one layer. A layer that an interrupted build has finished is
+        kept: the streams are only brought past it."""
+        record, prefix = self.folder.layer_done(layer), f"model.layers.{layer}."
+        finished = is_finished(record, self.digest, lambda: self.writer.digest(prefix))
+        if finished:
+            self.writer.keep(prefix)
+            if self.state is None:
+                return
+        weights = self._read_layer(layer)
+        note = self._keep_layer(layer, weights) if finished else self._new_layer(layer, weights)
+        router = None
+        if self.state is not None:
+            # What follows is fitted to the layer as it is written: rounding is an error too.
+            self.new.advance(self.state, layer, self._read_written(layer))
+            if self.recipe.fits_layers:
+                router = self._advance_plain(self.state, layer, weights, finished)
+        if not finished:
+            self.writer.sync()
+            write_layer(record, router, self.digest, self.writer.digest(prefix), to_json(note))
+
+    def _new_layer(self, layer: int, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Make a layer and write it; what was measured."""
+        aligned = self.new.aligned(layer, weights)
+        moe, note = self.new.assemble(layer, aligned), {}
+        if self.state is not None:
+            moe, fit = fit_layer(self.state, layer, moe, aligned)
+            note = fit.to_json()
+        self._write_layer(layer, moe)
+        return note
+
+    def _keep_layer(
+        self, layer: int, weights: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Any]:
+        """Bring the sources' streams past a layer that is written."""
+        if self.state is not None and self.recipe.fits_layers:
+            advance_sources(self.state, layer, self.new.aligned(layer, weights))
+        return {}
+
+    def _advance_plain(
+        self,
+        state: FitState,
+        layer: int,
+        weights: Mapping[str, Mapping[str, Tensor]],
+        finished: bool,
+    ) -> Tensor:
+        """Bring the plain mean's streams past its own layer; its router there (experts, by name, x
+        hidden), which is the only thing that is fitted."""
+        moe = self.plain.assemble(layer, self.plain.aligned(layer, weights)).to(self.plain.dtype)
+        if finished:
+            router = read_plain_router(self.folder.layer_done(layer))
+        else:
+            router = router_matrix(calibrate_plain(state, layer, moe), state.names)
+            router = router.to(self.plain.dtype)
+        by_name = dict(zip(state.names, router, strict=True))
+        self.plain.advance(state, layer, replace(moe, router=by_name))
+        return router
+
+    def _finish_fit(self) -> dict[str, Any]:
+        """What was measured, for `metrics.json`. Fits and writes the head; then, where the plain
+        mean loses less on the validation text, writes that instead."""
+        if self.state is None:
+            return {}
+        records = [self.folder.layer_done(layer) for layer in range(self.num_layers)]
+        fit: dict[str, Any] = {"layers": [json.loads(read_note(record)) for record in records]}
+        if not self.recipe.fits_layers:
+            return fit
+        own = {source.name: self.new.aligned_head(source) for source in self.sources}
+        head, head_fit = fit_head(self.state, self.new.whole_head(), own)
+        self.writer.write(HEAD, head)
+        plain_head = self.plain.whole_head()
+        rounded = plain_head.to(self.plain.dtype).float()
+        by_source = {
+            HARMONIZED: self.new.losses(self.state, self.writer.read(HEAD)),
+            PLAIN_MEAN: self.plain.losses(self.state, rounded),
+        }
+        chosen = _better(by_source)
+        if chosen == PLAIN_MEAN:
+            self._write_plain(self.state, plain_head)
+        return fit | {
+            "head": head_fit.to_json(),
+            "loss": {model: _mean(losses) for model, losses in by_source.items()},
+            "loss_by_source": by_source,
+            "chosen": chosen,
+        }
+
+    def _write_plain(self, state: FitState, head: Tensor) -> None:
+        """Write the plain mean over the fitted model."""
+        for name, first_row, rows in self.plain.tables([EMBEDDING]):
+            self.writer.write(name, rows, first_row)
+        self.writer.write(HEAD, head)
+        for layer in range(self.num_layers):
+            aligned = self.plain.aligned(layer, self._read_layer(layer))
+            router = read_plain_router(self.folder.layer_done(layer))
+            by_name = dict(zip(state.names, router, strict=True))
+            self._write_layer(layer, replace(self.plain.assemble(layer, aligned), router=by_name))
+
+    def _write_manifest(
+        self,
+        tensor_hashes: Mapping[str, str],
+        begun_with: Mapping[str, str],
+        chosen: str | None,
+    ) -> None:
+        """Hashes of everything that was made and of what it was made from."""
+        now, folder = versions(), self.folder
+        sources = self.recipe.sources
+        folder.update_json(
+            folder.manifest,
+            {
+                "versions": now,
+                **({} if begun_with == now else {"begun_with": dict(begun_with)}),
+                **({} if chosen is None else {"model": chosen}),
+                "sources": {name: spec.sha256 for name, spec in sources.items()},
+                "files": {
+                    folder.alignment.name: sha256_of(folder.alignment),
+                    **hash_folder(folder.staged_checkpoint),
+                },
+                "tensors": {"checkpoint": dict(tensor_hashes)},
+            },
+        )
+
+    def _streams(self) -> Streams:
+        """Streams in memory, or in files where they are large."""
+        in_memory = streams_in_memory(self.recipe, self.anchor.config, len(self.sources))
+        return Streams(None if in_memory else self.folder.work)
+
+    def _read_layer(self, layer: int) -> dict[str, dict[str, Tensor]]:
+        """Source -> its layer (name within the layer -> tensor)."""
+        return {source.name: source.read_layer(layer) for source in self.sources}
+
+    def _write_layer(self, layer: int, moe: MoELayer) -> None:
+        family, config = self.anchor.family, self.anchor.config
+        for name, tensor in layer_outputs(family, config, layer, moe, self.names):
+            self.writer.write(name, tensor)
+
+    def _read_written(self, layer: int) -> MoELayer:
+        family, config = self.anchor.family, self.anchor.config
+        return read_layer_outputs(family, config, layer, self.names, self.writer.read)
 
 
-def _embedding_blocks(
-    recipe: Recipe, sources: Sequence[Source], record: Record
-) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) of the new model's token embeddings, as they are written."""
-    dtype = getattr(torch, recipe.output.dtype)
-    for _, first_row, rows in fused_tables(recipe, sources, [EMBEDDING], record):
-        yield first_row, rows.to(dtype)
+def _mean(losses: Mapping[str, float]) -> float:
+    return sum(losses.values()) / len(losses)
 
 
-def build_layer(
-    recipe: Recipe,
-    sources: Sequence[Source],
-    layer: int,
-    record: Record,
-    calibration: Calibration | None,
-    writer: CheckpointWriter,
-    folder: RunFolder,
-    text: str,
-) -> None:
-    """Align, fuse, fit and write one layer. A layer that an interrupted build has finished is kept:
-    the streams are only brought past it. `text`: digest of the calibration windows."""
-    anchor = anchor_of(recipe, sources)
-    done, prefix = folder.layer_done(layer), f"model.layers.{layer}."
-    finished = _is_finished(done, writer, prefix, text)
-    if finished:
-        writer.keep(prefix)
-        if calibration is None:
-            return
-    refits = recipe.fits_layers
-    weights = {source.name: source.read_layer(layer) for source in sources}
-    aligned = {s.name: aligned_layer(recipe, s, layer, weights[s.name], record) for s in sources}
-    names = [source.name for source in sources]
-    note: dict[str, Any] = {}
-    if finished:
-        remembered = load_file(done)
-        if calibration is not None and refits:
-            advance_sources(calibration, layer, aligned)
-    else:
-        remembered = {}
-        moe = assemble_layer(recipe, sources, layer, aligned)
-        if calibration is not None:
-            by_name = moe.select([names.index(name) for name in calibration.names])
-            by_name, note = fit_layer(calibration, layer, by_name, aligned)
-            moe = by_name.select([calibration.names.index(name) for name in names])
-        for name, tensor in layer_outputs(anchor.family, anchor.config, layer, moe):
-            writer.write(name, tensor)
-    if calibration is not None:
-        # What follows is fitted to the layer as it is written: rounding is an error like others.
-        written = read_layer_outputs(
-            anchor.family, anchor.config, layer, len(sources), writer.read
-        ).select([names.index(name) for name in calibration.names])
-        advance_new(calibration, layer, written)
-        if refits:
-            raw = {s.name: aligned_layer(recipe, s, layer, weights[s.name], {}) for s in sources}
-            plain = assemble_layer(recipe, sources, layer, raw).to(getattr(torch, writer.dtype))
-            plain = plain.select([names.index(name) for name in calibration.names])
-            if not finished:
-                router = calibrate_plain(calibration, layer, plain)
-                remembered["plain_router"] = router.to(getattr(torch, writer.dtype))
-            router = remembered["plain_router"]
-            advance_new(calibration, layer, replace(plain, router=router), "plain")
-    if not finished:
-        writer.sync()
-        noted = {"text": text, "tensors": writer.digest(prefix), "note": to_json(note)}
-        write_bytes(done, save(remembered, noted))
-
-
-def finish_fit(
-    recipe: Recipe,
-    sources: Sequence[Source],
-    record: dict[str, Tensor],
-    calibration: Calibration,
-    writer: CheckpointWriter,
-    folder: RunFolder,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Fit and write the output head; then, where the plain mean of the sources loses less on the
-    text kept aside, write that instead. What was measured, and the record of what is used."""
-    start = _whole_head(recipe, sources, record)
-    own = {
-        s.name: torch.cat([rows for _, rows in aligned_table(recipe, s, HEAD, record)])
-        for s in sources
-    }
-    head, head_note = fit_head(calibration, start, own)
-    writer.write(HEAD, head)
-    plain_head = _whole_head(recipe, sources, {})
-    plain = plain_head.to(getattr(torch, writer.dtype)).float()
-    by_source = {
-        "harmonized": next_token_losses(calibration, "new", writer.read(HEAD)),
-        "plain mean": next_token_losses(calibration, "plain", plain),
-    }
-    losses = {which: sum(of.values()) / len(of) for which, of in by_source.items()}
-    # A loss that is no number is not better than anything.
-    worth = {which: loss if math.isfinite(loss) else math.inf for which, loss in losses.items()}
-    chosen = min(worth, key=lambda which: worth[which])  # the first, where they are equal
+def _better(by_source: Mapping[str, Mapping[str, float]]) -> str:
+    """The model that loses less on the validation text: the fitted one, where they are equal."""
+    losses = {model: _mean(of) for model, of in by_source.items()}
+    # A loss that is NaN is not better than anything.
+    worth = {model: loss if math.isfinite(loss) else math.inf for model, loss in losses.items()}
+    chosen = min(worth, key=lambda model: worth[model])
     log.info(
-        "text kept aside: %.3f nats per token, the plain mean %.3f; writing the %s",
-        losses["harmonized"],
-        losses["plain mean"],
-        "plain mean" if chosen == "plain mean" else "fitted model",
+        "validation text: %.3f nats per token, the plain mean %.3f; writing the %s",
+        losses[HARMONIZED],
+        losses[PLAIN_MEAN],
+        "plain mean" if chosen == PLAIN_MEAN else "fitted model",
     )
-    for name in by_source["harmonized"] if chosen == "harmonized" else ():
-        fitted, mean = (of[name] for of in by_source.values())
+    for name, fitted in by_source[HARMONIZED].items() if chosen == HARMONIZED else ():
+        mean = by_source[PLAIN_MEAN][name]
         if mean < fitted:
             log.warning(
-                "on the text of %s kept aside the plain mean of the sources loses less (%.3f nats "
+                "on the validation text of %s the plain mean of the sources loses less (%.3f nats "
                 "per token) than the fitted model (%.3f)",
                 name,
                 mean,
                 fitted,
             )
-    if chosen == "plain mean":
-        record = measured(record)
-        _write_plain(recipe, sources, calibration, writer, folder, plain_head)
-    fitting = {
-        "head": head_note,
-        "loss": losses,
-        "loss_by_source": by_source,
-        "chosen": chosen,
-    }
-    return fitting, record
-
-
-def _write_plain(
-    recipe: Recipe,
-    sources: Sequence[Source],
-    calibration: Calibration,
-    writer: CheckpointWriter,
-    folder: RunFolder,
-    head: Tensor,
-) -> None:
-    """Write the plain mean over the fitted model: nothing aligned, only its router fitted."""
-    for name, first_row, rows in fused_tables(recipe, sources, [EMBEDDING], {}):
-        writer.write(name, rows, first_row)
-    writer.write(HEAD, head)
-    names = [source.name for source in sources]
-    for layer in range(sources[0].config.num_hidden_layers):
-        plain = {s.name: aligned_layer(recipe, s, layer, s.read_layer(layer), {}) for s in sources}
-        router = load_file(folder.layer_done(layer))["plain_router"]
-        rows = router[[calibration.names.index(name) for name in names]]
-        moe = replace(assemble_layer(recipe, sources, layer, plain), router=rows)
-        for name, tensor in layer_outputs(sources[0].family, sources[0].config, layer, moe):
-            writer.write(name, tensor)
-
-
-def _whole_head(recipe: Recipe, sources: Sequence[Source], record: Record) -> Tensor:
-    """The fused output head in one piece."""
-    return torch.cat([rows for _, _, rows in fused_tables(recipe, sources, [HEAD], record)])
-
-
-def _is_finished(done: Path, writer: CheckpointWriter, prefix: str, text: str) -> bool:
-    """Whether an interrupted build has finished a layer: its record is whole, and what it says of
-    the layer's tensors is on disk. RunFolderError where that build had other calibration text."""
-    found = noted(done)
-    if found is None:
-        return False
-    if found.get("text") != text:
-        raise RunFolderError(
-            f"{done.parent.parent}: the calibration text has changed since this build was begun; "
-            "--overwrite it"
-        )
-    return found.get("tensors") == writer.digest(prefix)
-
-
-def noted(path: Path) -> dict[str, str] | None:
-    """What a record in `work/` says of itself; None where there is no whole record."""
-    if not path.is_file():
-        return None
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except safetensors.SafetensorError:
-        return None
-
-
-def write_manifest(
-    folder: RunFolder,
-    recipe: Recipe,
-    tensor_hashes: Mapping[str, str],
-    begun_with: Mapping[str, str],
-) -> None:
-    """Hashes of everything that was made and of what it was made from. `begun_with`: the versions
-    of the software that the build was begun with, which it may not have ended with."""
-    now = versions()
-    folder.update_json(
-        folder.manifest,
-        {
-            "versions": now,
-            **({} if begun_with == now else {"begun_with": dict(begun_with)}),
-            "sources": {name: spec.sha256 for name, spec in recipe.sources.items()},
-            "files": {
-                folder.alignment.name: sha256_of(folder.alignment),
-                **hash_folder(folder.staged_checkpoint),
-            },
-            "tensors": {"checkpoint": dict(tensor_hashes)},
-        },
-    )
+    return chosen

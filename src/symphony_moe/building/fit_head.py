@@ -4,19 +4,29 @@ Closed form first: ridge regression from the new model's last stream to the logi
 source. Logits are never formed: what a source's head makes of its stream is linear, so it is enough
 to regress onto the streams. Then gradient steps on the head alone, on the KL divergence from the
 source's distribution, which is what a squared distance between logits misses (docs/lab-log.md).
-Last, the logits are softened a little: a fitted model is surer of itself on text that nobody fitted
-it to than it has reason to be.
+Last, temperature scaling: on text that nobody fitted it to, a fitted model is surer of itself than
+it has reason to be.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symphony_moe.building.fit_layer import Calibration, descend, described, judged, solve, to_fit
+from symphony_moe.building.fitting import (
+    NEW,
+    SOURCE,
+    Batch,
+    Descent,
+    FitState,
+    Step,
+    descend,
+    solve,
+)
 from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.model.layer import LOGITS_AT_ONCE, device, rms_norm
 from symphony_moe.model.streams import windows_at_once
@@ -25,50 +35,68 @@ from symphony_moe.model.temperature import TEMPERATURES, largest_temperature
 Head = Float[Tensor, "vocabulary hidden"]
 
 
-def fit_head(
-    calibration: Calibration, start: Head, heads: Mapping[str, Head]
-) -> tuple[Head, dict[str, Any]]:
+@dataclass(frozen=True)
+class HeadFit:
+    """What was measured while the head was fitted: KL divergences on the validation text."""
+
+    closed_form: Step
+    refinement: Step | None
+    """None where `fit.epochs` is 0."""
+    temperature: float
+    divergence: float
+    """At that temperature."""
+
+    @property
+    def at_one(self) -> float:
+        """The divergence at temperature 1."""
+        return (self.refinement or self.closed_form).error
+
+    def to_json(self) -> dict[str, Any]:
+        """For `metrics.json`."""
+        found = {"closed form": self.closed_form.to_json()}
+        if self.refinement is not None:
+            found["refinement"] = self.refinement.to_json()
+        found["temperature_scaling"] = {
+            "error": [round(self.at_one, 6), round(self.divergence, 6)],
+            "kept": self.temperature > 1,
+            "temperature": round(self.temperature, 6),
+        }
+        return found
+
+
+def fit_head(state: FitState, start: Head, heads: Mapping[str, Head]) -> tuple[Head, HeadFit]:
     """The head, and what was measured. `start`: the fused one. `heads`: source -> its own, in the
     anchor's coordinates. All with the final norm's gain folded in."""
     start = start.to(device())
     heads = {name: head.to(device()) for name, head in heads.items()}
-    divergences = [_divergence(calibration, start, heads)]
-    chosen, notes = start, {}
-    for what in ("closed form", "refinement"):
-        if what == "closed form":
-            head, fit = _closed_form(calibration, chosen, heads)
-        elif calibration.recipe.fit.epochs > 0:
-            head = _refine(calibration, chosen, start, heads)
-        else:
-            break
-        divergences.append(_divergence(calibration, head, heads))
-        notes[what] = judged(divergences[-2:])
-        if notes[what]["kept"]:
-            chosen = head
-        else:
-            divergences[-1] = divergences[-2]
-    notes["closed form"] |= described({"output head": fit})
-    temperature, softened = _soften(calibration, chosen, heads)
-    notes["temperature_scaling"] = {
-        "error": [round(divergences[-1], 6), round(softened, 6)],
-        "kept": temperature > 1,
-        "temperature": round(temperature, 6),
-    }
-    return (chosen / temperature).cpu(), notes
+    # 1. Closed form.
+    solved, solution = _closed_form(state, start, heads)
+    before, after = (_divergence(state, head, heads) for head in (start, solved))
+    closed_form = Step(before, after, {"output head": solution})
+    head = solved if closed_form.kept else start
+    # 2. Gradient steps.
+    refinement = None
+    if state.recipe.fit.epochs > 0:
+        refined = _refine(state, head, start, heads)
+        refinement = Step(closed_form.error, _divergence(state, refined, heads))
+        head = refined if refinement.kept else head
+    # 3. Temperature scaling.
+    temperature, divergence = _scale_temperature(state, head, heads)
+    return (head / temperature).cpu(), HeadFit(closed_form, refinement, temperature, divergence)
 
 
 @torch.no_grad()
-def next_token_losses(calibration: Calibration, stream: str, head: Head) -> dict[str, float]:
-    """Source -> nats per token on its text kept aside, of the model whose last streams are
-    `<stream>/<name>`."""
+def next_token_losses(state: FitState, part: str, head: Head) -> dict[str, float]:
+    """Source -> nats per token on its validation text, of the model whose last streams are `part`
+    (NEW or PLAIN)."""
     head = head.to(device())
     losses = {}
-    for name in calibration.names:
+    for name in state.names:
         total, predicted = 0.0, 0
-        for number in range(calibration.kept_aside[name]):
-            rows = _normed(calibration, calibration.streams[f"{stream}/{name}"][number])
-            tokens = calibration.windows[name][number].to(device())
-            asked = calibration.asks(name, number).to(device())
+        for number in range(state.num_validation[name]):
+            rows = _normed(state, state.stream(part, name)[number])
+            tokens = state.windows[name][number].to(device())
+            asked = state.predicts(name, number).to(device())
             asked[-1] = False  # what follows is in another window
             follow = tokens.roll(-1)[asked]
             for x, wanted in zip(*(_chunks(r, head) for r in (rows[asked], follow)), strict=True):
@@ -78,10 +106,10 @@ def next_token_losses(calibration: Calibration, stream: str, head: Head) -> dict
     return losses
 
 
-def _normed(calibration: Calibration, hidden: Tensor) -> Tensor:
+def _normed(state: FitState, hidden: Tensor) -> Tensor:
     hidden = hidden.to(device())
     gain = hidden.new_ones(hidden.shape[-1])
-    return rms_norm(hidden, gain, calibration.config.rms_norm_eps)
+    return rms_norm(hidden, gain, state.config.rms_norm_eps)
 
 
 def _chunks(rows: Tensor, head: Tensor) -> Sequence[Tensor]:
@@ -90,21 +118,19 @@ def _chunks(rows: Tensor, head: Tensor) -> Sequence[Tensor]:
 
 
 @torch.no_grad()
-def _closed_form(
-    calibration: Calibration, start: Head, heads: Mapping[str, Head]
-) -> tuple[Head, Solution]:
+def _closed_form(state: FitState, start: Head, heads: Mapping[str, Head]) -> tuple[Head, Solution]:
     """Ridge regression of the logits, from hidden x hidden matrices alone: with `B_i` the
     regression of source i's stream (zero on other sources' text) and `B` that of the input itself,
     the solution is `sum H_i B_i + H_0 (I - B)`."""
-    names, hidden = calibration.names, start.shape[1]
+    names, hidden = state.names, start.shape[1]
     sums = LeastSquares(hidden, hidden * (len(names) + 1), device=device())
-    for name, x, wanted in _to_fit(calibration):
+    for name, x, wanted in _to_fit(state):
         targets = x.new_zeros(len(x), len(names) + 1, hidden)
         targets[:, names.index(name)] = wanted
         targets[:, -1] = x
         sums.update(x, targets.flatten(1))
     nothing = start.new_zeros(hidden * (len(names) + 1), hidden)
-    fit = solve(calibration, sums, nothing, "output head")
+    fit = solve(state, sums, nothing, "output head")
     *maps, same = fit.weight.to(start).split(hidden)
     head = start - start @ same
     for name, regression in zip(names, maps, strict=True):
@@ -112,82 +138,82 @@ def _closed_form(
     return head, fit
 
 
-def _to_fit(calibration: Calibration) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _to_fit(state: FitState) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(source, rows of the new model's last stream, rows of the source's) over the text that is
     fitted on, where a next token is asked for."""
-    for name in calibration.names:
-        asked = calibration.asks(name, calibration.fitted(name))
+    for name in state.names:
+        asked = state.predicts(name, state.fitted(name))
         masks = asked.split(windows_at_once(asked.shape[1]))
-        batches = to_fit(calibration, "new", "source", only=name)
+        batches = state.to_fit(NEW, SOURCE, only=name)
         for mask, (_, streams) in zip(masks, batches, strict=True):
-            new, source = (_normed(calibration, x)[mask.to(x.device)] for x in streams)
+            new, source = (_normed(state, x)[mask.to(x.device)] for x in streams)
             yield name, new, source
 
 
-def _refine(
-    calibration: Calibration, start: Head, aligned: Head, heads: Mapping[str, Head]
-) -> Head:
+def _refine(state: FitState, start: Head, aligned: Head, heads: Mapping[str, Head]) -> Head:
     """Gradient steps on the KL divergence; the gradient of softmax is written out, so that memory
     holds no more than one piece of two models' logits."""
     head = start.clone()
 
-    def gradient(batch: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> None:
-        masks = [calibration.asks(name, numbers).to(device()) for name, numbers, _, _ in batch]
+    def gradient(batch: Batch) -> None:
+        masks = [state.predicts(name, numbers).to(device()) for name, numbers, _, _ in batch]
         tokens = max(1, sum(int(mask.sum()) for mask in masks))
         total = torch.zeros_like(head)
         for mask, (name, _, new, source) in zip(masks, batch, strict=True):
-            rows = (_normed(calibration, x)[mask] for x in (new, source))
+            rows = (_normed(state, x)[mask] for x in (new, source))
             for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
                 surplus = torch.softmax(x @ head.T, dim=-1)
-                surplus -= torch.softmax(_wanted(calibration, name, wanted, heads), dim=-1)
+                surplus -= torch.softmax(_wanted(state, name, wanted, heads), dim=-1)
                 total.addmm_(surplus.T, x, alpha=1 / tokens)
         head.grad = total
 
     with torch.no_grad():
-        layers = calibration.config.num_hidden_layers
-        descend(calibration, [head], [aligned], ("new", "source"), gradient, seed=layers)
+        layers = state.config.num_hidden_layers
+        descend(state, Descent([head], [aligned], (NEW, SOURCE), gradient, seed=layers))
     return head
 
 
 def _wanted(
-    calibration: Calibration, name: str, rows: Tensor, heads: Mapping[str, Head]
+    state: FitState, name: str, rows: Tensor, heads: Mapping[str, Head]
 ) -> Float[Tensor, "tokens vocabulary"]:
     """A source's logits. It never says a token that it does not have."""
     logits = rows @ heads[name].T
-    known = calibration.known.get(name)
+    known = state.known.get(name)
     return logits if known is None else logits.masked_fill(~known.to(logits.device), -torch.inf)
 
 
-def _soften(calibration: Calibration, head: Head, heads: Mapping[str, Head]) -> tuple[float, float]:
+def _scale_temperature(
+    state: FitState, head: Head, heads: Mapping[str, Head]
+) -> tuple[float, float]:
     """The largest temperature at which the divergence from the sources is no more than
     `fit.temperature_scaling` of itself above that of temperature 1; and the divergence there."""
-    soften = calibration.recipe.fit.temperature_scaling
-    temperatures = TEMPERATURES if soften > 0 else TEMPERATURES[:1]
-    return largest_temperature(_divergences(calibration, head, heads, temperatures), soften)
+    allowed = state.recipe.fit.temperature_scaling
+    temperatures = TEMPERATURES if allowed > 0 else TEMPERATURES[:1]
+    return largest_temperature(_divergences(state, head, heads, temperatures), allowed)
 
 
-def _divergence(calibration: Calibration, head: Head, heads: Mapping[str, Head]) -> float:
-    return _divergences(calibration, head, heads, [1.0])[0]
+def _divergence(state: FitState, head: Head, heads: Mapping[str, Head]) -> float:
+    return _divergences(state, head, heads, [1.0])[0]
 
 
 @torch.no_grad()
 def _divergences(
-    calibration: Calibration,
+    state: FitState,
     head: Head,
     heads: Mapping[str, Head],
     temperatures: Sequence[float],
 ) -> list[float]:
     """KL divergence of the logits, divided by each temperature, from each source's distribution on
-    the text kept aside, mean over sources."""
+    the validation text, mean over sources."""
     found = []
-    for name in calibration.names:
-        where, total, tokens = calibration.aside(name), [0.0] * len(temperatures), 0
-        asked = calibration.asks(name, where).to(device())
-        parts = (calibration.streams[f"{part}/{name}"][where] for part in ("new", "source"))
-        rows = (_normed(calibration, part)[asked] for part in parts)
+    for name in state.names:
+        where, total, tokens = state.validation(name), [0.0] * len(temperatures), 0
+        asked = state.predicts(name, where).to(device())
+        parts = (state.stream(part, name)[where] for part in (NEW, SOURCE))
+        rows = (_normed(state, part)[asked] for part in parts)
         for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
             logits = x @ head.T
-            theirs = torch.log_softmax(_wanted(calibration, name, wanted, heads), dim=-1)
+            theirs = torch.log_softmax(_wanted(state, name, wanted, heads), dim=-1)
             share = theirs.exp()
             theirs = theirs.masked_fill(share == 0, 0.0)  # not 0 times minus infinity
             for place, temperature in enumerate(temperatures):

@@ -163,14 +163,15 @@ def output_tensors(
     """Every tensor of the output, name -> shape, in the order of writing."""
     shapes = expected_shapes(config)
     tensors = {EMBEDDING: shapes[EMBEDDING]}
+    names = [str(number) for number in range(num_experts)]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         blank = {name: torch.empty(shapes[prefix + name], device="meta") for name in family.shared}
         own = {name: torch.empty(shapes[prefix + name], device="meta") for name in family.expert}
-        router = torch.empty(num_experts, config.hidden_size, device="meta")
+        router = dict.fromkeys(names, torch.empty(config.hidden_size, device="meta"))
         attention_router = None if family.attention_router is None else router
-        moe = MoELayer(blank, [own] * num_experts, router, attention_router)
-        for name, tensor in layer_outputs(family, config, layer, moe):
+        moe = MoELayer(blank, dict.fromkeys(names, own), router, attention_router)
+        for name, tensor in layer_outputs(family, config, layer, moe, names):
             tensors[name] = tuple(tensor.shape)
     tensors[FINAL_NORM] = shapes[FINAL_NORM]
     if not tied:

@@ -17,21 +17,22 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from symphony_moe.building.alignment import Alignment
 from symphony_moe.building.assemble import (
     aligned_layer,
     assemble_layer,
     fused_final_norm,
     fused_tables,
 )
+from symphony_moe.building.candidate import PLAIN_MEAN
 from symphony_moe.building.plan import Plan
 from symphony_moe.errors import VerificationError, first_line
 from symphony_moe.files import hash_folder, sha256_of
 from symphony_moe.model.checkpoint import SPELLED
-from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, moe_config
+from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, Family, moe_config
 from symphony_moe.model.layer import load_dense_layer, load_moe_layer, logits_from_stream, run_layer
 from symphony_moe.model.moe_layer import layer_outputs, read_layer_outputs
 from symphony_moe.recipe.settings import Recipe
@@ -55,6 +56,27 @@ _PROBE_OF_SOURCE = (2, 24)
 """The same for a source against stock loading of it."""
 
 
+class _Checks:
+    """What is checked and found; what is wrong is said at the end, all of it."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self.found: dict[str, str] = {}
+        self.failed: list[str] = []
+
+    def add(self, name: str, problem: str | None, passed: str) -> None:
+        """Note a check: what is wrong, or what is right where nothing is."""
+        self.found[name] = problem or passed
+        if problem:
+            self.failed.append(f"{name}: {problem}")
+        log.info("%s: %s", name, self.found[name])
+
+    def raise_failed(self) -> None:
+        """VerificationError where anything has failed so far."""
+        if self.failed:
+            raise VerificationError(f"{self._run.root}: " + " | ".join(self.failed))
+
+
 def verify_run(
     run: RunFolder, recipe: Recipe, sources: Sequence[Source], plan: Plan
 ) -> dict[str, str]:
@@ -66,58 +88,62 @@ def verify_run(
     listed = run.read_json(run.manifest).get("files")
     if not isinstance(listed, dict):
         raise VerificationError(f"{run.manifest}: lists no files")
-    checks: dict[str, str] = {"sources": "hashes equal the recipe's"}
-    failed: list[str] = []
-
-    def check(name: str, problem: str | None, passed: str) -> None:
-        checks[name] = problem or passed
-        if problem:
-            failed.append(f"{name}: {problem}")
-        log.info("%s: %s", name, checks[name])
-
+    checks = _Checks(run)
+    checks.add("sources", None, "hashes equal the recipe's")
     folders = [folder for folder in (run.checkpoint, run.trained) if folder.is_dir()]
+    # 1. The files are those of the manifest, and their tensors those of the plan.
     for folder in folders:
-        problem = _compare_files(folder, listed)
-        check(f"{folder.name} files", problem, "hashes equal the manifest's")
-        problem = _compare_names(folder, plan)
-        check(
-            f"{folder.name} tensors", problem, f"all {len(plan.tensors)} names, shapes and dtypes"
-        )
-        zeros = [name for name in plan.tensors if sources[0].family.is_zero(name)]
-        if problem is None and zeros:
-            problem = _compare_zeros(folder, zeros)
-            passed = f"all {len(zeros)} tensors that the sources lack are zero"
-            check(f"{folder.name} zeros", problem, passed)
-    problem = None
-    if not run.alignment.is_file():
-        problem = f"{run.alignment.name} is missing"
-    elif sha256_of(run.alignment) != listed.get(run.alignment.name):
-        problem = "hash differs from the manifest's"
-    check("alignment", problem, "hash equal")
-    problem = None if failed else _check_maps(run, recipe, sources)
-    check("maps", problem, "symmetries of the sources, for every layer that is aligned")
-    if failed:
-        # What follows would read files that are known to be wrong.
-        raise VerificationError(f"{run.root}: " + " | ".join(failed))
-
+        _check_folder(checks, folder, listed, plan, sources[0].family)
+    # 2. The maps are symmetries of the sources.
+    checks.add("alignment", _compare_alignment(run, listed), "hash equal")
+    problem = None if checks.failed else _check_maps(run, recipe, sources)
+    checks.add("maps", problem, "symmetries of the sources, for every layer that is aligned")
+    checks.raise_failed()  # what follows would read files that are known to be wrong
+    # 3. The sources compute what is read of them.
     for source in sources:
         problem, passed = _check_source(source, recipe.seed)
-        check(f"{source.name} in stock transformers", problem, passed)
+        checks.add(f"{source.name} in stock transformers", problem, passed)
+    # 4. The weights are what sources and maps give, and compute that elsewhere.
     probe = torch.randint(
         plan.tensors[EMBEDDING][0], _PROBE, generator=torch.Generator().manual_seed(recipe.seed)
     )
     comparison, expected = _recompute(run, recipe, sources, plan, probe)
-    check("experts and backbone", comparison.problem(), comparison.summary())
+    checks.add("experts and backbone", comparison.problem(), comparison.summary())
     for folder in folders:
         problem, passed = _check_stock(
             folder, plan, expected if folder == run.checkpoint else None, probe
         )
-        check(f"{folder.name} in stock transformers", problem, passed)
+        checks.add(f"{folder.name} in stock transformers", problem, passed)
         problem = _check_tokenizer(folder, recipe, sources)
-        check(f"{folder.name} tokenizer", problem, "the anchor's settings; the pipeline's cuts")
-    if failed:
-        raise VerificationError(f"{run.root}: " + " | ".join(failed))
-    return checks
+        checks.add(
+            f"{folder.name} tokenizer", problem, "the anchor's settings; the pipeline's cuts"
+        )
+    checks.raise_failed()
+    return checks.found
+
+
+def _check_folder(
+    checks: _Checks, folder: Path, listed: Mapping[str, str], plan: Plan, family: Family
+) -> None:
+    """The files of a checkpoint, the names of its tensors, and those that must be zero."""
+    problem = _compare_files(folder, listed)
+    checks.add(f"{folder.name} files", problem, "hashes equal the manifest's")
+    problem = _compare_names(folder, plan)
+    passed = f"all {len(plan.tensors)} names, shapes and dtypes"
+    checks.add(f"{folder.name} tensors", problem, passed)
+    zeros = [name for name in plan.tensors if family.is_zero(name)]
+    if problem is None and zeros:
+        problem = _compare_zeros(folder, zeros)
+        passed = f"all {len(zeros)} tensors that the sources lack are zero"
+        checks.add(f"{folder.name} zeros", problem, passed)
+
+
+def _compare_alignment(run: RunFolder, listed: Mapping[str, str]) -> str | None:
+    if not run.alignment.is_file():
+        return f"{run.alignment.name} is missing"
+    if sha256_of(run.alignment) != listed.get(run.alignment.name):
+        return "hash differs from the manifest's"
+    return None
 
 
 def compare_builds(run: RunFolder, rebuilt: RunFolder) -> str:
@@ -137,50 +163,40 @@ def _check_maps(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> st
     """What is wrong with the recorded maps: there is one for every layer of every source but the
     anchor where the recipe asks for it, and none of them changes a source's function."""
     try:
-        record = load_file(run.alignment)
+        alignment = Alignment.load(run.alignment)
     except (SafetensorError, OSError) as error:
         return f"{run.alignment.name} is not readable: {error}"
-    config = sources[0].config
+    num_layers = sources[0].config.num_hidden_layers
     others = [s.name for s in sources if s.name != recipe.anchor]
-    parts = ("heads.order", "heads.phases", "heads.values")
-    kinds = ("neurons", *parts)
-    recorded = {key for key in record if key.endswith(kinds) or key.endswith(".residual")}
-    allowed = {f"{name}.residual" for name in others if recipe.align.residual != "none"}
-    for name in others:
-        for group in (("neurons",), parts):
-            kind = group[0]
-            keys = {
-                f"{name}.layers.{layer}.{k}"
-                for layer in range(config.num_hidden_layers)
-                for k in group
-            }
-            if kind == "neurons" and recipe.aligns_neurons and not _is_plain_mean(recipe, record):
-                absent = keys - recorded
-                if absent:
-                    return f"{min(absent)} is missing or surplus"
-            # A source that gains nothing by other heads keeps its own, in all layers.
-            elif kind != "neurons" and recipe.align.heads != "none" and keys & recorded:
-                if keys - recorded:
-                    return f"{min(keys - recorded)} is missing or surplus"
-            else:
-                continue
-            allowed |= keys
-    if recorded - allowed:
-        return f"{min(recorded - allowed)} is missing or surplus"
-    for layer in range(config.num_hidden_layers):
+    has_neurons = recipe.aligns_neurons and not _is_plain_mean(run, recipe)
+    wrong = alignment.misplaced(
+        num_layers,
+        residual=others if recipe.align.residual != "none" else [],
+        heads=others if recipe.align.heads != "none" else [],
+        neurons=others if has_neurons else [],
+    )
+    if wrong:
+        return f"{wrong} is missing or surplus"
+    for layer in range(num_layers):
         for source in sources:
-            if not any(key.startswith(f"{source.name}.") for key in recorded):
+            if not alignment.has_maps(source.name):
                 continue
             try:
-                aligned_layer(recipe, source, layer, source.read_layer(layer), record)
+                aligned_layer(recipe, source, layer, source.read_layer(layer), alignment)
             except ValueError as error:
                 return f"{source.name}, layer {layer}: {error}"
     return None
 
 
-def _is_plain_mean(recipe: Recipe, record: Mapping[str, Tensor]) -> bool:
+def _is_plain_mean(run: RunFolder, recipe: Recipe) -> bool:
     """Whether a build that fits has found the plain mean to be better, and written that."""
-    return recipe.fits_layers and not any(key.endswith(".tokens") for key in record)
+    if not recipe.fits_layers:
+        return False
+    chosen = run.read_json(run.manifest).get("model")
+    if chosen is None:  # builds of version 0.1 say it elsewhere
+        metrics = run.read_json(run.metrics)
+        chosen = (metrics.get("fit") or metrics.get("refit") or {}).get("chosen")
+    return bool(chosen == PLAIN_MEAN)
 
 
 class _Comparison:
@@ -242,25 +258,26 @@ def _recompute(
     config = moe_config(anchor.family, anchor.config)
     dtype = getattr(torch, plan.dtype)
     comparison = _Comparison(run.checkpoint)
-    record = load_file(run.alignment)
+    alignment = Alignment.load(run.alignment)
+    names = [source.name for source in sources]
     stream = torch.empty(*probe.shape, config.hidden_size)
-    fitted = recipe.fits_layers and not _is_plain_mean(recipe, record)
-    for name, first, rows in fused_tables(recipe, sources, [EMBEDDING], record):
+    fitted = recipe.fits_layers and not _is_plain_mean(run, recipe)
+    for name, first, rows in fused_tables(recipe, sources, [EMBEDDING], alignment):
         rows = rows.to(dtype)
         comparison.add(name, rows, first)
         inside = (probe >= first) & (probe < first + len(rows))
         stream[inside] = rows[probe[inside] - first].float()
     for layer in range(config.num_hidden_layers):
-        moe = read_layer_outputs(anchor.family, config, layer, len(sources), comparison.stored)
+        moe = read_layer_outputs(anchor.family, config, layer, names, comparison.stored)
         if not fitted:
             aligned = {
-                s.name: aligned_layer(recipe, s, layer, s.read_layer(layer), record)
+                s.name: aligned_layer(recipe, s, layer, s.read_layer(layer), alignment)
                 for s in sources
             }
             assembled = assemble_layer(recipe, sources, layer, aligned).to(dtype)
-            router = assembled.router if not recipe.fits_router else moe.router
+            router = moe.router if recipe.fits_router else assembled.router
             moe = replace(assembled, router=router)
-            for name, tensor in layer_outputs(anchor.family, config, layer, moe):
+            for name, tensor in layer_outputs(anchor.family, config, layer, moe, names):
                 comparison.add(name, tensor)
         model = load_moe_layer(config, layer, moe, recipe.router.top_k)
         stream = run_layer(model, stream)
@@ -274,7 +291,7 @@ def _recompute(
         rows = comparison.stored(HEAD).float()
         return comparison, logits_from_stream(stream.cpu(), norm.float(), rows, eps)
     logits = []
-    for name, first, rows in fused_tables(recipe, sources, [head], record):
+    for name, first, rows in fused_tables(recipe, sources, [head], alignment):
         rows = rows.to(dtype)
         if name == HEAD:
             comparison.add(name, rows, first)

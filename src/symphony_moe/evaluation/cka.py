@@ -119,11 +119,11 @@ def compare_experts(
     token's router input, wherever the router sends the token. The stream between layers is the
     model's own, routed to `top_k` experts."""
     streams, config = Streams(), moe_config(anchor.family, anchor.config)
-    read = tensor_reader(checkpoint)
+    read, numbers = tensor_reader(checkpoint), [str(number) for number in range(num_experts)]
     streams.embed({"new": text}, config.hidden_size, [(0, read(EMBEDDING))])
     found = []
     for layer in range(config.num_hidden_layers):
-        tensors = read_layer_outputs(anchor.family, config, layer, num_experts, read)
+        tensors = read_layer_outputs(anchor.family, config, layer, numbers, read)
         model = load_moe_layer(config, layer, tensors, top_k)
         mixture = decoder_layer(model).mlp
         statistics = OutputCovariance(num_experts, config.hidden_size, device())

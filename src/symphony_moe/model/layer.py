@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from symphony_moe.model.families import DOWN, GATE, UP
-from symphony_moe.model.moe_layer import MoELayer
+from symphony_moe.model.moe_layer import MoELayer, router_matrix
 
 _ATTENTION = "self_attn."
 
@@ -85,16 +85,19 @@ def load_moe_layer(
     mixture; or its norms around two, where experts have attention."""
     model = one_layer_model(config, layer)
     block = decoder_layer(model)
-    block.mlp = MixtureOfExperts(tensors.experts, tensors.router, top_k, ACT2FN[config.hidden_act])
+    experts = list(tensors.experts.values())
+    router = router_matrix(tensors.router, tensors.experts)
+    block.mlp = MixtureOfExperts(experts, router, top_k, ACT2FN[config.hidden_act])
     shared = dict(tensors.shared)
     if tensors.attention_router is not None:
         common = {name: shared.pop(name) for name in tensors.shared if name.startswith(_ATTENTION)}
         own = [
             {name: tensor for name, tensor in expert.items() if name.startswith(_ATTENTION)}
-            for expert in tensors.experts
+            for expert in experts
         ]
+        chooser = router_matrix(tensors.attention_router, tensors.experts)
         block.self_attn = MixtureOfAttention(
-            block.self_attn, [common | expert for expert in own], tensors.attention_router, top_k
+            block.self_attn, [common | expert for expert in own], chooser, top_k
         )
     return _with_weights(model, shared)
 

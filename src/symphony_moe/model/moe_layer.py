@@ -13,36 +13,41 @@ from symphony_moe.model.families import K_PROJ, ROTARY, V_PROJ, Family, head_dim
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One finished layer in the dense family's own layout, before it takes the target's names."""
+    """One finished layer in the dense family's own layout, before it takes the target's names.
+
+    Experts go by the name of their source. Their numbers are given when the layer is written
+    (`layer_outputs`), and nowhere else.
+    """
 
     shared: Mapping[str, Tensor]
     """`Family.shared` name -> tensor."""
-    experts: Sequence[Mapping[str, Tensor]]
-    """For each expert, `Family.expert` name -> tensor."""
-    router: Tensor
-    """experts x hidden."""
-    attention_router: Tensor | None = None
-    """experts x hidden, where the experts have attention matrices."""
-
-    def select(self, order: Sequence[int]) -> "MoELayer":
-        """The same layer with its experts in another order: entry i is the expert that becomes
-        expert i."""
-        attention = self.attention_router
-        return MoELayer(
-            self.shared,
-            [self.experts[number] for number in order],
-            self.router[list(order)],
-            None if attention is None else attention[list(order)],
-        )
+    experts: Mapping[str, Mapping[str, Tensor]]
+    """Expert -> `Family.expert` name -> tensor."""
+    router: Mapping[str, Float[Tensor, " hidden"]]
+    """Expert -> its row."""
+    attention_router: Mapping[str, Float[Tensor, " hidden"]] | None = None
+    """The same, where the experts have attention matrices."""
 
     def to(self, dtype: torch.dtype) -> "MoELayer":
         """The same layer, rounded to another dtype."""
+
+        def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+        attention = self.attention_router
         return MoELayer(
-            {name: tensor.to(dtype) for name, tensor in self.shared.items()},
-            [{name: tensor.to(dtype) for name, tensor in e.items()} for e in self.experts],
-            self.router.to(dtype),
-            None if self.attention_router is None else self.attention_router.to(dtype),
+            rounded(self.shared),
+            {name: rounded(expert) for name, expert in self.experts.items()},
+            rounded(self.router),
+            None if attention is None else rounded(attention),
         )
+
+
+def router_matrix(
+    rows: Mapping[str, Float[Tensor, " hidden"]], experts: Iterable[str]
+) -> Float[Tensor, "experts hidden"]:
+    """A router as a matrix, its rows in the order of `experts`."""
+    return torch.stack([rows[name] for name in experts])
 
 
 def interleave_rotary(rows: Float[Tensor, "rows ..."], head_size: int) -> Float[Tensor, "rows ..."]:
@@ -81,7 +86,7 @@ def read_layer_outputs(
     family: Family,
     config: PreTrainedConfig,
     layer: int,
-    num_experts: int,
+    experts: Sequence[str],
     read: Callable[[str], Tensor],
 ) -> MoELayer:
     """The inverse of `layer_outputs`. `read`: name in the checkpoint -> tensor."""
@@ -101,42 +106,51 @@ def read_layer_outputs(
     }
     if family.stacks_experts:
         stacked = read_parts(family.expert, family.expert)
-        experts = [{name: stacked[name][n] for name in family.expert} for n in range(num_experts)]
+        own = [{name: stacked[name][n] for name in family.expert} for n in range(len(experts))]
     else:
-        experts = [
+        own = [
             {dense: read(prefix + name.format(expert=n)) for dense, name in family.expert.items()}
-            for n in range(num_experts)
+            for n in range(len(experts))
         ]
+
+    def read_router(name: str) -> dict[str, Tensor]:
+        return dict(zip(experts, read(prefix + name), strict=True))
+
     chooser = family.attention_router
-    attention_router = None if chooser is None else read(prefix + chooser)
-    return MoELayer(shared, experts, read(prefix + family.router), attention_router)
+    return MoELayer(
+        shared,
+        dict(zip(experts, own, strict=True)),
+        read_router(family.router),
+        None if chooser is None else read_router(chooser),
+    )
 
 
 def layer_outputs(
-    family: Family, config: PreTrainedConfig, layer: int, tensors: MoELayer
+    family: Family, config: PreTrainedConfig, layer: int, moe: MoELayer, experts: Sequence[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name in the checkpoint, tensor) for everything that the target has in one layer."""
+    """(name in the checkpoint, tensor) for everything that the target has in one layer. `experts`:
+    their order, which makes their numbers."""
     prefix = f"model.layers.{layer}."
-    num_experts, hidden = tensors.router.shape
+    router = router_matrix(moe.router, experts)
     for output, names in _by_output(family.shared, family.renamed).items():
-        parts = [_to_target(family, config, name, tensors.shared[name]) for name in names]
+        parts = [_to_target(family, config, name, moe.shared[name]) for name in names]
         yield prefix + output, parts[0] if len(parts) == 1 else torch.cat(parts)
-    sizes = {"hidden": hidden, "experts": num_experts}
+    sizes = {"hidden": router.shape[1], "experts": len(experts)}
     for name, axes in family.zeros.items():
         shape = [sizes.get(axis) or int(axis) for axis in axes.split()]
-        yield prefix + name, torch.zeros(shape, dtype=tensors.router.dtype)
-    yield prefix + family.router, tensors.router
+        yield prefix + name, torch.zeros(shape, dtype=router.dtype)
+    yield prefix + family.router, router
     if family.attention_router is not None:
-        assert tensors.attention_router is not None
-        yield prefix + family.attention_router, tensors.attention_router
+        assert moe.attention_router is not None
+        yield prefix + family.attention_router, router_matrix(moe.attention_router, experts)
     if family.stacks_experts:
         for output, names in _by_output(family.expert, family.expert).items():
-            matrices = [expert[name] for expert in tensors.experts for name in names]
-            yield prefix + output, torch.cat(matrices).view(num_experts, -1, matrices[0].shape[1])
+            matrices = [moe.experts[expert][name] for expert in experts for name in names]
+            yield prefix + output, torch.cat(matrices).view(len(experts), -1, matrices[0].shape[1])
         return
-    for number, expert in enumerate(tensors.experts):
+    for number, expert in enumerate(experts):
         for dense_name, name in family.expert.items():
-            yield prefix + name.format(expert=number), expert[dense_name]
+            yield prefix + name.format(expert=number), moe.experts[expert][dense_name]
 
 
 def _by_output(names: Iterable[str], outputs: Mapping[str, str]) -> dict[str, list[str]]:

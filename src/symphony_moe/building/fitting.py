@@ -1,0 +1,259 @@
+"""What the fits of a layer and of the head share: text and streams, regressions, descent."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from symphony_moe.building.least_squares import LeastSquares, Solution
+from symphony_moe.building.router_init import windows_for_router
+from symphony_moe.model.families import Family
+from symphony_moe.model.layer import WINDOWS_TOKENS, device
+from symphony_moe.model.streams import Streams, Windows, windows_at_once
+from symphony_moe.recipe.settings import Recipe
+
+log = logging.getLogger(__name__)
+
+SOURCE = "source"
+"""The streams of the aligned sources, each on its own text."""
+NEW = "new"
+"""The streams of the new model."""
+PLAIN = "plain"
+"""The streams of the plain mean, on some of the text."""
+MIDDLE, AFTER = "middle", "after"
+"""The sources' streams within the layer at hand: between attention and FFN, and after it."""
+NEW_MIDDLE = "new-middle"
+"""The new model's stream between attention and experts."""
+
+_WARMUP, _WARMUP_SHARE = 20, 5
+"""Steps in which the refinement's learning rate rises, and at most one in so many of all."""
+
+
+@dataclass(frozen=True)
+class FitState:
+    """What stays the same from layer to layer of a fit."""
+
+    recipe: Recipe
+    family: Family
+    configs: Mapping[str, PreTrainedConfig]
+    """Each source's own."""
+    anchor: str
+    windows: Mapping[str, Windows]
+    """Source -> calibration text of its domain: first the validation text, to judge by, then what
+    is fitted on."""
+    num_validation: Mapping[str, int]
+    """Source -> number of windows that are validation text."""
+    streams: Streams
+    known: Mapping[str, Tensor | None] = field(default_factory=dict)
+    """Source -> which tokens of the shared vocabulary it has; None (or no entry): all."""
+    positions: Mapping[str, Windows] = field(default_factory=dict)
+    """Source -> the place of each token of its text in its document, 0 where one begins."""
+    warned: set[tuple[str, str]] = field(default_factory=set)
+    """What has been said, and need not be said of every layer."""
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The new model's dense counterpart: the anchor's config."""
+        return self.configs[self.anchor]
+
+    @property
+    def names(self) -> list[str]:
+        """The sources in the order in which every fit goes through them: by name, so that the
+        order of the recipe changes nothing."""
+        return sorted(self.windows)
+
+    def stream(self, part: str, name: str) -> Tensor:
+        """A whole stream (windows x sequence x hidden): `part` is one of SOURCE, NEW, ..."""
+        return self.streams[f"{part}/{name}"]
+
+    def batches(self, part: str, name: str) -> Sequence[Tensor]:
+        """A stream in batches: views, to read and to overwrite."""
+        return self.streams.batches(f"{part}/{name}")
+
+    def validation(self, name: str) -> slice:
+        """The windows of a source's text that judge a fit."""
+        return slice(0, self.num_validation[name])
+
+    def fitted(self, name: str) -> slice:
+        """The windows that are fitted on."""
+        return slice(self.num_validation[name], len(self.windows[name]))
+
+    def predicts(self, name: str, rows: slice | Tensor | int) -> Bool[Tensor, "*windows sequence"]:
+        """Which tokens of some windows predict a next one: those that the same document goes on
+        after, within the window. All, where the positions are not known."""
+        places = self.positions.get(name)
+        if places is None:  # no document ends anywhere
+            return torch.ones_like(self.windows[name][rows], dtype=torch.bool)
+        return torch.nn.functional.pad(places[rows][..., 1:] > 0, (0, 1))
+
+    def plain_windows(self, name: str) -> int:
+        """Windows that the plain mean runs on: the validation text, and what its router is
+        calibrated on."""
+        return min(len(self.windows[name]), self.num_validation[name] + self.router_windows(name))
+
+    def router_windows(self, name: str) -> int:
+        """Windows of a source's text that a router is calibrated on."""
+        windows, sequence = self.windows[name].shape
+        fitted = windows - self.num_validation[name]
+        return len(windows_for_router(len(self.windows), sequence, fitted))
+
+    def to_fit(
+        self, *parts: str, only: str | None = None
+    ) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        """(source, a batch of each of some streams) over the text that is fitted on: all sources',
+        or that of `only` one."""
+        for name in self.names if only is None else [only]:
+            rows = self.fitted(name)
+            streams = [self.stream(part, name)[rows] for part in parts]
+            size = windows_at_once(streams[0].shape[1])
+            for batches in zip(*(stream.split(size) for stream in streams), strict=True):
+                yield name, tuple(batch.to(device()) for batch in batches)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of a fit did to the error on the validation text."""
+
+    before: float
+    after: float
+    solutions: Mapping[str, Solution] = field(default_factory=dict)
+    """The regressions that the step solved, by what they fit."""
+    descents: int | None = None
+    """Gradient steps, where the step took any."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the step is worth keeping. NaN is worth nothing."""
+        return bool(self.before - self.after > 1e-6)
+
+    @property
+    def error(self) -> float:
+        """The error of what is kept."""
+        return self.after if self.kept else self.before
+
+    def to_json(self) -> dict[str, Any]:
+        """For `metrics.json`."""
+        found: dict[str, Any] = {
+            "error": [round(self.before, 6), round(self.after, 6)],
+            "kept": self.kept,
+        }
+        if self.solutions:
+            found["condition"] = {what: each.condition for what, each in self.solutions.items()}
+            found["ridge"] = {what: each.ridge for what, each in self.solutions.items()}
+        if self.descents is not None:
+            found["steps"] = self.descents
+        return found
+
+
+def solve(
+    state: FitState,
+    sums: LeastSquares,
+    start: Tensor,
+    what: str,
+    intercept: Tensor | None = None,
+) -> Solution:
+    """The regression, with a warning (once for every `what`) where the text does not determine
+    it."""
+    ridge = state.recipe.fit.ridge
+    solution = sums.solve(start, ridge, intercept)
+    problems = {}
+    if sums.is_underdetermined():
+        problems["text"] = (
+            f"{sums.count:,} calibration tokens for {len(sums.gram):,} unknowns per output; what "
+            "they leave open stays as it was. Raise calibration.tokens"
+        )
+    if solution.ridge == math.inf:
+        nothing = not bool(sums.gram.diagonal().any())
+        problems["ridge"] = (
+            "its inputs are all zero, so there is nothing to fit"
+            if nothing
+            else "ill-conditioned, whatever the ridge; it stays as it was"
+        )
+    elif solution.ridge != ridge:
+        problems["ridge"] = (
+            f"ill-conditioned; the ridge was raised to {solution.ridge:.0e} "
+            "(other layers: metrics.json)"
+        )
+    for kind, problem in problems.items():
+        if (what, kind) not in state.warned:
+            state.warned.add((what, kind))
+            log.warning("fit of %s: %s", what, problem)
+    return solution
+
+
+Batch = Sequence[tuple[str, Tensor, Tensor, Tensor]]
+"""A step's text: (source, windows' numbers, input, target) for every source."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What gradient steps are taken on."""
+
+    parameters: Sequence[Tensor]
+    start: Sequence[Tensor | None]
+    """For each parameter, what it is drawn back to; None: nothing."""
+    parts: tuple[str, str]
+    """The streams that are read and aimed at."""
+    loss: Callable[[Batch], Tensor | None]
+    """The loss of a batch; None where it has set the gradients itself."""
+    seed: int
+
+
+def descend(state: FitState, descent: Descent) -> int:
+    """Adam with a cosine learning rate over `fit.epochs` passes of the text; the number of steps.
+
+    A step takes the same number of windows from every source, and each tensor `fit.pull` times the
+    learning rate of the way back to its start (decoupled from the gradient, as AdamW's decay is).
+    Adam moves an entry that hardly matters on this text as far as any other; the pull takes those
+    back, and keeps what the aligned weights know of other text.
+    """
+    settings, parameters = state.recipe.fit, descent.parameters
+    names, first = state.names, state.num_validation
+    rows = {name: len(state.windows[name]) - first[name] for name in names}
+    sequence = state.windows[names[0]].shape[1]
+    each = max(1, WINDOWS_TOKENS // (sequence * len(names)))
+    num_steps = math.ceil(settings.epochs * sum(rows.values()) / (each * len(names)))
+    generator = torch.Generator().manual_seed(state.recipe.calibration.seed + descent.seed)
+    draws = {name: _draw(rows[name], each, generator) for name in names}
+    # A step is a share of what a tensor's entries are worth, whatever the scale of the model.
+    sizes = [float(tensor.detach().square().mean().sqrt()) for tensor in parameters]
+    groups = [{"params": [tensor]} for tensor in parameters]
+    start = [None if tensor is None else tensor.to(device()) for tensor in descent.start]
+    warmup = min(_WARMUP, math.ceil(num_steps / _WARMUP_SHARE))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    for number in range(num_steps):
+        rate = 0.5 * (1 + math.cos(math.pi * number / num_steps))
+        rate *= settings.learning_rate * min(1.0, (number + 1) / warmup)
+        for group, size in zip(optimizer.param_groups, sizes, strict=True):
+            group["lr"] = rate * size
+        batch = []
+        for name in names:
+            chosen = next(draws[name]) + first[name]
+            read, wanted = (state.stream(part, name)[chosen] for part in descent.parts)
+            batch.append((name, chosen, read.to(device()), wanted.to(device())))
+        optimizer.zero_grad()
+        loss = descent.loss(batch)
+        if loss is not None:
+            loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for tensor, home in zip(parameters, start, strict=True):
+                if home is not None:
+                    tensor.lerp_(home, min(1.0, settings.pull * rate))
+    return num_steps
+
+
+def _draw(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of row numbers: every row once, in a new order each time."""
+    waiting = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(waiting) < size:
+            waiting = torch.cat((waiting, torch.randperm(count, generator=generator)))
+        yield waiting[:size]
+        waiting = waiting[size:]

@@ -1,0 +1,139 @@
+"""All sources through the same calibration text, layer by layer, compared with the anchor.
+
+A layer advances the sources' residual streams in place, batch by batch, and hands what passes
+inside it to the accumulators of `statistics.py`: statistics are kept and no activations.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from symphony_moe.building.statistics import (
+    Comparison,
+    HeadActivity,
+    HeadCorrelation,
+    NeuronCorrelation,
+    ResidualCovariance,
+)
+from symphony_moe.model.families import EMBEDDING, head_dim
+from symphony_moe.model.layer import device, load_dense_layer, observe, run_layer
+from symphony_moe.model.streams import Streams, Windows, windows_at_once
+from symphony_moe.recipe.settings import Recipe
+from symphony_moe.sources.source import Source
+
+
+class Sweep:
+    """The residual streams of all sources on one text, the anchor's first.
+
+    They begin at the token embeddings; every call of `advance` brings them past one more layer.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Sequence[Source],
+        streams: Streams,
+        text: Windows,
+        validation_windows: int,
+    ) -> None:
+        """`text`: the same windows for all sources. The first `validation_windows` of them are
+        compared apart, to judge by."""
+        self._recipe = recipe
+        # The anchor first: the others are compared with what it did on the same batch.
+        self._sources = sorted(sources, key=lambda source: source.name != recipe.anchor)
+        self._streams = streams
+        self._validation = validation_windows
+        for source in sources:
+            hidden = source.config.hidden_size
+            streams.embed({source.name: text}, hidden, source.table(EMBEDDING))
+
+    @torch.inference_mode()
+    def advance(
+        self, layer: int, weights: Mapping[str, Mapping[str, Tensor]], *, compare: bool
+    ) -> dict[str, Comparison]:
+        """Run one layer of every source over the whole text.
+
+        Returns, for every source but the anchor, how it compares with the anchor on the same tokens
+        (nothing where `compare` is false). The residual stream is compared before the layer,
+        between attention and FFN, and after the last layer. `weights`: source -> its layer's
+        tensors.
+        """
+        models = {
+            source.name: load_dense_layer(source.config, layer, weights[source.name])
+            for source in self._sources
+        }
+        config = self._sources[0].config
+        is_last = layer == config.num_hidden_layers - 1
+        places = ("before", "middle", "after") if is_last else ("before", "middle")
+        found = {s.name: self._blank(s) for s in self._sources[1:]} if compare else {}
+        for batch in self._batches():
+            reference: dict[str, Tensor] = {}
+            for source in self._sources:
+                hidden = self._streams[source.name][batch]
+                before = hidden.to(device(), copy=True)
+                with observe(models[source.name]) as seen:
+                    after = run_layer(models[source.name], before)
+                hidden.copy_(after)
+                seen |= {"before": before, "after": after}
+                if not reference:
+                    reference = seen
+                elif compare:
+                    comparison = found[source.name]
+                    if batch.start < self._validation:
+                        comparison = comparison.validation or comparison
+                    _add(comparison, reference, seen, places, head_dim(config))
+        return found
+
+    def _batches(self) -> list[slice]:
+        """Batches of windows, none of them partly of the validation text."""
+        windows, sequence, _ = self._streams[self._recipe.anchor].shape
+        size = windows_at_once(sequence)
+        return [
+            slice(first, min(first + size, end))
+            for begin, end in pairwise([0, self._validation, windows])
+            for first in range(begin, end, size)
+        ]
+
+    def _blank(self, source: Source) -> Comparison:
+        """Statistics of nothing yet. Neurons' order is used in any case, and not judged."""
+        config, align = source.config, self._recipe.align
+
+        def blank() -> Comparison:
+            comparison = Comparison()
+            if align.residual == "orthogonal":
+                comparison.residual = ResidualCovariance(config.hidden_size, device())
+            if align.heads == "all":
+                comparison.heads = HeadCorrelation(config, device())
+            return comparison
+
+        comparison = blank()
+        if self._recipe.aligns_neurons:
+            comparison.neurons = NeuronCorrelation(config.intermediate_size, device())
+            comparison.neuron_share = align.neuron_share
+        if self._validation:
+            comparison.validation = blank()
+        return comparison
+
+
+def _add(
+    comparison: Comparison,
+    anchor: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    places: Sequence[str],
+    size: int,
+) -> None:
+    if comparison.residual is not None:
+        for place in places:
+            comparison.residual.update(*(seen[place].flatten(0, 1) for seen in (anchor, source)))
+    if comparison.heads is not None:
+        comparison.heads.update(*(_head_activity(seen, size) for seen in (anchor, source)))
+    if comparison.neurons is not None:
+        comparison.neurons.update(*(seen["neurons"].flatten(0, 1) for seen in (anchor, source)))
+
+
+def _head_activity(seen: Mapping[str, Tensor], size: int) -> HeadActivity:
+    tokens = seen["heads"].shape[0] * seen["heads"].shape[1]
+    parts = (seen[name].reshape(tokens, -1, size) for name in ("queries", "keys", "heads"))
+    return HeadActivity(*parts)
