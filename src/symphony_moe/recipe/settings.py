@@ -351,100 +351,47 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        names = list(self.sources)
-        for name in [*names, *self.evaluation.extra]:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise ValueError(
-                    f"the name {name!r} may hold letters, digits, '.', '_' and '-' only"
-                )
-            if name in ("built", "trained"):
-                raise ValueError(f"the name {name!r} is what the result is called; choose another")
-        if self.anchor not in names:
-            raise ValueError(f"anchor: {self.anchor!r} is no source; sources are {names}")
-        if self.output.chat is not None and self.output.chat not in names:
-            raise ValueError(f"output.chat: {self.output.chat!r} is no source; sources are {names}")
-        for name in self.experts.sources or ():
-            if name not in names:
-                raise ValueError(f"experts.sources: {name!r} is no source; sources are {names}")
-        experts = self.expert_names
-        if self.anchor not in experts:
-            raise ValueError(
-                f"experts.sources: without the anchor, {self.anchor!r}; name it, or another anchor"
-            )
-        for name in self.backbone.weights or ():
-            if name not in names:
-                raise ValueError(f"backbone.weights: {name!r} is no source; sources are {names}")
-        if self.backbone.weights is not None:
-            missing = [name for name in experts if name not in self.backbone.weights]
-            if missing:
-                raise ValueError(f"backbone.weights: no share for {missing} (0 leaves one out)")
-            if sum(self.backbone.weights.values()) <= 0:
-                raise ValueError("backbone.weights: the shares add up to nothing")
-        if self.router.top_k > len(experts):
-            raise ValueError(
-                f"router.top_k: {self.router.top_k} experts per token, but there are only "
-                f"{len(experts)} sources (one expert each); choose 1 to {len(experts)}"
-            )
-        both = [name for name in self.evaluation.extra if name in names]
-        if both:
-            raise ValueError(f"evaluation.extra: {both} are sources' names; choose other names")
-        for name in self.calibration.domains or ():
-            if name not in experts:
-                raise ValueError(
-                    f"calibration.domains: {name!r} is no source; sources are {experts}"
-                )
-        if self.calibration.domains is not None and self.fits:
-            raise ValueError(
-                "calibration.domains: a fit (fit.method, or a calibrated router.init) needs text "
-                "of every source; leave calibration.domains out, or fit nothing"
-            )
-        if self.experts.init == "drop" and self.fits_layers:
-            raise ValueError(
-                "fit.method: fits each expert to its source, but experts.init drop draws a share "
-                "of its neurons anew; set it to none, or experts.init to source"
-            )
-        if self.experts.attention == "source":
-            fits = "a fit knows only attention that all experts share"
-            refused = (
-                (
-                    "experts.init",
-                    self.experts.init == "copy",
-                    "source",
-                    "copies of one expert have no attention of their sources",
-                ),
-                ("fit.method", self.fits_layers, "none", fits),
-                ("router.init", self.fits_router, "random", fits),
-                (
-                    "train.gradient_checkpointing",
-                    self.train.gradient_checkpointing,
-                    "false",
-                    "the stock class of attention experts does not have it",
-                ),
-            )
-            for setting, is_set, instead, reason in refused:
-                if is_set:
-                    raise ValueError(
-                        f"{setting}: {reason}; set it to {instead}, or experts.attention to shared"
-                    )
-        if self.experts.init == "copy":
-            of_sources = {
-                "align.residual": self.align.residual == "orthogonal",
-                "align.heads": self.align.heads == "all",
-                "fit.method": self.fits_layers,
-            }
-            for setting, is_set in of_sources.items():
-                if is_set:
-                    raise ValueError(
-                        f"{setting}: fits each source's expert to the others', but experts.init "
-                        "copy keeps the anchor's alone; set it to none, or experts.init to source"
-                    )
+        # The rules know this class, so they are imported when there is one.
+        from symphony_moe.recipe.rules import refuse_contradictions
+
+        refuse_contradictions(self)
         parse_size(self.output.max_shard_size)
         return self
 
     @property
+    def copies_anchor(self) -> bool:
+        """Whether every expert is a copy of the anchor's FFN."""
+        return self.experts.init == "copy"
+
+    @property
+    def redraws_neurons(self) -> bool:
+        """Whether a share of each expert's neurons is drawn at random."""
+        return self.experts.init == "drop"
+
+    @property
+    def has_attention_experts(self) -> bool:
+        """Whether experts have queries and outputs of their own, with a router of their own."""
+        return self.experts.attention == "source"
+
+    @property
+    def aligns_residual(self) -> bool:
+        """Whether each source's residual stream is rotated onto the anchor's."""
+        return self.align.residual != "none"
+
+    @property
+    def aligns_heads(self) -> bool:
+        """Whether attention heads are matched to the anchor's."""
+        return self.align.heads != "none"
+
+    @property
     def aligns_neurons(self) -> bool:
-        """Whether neurons are matched: only where the experts have different ones."""
-        return self.align.neurons == "activations" and self.experts.init != "copy"
+        """Whether FFN neurons are matched to the anchor's. Copies of one FFN need no match."""
+        return self.align.neurons == "activations" and not self.copies_anchor
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the sources are compared with the anchor on the calibration text."""
+        return self.aligns_residual or self.aligns_heads or self.aligns_neurons
 
     @property
     def fits_layers(self) -> bool:
@@ -457,21 +404,22 @@ class Recipe(Section):
         return self.router.init != "random"
 
     @property
-    def folds(self) -> bool:
-        """Whether norm gains are folded into what reads them (and a tied head untied): a rotation
-        of the residual stream, and a fit of what reads it, know no gains."""
-        return self.align.residual != "none" or self.fits_layers
-
-    @property
-    def aligns(self) -> bool:
-        """Whether the sources are compared with the anchor on the calibration text."""
-        aligned = (self.align.residual, self.align.heads)
-        return self.aligns_neurons or any(setting != "none" for setting in aligned)
-
-    @property
     def fits(self) -> bool:
         """Whether the new model itself is run on the calibration text, layer by layer."""
         return self.fits_layers or self.fits_router
+
+    @property
+    def folds(self) -> bool:
+        """Whether norm gains are folded into the matrices that read them, and a tied head untied.
+
+        A rotated residual stream has no place for gains, and a fit does not know them.
+        """
+        return self.aligns_residual or self.fits_layers
+
+    @property
+    def distills(self) -> bool:
+        """Whether the sources are teachers in training."""
+        return self.train.teacher != "none"
 
     @property
     def shares(self) -> list[float]:
