@@ -85,9 +85,9 @@ def write_yaml(content: Any) -> str:
     written = io.StringIO()
     printer = YAML(typ="safe", pure=True)
     printer.Representer, printer.Resolver = _Representer, _WritingResolver
-    printer.default_flow_style = False
+    printer.representer.default_flow_style = False
+    printer.representer.sort_base_mapping_type_on_output = False
     printer.width = 2**20  # a line for each value, however long
-    printer.sort_base_mapping_type_on_output = False
     printer.dump(content, written)
     return written.getvalue()
 
@@ -104,7 +104,7 @@ class _Resolver(BaseResolver):
 
 
 class _WritingResolver(_Resolver):
-    """Also the kinds of version 1.1: text that either version takes for something else is quoted."""
+    """Also the kinds of version 1.1: text that either version reads as something else is quoted."""
 
 
 class _Representer(SafeRepresenter):
