@@ -28,7 +28,7 @@ from symphony_moe.model.families import (
 )
 from symphony_moe.model.moe_layer import MoELayer, layer_outputs
 from symphony_moe.recipe.settings import BUNDLED, Recipe
-from symphony_moe.sources.matching import Difference, compare_sources, refuse_mismatch
+from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
 from symphony_moe.sources.opening import expected_shapes
 from symphony_moe.sources.source import Source, anchor_of, is_tied, public_name, remarks
 
@@ -83,7 +83,7 @@ def make_plan(
 
     Raises SourceMismatch where it cannot be done.
     """
-    differences = compare_sources(sources, recipe.anchor, recipe.output.chat)
+    differences = find_differences(sources, recipe.anchor, recipe.output.chat)
     refuse_mismatch(differences)
     anchor = anchor_of(recipe, sources)
     family = anchor.family
