@@ -28,7 +28,7 @@ from symphony_moe.errors import SourceError, SourceMismatch
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe, SourceSpec
 from symphony_moe.sources.hub import SMALL_FILES
-from symphony_moe.sources.matching import Difference, compare_sources, refuse_mismatch
+from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
 from symphony_moe.sources.opening import open_source, open_sources, share_vocabulary
 from symphony_moe.sources.source import Source
 from symphony_moe.sources.stock import load_stock
@@ -75,7 +75,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
 
 def differences(*folders: Path) -> list[Difference]:
     sources = [opened(f, "abc"[i]) for i, f in enumerate(folders)]
-    return compare_sources(share_vocabulary(sources, "a", "a"), "a")
+    return find_differences(share_vocabulary(sources, "a", "a"), "a")
 
 
 def one_difference(good: Path, other: Path) -> Difference:
@@ -191,7 +191,7 @@ def test_another_anchor_sees_the_same_tokenizers_differ(recipes: Recipes, model:
     edit_tokenizer(model, _swap_tokens)
     sources = [opened(recipes("llama").parent / "models" / "a"), opened(model, "b")]
     for anchor in ("a", "b"):
-        found = compare_sources(share_vocabulary(sources, anchor, anchor), anchor)
+        found = find_differences(share_vocabulary(sources, anchor, anchor), anchor)
         assert [(d.what, d.verdict) for d in found] == [("tokenizer vocabulary", "warning")]
 
 
@@ -576,7 +576,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(content: bytes | None, model: 
         (model / "tokenizer_config.json").write_bytes(content)
     source = opened(model)
     with pytest.raises(SourceError, match=r"^a: .*tokenizer"):
-        compare_sources([source, source], "a")
+        find_differences([source, source], "a")
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(
@@ -1007,7 +1007,7 @@ def test_other_ends_of_text_are_named(recipes: Recipes, model: Path) -> None:
     edit_json(model / "config.json", eos_token_id=259)
     edit_json(model / "generation_config.json", eos_token_id=[257, 259])
     other = opened(recipes("llama").parent / "models" / "b", "b")
-    found = {d.what: d.verdict for d in compare_sources([opened(model), other], "a")}
+    found = {d.what: d.verdict for d in find_differences([opened(model), other], "a")}
     assert found == {"eos_token_id": "warning", "generation config": "warning"}
 
 
@@ -1021,7 +1021,7 @@ def test_equal_numbers_are_no_difference(recipes: Recipes, tmp_path: Path) -> No
     sources = open_sources(load_recipe(path))
     thetas = {type(source.config.rope_parameters["rope_theta"]) for source in sources}
     assert thetas == {int, float}
-    assert compare_sources(sources, "a") == []
+    assert find_differences(sources, "a") == []
 
 
 YARN = {

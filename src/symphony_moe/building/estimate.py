@@ -53,9 +53,9 @@ def work_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> in
     residual stream, float32 for heads, int64 for neurons), and streams that wait in files."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     one_layer = 0
-    if recipe.align.residual != "none":
+    if recipe.aligns_residual:
         one_layer += hidden**2 * 8 * (2 if recipe.fits else 1)
-    if recipe.align.heads != "none":
+    if recipe.aligns_heads:
         size, groups = head_dim(config), config.num_key_value_heads
         one_layer += config.num_attention_heads * 8 + groups * (size // 2 + size**2) * 4
     if recipe.aligns_neurons:
@@ -86,9 +86,9 @@ def peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> i
         statistics += (num_sources - 1) * ffn * ffn * 4
         matching = ffn * ffn * 24
     texts = 2 if recipe.fits else 1  # maps are judged on text of its own
-    if recipe.align.residual != "none":
+    if recipe.aligns_residual:
         statistics += texts * (num_sources - 1) * hidden * hidden * 8
-    if recipe.align.heads != "none":
+    if recipe.aligns_heads:
         width = config.num_attention_heads * head_dim(config)
         statistics += texts * (num_sources - 1) * width**2 * 8
     activations = batch * (ffn * 20 + hidden * 40)

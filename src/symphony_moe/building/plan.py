@@ -28,7 +28,7 @@ from symphony_moe.model.families import (
 )
 from symphony_moe.model.moe_layer import MoELayer, layer_outputs
 from symphony_moe.recipe.settings import BUNDLED, Recipe
-from symphony_moe.sources.matching import Difference, compare_sources, refuse_mismatch
+from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
 from symphony_moe.sources.opening import expected_shapes
 from symphony_moe.sources.source import Source, anchor_of, is_tied, public_name, remarks
 
@@ -83,7 +83,7 @@ def make_plan(
 
     Raises SourceMismatch where it cannot be done.
     """
-    differences = compare_sources(sources, recipe.anchor, recipe.output.chat)
+    differences = find_differences(sources, recipe.anchor, recipe.output.chat)
     refuse_mismatch(differences)
     anchor = anchor_of(recipe, sources)
     family = anchor.family
@@ -209,7 +209,7 @@ def _readers(recipe: Recipe, section: str) -> list[str]:
     """The sources whose models read a section's windows. The result has the anchor's context."""
     if section == "calibration":
         return recipe.expert_names if recipe.aligns or recipe.fits else []
-    if section == "train" and recipe.train.teacher == "none":
+    if section == "train" and not recipe.distills:
         return [recipe.anchor]
     return list(recipe.sources)
 
@@ -257,7 +257,7 @@ def _notes(
             f"calibration.tokens {recipe.calibration.tokens:,} is less than what is used at least: "
             f"{least:,}, {each} window(s) of every source"
         )
-    if recipe.experts.init == "copy":
+    if recipe.copies_anchor:
         notes.append(f"experts.init copy: every expert is {recipe.anchor}'s FFN; nothing to align")
     if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:
         notes.append("backbone.weights has no effect on attention: it is the anchor's")
@@ -329,7 +329,7 @@ def _without_effect(recipe: Recipe) -> list[str]:
     of_fit = ("fit.ridge", "fit.epochs", "fit.learning_rate", "fit.pull", "fit.temperature_scaling")
     of_teacher = ("train.teacher_weight", "train.teacher_temperature", "train.teacher_loading")
     unread = (
-        (recipe.fit.method == "none", "fit.method is none", of_fit),
+        (not recipe.fits_layers, "fit.method is none", of_fit),
         (
             recipe.fits_layers and recipe.fit.epochs == 0,
             "fit.epochs is 0",
@@ -337,8 +337,8 @@ def _without_effect(recipe: Recipe) -> list[str]:
         ),
         (not recipe.fits_router, "router.init is random", ("router.temperature",)),
         (not recipe.aligns_neurons, "no neurons are matched", ("align.neuron_share",)),
-        (recipe.experts.init != "drop", "experts.init is not drop", ("experts.drop_share",)),
-        (recipe.train.teacher == "none", "train.teacher is none", of_teacher),
+        (not recipe.redraws_neurons, "experts.init is not drop", ("experts.drop_share",)),
+        (not recipe.distills, "train.teacher is none", of_teacher),
     )
     notes = []
     for name, spec in recipe.sources.items():

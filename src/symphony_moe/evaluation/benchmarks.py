@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, TextError
@@ -157,11 +156,19 @@ def _require_harness() -> None:
         ) from None
 
 
-class _TaskLoader(yaml.SafeLoader):
-    """YAML with the harness's `!function module.name`, which is not looked up."""
+def _read_task(path: Path) -> Any:
+    """What a task's file says, read as the harness reads it. Its `!function module.name` is not
+    looked up. Raises RecipeError."""
+    import yaml
 
+    class TaskLoader(yaml.SafeLoader):
+        pass
 
-_TaskLoader.add_constructor("!function", lambda loader, node: str(node.value))
+    TaskLoader.add_constructor("!function", lambda loader, node: str(node.value))
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), TaskLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"--include {path}: not readable as YAML: {_one_line(error)}") from None
 
 
 def _check_yaml(folder: Path) -> None:
@@ -173,12 +180,7 @@ def _check_yaml(folder: Path) -> None:
     if not paths:
         raise RecipeError(f"--include {folder}: holds no .yaml file")
     for path in paths:
-        try:
-            content = yaml.load(path.read_text(encoding="utf-8"), _TaskLoader)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise RecipeError(
-                f"--include {path}: not readable as YAML: {_one_line(error)}"
-            ) from None
+        content = _read_task(path)
         if not isinstance(content, dict):
             raise RecipeError(
                 f"--include {path}: expected a task's settings, got {type(content).__name__}"

@@ -88,6 +88,10 @@ class Symmetries:
     per head, so 0 and pi alone, unless the pair has equal gains, in q_norm and in k_norm."""
 
 
+_Test = Callable[[PreTrainedConfig], Any]
+"""A question about a dense config; what is true of the answer counts."""
+
+
 @dataclass(frozen=True)
 class Family:
     """One dense architecture and the stock MoE architecture that computes the same with experts."""
@@ -109,7 +113,7 @@ class Family:
     fields."""
     symmetries: Symmetries
     """What leaves a dense model's function as it is."""
-    refusals: tuple[tuple[str, Callable[[PreTrainedConfig], Any]], ...] = ()
+    refusals: tuple[tuple[str, _Test], ...] = ()
     """(reason, test on the dense config): variants that the target cannot hold."""
     attention: tuple[str, ...] = _ATTENTION
     """Matrices fused by `backbone.attention`."""
@@ -340,101 +344,98 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-_WITH_ATTENTION_EXPERTS: dict[str, Any] = {
-    "moe": "jetmoe",
-    "moe_class": "JetMoeForCausalLM",
-    "router": "mlp.router.layer.weight",
-    "attention_router": "self_attention.experts.router.layer.weight",
-    "expert": {
-        GATE: "mlp.input_linear.weight",
-        UP: "mlp.input_linear.weight",
-        DOWN: "mlp.output_linear.weight",
-        Q_PROJ: "self_attention.experts.input_linear.weight",
-        O_PROJ: "self_attention.experts.output_linear.weight",
-    },
-    "attention": (K_PROJ, V_PROJ),
-    "renamed": dict.fromkeys((K_PROJ, V_PROJ), "self_attention.kv_proj.weight"),
-    "repeats_kv": True,
-    "zeros": {"mlp.bias": "hidden", "self_attention.experts.bias": "hidden"},
-    "norm_eps": _JETMOE_EPS,
-    "has_head_bias": False,
-    "target_settings": _jetmoe,
-}
+def _with_attention_experts(family: Family, lacks: str, refuses: _Test) -> Family:
+    """The family in JetMoE, the stock class with attention experts. `lacks`: what that class cannot
+    hold; `refuses`: whether a config has it."""
+    reason = f"experts.attention source: JetMoE has no {lacks}; set it to shared"
+    return replace(
+        family,
+        moe="jetmoe",
+        moe_class="JetMoeForCausalLM",
+        router="mlp.router.layer.weight",
+        attention_router="self_attention.experts.router.layer.weight",
+        expert={
+            GATE: "mlp.input_linear.weight",
+            UP: "mlp.input_linear.weight",
+            DOWN: "mlp.output_linear.weight",
+            Q_PROJ: "self_attention.experts.input_linear.weight",
+            O_PROJ: "self_attention.experts.output_linear.weight",
+        },
+        attention=(K_PROJ, V_PROJ),
+        renamed=dict.fromkeys((K_PROJ, V_PROJ), "self_attention.kv_proj.weight"),
+        repeats_kv=True,
+        zeros={"mlp.bias": "hidden", "self_attention.experts.bias": "hidden"},
+        norm_eps=_JETMOE_EPS,
+        has_head_bias=False,
+        target_settings=_jetmoe,
+        refusals=(*family.refusals, (reason, refuses)),
+    )
 
 
-_JETMOE_LACKS = "experts.attention source: JetMoE has no {}; set it to shared"
+def _in_granite(
+    family: Family,
+    refusals: tuple[tuple[str, _Test], ...],
+    zeros: Mapping[str, str] | None = None,
+) -> Family:
+    """The family in GraniteMoe. `refusals`: variants of the family that it cannot hold. Heads of
+    another size than usual are refused in every family."""
+    heads = (
+        "the heads of a GraniteMoe are of hidden_size / num_attention_heads, as most programs read "
+        "it"
+    )
+    return replace(
+        family,
+        moe="granitemoe",
+        moe_class="GraniteMoeForCausalLM",
+        router="block_sparse_moe.router.layer.weight",
+        expert={
+            GATE: "block_sparse_moe.input_linear.weight",
+            UP: "block_sparse_moe.input_linear.weight",
+            DOWN: "block_sparse_moe.output_linear.weight",
+        },
+        interleaved_rotary=False,
+        has_head_bias=False,
+        target_settings=_granitemoe,
+        refusals=(*refusals, (heads, _has_own_head_size)),
+        zeros=zeros or {},
+    )
 
 
-_GRANITE_HEADS = (
-    "the heads of a GraniteMoe are of hidden_size / num_attention_heads, as most programs read it",
-    _has_own_head_size,
-)
+def _always(config: PreTrainedConfig) -> bool:
+    """A test for what every model of a family has."""
+    return True
 
 
-_IN_GRANITE: dict[str, Any] = {
-    "moe": "granitemoe",
-    "moe_class": "GraniteMoeForCausalLM",
-    "router": "block_sparse_moe.router.layer.weight",
-    "expert": {
-        GATE: "block_sparse_moe.input_linear.weight",
-        UP: "block_sparse_moe.input_linear.weight",
-        DOWN: "block_sparse_moe.output_linear.weight",
-    },
-    "interleaved_rotary": False,
-    "has_head_bias": False,
-    "target_settings": _granitemoe,
-}
+_ATTENTION_BIASES = ("attention biases are not in this table", lambda c: c.attention_bias)
+
+
+_NO_WINDOW = ("GraniteMoe has no sliding window; use mixtral", _has_window)
 
 
 TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
     "shared": {
         "llama": (
             FAMILIES["llama"],
-            replace(
-                FAMILIES["llama"],
-                **_IN_GRANITE,
-                refusals=(
-                    ("attention biases are not in this table", lambda c: c.attention_bias),
-                    _NO_FFN_BIASES,
-                    _GRANITE_HEADS,
-                ),
-            ),
+            _in_granite(FAMILIES["llama"], (_ATTENTION_BIASES, _NO_FFN_BIASES)),
         ),
-        "mistral": (
-            FAMILIES["mistral"],
-            replace(
-                FAMILIES["mistral"],
-                **_IN_GRANITE,
-                refusals=(
-                    ("GraniteMoe has no sliding window; use mixtral", _has_window),
-                    _GRANITE_HEADS,
-                ),
-            ),
-        ),
+        "mistral": (FAMILIES["mistral"], _in_granite(FAMILIES["mistral"], (_NO_WINDOW,))),
         "qwen2": (
             FAMILIES["qwen2"],
-            replace(
+            _in_granite(
                 FAMILIES["qwen2"],
-                **_IN_GRANITE,
+                FAMILIES["qwen2"].refusals,
                 zeros={"self_attn.o_proj.bias": "hidden"},
-                refusals=(*FAMILIES["qwen2"].refusals, _GRANITE_HEADS),
             ),
         ),
         "qwen3": (FAMILIES["qwen3"],),
     },
     "source": {
-        dense: (
-            replace(
-                FAMILIES[dense],
-                **_WITH_ATTENTION_EXPERTS,
-                refusals=(*FAMILIES[dense].refusals, (_JETMOE_LACKS.format(lacks), has)),
-            ),
-        )
-        for dense, lacks, has in (
+        dense: (_with_attention_experts(FAMILIES[dense], lacks, refuses),)
+        for dense, lacks, refuses in (
             ("llama", "attention biases", lambda config: config.attention_bias),
             ("mistral", "sliding window", _has_window),
-            ("qwen2", "attention biases", lambda config: True),
-            ("qwen3", "norms of queries and keys", lambda config: True),
+            ("qwen2", "attention biases", _always),
+            ("qwen3", "norms of queries and keys", _always),
         )
     },
 }

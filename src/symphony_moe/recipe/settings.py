@@ -1,5 +1,4 @@
-"""What to build: one frozen object, read from YAML, with every check that needs no file but its
-own.
+"""What to build: one frozen object, read from YAML, with every check that needs no other file.
 
 Unknown keys are refused with the nearest known name. A `method` is a preset for the sections below
 it; any value that the recipe sets there wins. Loading makes every path absolute (they are relative
@@ -33,7 +32,7 @@ def _number(value: Any) -> Any:
 
 
 Name = Annotated[str, BeforeValidator(spelled)]
-"""Text; what YAML reads as a number is taken as it was written."""
+"""Text. A number of YAML is taken as it was written."""
 
 
 Whole = Annotated[int, BeforeValidator(_number)]
@@ -46,11 +45,11 @@ Share = Annotated[Real, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 
 Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
-"""What every generator that is seeded with it takes."""
+"""The range that every random generator takes."""
 
 
 TEMPLATE_DATE = date(2025, 1, 1)
-"""What chat templates are told is today's date, where the recipe says nothing else."""
+"""Today's date for chat templates, unless the recipe gives another."""
 
 
 MOST_TOKENS = 10**15
@@ -58,11 +57,11 @@ MOST_TOKENS = 10**15
 
 
 LONGEST = 2**24
-"""Tokens in a window that no machine holds."""
+"""Tokens per window: more than any machine holds."""
 
 
 MOST_STEPS = 10**6
-"""Of what is counted one by one."""
+"""Upper bound of steps, batches, checkpoints and evaluations."""
 
 
 BUNDLED = "bundled:"
@@ -70,6 +69,8 @@ BUNDLED = "bundled:"
 
 
 class Section(BaseModel):
+    """Settings that belong together. They cannot be changed, and unknown ones are refused."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
@@ -82,23 +83,25 @@ class ChatRules:
     format: Literal["messages", "sharegpt"] = "messages"
     """`messages`: lists of {role, content}. `sharegpt`: lists of {from, value} as well."""
     today: date = TEMPLATE_DATE
-    """What templates that write the date are told."""
+    """Today's date for templates that write it."""
 
 
 class HubData(Section):
+    """A dataset on the hub, or in a folder that `datasets` can load."""
+
     hub: Name
     """Dataset id on the hub, or a local folder that `datasets` can load."""
     split: Name = "train"
-    """Of the dataset's splits, the one that is read."""
+    """The split of the dataset to read."""
     column: Name = "text"
-    """Column that holds the text (or chat `messages`)."""
+    """Column with the text, or with chat `messages`."""
     name: Name | None = None
-    """Configuration of the dataset, where it has several."""
+    """Configuration of the dataset, if it has several."""
     revision: Name | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit on the hub. Default: the newest."""
     streaming: bool = False
-    """Read the rows one by one, and only as far as the tokens asked for need, instead of fetching
-    and holding all of them: for data sets of any size, on the hub or in a local folder."""
+    """Read rows one by one, and only as many as the tokens need. Otherwise the whole split is
+    fetched first. Works for datasets of any size, on the hub or in a local folder."""
 
 
 Data = str | list[str] | HubData
@@ -106,28 +109,32 @@ Data = str | list[str] | HubData
 
 
 class SourceSpec(Section):
+    """One source: a dense checkpoint and text of its domain."""
+
     model: Name
     """Local folder, hub id, or `bundled:<family>/<domain>`."""
     revision: Name | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit on the hub. Default: the newest."""
     gguf_file: Name | None = None
-    """The GGUF file in `model` (a folder or hub id) that holds it."""
+    """Name of a GGUF file in `model` (a folder or hub id) to read the model from."""
     allow_pickle: bool = False
-    """Read `pytorch_model*.bin` where there are no safetensors (by torch's weights-only loader)."""
+    """Read `pytorch_model*.bin` if there are no safetensors. torch's weights-only loader reads
+    it."""
     adapter: Name | None = None
-    """LoRA adapter (folder or hub id, as `peft` saves it) that is merged into the model."""
+    """LoRA adapter to merge into the model: a folder or hub id, as `peft` saves it."""
     adapter_revision: Name | None = None
-    """Branch, tag or commit of the adapter on the hub."""
+    """Branch, tag or commit of the adapter on the hub. Default: the newest."""
     data: Data
-    """Text of the domain that this source knows: for calibration, training and evaluation."""
+    """Text of this source's domain. Calibration, training and evaluation read it."""
     column: Name = "text"
-    """Column of `.jsonl` and `.parquet` files that holds the text; `messages` (a chat) goes through
-    the source's chat template."""
+    """Column of `.jsonl` and `.parquet` files with the text. `messages` holds a chat, which is
+    formatted by the source's chat template."""
     chat_format: Literal["messages", "sharegpt"] = "messages"
     """How the data stores chats. `messages`: each message has `role` and `content`. `sharegpt`:
     each has `from` and `value`; `human` becomes the role `user`, `gpt` the role `assistant`."""
     sha256: dict[str, Name] | None = None
-    """File name -> SHA-256 of the weights. Written into a run's recipe; where given, checked."""
+    """File name -> SHA-256 of the weights. A run writes it into its recipe. If given, it is
+    checked."""
 
     @model_validator(mode="after")
     def _one_column(self) -> "SourceSpec":
@@ -138,200 +145,232 @@ class SourceSpec(Section):
 
 
 class Calibration(Section):
+    """The text that alignment, fit and router initialisation run on."""
+
     tokens: Whole = Field(262_144, gt=0, le=MOST_TOKENS)
-    """Calibration text in tokens, in total; the same number from every source's data, and no less
-    than a window of each (and one more to judge by, where something is fitted)."""
+    """Calibration text in tokens, in total. Every source's data gives an equal share. Each gives at
+    least one window, and one more for validation if something is fitted."""
     sequence_length: Whole = Field(2048, ge=2, le=LONGEST)
-    """Tokens in a window."""
+    """Tokens per window."""
     domains: list[Name] | None = Field(None, min_length=1)
-    """The sources whose text the alignment sees. Default: all. Where something is fitted, text of
-    every source is needed."""
+    """Sources whose text the alignment uses. Default: all. A fit needs the text of all of them."""
     seed: Seed = 114514
-    """Seed of the windows that are drawn."""
+    """Seed for drawing windows."""
 
 
 class Backbone(Section):
+    """How the sources' shared parts are merged: attention, embeddings and norms."""
+
     attention: Literal["linear", "slerp", "anchor"] = "slerp"
-    """How q, k, v and o are fused. Biases and QK-norm gains are always averaged linearly."""
+    """How q, k, v and o are merged. `linear`: weighted mean. `slerp`: spherical interpolation.
+    `anchor`: the anchor's. For biases and QK-norm gains `slerp` takes the weighted mean too."""
     embeddings: Literal["selective-linear", "linear", "anchor"] = "selective-linear"
-    """How token embeddings and the output head are fused."""
+    """How token embeddings and output head are merged. `selective-linear`: a token's row is the
+    weighted mean over the sources that have the token. `linear`: the weighted mean over all
+    sources. `anchor`: the anchor's."""
     norms: Literal["linear", "anchor"] = "linear"
-    """How norm gains are fused."""
+    """How norm gains are merged. `linear`: weighted mean. `anchor`: the anchor's."""
     weights: dict[str, Share] | None = None
-    """Source -> share in the backbone (normalised to sum to one). Default: equal shares."""
+    """Source -> weight in the merge. Weights are normalised to sum to one. Default: equal
+    weights."""
 
 
 class Align(Section):
+    """Which symmetries of the sources are used to match them to the anchor."""
+
     residual: Literal["none", "orthogonal"] = "none"
-    """Basis of each source's residual stream: its own, or rotated onto the anchor's."""
+    """Basis of each source's residual stream. `none`: its own. `orthogonal`: rotated onto the
+    anchor's."""
     heads: Literal["none", "all"] = "none"
-    """Attention heads: as they are, or matched to the anchor's, with value rotations and RoPE
-    phases."""
+    """Attention heads. `none`: left as they are. `all`: matched to the anchor's, with value
+    rotations and RoPE phases."""
     neurons: Literal["none", "activations", "auto"] = "activations"
-    """Order of each expert's hidden neurons: its own, or matched to the anchor's by activations.
-    `auto`: matched only where neurons of several experts are mixed, which no method here does."""
+    """Order of each expert's FFN neurons. `none`: its own. `activations`: matched to the anchor's
+    by their activations. `auto`: matched only if neurons of several experts are mixed, which no
+    method does today."""
     neuron_share: Real = Field(1.0, ge=0, le=1)
-    """Share of an expert's neurons that are matched: those that correlate most with their match.
-    The others fill the places that are left, in their own order (Table 3)."""
+    """Fraction of an expert's neurons to match: those that correlate most with their match. The
+    others fill the remaining places in their own order (Table 3)."""
 
 
 class Experts(Section):
+    """What the experts are."""
+
     init: Literal["source", "drop", "copy"] = "source"
-    """`source`: expert i is source i's FFN. `drop`: the same, a share of its neurons drawn anew.
-    `copy`: every expert is a copy of the anchor's."""
+    """Initialisation of the experts. `source`: expert i is source i's FFN. `drop`: the same, with a
+    fraction of its neurons drawn anew. `copy`: every expert is a copy of the anchor's FFN."""
     attention: Literal["shared", "source"] = "shared"
-    """`shared`: all of attention is fused. `source`: expert i has source i's q and o too, chosen by
-    a router of their own; only k and v are fused (BAM)."""
+    """`shared`: all experts share the merged attention. `source`: expert i keeps source i's q and
+    o, and a second router chooses among them; only k and v are merged (BAM)."""
     sources: list[Name] | None = Field(None, min_length=1)
-    """The sources that become experts. Default: all. Of the others only the text is used, for
-    training and evaluation."""
+    """Sources that become experts. Default: all. The others give only text, for training and
+    evaluation."""
     drop_share: Real = Field(0.5, ge=0, le=1)
-    """Share of each expert's neurons that `drop` draws anew, from a normal distribution with the
-    mean and the standard deviation of the matrix."""
+    """Fraction of each expert's neurons that `drop` draws anew. They are drawn from a normal
+    distribution with the matrix's mean and standard deviation."""
 
 
 class Fit(Section):
+    """How the new model is fitted to the sources, layer by layer, before any training."""
+
     method: Literal["none", "least-squares"] = "none"
-    """Fit the new model's layers, one after the other, to what the sources compute."""
+    """`least-squares`: fit the new model's layers, one by one, to what the sources compute. `none`:
+    no fit."""
     ridge: Real = Field(1e-2, gt=0, le=1e6)
-    """Pull toward the aligned weights, as a share of the mean squared input."""
+    """Ridge penalty toward the aligned weights, as a fraction of the mean squared input."""
     epochs: Real = Field(8.0, ge=0, le=10_000)
-    """Passes over the calibration text in which each layer (and the head) is refined by local
-    gradient steps, after the closed form. 0: the closed form alone."""
+    """Passes over the calibration text to refine each layer and the head by gradient steps, after
+    the closed form. 0: the closed form alone."""
     learning_rate: Real = Field(0.06, gt=0, le=10)
-    """Peak learning rate of the refinement (Adam, cosine), as a share of each tensor's root mean
-    square."""
+    """Peak learning rate of the refinement (Adam, cosine schedule), relative to each tensor's root
+    mean square."""
     pull: Real = Field(0.1, ge=0, le=1e9)
-    """Pull of the refinement toward the aligned weights: a step takes a tensor this many times the
-    learning rate of the way back. More of it fits the calibration text less, and keeps more of what
-    the sources know of other text."""
+    """Decay toward the aligned weights during the refinement. Each step moves a tensor back by this
+    many times the learning rate. More of it fits the calibration text less, and keeps more of what
+    the sources know beyond it."""
     temperature_scaling: Real = Field(0.05, ge=0, le=1)
-    """How much farther from the sources' distributions (KL divergence on the text kept aside, as a
-    share of itself) the fitted head's logits may be divided down: what a fitted model is too sure
-    of on text of no source's domain. 0: not at all."""
+    """Temperature scaling of the fitted head. The logits are divided by the largest temperature
+    that raises the validation KL divergence by at most this fraction. It reduces overconfidence out
+    of domain. 0: off."""
 
 
 class Router(Section):
+    """Router initialisation and experts per token."""
+
     init: Literal["random", "regression", "hidden"] = "random"
-    """`random`: normal with standard deviation 0.02. `regression`: logistic regression from the new
-    model's own router inputs to the source. `hidden`: each source's mean router input."""
+    """Router initialisation. `random`: normal, standard deviation 0.02. `regression`: logistic
+    regression from router inputs to the source of the text. `hidden`: the mean router input of each
+    source's text."""
     temperature: Real = Field(1.0, ge=1e-6, le=1e9)
-    """What a calibrated router's rows are divided by."""
+    """The rows of a router that is not random are divided by this. Higher: more even routing."""
     top_k: Whole = Field(2, ge=1, le=64)
     """Experts per token."""
 
 
 class Output(Section):
+    """How the new checkpoint is written."""
+
     architecture: Name = "auto"
-    """`auto`: the family's first architecture (docs/engines.md). `granitemoe`: for Qwen2 in
-    llama.cpp and MLX, and for Llama 3 in MLX. Or the name of an architecture that the sources must
-    have."""
+    """Architecture of the output. `auto`: the family's first one (docs/engines.md). `granitemoe`:
+    for Qwen2 in llama.cpp and MLX, and for Llama 3 in MLX. Any other name must be an architecture
+    that holds the sources."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What the weights are rounded to when they are written."""
+    """Number format of the written weights."""
     max_shard_size: Name = "5GB"
-    """Size of a weights file at most, as `5GB`, `500MB` or `20KB`."""
+    """Largest size of a weights file, such as `5GB`, `500MB` or `20KB`."""
     chat: Name | None = None
-    """The source whose chat template, end and padding tokens and generation config the output has;
-    the anchor where it is not given."""
+    """Source of the output's chat template, end and padding tokens, and generation config. Default:
+    the anchor."""
     head_bias: bool = True
-    """Write the zero head bias of targets that have one (Qwen2's `ernie4_5_moe`): without it
-    transformers reports a missing tensor. No effect elsewhere."""
+    """Write the zero bias of the output head for targets that have one (Qwen2's `ernie4_5_moe`).
+    Without it transformers reports a missing tensor. No effect on other targets."""
 
     @property
     def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes."""
         return parse_size(self.max_shard_size)
 
 
 class Train(Section):
+    """Training of the new checkpoint."""
+
     scope: Literal["router", "experts", "all"] = "all"
-    """What learns: the router; router and experts; everything."""
+    """What is trained. `router`: the router. `experts`: router and experts. `all`: everything."""
     tokens: Whole = Field(10_000_000, gt=0, le=MOST_TOKENS)
-    """Tokens trained on, in total, equal shares from every source's data."""
+    """Training tokens in total. Every source's data gives an equal share."""
     learning_rate: Real = Field(5e-5, gt=0, le=1)
-    """Peak of the cosine schedule."""
+    """Peak learning rate of the cosine schedule."""
     warmup: Real = Field(0.03, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises from zero."""
+    """Fraction of the steps in which the learning rate rises from zero."""
     weight_decay: Real = Field(0.01, ge=0, le=10)
-    """AdamW's."""
+    """Weight decay of AdamW."""
     max_grad_norm: Real = Field(1.0, gt=0, le=1e9)
-    """The gradient is scaled down to this norm where it is larger."""
+    """Gradient clipping: larger gradients are scaled down to this norm."""
     balance_weight: Real = Field(0.01, ge=0, le=1000)
-    """Weight of the load-balancing loss (the stock model's own)."""
+    """Weight of the load-balancing loss, which is the stock model's own."""
     sequence_length: Whole = Field(2048, ge=2, le=LONGEST)
-    """Tokens in a window."""
+    """Tokens per window."""
     packing: Literal["windows", "documents"] = "windows"
-    """`windows`: attention goes through all of a window; `documents`: it stays within each of the
-    documents in it."""
+    """What a token attends to. `windows`: all earlier tokens of its window. `documents`: those of
+    its own document alone."""
     batch_size: Whole = Field(2, ge=1, le=MOST_STEPS)
-    """Windows in a step on one device."""
+    """Windows per batch on one device."""
     gradient_accumulation: Whole = Field(1, ge=1, le=MOST_STEPS)
-    """Batches in a step."""
+    """Batches per step."""
     checkpoints: Whole = Field(4, ge=1, le=MOST_STEPS)
-    """How many times to save, evenly over the training, for resuming."""
+    """How many checkpoints to save for resuming, at equal intervals."""
     evaluations: Whole = Field(0, ge=0, le=MOST_STEPS)
-    """Into how many parts of the same length measurements of the held-out losses divide the
-    training; after the last part it is the trained model's own evaluation."""
+    """How often to measure held-out loss during training, at equal intervals. The last measurement
+    is the final evaluation. 0: only the final evaluation."""
     teacher: Literal["none", "sources"] = "none"
-    """`sources`: every window's own source teaches its distribution over the next token."""
+    """Distillation. `sources`: each window's own source is its teacher for the next-token
+    distribution. `none`: no teacher."""
     teacher_weight: Real = Field(0.7, ge=0, le=1)
-    """Weight of the KL divergence from the teacher; the language-model loss has the rest."""
+    """Weight of the KL divergence from the teacher. The language-model loss has the rest."""
     teacher_temperature: Real = Field(1.0, ge=0.01, le=1000)
-    """What both sides' logits are divided by in the divergence."""
+    """Distillation temperature: both sides' logits are divided by it."""
     teacher_loading: Literal["auto", "together", "in-turn"] = "auto"
-    """All teachers in memory, or one after the other; `auto`: together where they fit."""
+    """`together`: all teachers in memory. `in-turn`: one after the other. `auto`: together if they
+    fit."""
     temperature_scaling: Real = Field(0.0, ge=0, le=1)
-    """How much higher the language-model loss may be for softer logits, as a share of itself, on
-    the text that was trained on last: at the end the final norm (of any scope) is divided by the
-    largest temperature that keeps to it. A trained model is too sure of itself on text of no
-    source's domain. 0: not at all."""
+    """Temperature scaling at the end of training, in any scope. The final norm is divided by the
+    largest temperature that raises the loss on the last training text by at most this fraction. It
+    reduces overconfidence out of domain. 0: off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the forward pass computes in; weights learn in float32. `auto`: bfloat16 on a GPU that
-    has it."""
+    """Number format of the forward pass. Trained weights stay in float32. `auto`: bfloat16 on a GPU
+    that supports it, otherwise float32."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, more time."""
+    """Recompute activations instead of storing them. Takes less memory and more time."""
     report_to: str | list[str] = "none"
-    """Where the Trainer's log goes besides `metrics.json`: `tensorboard`, `wandb`, ... (each a
-    package to install)."""
+    """Where the Trainer's log goes besides `metrics.json`: `tensorboard`, `wandb`, ... Each is a
+    package to install. Default: nowhere else."""
 
 
 class Evaluation(Section):
+    """Measurement on held-out text."""
+
     tokens: Whole = Field(65_536, gt=0, le=MOST_TOKENS)
-    """Held-out text per domain, in tokens."""
+    """Held-out tokens per domain."""
     holdout: Real = Field(0.05, gt=0, lt=1)
-    """Share of documents that are held out, by the hash of their text."""
+    """Fraction of documents to hold out, chosen by the hash of their text."""
     sequence_length: Whole = Field(2048, ge=2, le=LONGEST)
-    """Tokens in a window."""
+    """Tokens per window."""
     extra: dict[str, Data] = {}
-    """Out-of-domain text: name -> data (in files, the column `text`). Evaluated only."""
+    """Out-of-domain text: name -> data (in files, the column `text`). It is only evaluated."""
     seed: Seed | None = None
-    """Seed of the held-out windows; the recipe's own where it is not given."""
+    """Seed for drawing held-out windows. Default: the recipe's seed."""
     thresholds: list[Annotated[Real, Field(ge=0, le=1)]] = []
-    """Dynamic routing is tried at these: a token has every expert whose router probability is at
-    least the threshold, and its most probable one always. Beside them 1, 2, .. N experts per token
-    for all. Each is one more evaluation. Default: not tried."""
+    """Router probabilities to try dynamic routing at. A token uses every expert at or above the
+    threshold, and always the most probable one. 1, 2, .. N experts for every token are measured
+    beside them. Each takes one more evaluation. Default: not tried."""
 
 
 class Compare(Section):
+    """What `symphony compare` builds, trains and puts into one table."""
+
     methods: list[Name] | None = Field(None, min_length=1)
     """Presets, or names of `variants`, in the order of the table. Default: all presets."""
     seeds: list[Seed] = Field([114514], min_length=1)
-    """Each method is built and trained once per seed (of calibration text, router and training)."""
+    """Each method is built and trained once per seed. The seed sets calibration text, router and
+    training."""
     reference: Name = "symphony"
-    """The method whose final loss the others' way there is measured by; where nobody has named it
-    and `symphony` is not compared, the first of them."""
+    """Method whose final loss is the target: the table says how soon the others reach it. Default:
+    `symphony` if it is compared, otherwise the first method."""
     variants: dict[str, dict[str, Any]] = {}
-    """Name -> settings in the place of the recipe's, such as `{method: symphony, align: {neurons:
+    """Name -> settings that replace the recipe's, such as `{method: symphony, align: {neurons:
     none}}`."""
 
 
 class Recipe(Section):
+    """Everything that one build needs to know, checked."""
+
     sources: dict[str, SourceSpec] = Field(min_length=2, max_length=64)
     """Name -> source. One expert each, in this order."""
     anchor: Name
     """The source that the others are aligned to. Default: the first."""
     method: Name = "symphony"
-    """Preset for the sections below: one of PRESETS (`symphony`, `harmonized`, `btx`, `bam`,
-    `drop-upcycling`, `sparse-upcycling`), whose values are the defaults of those sections."""
+    """Preset, whose values are the defaults of the sections below: `symphony`, `harmonized`, `btx`,
+    `bam`, `drop-upcycling` or `sparse-upcycling`."""
     calibration: Calibration = Calibration()
     backbone: Backbone = Backbone()
     align: Align = Align()
@@ -342,109 +381,56 @@ class Recipe(Section):
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     compare: Compare = Compare()
-    """What `symphony compare` compares. It is no part of any one build."""
+    """What `symphony compare` compares. A single build does not use it."""
     seed: Seed = 114514
-    """Seed of the router's and the training's random draws."""
+    """Seed of router initialisation and training."""
     chat_date: date = TEMPLATE_DATE
-    """The date that chat templates are told is today (those of Llama 3.2 write it). It is fixed, so
-    that the same recipe gives the same text on any day."""
+    """Today's date for chat templates (those of Llama 3.2 write it). It is fixed, so that the same
+    recipe gives the same text on any day."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        names = list(self.sources)
-        for name in [*names, *self.evaluation.extra]:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise ValueError(
-                    f"the name {name!r} may hold letters, digits, '.', '_' and '-' only"
-                )
-            if name in ("built", "trained"):
-                raise ValueError(f"the name {name!r} is what the result is called; choose another")
-        if self.anchor not in names:
-            raise ValueError(f"anchor: {self.anchor!r} is no source; sources are {names}")
-        if self.output.chat is not None and self.output.chat not in names:
-            raise ValueError(f"output.chat: {self.output.chat!r} is no source; sources are {names}")
-        for name in self.experts.sources or ():
-            if name not in names:
-                raise ValueError(f"experts.sources: {name!r} is no source; sources are {names}")
-        experts = self.expert_names
-        if self.anchor not in experts:
-            raise ValueError(
-                f"experts.sources: without the anchor, {self.anchor!r}; name it, or another anchor"
-            )
-        for name in self.backbone.weights or ():
-            if name not in names:
-                raise ValueError(f"backbone.weights: {name!r} is no source; sources are {names}")
-        if self.backbone.weights is not None:
-            missing = [name for name in experts if name not in self.backbone.weights]
-            if missing:
-                raise ValueError(f"backbone.weights: no share for {missing} (0 leaves one out)")
-            if sum(self.backbone.weights.values()) <= 0:
-                raise ValueError("backbone.weights: the shares add up to nothing")
-        if self.router.top_k > len(experts):
-            raise ValueError(
-                f"router.top_k: {self.router.top_k} experts per token, but there are only "
-                f"{len(experts)} sources (one expert each); choose 1 to {len(experts)}"
-            )
-        both = [name for name in self.evaluation.extra if name in names]
-        if both:
-            raise ValueError(f"evaluation.extra: {both} are sources' names; choose other names")
-        for name in self.calibration.domains or ():
-            if name not in experts:
-                raise ValueError(
-                    f"calibration.domains: {name!r} is no source; sources are {experts}"
-                )
-        if self.calibration.domains is not None and self.fits:
-            raise ValueError(
-                "calibration.domains: a fit (fit.method, or a calibrated router.init) needs text "
-                "of every source; leave calibration.domains out, or fit nothing"
-            )
-        if self.experts.init == "drop" and self.fits_layers:
-            raise ValueError(
-                "fit.method: fits each expert to its source, but experts.init drop draws a share "
-                "of its neurons anew; set it to none, or experts.init to source"
-            )
-        if self.experts.attention == "source":
-            fits = "a fit knows only attention that all experts share"
-            refused = (
-                (
-                    "experts.init",
-                    self.experts.init == "copy",
-                    "source",
-                    "copies of one expert have no attention of their sources",
-                ),
-                ("fit.method", self.fits_layers, "none", fits),
-                ("router.init", self.fits_router, "random", fits),
-                (
-                    "train.gradient_checkpointing",
-                    self.train.gradient_checkpointing,
-                    "false",
-                    "the stock class of attention experts does not have it",
-                ),
-            )
-            for setting, is_set, instead, reason in refused:
-                if is_set:
-                    raise ValueError(
-                        f"{setting}: {reason}; set it to {instead}, or experts.attention to shared"
-                    )
-        if self.experts.init == "copy":
-            of_sources = {
-                "align.residual": self.align.residual == "orthogonal",
-                "align.heads": self.align.heads == "all",
-                "fit.method": self.fits_layers,
-            }
-            for setting, is_set in of_sources.items():
-                if is_set:
-                    raise ValueError(
-                        f"{setting}: fits each source's expert to the others', but experts.init "
-                        "copy keeps the anchor's alone; set it to none, or experts.init to source"
-                    )
+        # The rules know this class, so they are imported when there is one.
+        from symphony_moe.recipe.rules import refuse_contradictions
+
+        refuse_contradictions(self)
         parse_size(self.output.max_shard_size)
         return self
 
     @property
+    def copies_anchor(self) -> bool:
+        """Whether every expert is a copy of the anchor's FFN."""
+        return self.experts.init == "copy"
+
+    @property
+    def redraws_neurons(self) -> bool:
+        """Whether a share of each expert's neurons is drawn at random."""
+        return self.experts.init == "drop"
+
+    @property
+    def has_attention_experts(self) -> bool:
+        """Whether experts have queries and outputs of their own, with a router of their own."""
+        return self.experts.attention == "source"
+
+    @property
+    def aligns_residual(self) -> bool:
+        """Whether each source's residual stream is rotated onto the anchor's."""
+        return self.align.residual != "none"
+
+    @property
+    def aligns_heads(self) -> bool:
+        """Whether attention heads are matched to the anchor's."""
+        return self.align.heads != "none"
+
+    @property
     def aligns_neurons(self) -> bool:
-        """Whether neurons are matched: only where the experts have different ones."""
-        return self.align.neurons == "activations" and self.experts.init != "copy"
+        """Whether FFN neurons are matched to the anchor's. Copies of one FFN need no match."""
+        return self.align.neurons == "activations" and not self.copies_anchor
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the sources are compared with the anchor on the calibration text."""
+        return self.aligns_residual or self.aligns_heads or self.aligns_neurons
 
     @property
     def fits_layers(self) -> bool:
@@ -457,21 +443,22 @@ class Recipe(Section):
         return self.router.init != "random"
 
     @property
-    def folds(self) -> bool:
-        """Whether norm gains are folded into what reads them (and a tied head untied): a rotation
-        of the residual stream, and a fit of what reads it, know no gains."""
-        return self.align.residual != "none" or self.fits_layers
-
-    @property
-    def aligns(self) -> bool:
-        """Whether the sources are compared with the anchor on the calibration text."""
-        aligned = (self.align.residual, self.align.heads)
-        return self.aligns_neurons or any(setting != "none" for setting in aligned)
-
-    @property
     def fits(self) -> bool:
         """Whether the new model itself is run on the calibration text, layer by layer."""
         return self.fits_layers or self.fits_router
+
+    @property
+    def folds(self) -> bool:
+        """Whether norm gains are folded into the matrices that read them, and a tied head untied.
+
+        A rotated residual stream has no place for gains, and a fit does not know them.
+        """
+        return self.aligns_residual or self.fits_layers
+
+    @property
+    def distills(self) -> bool:
+        """Whether the sources are teachers in training."""
+        return self.train.teacher != "none"
 
     @property
     def shares(self) -> list[float]:
@@ -500,8 +487,7 @@ class Recipe(Section):
 
     @property
     def windows_each(self) -> int:
-        """Windows of calibration text of every source that gives some, those kept aside
-        included."""
+        """Calibration windows per source, validation windows included."""
         settings = self.calibration
         domains = len(self.calibration_domains)
         return max(1, settings.tokens // domains // settings.sequence_length)

@@ -1,18 +1,21 @@
 """YAML as recipes are read and written: the core schema of version 1.2, where `no` is text and
 `0100` is a hundred, and nothing but text, numbers, booleans, lists and tables of names.
 
-What is written here reads back the same by version 1.1 too (PyYAML, the hub's own reader).
+ruamel.yaml parses and prints. It reads more than the schema (dates, `0b11`, `1_`, tags) and forgets
+how a number was written, so the values are made here from its nodes. What is written reads back the
+same by version 1.1 too (PyYAML, the hub's own reader).
 """
 
+import io
 import re
 import warnings
 from typing import Any
 
-import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
-from ruamel.yaml.resolver import BaseResolver
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import BaseResolver, implicit_resolvers
 
 from symphony_moe.errors import shortened
 
@@ -79,9 +82,14 @@ def read_yaml(text: str) -> Any:
 
 def write_yaml(content: Any) -> str:
     """Tables, lists and scalars as YAML, in their order, for people to read."""
-    return yaml.dump(
-        content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False
-    )
+    written = io.StringIO()
+    printer = YAML(typ="safe", pure=True)
+    printer.Representer, printer.Resolver = _Representer, _WritingResolver
+    printer.representer.default_flow_style = False
+    printer.representer.sort_base_mapping_type_on_output = False
+    printer.width = 2**20  # a line for each value, however long
+    printer.dump(content, written)
+    return written.getvalue()
 
 
 class _Resolver(BaseResolver):
@@ -95,27 +103,39 @@ class _Resolver(BaseResolver):
         return (1, 2)
 
 
-class _Dumper(yaml.SafeDumper):
-    """PyYAML's, which quotes text that version 1.1 reads as something else; that which 1.2 reads as
-    something else is quoted too."""
+class _WritingResolver(_Resolver):
+    """Also the kinds of version 1.1: text that either version reads as something else is quoted."""
+
+
+class _Representer(SafeRepresenter):
+    """Every value spelled out, without anchors, as both versions read it."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
-    def represent_str(self, data: str) -> yaml.ScalarNode:
+    def represent_str(self, data: str) -> ScalarNode:
         # What is printed raw in the other styles is a line break in one version only, or none of
         # UTF-8's characters.
         odd = not data.isprintable()
         return self.represent_scalar(f"{_TAG}str", data, style='"' if odd else None)
 
+    def represent_float(self, data: float) -> ScalarNode:
+        node = super().represent_float(data)
+        if "." not in node.value:  # 1e-05 is text in version 1.1
+            node.value = node.value.replace("e", ".0e")
+        return node
+
 
 for _kind, (_pattern, _first) in _PLAIN.items():
     _starts = ["", *_first] if _kind == "null" else list(_first)
     _Resolver.add_implicit_resolver_base(_TAG + _kind, _pattern, _starts)
-    _Dumper.add_implicit_resolver(_TAG + _kind, _pattern, _starts)
-_Dumper.add_representer(str, _Dumper.represent_str)
-_Dumper.add_representer(SpelledInt, lambda dumper, value: dumper.represent_int(int(value)))
-_Dumper.add_representer(SpelledFloat, lambda dumper, value: dumper.represent_float(float(value)))
+for _versions, _tag, _old_pattern, _old_starts in implicit_resolvers:
+    if (1, 1) in _versions:
+        _WritingResolver.add_implicit_resolver_base(_tag, _old_pattern, _old_starts)
+_Representer.add_representer(str, _Representer.represent_str)
+for _number in (float, SpelledFloat):
+    _Representer.add_representer(_number, _Representer.represent_float)
+_Representer.add_representer(SpelledInt, _Representer.represent_int)
 
 
 def _composed(text: str) -> Any:

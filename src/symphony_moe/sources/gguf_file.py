@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
@@ -277,32 +277,57 @@ def _read_header(
         for _ in range(num_settings):
             key = _word(file)
             settings[key] = _value(file, *_numbers(file, "I"))
-        places: dict[str, tuple[tuple[int, ...], int, int]] = {}
-        for _ in range(num_tensors):
-            name = _word(file)
-            dimensions = _numbers(file, f"{_numbers(file, 'I')[0]}Q")
-            if name in places:
-                raise ValueError(f"it holds {name[:80]} twice")
-            # Sizes are kept from the innermost axis outwards.
-            places[name] = (dimensions[::-1], *_numbers(file, "IQ"))
+        places = _read_places(file, num_tensors)
         alignment = settings.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"its general.alignment is {str(alignment)[:40]}")
         begin = -(-file.tell() // alignment) * alignment
-        for name, (shape, kind, offset) in places.items():
-            if kind not in blocks:
-                raise ValueError(f"{name[:80]} is of the unknown kind {kind}")
-            numbers, its_bytes = blocks[kind]
-            if begin + offset + math.prod(shape) // numbers * its_bytes > size:
+        for name, place in places.items():
+            if place.kind not in blocks:
+                raise ValueError(f"{name[:80]} is of the unknown kind {place.kind}")
+            numbers, its_bytes = blocks[place.kind]
+            if begin + place.offset + place.numbers // numbers * its_bytes > size:
                 raise ValueError(f"it ends before {name[:80]} does")
-        factors: tuple[float, ...] = ()
-        if _ROPE_FACTORS in places:
-            shape, kind, offset = places[_ROPE_FACTORS]
-            if kind != 0:
-                raise ValueError(f"{_ROPE_FACTORS} is not in float32")
-            file.seek(begin + offset)
-            factors = _numbers(file, f"{math.prod(shape)}f")
-    return settings, {name: shape for name, (shape, _, _) in places.items()}, factors
+        factors = _read_factors(file, begin, places.get(_ROPE_FACTORS))
+    return settings, {name: place.shape for name, place in places.items()}, factors
+
+
+class _Place(NamedTuple):
+    """Where a tensor is in a file."""
+
+    shape: tuple[int, ...]
+    kind: int
+    """The format of its numbers."""
+    offset: int
+    """Bytes between the first tensor and this one."""
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+
+def _read_places(file: BinaryIO, num_tensors: int) -> dict[str, _Place]:
+    """Tensor -> its place, from the next part of a header."""
+    places: dict[str, _Place] = {}
+    for _ in range(num_tensors):
+        name = _word(file)
+        dimensions = _numbers(file, f"{_numbers(file, 'I')[0]}Q")
+        if name in places:
+            raise ValueError(f"it holds {name[:80]} twice")
+        # Sizes are kept from the innermost axis outwards.
+        places[name] = _Place(dimensions[::-1], *_numbers(file, "IQ"))
+    return places
+
+
+def _read_factors(file: BinaryIO, begin: int, place: _Place | None) -> tuple[float, ...]:
+    """What RoPE's frequencies are divided by; none where no tensor says it. `begin`: the first
+    tensor's place."""
+    if place is None:
+        return ()
+    if place.kind != 0:
+        raise ValueError(f"{_ROPE_FACTORS} is not in float32")
+    file.seek(begin + place.offset)
+    return _numbers(file, f"{place.numbers}f")
 
 
 _VERSIONS = (2, 3)

@@ -128,7 +128,7 @@ _SAME: dict[str, Callable[[PreTrainedConfig, PreTrainedConfig], bool]] = {
 """Config field -> whether two configs mean the same by it."""
 
 
-def compare_sources(
+def find_differences(
     sources: Sequence[Source], anchor: str, chat: str | None = None
 ) -> list[Difference]:
     """Every difference between the sources, from configs, headers and tokenizers. `chat`: the
@@ -137,7 +137,7 @@ def compare_sources(
     chat = chat or anchor
 
     def differ(what: str, values: Mapping[str, Any], verdict: Verdict, consequence: str) -> None:
-        spelled = {name: _spell(value) for name, value in values.items()}
+        spelled = {name: _in_words(value) for name, value in values.items()}
         if len(set(spelled.values())) > 1:
             found.append(Difference(what, spelled, verdict, consequence))
 
@@ -211,14 +211,14 @@ def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> li
         tokenizer = source.own_tokenizer
         digest = _segmentation_digest(tokenizer, common)
         rules["tokenizer merges and normalization"][source.name] = digest
-        rules["special tokens"][source.name] = _spell(
+        rules["special tokens"][source.name] = _in_words(
             {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())}
         )
         template = getattr(tokenizer, "chat_template", None)
         rules["chat template"][source.name] = (
             "none" if not template else "sha256 " + _digest(str(template))
         )
-        rules["tokenizer settings"][source.name] = _spell(other_settings(tokenizer))
+        rules["tokenizer settings"][source.name] = _in_words(other_settings(tokenizer))
     consequences = {"chat template": _of_chat(chat, anchor)}
     if chat != anchor:
         consequences["special tokens"] = (
@@ -328,13 +328,13 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _spell(value: Any) -> str:
+def _in_words(value: Any) -> str:
     """In words that are the same for the same value: 10000 and 10000.0 are one number."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_spell(value[key])}" for key in sorted(value))
+        return ", ".join(f"{key} {_in_words(value[key])}" for key in sorted(value))
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return ", ".join(map(_spell, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(_in_words, value)) if isinstance(value, list) else str(value)
 
 
 def refuse_mismatch(differences: Sequence[Difference]) -> None:

@@ -1,14 +1,14 @@
 """Sources: dense checkpoints opened lazily, described from headers alone, proved to match.
 
 `open_source` reads config, tokenizer files and safetensors headers; `Source.read` reads one tensor.
-`compare_sources` names every difference between the sources and says what it means for the build.
+`find_differences` names every difference between the sources and says what it means for the build.
 """
 
 import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -86,7 +86,7 @@ def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
 
 def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[Source]:
     """The sources in the union of their vocabularies; as they are where they have one already, and
-    where none can be found (`compare_sources` says why)."""
+    where none can be found (`find_differences` says why)."""
     if len({source.config.model_type for source in sources}) > 1:
         return list(sources)
     owners = [source.owner for source in sources]
@@ -97,10 +97,10 @@ def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[
     for source in sources:
         config = copy.deepcopy(source.config)
         config.vocab_size = vocabulary.size
-        changed = replace(source, config=config, vocabulary=vocabulary)
-        # Loaded once: a copy of a frozen dataclass would begin without.
-        changed.__dict__["own_tokenizer"] = source.own_tokenizer
-        shared.append(changed)
+        loaded = source.own_tokenizer
+        shared.append(
+            replace(source, config=config, vocabulary=vocabulary, loaded_tokenizer=loaded)
+        )
     return shared
 
 
@@ -110,26 +110,58 @@ def open_source(
     """Open a checkpoint from its headers and prove that it is complete.
 
     `download=False` fetches configuration, tokenizer and headers from the hub, but no weights, and
-    does not read weights to compare their hashes. `target`: what the recipe says of
-    the output's architecture.
+    does not read weights to compare their hashes. `target`: what the recipe says of the output's
+    architecture.
+
     Raises SourceError for a folder or hub id that is not there, an architecture without a family
     table, a variant that the target cannot hold, and missing, surplus or misshapen tensors;
     RecipeError for a target that does not hold the family.
     """
-    from_hub = not spec.model.startswith(BUNDLED) and not Path(spec.model).is_absolute()
+    # 1. The folder, fetched where it is on the hub; its files, as safetensors.
+    origin = _model_folder(name, spec, download=download)
+    files = _readable_files(name, spec, origin, target, download=download)
+    # 2. Headers: of the files here, of those on the hub, or as a GGUF's tensors will have them.
+    remote = _is_on_the_hub(spec) and not download and not has_weights(name, files.folder)
+    if files.gguf is not None and not download:
+        headers, notes = _headers_of_gguf(files.gguf), list[str]()
+    else:
+        headers, notes = hub_headers(name, spec) if remote else _read_headers(name, files.folder)
+    notes += [] if files.gguf is None else files.gguf.notes
+    # 3. The source, with the head that transformers gives it, proved to be complete.
+    source = Source(
+        name, spec.model, files.folder, files.config, headers, target=target, notes=tuple(notes)
+    )
+    if files.converted:
+        source = replace(source, origin=origin, converted=files.converted)
+    source = _with_its_head(_without_buffers(source), here=not remote)
+    _check_tensors(source)
+    _check_generation_config(source)
+    # 4. The adapter.
+    if spec.adapter is not None:
+        adapter = _open_adapter(name, spec, spec.adapter, source.config)
+        _refuse_tied_rows(adapter, declared=files.config, config=source.config)
+        source = _adapted(source, adapter)
+    # 5. Special tokens without a row go; the weights are those of the recipe.
+    source = replace(source, dropped=tuple(_drop_numbers(name, files.folder, source.config)))
+    if spec.sha256 is not None and download:
+        _check_hashes(source, spec.sha256)
+    return source
+
+
+def _is_on_the_hub(spec: SourceSpec) -> bool:
+    return not spec.model.startswith(BUNDLED) and not Path(spec.model).is_absolute()
+
+
+def _model_folder(name: str, spec: SourceSpec, *, download: bool) -> Path:
+    """The folder of a source's model, fetched where it is on the hub (with its weights, where
+    `download` says so). Raises SourceError where there is none, and for one that is an adapter's
+    too."""
     if spec.model.startswith(BUNDLED):
         folder = source_folder(spec.model.removeprefix(BUNDLED))
+    elif _is_on_the_hub(spec):
+        folder = fetch(name, spec.model, spec.revision, _wanted_files(spec, download=download))
     else:
-        patterns = [*SMALL_FILES, "*.safetensors"] if download else list(SMALL_FILES)
-        if spec.gguf_file is not None:
-            patterns.append(spec.gguf_file)  # everything is in it
-        elif spec.allow_pickle and not (
-            from_hub and any(is_on_hub(spec, file) for file in (SAFETENSORS, INDEX))
-        ):
-            patterns.append("*.bin")
         folder = Path(spec.model)
-        if from_hub:
-            folder = fetch(name, spec.model, spec.revision, patterns)
     if not folder.is_dir():
         hint = ", which is a file; name the folder of the model that it is in"
         hint = _gguf_hint(name, folder) or (hint if folder.is_file() else "")
@@ -140,50 +172,56 @@ def open_source(
             f"loads into the model by itself. Name its folder as sources.{name}.adapter, and as "
             "model the one that it was trained on, in a folder without it"
         )
-    origin = folder
+    return folder
+
+
+def _wanted_files(spec: SourceSpec, *, download: bool) -> list[str]:
+    """Patterns of the files to fetch from the hub."""
+    patterns = [*SMALL_FILES, "*.safetensors"] if download else list(SMALL_FILES)
+    if spec.gguf_file is not None:
+        return [*patterns, spec.gguf_file]  # everything is in it
+    if spec.allow_pickle and not any(is_on_hub(spec, file) for file in (SAFETENSORS, INDEX)):
+        return [*patterns, "*.bin"]
+    return patterns
+
+
+@dataclass(frozen=True)
+class _Files:
+    """A model's files, in formats that are read here."""
+
+    folder: Path
+    config: PreTrainedConfig
     converted: tuple[str, ...] = ()
+    """The files that the weights in `folder` were converted from, where they were."""
     gguf: GGUFFile | None = None
+    """The GGUF file among them."""
+
+
+def _readable_files(
+    name: str, spec: SourceSpec, folder: Path, target: Target, *, download: bool
+) -> _Files:
+    """The files of a model folder, converted where they are a GGUF or pickles. Raises SourceError
+    for weights in a format that the recipe does not ask for."""
     if spec.gguf_file is not None:
         gguf = open_gguf(name, folder / spec.gguf_file)
-        folder = _convert_gguf(name, folder, gguf, target, weights=download)
-        converted = (spec.gguf_file,)
-    elif not any(folder.glob("*.safetensors")) and not from_hub and _gguf_hint(name, folder):
-        found = f"{name}: {folder} has no .safetensors weights"
-        raise SourceError(found + _gguf_hint(name, folder))
+        made = _convert_gguf(name, folder, gguf, target, weights=download)
+        return _Files(made, _read_config(name, made, target), (spec.gguf_file,), gguf)
+    on_hub = _is_on_the_hub(spec)
+    hint = "" if on_hub or any(folder.glob("*.safetensors")) else _gguf_hint(name, folder)
+    if hint:
+        raise SourceError(f"{name}: {folder} has no .safetensors weights{hint}")
     config = _read_config(name, folder, target)
-    pickles = [] if converted else pickles_of(name, folder)
-    if pickles and from_hub and not download and is_on_hub(spec, SAFETENSORS):
-        pickles = []  # not fetched, but preferred
-    if pickles:
-        if not spec.allow_pickle:
-            raise SourceError(
-                f"{name}: {folder} has no .safetensors weights, only {pickles[0].name}, which is "
-                f"pickled; set sources.{name}.allow_pickle: true to have it read (tensors alone) "
-                "and converted"
-            )
-        folder = from_pickle(name, folder, pickles)
-        converted = tuple(path.name for path in pickles)
-    remote = from_hub and not download and not has_weights(name, folder)
-    if gguf is not None and not download:
-        headers, notes = _headers_of_gguf(gguf), list[str]()
-    else:
-        headers, notes = hub_headers(name, spec) if remote else _read_headers(name, folder)
-    notes += [] if gguf is None else gguf.notes
-    source = Source(name, spec.model, folder, config, headers, target=target)
-    source = replace(source, notes=tuple(notes))
-    if converted:
-        source = replace(source, origin=origin, converted=converted)
-    source = _with_its_head(_without_buffers(source), here=not remote)
-    _check_tensors(source)
-    _check_generation_config(source)
-    if spec.adapter is not None:
-        adapter = _open_adapter(name, spec, spec.adapter, source.config)
-        _refuse_tied_rows(adapter, declared=config, config=source.config)
-        source = _adapted(source, adapter)
-    source = replace(source, dropped=tuple(_drop_numbers(name, folder, source.config)))
-    if spec.sha256 is not None and download:
-        _check_hashes(source, spec.sha256)
-    return source
+    pickles = pickles_of(name, folder)
+    if not pickles or (on_hub and not download and is_on_hub(spec, SAFETENSORS)):
+        return _Files(folder, config)  # safetensors on the hub are preferred, fetched or not
+    if not spec.allow_pickle:
+        raise SourceError(
+            f"{name}: {folder} has no .safetensors weights, only {pickles[0].name}, which is "
+            f"pickled; set sources.{name}.allow_pickle: true to have it read (tensors alone) "
+            "and converted"
+        )
+    made = from_pickle(name, folder, pickles)
+    return _Files(made, config, tuple(path.name for path in pickles))
 
 
 def _gguf_hint(name: str, path: Path) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,6 +96,10 @@ class Source:
     """What its files hold that is ignored, or that its config does not say, in words."""
     dropped: tuple[str, ...] = ()
     """What its config says and `config` does not, in words."""
+    loaded_tokenizer: PreTrainedTokenizerBase | None = field(
+        default=None, repr=False, compare=False
+    )
+    """Its own tokenizer, where it has been read already: a copy need not read it again."""
 
     @property
     def family(self) -> Family:
@@ -135,6 +139,8 @@ class Source:
         """The folder's own (or the adapter's), without what only its class adds beyond the model's
         rows. Raises SourceError where its files cannot be read, and where they list tokens that the
         model has no rows for."""
+        if self.loaded_tokenizer is not None:
+            return self.loaded_tokenizer
         folder = self.tokenizer_folder or self.folder
         try:
             loaded = load_tokenizer(folder)
