@@ -31,6 +31,7 @@ from symphony_moe.errors import (
     VerificationError,
 )
 from symphony_moe.files import hash_folder
+from symphony_moe.progress import Progress
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
@@ -346,6 +347,33 @@ def test_resumed_training_equals_training_in_one_go(
     curves = [r.read_json(r.metrics)["training"]["curve"] for r in (run, whole)]
     assert curves[0] == curves[1] and len(curves[0]) == 7
     pipeline.verify(run)
+
+
+def test_every_optimizer_step_is_told(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once each, batches that are accumulated not by themselves. A resumed training goes on from
+    the step that was saved; what the listener raises ends it."""
+    run = copied("llama")
+    settings = ["train.batch_size=2", "train.gradient_accumulation=2"]
+    recipe = run.read_recipe(settings, sections=("train",))
+    sources = open_sources(recipe)
+    told: list[Progress] = []
+
+    def listen(progress: Progress) -> None:
+        told.append(progress)
+        if len(told) == 5:
+            raise Killed
+
+    def train(*, resume: bool) -> None:
+        run_module.train_run(run, recipe, sources, resume=resume, overwrite=False, progress=listen)
+
+    with pytest.raises(Killed):
+        train(resume=False)
+    assert told == [Progress("train", step, 7) for step in range(1, 6)]
+    train(resume=True)
+    assert told[5:] == [Progress("train", step, 7) for step in range(5, 8)]
+    assert run.trained.is_dir()
 
 
 def test_a_training_resumed_by_other_software_says_so(
