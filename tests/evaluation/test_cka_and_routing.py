@@ -16,8 +16,8 @@ from conftest import SIZES, ffn_of, make_recipe, router_of
 from symphony_moe import pipeline
 from symphony_moe.evaluation.cka import (
     OutputCovariance,
-    compare_experts,
-    compare_sources,
+    cka_of_experts,
+    cka_of_sources,
     describe_cka,
     shared_text,
 )
@@ -177,7 +177,7 @@ def test_sources_are_compared_by_the_outputs_of_their_own_layers(
     monkeypatch.setattr("symphony_moe.model.streams.WINDOWS_TOKENS", 48)
     sources = open_sources(load_recipe(recipes(variant)))
     text = windows_of(1, 5)
-    found = compare_sources(sources, text)
+    found = cka_of_sources(sources, text)
     outputs = [ffn_outputs(load_source(source), text) for source in sources]
     assert len(found) == 2
     for layer, alike in enumerate(found):
@@ -208,7 +208,7 @@ def test_experts_are_compared_by_all_tokens_wherever_they_are_routed(
     monkeypatch.setattr("symphony_moe.model.streams.WINDOWS_TOKENS", 48)
     anchor = open_sources(load_recipe(recipes(variant)))[0]
     text = windows_of(2, 5)
-    found = compare_experts(built(variant).checkpoint, anchor, 3, 2, text)
+    found = cka_of_experts(built(variant).checkpoint, anchor, 3, 2, text)
     model: Any = load_stock(built(variant).checkpoint)
     inputs: list[Tensor] = []
     for layer in model.model.layers:
@@ -237,8 +237,8 @@ def test_copies_of_one_model_have_equal_experts(tmp_path: Path) -> None:
     run = pipeline.build(recipe, tmp_path / "run")
     sources, text = open_sources(recipe), windows_of(0, 4)
     for layers in (
-        compare_sources(sources, text),
-        compare_experts(run.checkpoint, sources[0], 2, 2, text),
+        cka_of_sources(sources, text),
+        cka_of_experts(run.checkpoint, sources[0], 2, 2, text),
     ):
         assert torch.stack(layers) == pytest.approx(torch.ones(2, 2, 2), abs=1e-9)
 
@@ -548,10 +548,10 @@ def test_metrics_and_report_hold_likeness_routing_and_the_dynamic_curve(
     recipe = load_recipe(recipes("llama"))
     sources = open_sources(recipe)
     text = shared_text({n: t.windows for n, t in held_out_text(recipe, sources).items()})
-    alike = compare_sources(sources, text)
+    alike = cka_of_sources(sources, text)
     assert metrics["cka"]["sources"] == describe_cka(["a", "b", "c"], alike, text.numel())
     assert metrics["cka"]["sources"]["tokens"] == 4 * 256
-    alike = compare_experts(run.checkpoint, sources[0], 3, recipe.router.top_k, text)
+    alike = cka_of_experts(run.checkpoint, sources[0], 3, recipe.router.top_k, text)
     assert metrics["cka"]["built"] == describe_cka(["a", "b", "c"], alike, text.numel())
     assert metrics["cka"]["trained"] == metrics["cka"]["built"]
     routing = metrics["routing"]["trained"]
