@@ -25,7 +25,7 @@ from symphony_moe.building.calibrate import (
 from symphony_moe.building.plan import Plan, beyond_context, make_plan
 from symphony_moe.building.verify import compare_builds, verify_run
 from symphony_moe.errors import RecipeError, SymphonyError
-from symphony_moe.evaluation.benchmarks import choose_models, load_tasks, run_tasks
+from symphony_moe.evaluation.benchmarks import TaskOptions, choose_models, load_tasks, run_tasks
 from symphony_moe.evaluation.losses import (
     continuations,
     evaluate_run,
@@ -207,15 +207,8 @@ def evaluate_tasks(
         loaded = load_tasks(tasks, include, unsafe_code=unsafe_code)
         # A run's own models need none of them.
         sources = open_sources(recipe) if set(chosen) & set(recipe.sources) else []
-        return run_tasks(
-            folder,
-            sources,
-            chosen,
-            loaded,
-            limit=limit,
-            chat_template=chat_template,
-            unsafe_code=unsafe_code,
-        )
+        options = TaskOptions(limit, chat_template, unsafe_code)
+        return run_tasks(folder, sources, chosen, loaded, options)
 
 
 def generate(folder: RunFolder) -> list[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ from symphony_moe.building.calibrate import calibration_windows
 from symphony_moe.building.fuse import drop_neurons
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, SourceError
-from symphony_moe.evaluation.cka import OutputCovariance, compare_experts
+from symphony_moe.evaluation.cka import OutputCovariance, cka_of_experts
 from symphony_moe.evaluation.losses import losses_and_routing
 from symphony_moe.evaluation.routing import at_least, experts_by_rule, fixed_experts
 from symphony_moe.model.families import DOWN, GATE, NEURON_AXIS, UP
@@ -564,7 +564,7 @@ def test_likeness_of_experts_beside_attention_experts(bam: Callable[[str], RunFo
     run = bam("large-eps")
     source = open_sources(run.read_recipe())[0]
     probe = torch.randint(300, (4, 40), generator=torch.Generator().manual_seed(0))
-    found = compare_experts(run.checkpoint, source, 3, 2, probe)
+    found = cka_of_experts(run.checkpoint, source, 3, 2, probe)
     model: Any = load_stock(run.checkpoint)
     seen: list[torch.Tensor] = []
     for layer in model.model.layers:

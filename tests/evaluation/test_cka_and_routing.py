@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +10,33 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import ffn_of, make_recipe
+from conftest import SIZES, ffn_of, make_recipe, router_of
 from symphony_moe import pipeline
 from symphony_moe.evaluation.cka import (
     OutputCovariance,
-    compare_experts,
-    compare_sources,
+    cka_of_experts,
+    cka_of_sources,
     describe_cka,
     shared_text,
 )
 from symphony_moe.evaluation.losses import dynamic_routing, held_out_text, losses_and_routing
 from symphony_moe.evaluation.routing import (
     Routing,
+    _by_name,
+    _gates_and_choices,
+    _with_choices,
     at_least,
     describe_routing,
     experts_by_rule,
     fixed_experts,
     observe_routing,
     router_logits,
+    router_matrix,
     routers,
 )
-from symphony_moe.model.families import DOWN, GATE, UP
+from symphony_moe.model.families import DOWN, GATE, TARGETS, UP, Family, target_config
 from symphony_moe.model.layer import gated_neurons
 from symphony_moe.model.symmetry import NeuronMap, reorder_neurons
 from symphony_moe.recipe.load import load_recipe
@@ -172,7 +177,7 @@ def test_sources_are_compared_by_the_outputs_of_their_own_layers(
     monkeypatch.setattr("symphony_moe.model.streams.WINDOWS_TOKENS", 48)
     sources = open_sources(load_recipe(recipes(variant)))
     text = windows_of(1, 5)
-    found = compare_sources(sources, text)
+    found = cka_of_sources(sources, text)
     outputs = [ffn_outputs(load_source(source), text) for source in sources]
     assert len(found) == 2
     for layer, alike in enumerate(found):
@@ -203,7 +208,7 @@ def test_experts_are_compared_by_all_tokens_wherever_they_are_routed(
     monkeypatch.setattr("symphony_moe.model.streams.WINDOWS_TOKENS", 48)
     anchor = open_sources(load_recipe(recipes(variant)))[0]
     text = windows_of(2, 5)
-    found = compare_experts(built(variant).checkpoint, anchor, 3, 2, text)
+    found = cka_of_experts(built(variant).checkpoint, anchor, 3, 2, text)
     model: Any = load_stock(built(variant).checkpoint)
     inputs: list[Tensor] = []
     for layer in model.model.layers:
@@ -232,8 +237,8 @@ def test_copies_of_one_model_have_equal_experts(tmp_path: Path) -> None:
     run = pipeline.build(recipe, tmp_path / "run")
     sources, text = open_sources(recipe), windows_of(0, 4)
     for layers in (
-        compare_sources(sources, text),
-        compare_experts(run.checkpoint, sources[0], 2, 2, text),
+        cka_of_sources(sources, text),
+        cka_of_experts(run.checkpoint, sources[0], 2, 2, text),
     ):
         assert torch.stack(layers) == pytest.approx(torch.ones(2, 2, 2), abs=1e-9)
 
@@ -321,42 +326,92 @@ def test_domains_are_mixed_alike() -> None:
 
 
 class _AnotherRouter(nn.Module):
-    """As in transformers 5.0: probabilities for logits, experts before weights."""
+    """As in older versions: probabilities for logits, and its parts in another order."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, form: Sequence[str]) -> None:
         super().__init__()
-        self.weight, self.top_k = nn.Parameter(weight), 2
+        self.weight, self.top_k, self.form = nn.Parameter(weight), 2, form
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
         probability = router_logits(self, hidden).softmax(dim=1)
         gates, chosen = probability.topk(self.top_k, dim=1)
-        return probability, chosen, gates / gates.sum(dim=1, keepdim=True)
+        gates = gates / gates.sum(dim=1, keepdim=True)
+        parts = {"logits": probability, "weights": gates, "experts": chosen}
+        return tuple(parts[name] for name in self.form)
 
 
-def test_older_routers_are_read_right(built: Callable[[str], RunFolder]) -> None:
+@pytest.mark.parametrize(
+    ("variant", "form"),
+    [
+        ("llama", ("logits", "weights", "experts")),  # transformers 5.0
+        ("qwen2", ("logits", "experts", "weights")),  # 5.0 to 5.8
+        ("qwen2-granitemoe", ("experts", "weights", "logits")),  # 5.17 to 5.20
+    ],
+)
+def test_older_routers_are_read_right(
+    variant: str, form: Sequence[str], built: Callable[[str], RunFolder]
+) -> None:
     """What a stock router puts out first, and in which order, differs between versions. Neither
     the routing nor a rule depends on it."""
-    model: Any = load_stock(built("llama").checkpoint)
+    model: Any = load_stock(built(variant).checkpoint)
     text = windows_of(0, 3)
     with observe_routing(model) as so_far, torch.inference_mode():
         model(input_ids=text)
     expected = so_far()
     for layer in model.model.layers:
-        layer.mlp.gate = _AnotherRouter(layer.mlp.gate.weight.detach())
+        ffn, router = ffn_of(layer), router_of(layer)
+        name = next(name for name, module in ffn.named_children() if module is router)
+        setattr(ffn, name, _AnotherRouter(router.weight.detach(), form))
     with observe_routing(model) as so_far, torch.inference_mode():
         for layer in model.model.layers:
+            router = router_of(layer)
             # The stock layer cannot read it, so it is asked alone.
-            layer.mlp.forward = lambda x, gate=layer.mlp.gate: 0 * (x + gate(x)[2].sum())
+            ffn_of(layer).forward = lambda x, router=router: 0 * (x + router(x)[1].sum())
         model(input_ids=text)
     first = so_far()
     # The first layer's input is the same in both.
     assert torch.equal(first.share[0], expected.share[0])
     assert float(first.entropy[0]) == pytest.approx(float(expected.entropy[0]), abs=1e-9)
-    gate = model.model.layers[0].mlp.gate
     with experts_by_rule(model, at_least(0.0)):
-        _, chosen, gates = gate(random(5, 32).float())
+        parts = dict(
+            zip(form, router_of(model.model.layers[0])(random(5, 32).float()), strict=True)
+        )
+    chosen, gates = parts["experts"], parts["weights"]
     assert chosen.shape == gates.shape == (5, 3)
     assert not chosen.is_floating_point() and gates.is_floating_point()
+
+
+STOCK = {
+    family.moe: family
+    for held in TARGETS.values()
+    for families in held.values()
+    for family in families
+}
+
+
+@pytest.mark.parametrize("family", STOCK.values(), ids=STOCK)
+def test_every_row_says_what_its_router_puts_out(family: Family) -> None:
+    """Weights and experts are those of the logits, token by token, and whatever is put in their
+    place is found there."""
+    dense = AutoConfig.for_model(family.dense, **SIZES)
+    settings = target_config(family, dense, 3, 2, tied=False, dtype="float32")
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    router, x = routers(model)[0], random(7, 32).float()
+    with torch.inference_mode():
+        nn.init.normal_(router_matrix(router))
+        parts = _by_name(router(x), family.router_outputs)
+        probability = router_logits(router, x).softmax(dim=1)
+    gates, chosen = _gates_and_choices(parts)
+    expected, experts = probability.topk(2, dim=1)
+    order = chosen.argsort(dim=1), experts.argsort(dim=1)
+    assert torch.equal(chosen.gather(1, order[0]), experts.gather(1, order[1]))
+    expected = expected / expected.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(gates.gather(1, order[0]), expected.gather(1, order[1]))
+    others = torch.rand(7, 3), torch.stack([torch.randperm(3) for _ in range(7)])
+    changed = _by_name(_with_choices(parts, *others), family.router_outputs)
+    assert list(changed) == list(parts)
+    for one, other in zip(_gates_and_choices(changed), others, strict=True):
+        assert torch.equal(one, other)
 
 
 # -------------------------------------------------------------------------------- dynamic routing
@@ -493,10 +548,10 @@ def test_metrics_and_report_hold_likeness_routing_and_the_dynamic_curve(
     recipe = load_recipe(recipes("llama"))
     sources = open_sources(recipe)
     text = shared_text({n: t.windows for n, t in held_out_text(recipe, sources).items()})
-    alike = compare_sources(sources, text)
+    alike = cka_of_sources(sources, text)
     assert metrics["cka"]["sources"] == describe_cka(["a", "b", "c"], alike, text.numel())
     assert metrics["cka"]["sources"]["tokens"] == 4 * 256
-    alike = compare_experts(run.checkpoint, sources[0], 3, recipe.router.top_k, text)
+    alike = cka_of_experts(run.checkpoint, sources[0], 3, recipe.router.top_k, text)
     assert metrics["cka"]["built"] == describe_cka(["a", "b", "c"], alike, text.numel())
     assert metrics["cka"]["trained"] == metrics["cka"]["built"]
     routing = metrics["routing"]["trained"]

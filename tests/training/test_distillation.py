@@ -22,7 +22,9 @@ from symphony_moe.sources.stock import load_stock
 from symphony_moe.text import files as files_module
 from symphony_moe.training import distillation
 from symphony_moe.training import run as run_module
+from symphony_moe.training.callbacks import TrainingProgress
 from symphony_moe.training.distillation import Teachers, divergence
+from symphony_moe.training.trainer import MoETrainer
 
 SHORT = ["train.tokens=512"]
 TEACHER = [*SHORT, "train.teacher=sources"]
@@ -135,7 +137,7 @@ def test_teachers_in_turn_give_what_teachers_together_give(
     assert prepared == [0, 8, 16, 24]  # whole batches of four windows, no more often than that
     losses = [[entry["loss"] for entry in curve(run)] for run in runs[:2]]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    begin = run_module._Progress.on_step_begin
+    begin = TrainingProgress.on_step_begin
 
     def killed(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step == 5:
@@ -143,7 +145,7 @@ def test_teachers_in_turn_give_what_teachers_together_give(
         begin(self, args, state, control, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module._Progress, "on_step_begin", killed)
+        patch.setattr(TrainingProgress, "on_step_begin", killed)
         with pytest.raises(KeyboardInterrupt):
             pipeline.train(runs[2], in_turn)
     pipeline.train(runs[2], in_turn, resume=True)
@@ -280,7 +282,7 @@ def test_running_out_of_memory_is_said_in_words(
             "allocate memory: you tried to allocate 9 bytes."
         )
 
-    begin = run_module._Progress.on_step_begin
+    begin = TrainingProgress.on_step_begin
 
     def at_step(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step == 5:
@@ -288,7 +290,7 @@ def test_running_out_of_memory_is_said_in_words(
         begin(self, args, state, control, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module._Progress, "on_step_begin", at_step)
+        patch.setattr(TrainingProgress, "on_step_begin", at_step)
         with pytest.raises(RunFolderError, match=r"out of memory at step 6: lower train\.batch"):
             pipeline.train(run)
     assert hash_folder(run.checkpoint) == before and not run.trained.exists()
@@ -302,7 +304,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
     """What was saved last can be gone on from."""
     run, whole = copied("llama"), copied("llama")
     pipeline.train(whole)
-    save = run_module._Trainer._save_checkpoint
+    save = MoETrainer._save_checkpoint
 
     def broken(self: Any, model: Any, trial: Any) -> None:
         if self.state.global_step == 4:
@@ -310,7 +312,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
         save(self, model, trial)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module._Trainer, "_save_checkpoint", broken)
+        patch.setattr(MoETrainer, "_save_checkpoint", broken)
         with pytest.raises(RunFolderError, match="diverged by step 4"):
             pipeline.train(run)
     assert [path.name for path in run.training.glob("checkpoint-*")] == ["checkpoint-2"]

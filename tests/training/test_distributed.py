@@ -80,20 +80,21 @@ if "--fsdp" in sys.argv:
     PartialState.__init__ = begin_as_accelerator
 
 from symphony_moe.training import run as train
+from symphony_moe.training.callbacks import TrainingProgress
 from symphony_moe.cli import main
 
 if "--kill" in sys.argv:
     sys.argv.remove("--kill")
-    begin_step = train._Progress.on_step_begin
+    begin_step = TrainingProgress.on_step_begin
 
     def killed(self, arguments, state, *rest, **more):
         if state.global_step == 5:
             raise SystemExit(9)
         begin_step(self, arguments, state, *rest, **more)
 
-    train._Progress.on_step_begin = killed
+    TrainingProgress.on_step_begin = killed
 
-publish, ended = train._publish, Path(__file__).with_name("ended")
+publish, ended = train.publish_trained, Path(__file__).with_name("ended")
 
 def publish_seen(run, recipe, model, *rest):
     print("MODEL", type(model).__name__)
@@ -103,7 +104,7 @@ def publish_seen(run, recipe, model, *rest):
         time.sleep(0.1)
     publish(run, recipe, model, *rest)
 
-train._publish = publish_seen
+train.publish_trained = publish_seen
 code = main(sys.argv[1:])
 if os.environ["RANK"] != "0":
     ended.touch()
@@ -140,7 +141,7 @@ def single(
 
 
 def losses(run: RunFolder) -> list[float]:
-    """Of every step; and of the model at the end, as it is and softened."""
+    """Of every step; and of the model at the end, as it is and with temperature scaling."""
     training = run.read_json(run.metrics)["training"]
     return [entry["loss"] for entry in training["curve"]] + training["temperature_scaling"]["loss"]
 

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,22 @@ from symphony_moe.errors import (
     VerificationError,
 )
 from symphony_moe.files import hash_folder
+from symphony_moe.progress import Progress
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.text.windows import Encoder, Packed, pack_windows
+from symphony_moe.training import (
+    publishing,
+    resuming,
+    temperature_scaling,
+    trained_model,
+    trainer,
+)
 from symphony_moe.training import run as run_module
+from symphony_moe.training.callbacks import TrainingProgress
+from symphony_moe.training.job import TrainingJob
+from symphony_moe.training.trainer import MoETrainer
 
 ROUTER = re.compile(r"\.(gate|router\.layer)\.weight$")
 EXPERT = re.compile(r"\.experts\.\d+\.|\.(input|output)_linear\.")
@@ -184,7 +196,7 @@ def test_training_can_be_repeated_to_the_bit(copied: Callable[[str], RunFolder])
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
-def test_the_balance_loss_reaches_the_model(
+def test_the_load_balance_loss_reaches_the_model(
     variant: str, copied: Callable[[str], RunFolder]
 ) -> None:
     """The first step's loss is the language-model loss plus the weight times the stock balance
@@ -301,14 +313,14 @@ class Killed(BaseException):
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Training ends where the given step would begin."""
-    begin = run_module._Progress.on_step_begin
+    begin = TrainingProgress.on_step_begin
 
     def killed(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step == step:
             raise Killed
         begin(self, args, state, control, **rest)
 
-    monkeypatch.setattr(run_module._Progress, "on_step_begin", killed)
+    monkeypatch.setattr(TrainingProgress, "on_step_begin", killed)
 
 
 @pytest.mark.parametrize("step", [1, 5, 6])
@@ -337,15 +349,42 @@ def test_resumed_training_equals_training_in_one_go(
     pipeline.verify(run)
 
 
+def test_every_optimizer_step_is_told(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once each, batches that are accumulated not by themselves. A resumed training goes on from
+    the step that was saved; what the listener raises ends it."""
+    run = copied("llama")
+    settings = ["train.batch_size=2", "train.gradient_accumulation=2"]
+    recipe = run.read_recipe(settings, sections=("train",))
+    sources = open_sources(recipe)
+    told: list[Progress] = []
+
+    def listen(progress: Progress) -> None:
+        told.append(progress)
+        if len(told) == 5:
+            raise Killed
+
+    def train(*, resume: bool) -> None:
+        run_module.train_run(run, recipe, sources, resume=resume, overwrite=False, progress=listen)
+
+    with pytest.raises(Killed):
+        train(resume=False)
+    assert told == [Progress("train", step, 7) for step in range(1, 6)]
+    train(resume=True)
+    assert told[5:] == [Progress("train", step, 7) for step in range(5, 8)]
+    assert run.trained.is_dir()
+
+
 def test_a_training_resumed_by_other_software_says_so(
     copied: Callable[[str], RunFolder],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    run, now = copied("llama"), run_module.versions()
+    run, now = copied("llama"), resuming.versions()
     with monkeypatch.context() as patch:
         kill_at(patch, 5)
-        patch.setattr(run_module, "versions", lambda: now | {"torch": "1.0"})
+        patch.setattr(resuming, "versions", lambda: now | {"torch": "1.0"})
         with pytest.raises(Killed):
             pipeline.train(run)
     assert not [m for m in caplog.messages if "was begun with" in m]
@@ -363,7 +402,7 @@ def test_a_kill_in_the_middle_of_saving_loses_no_more_than_that(
     """A half-written training state is passed over for the one before it."""
     whole, run = copied("llama"), copied("llama")
     pipeline.train(whole)
-    save = run_module.Trainer._save_optimizer_and_scheduler
+    save = trainer.Trainer._save_optimizer_and_scheduler
 
     def killed(self: Any, folder: str) -> None:
         if folder.endswith("checkpoint-4"):
@@ -371,7 +410,7 @@ def test_a_kill_in_the_middle_of_saving_loses_no_more_than_that(
         save(self, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.Trainer, "_save_optimizer_and_scheduler", killed)
+        patch.setattr(trainer.Trainer, "_save_optimizer_and_scheduler", killed)
         with pytest.raises(Killed):
             pipeline.train(run)
     pipeline.train(run, resume=True)
@@ -387,9 +426,9 @@ def test_a_kill_at_the_very_end_leaves_a_run_that_verifies(
     def killed(*_: Any) -> None:
         raise Killed
 
-    for place in ("publish", "_curve"):
+    for place in ("publish", "_loss_curve"):
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, place, killed)
+            patch.setattr(publishing, place, killed)
             with pytest.raises(Killed):
                 pipeline.train(run, ["train.tokens=512"], overwrite=True)
         if run.trained.exists():
@@ -400,7 +439,7 @@ def test_a_kill_at_the_very_end_leaves_a_run_that_verifies(
             pipeline.verify(run)
 
 
-@pytest.mark.parametrize("at", ["_soften", "_publish"])
+@pytest.mark.parametrize("at", ["scale_temperature", "publish_trained"])
 def test_a_kill_after_the_last_step_of_text_that_is_no_whole_number_of_steps(
     at: str, copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -624,13 +663,15 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_built(
 def test_stacked_experts_are_trained_where_transformers_can(
     setting: str, recipes: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Older versions' JetMoe and GraniteMoe have no balance loss in training, or cannot compute
-    it."""
+    """Older versions' JetMoe and GraniteMoe have no load-balance loss in training, or cannot
+    compute it."""
     recipe = load_recipe(recipes("llama"), [setting])
     run_module.refuse_untrainable(recipe)
     monkeypatch.setattr(run_module.transformers, "__version__", "5.9.0")
     name = "jetmoe" if "bam" in setting else "granitemoe"
-    with pytest.raises(RecipeError, match=rf"the {name} of transformers 5\.9\.0 has no balance"):
+    with pytest.raises(
+        RecipeError, match=rf"the {name} of transformers 5\.9\.0 has no load-balance loss"
+    ):
         run_module.refuse_untrainable(recipe)
     run_module.refuse_untrainable(load_recipe(recipes("llama"), ["method=btx"]))
 
@@ -643,13 +684,13 @@ def test_one_process_trains_on_one_gpu(
     """Where it sees several, the stock Trainer would make every step several times as large."""
     whole, run = copied("llama"), copied("llama")
     pipeline.train(whole)
-    prepare = run_module.TrainingArguments.__post_init__
+    prepare = trainer.TrainingArguments.__post_init__
 
     def of_three(self: Any) -> None:
         prepare(self)
         self._n_gpu = 3
 
-    monkeypatch.setattr(run_module.TrainingArguments, "__post_init__", of_three)
+    monkeypatch.setattr(trainer.TrainingArguments, "__post_init__", of_three)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with caplog.at_level("INFO"):
         pipeline.train(run)
@@ -702,7 +743,7 @@ def test_what_a_logger_has_written_stays(
 ) -> None:
     """TensorBoard writes into the Trainer's own folder, which goes when a training ends."""
     run = copied("llama")
-    stock = run_module.Trainer.train
+    stock = trainer.Trainer.train
 
     def logged(self: Any, **settings: Any) -> Any:
         folder = Path(self.args.output_dir) / "runs" / "today"
@@ -710,7 +751,7 @@ def test_what_a_logger_has_written_stays(
         (folder / "events").write_text("loss")
         return stock(self, **settings)
 
-    monkeypatch.setattr(run_module.Trainer, "train", logged)
+    monkeypatch.setattr(trainer.Trainer, "train", logged)
     pipeline.train(run)
     assert (run.logs / "today" / "events").read_text() == "loss"
     pipeline.train(run, overwrite=True)
@@ -730,7 +771,7 @@ def test_sharded_weights_are_not_put_on_one_gpu_first(
         asked.append((folder, on))
         raise Killed
 
-    monkeypatch.setattr(run_module, "load_stock", load)
+    monkeypatch.setattr(trained_model, "load_stock", load)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", shards)
     with pytest.raises(Killed):
         pipeline.train(run)
@@ -744,13 +785,13 @@ def test_the_recipe_says_how_precisely_it_computes(
     """And not what a launcher has in its own configuration."""
     run, seen = copied("llama"), []
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    stock = run_module.Trainer.train
+    stock = trainer.Trainer.train
 
     def look(self: Any, **settings: Any) -> Any:
         seen.append(self.accelerator.mixed_precision)
         return stock(self, **settings)
 
-    monkeypatch.setattr(run_module.Trainer, "train", look)
+    monkeypatch.setattr(trainer.Trainer, "train", look)
     AcceleratorState._reset_state()
     pipeline.train(run, [f"train.precision={precision}", "train.tokens=512"])
     AcceleratorState._reset_state()
@@ -766,7 +807,7 @@ def test_what_is_trained_may_have_been_trained_elsewhere(
     recipe = load_recipe(recipes("llama"), ["train.report_to=wandb"])
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "get_available_reporting_integrations", lambda: ["wandb"])
-        patch.setattr(run_module, "_make_trainer", without_loggers(run_module._make_trainer))
+        patch.setattr(run_module, "make_trainer", without_loggers(run_module.make_trainer))
         run = pipeline.run(recipe, tmp_path / "run")
     hashes = hash_folder(run.trained)
     pipeline.run(run.read_recipe(), run.root, resume=True)
@@ -779,9 +820,10 @@ def test_what_is_trained_may_have_been_trained_elsewhere(
 def without_loggers(make: Callable[..., Any]) -> Callable[..., Any]:
     """The Trainer as it would be made for `train.report_to: none`."""
 
-    def made(model: Any, text: Any, recipe: Any, *rest: Any) -> Any:
-        settings = recipe.train.model_copy(update={"report_to": "none"})
-        return make(model, text, recipe.model_copy(update={"train": settings}), *rest)
+    def made(job: TrainingJob, *rest: Any) -> Any:
+        settings = job.settings.model_copy(update={"report_to": "none"})
+        recipe = job.recipe.model_copy(update={"train": settings})
+        return make(replace(job, recipe=recipe), *rest)
 
     return made
 
@@ -809,7 +851,7 @@ def test_resuming_with_other_settings_is_refused(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_module._Trainer, "train", stop)
+        patched.setattr(MoETrainer, "train", stop)
         with pytest.raises(KeyboardInterrupt):
             pipeline.train(folder)
     with pytest.raises(RunFolderError, match=r"begun with learning_rate = 0\.001, not 0\.5"):
@@ -910,7 +952,7 @@ def test_a_full_disk_is_said_in_words_and_training_goes_on_later(
     """No traceback; what was saved before stays, and is gone on from."""
     whole, run = copied("llama"), copied("llama")
     pipeline.train(whole)
-    save = run_module.Trainer._save_optimizer_and_scheduler
+    save = trainer.Trainer._save_optimizer_and_scheduler
 
     def full(self: Any, folder: str) -> None:
         if folder.endswith("checkpoint-4"):
@@ -918,7 +960,7 @@ def test_a_full_disk_is_said_in_words_and_training_goes_on_later(
         save(self, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.Trainer, "_save_optimizer_and_scheduler", full)
+        patch.setattr(trainer.Trainer, "_save_optimizer_and_scheduler", full)
         assert main(["train", str(run.root)]) == 2
     message = capsys.readouterr().err
     assert os.strerror(errno.ENOSPC) in message and "Traceback" not in message
@@ -935,14 +977,14 @@ def nats(folder: Path, text: Packed, temperature: float = 1.0) -> float:
 
 
 @pytest.mark.parametrize("variant", ["llama-tied-rope3", "qwen2", "qwen3"])
-def test_softening_costs_what_it_may_and_changes_the_final_norm_alone(
+def test_temperature_scaling_costs_what_it_may_and_changes_the_final_norm_alone(
     variant: str, copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By brute force on the text that was trained on last: at the temperature that is chosen the
     loss is below the limit, at the next it is not."""
     sharp, soft = copied(variant), copied(variant)
     settings = ["train.tokens=12288"]
-    monkeypatch.setattr(run_module, "TRAINED_TOKENS", 2048)
+    monkeypatch.setattr(temperature_scaling, "TRAINED_TOKENS", 2048)
     pipeline.train(sharp, settings)
     pipeline.train(soft, [*settings, "train.temperature_scaling=0.02"])
     before, after = read_tensors(sharp.trained), read_tensors(soft.trained)

@@ -15,6 +15,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,8 @@ def _load(index: Any, name: str, shots: int | None, unsafe_code: bool) -> TaskSe
             if shots and own == 0:
                 raise RecipeError(f"{who}: {part} takes no examples; ask for {name} alone")
             task.set_config("num_fewshot", (own or 0) if shots is None else shots)
-        found = _evaluate(get_model("dummy")(), tasks, 2, unsafe_code=unsafe_code, bootstrap=0)
+        rehearsal = TaskOptions(limit=2, unsafe_code=unsafe_code)
+        found = _evaluate(get_model("dummy")(), tasks, rehearsal, bootstrap=0)
         if not all(_metrics(found["results"][part]) for part in tasks.parts):
             raise RecipeError(f"{who}: measures nothing")
     return tasks
@@ -287,45 +289,90 @@ def _blaming(who: str) -> Iterator[None]:
 # Models
 
 
+@dataclass(frozen=True)
+class TaskOptions:
+    """How all tasks are asked."""
+
+    limit: int | None = None
+    """Documents of each task; None for all."""
+    chat_template: bool = False
+    """Prompts are chats, in each model's own template."""
+    unsafe_code: bool = False
+    """Tasks may run the code that a model writes."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A model that is evaluated."""
+
+    name: str
+    folder: Path
+    source: Source | None
+    """Where it is one."""
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its own: a source's is not that of the vocabulary which the sources share."""
+        return load_tokenizer(self.folder) if self.source is None else self.source.own_tokenizer
+
+    @property
+    def context(self) -> int:
+        """The longest text that it takes, in tokens."""
+        return int(load_config(self.folder).max_position_embeddings)
+
+    def load(self) -> PreTrainedModel:
+        """The model, in its own vocabulary."""
+        if self.source is None:
+            return load_stock(self.folder)
+        return load_source(replace(self.source, vocabulary=None))
+
+
 def run_tasks(
     run: RunFolder,
     sources: Sequence[Source],
     models: Sequence[str],
     tasks: Sequence[TaskSet],
-    *,
-    limit: int | None = None,
-    chat_template: bool = False,
-    unsafe_code: bool = False,
+    options: TaskOptions = TaskOptions(),
 ) -> dict[str, Any]:
     """Evaluate models on tasks, into `tasks` of `metrics.json`, after each task; what was measured
     of other tasks and models stays. Returns all of it: model -> task -> metric -> value.
 
     A source is evaluated as everyone else would: in its own vocabulary and with its own chat
-    template. `limit`: documents of each task (None: all). Raises RecipeError for a model without a
-    chat template, and for a task that wants longer texts than a model can make.
+    template. Raises RecipeError for a model without a chat template where the options ask for one,
+    and for a task that wants longer texts than a model can make.
     """
-    opened = {source.name: source for source in sources}
-    tokenizers = {name: _tokenizer(run, opened, name) for name in models}
-    for name in models:
-        if chat_template and not tokenizers[name].chat_template:
+    candidates = _candidates(run, sources, models)
+    for model in candidates:
+        if options.chat_template and not model.tokenizer.chat_template:
             raise RecipeError(
-                f"--chat-template: {name} has no chat template; leave the option away"
+                f"--chat-template: {model.name} has no chat template; leave the option away"
             )
-        _check_lengths(name, _context(run, opened, name), tasks)
-    for name in models:
-        model = _model(run, opened, name)
-        lm = _wrap(model, tokenizers[name])
+        _check_lengths(model.name, model.context, tasks)
+    for model in candidates:
+        lm = _wrap(model.load(), model.tokenizer)
         for task in tasks:
             with _quiet(bars=True):
-                found = _evaluate(
-                    lm, task, limit, chat_template=chat_template, unsafe_code=unsafe_code
-                )
-            _warn_of_cuts(name, task, tokenizers[name], _context(run, opened, name))
-            results = _results(task, found, chat_template=chat_template)
+                found = _evaluate(lm, task, options)
+            _warn_of_cuts(model, task)
+            results = _results(task, found, chat_template=options.chat_template)
             for part, values in results.items():
-                log.info("evaluated %s on %s: %s", name, part, _spell(values))
-            _keep(run, name, results)
+                log.info("evaluated %s on %s: %s", model.name, part, _scores_as_text(values))
+            _keep(run, model.name, results)
     return dict(run.read_json(run.metrics)["tasks"])
+
+
+def _candidates(
+    run: RunFolder, sources: Sequence[Source], models: Sequence[str]
+) -> list[_Candidate]:
+    """The models of these names, with their tokenizers: a broken one is found before any model is
+    loaded."""
+    opened = {source.name: source for source in sources}
+    own = {"built": run.checkpoint, "trained": run.trained}
+    folders = {**own, **{name: source.folder for name, source in opened.items()}}
+    found = [_Candidate(name, folders[name], opened.get(name)) for name in models]
+    for model in found:
+        _ = model.tokenizer
+    return found
 
 
 def _keep(run: RunFolder, model: str, results: Mapping[str, Any]) -> None:
@@ -334,31 +381,6 @@ def _keep(run: RunFolder, model: str, results: Mapping[str, Any]) -> None:
     if not run.trained.is_dir():
         known.pop("trained", None)
     run.update_json(run.metrics, {"tasks": {**known, model: {**known.get(model, {}), **results}}})
-
-
-def _folder(run: RunFolder, sources: Mapping[str, Source], name: str) -> Path:
-    if name in sources:
-        return sources[name].folder
-    return run.trained if name == "trained" else run.checkpoint
-
-
-def _tokenizer(run: RunFolder, sources: Mapping[str, Source], name: str) -> PreTrainedTokenizerBase:
-    if name in sources:
-        return sources[name].own_tokenizer
-    return load_tokenizer(_folder(run, sources, name))
-
-
-def _context(run: RunFolder, sources: Mapping[str, Source], name: str) -> int:
-    """The longest text that a model takes, in tokens."""
-    folder = _folder(run, sources, name)
-    config = load_config(folder)
-    return int(config.max_position_embeddings)
-
-
-def _model(run: RunFolder, sources: Mapping[str, Source], name: str) -> PreTrainedModel:
-    if name in sources:
-        return load_source(replace(sources[name], vocabulary=None))
-    return load_stock(_folder(run, sources, name))
 
 
 def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -371,15 +393,10 @@ def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _evaluate(
-    lm: Any,
-    tasks: TaskSet,
-    limit: int | None,
-    *,
-    chat_template: bool = False,
-    unsafe_code: bool = False,
-    bootstrap: int = 100_000,
+    lm: Any, tasks: TaskSet, options: TaskOptions, *, bootstrap: int = 100_000
 ) -> Mapping[str, Any]:
-    """The harness's results. Every draw is made anew, so that all models see the same prompts."""
+    """The harness's results. Every draw is made anew, so that all models see the same prompts.
+    `bootstrap`: samples for the standard errors of metrics that need them."""
     import lm_eval
 
     random.seed(0)
@@ -390,12 +407,12 @@ def _evaluate(
     found: Mapping[str, Any] = lm_eval.evaluate(
         lm=lm,
         task_dict=tasks.content,
-        limit=limit,
+        limit=options.limit,
         log_samples=False,
         bootstrap_iters=bootstrap,
-        apply_chat_template=chat_template,
-        fewshot_as_multiturn=chat_template,
-        confirm_run_unsafe_code=unsafe_code,
+        apply_chat_template=options.chat_template,
+        fewshot_as_multiturn=options.chat_template,
+        confirm_run_unsafe_code=options.unsafe_code,
     )
     return found
 
@@ -459,10 +476,9 @@ def _answer_lengths(tasks: TaskSet) -> dict[str, int]:
         }
 
 
-def _warn_of_cuts(
-    model: str, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase, context: int
-) -> None:
+def _warn_of_cuts(model: _Candidate, tasks: TaskSet) -> None:
     """The harness cuts what is too long from the left, examples first, and says nothing."""
+    context = model.context
     answers = _answer_lengths(tasks)
     for name, task in tasks.parts.items():
         texts = [
@@ -473,7 +489,7 @@ def _warn_of_cuts(
         if not texts:
             continue
         room = context - answers[name] if name in answers else context + 1
-        cut = sum(len(tokens) > room for tokens in tokenizer(texts)["input_ids"])
+        cut = sum(len(tokens) > room for tokens in model.tokenizer(texts)["input_ids"])
         if cut:
             log.warning(
                 "%s: %d of %d prompts are longer than the %d tokens that %s takes, and were cut "
@@ -482,11 +498,12 @@ def _warn_of_cuts(
                 cut,
                 len(texts),
                 room,
-                model,
+                model.name,
             )
 
 
-def _spell(values: Mapping[str, Any]) -> str:
+def _scores_as_text(values: Mapping[str, Any]) -> str:
+    """For the log."""
     metrics = ", ".join(f"{name} {v:.4g}" for name, v in values.items() if isinstance(v, float))
     return f"{metrics} ({values['samples']} documents)"
 

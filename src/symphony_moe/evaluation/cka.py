@@ -29,9 +29,6 @@ CKA_TOKENS = 4096
 """Text of each domain that outputs are compared on, in tokens (whole windows, at least one)."""
 
 
-# ------------------------------------------------------------------------------------------- CKA
-
-
 class OutputCovariance:
     """Cross-covariances of the outputs of a layer's experts, from one pass over batches.
 
@@ -88,7 +85,7 @@ def shared_text(
 
 
 @torch.inference_mode()
-def compare_sources(
+def cka_of_sources(
     sources: Sequence[Source], text: Windows
 ) -> list[Float[Tensor, "experts experts"]]:
     """Layer -> CKA of the sources' FFN outputs, each on its own residual stream for the same
@@ -112,7 +109,7 @@ def compare_sources(
 
 
 @torch.inference_mode()
-def compare_experts(
+def cka_of_experts(
     checkpoint: Path, anchor: Source, num_experts: int, top_k: int, text: Windows
 ) -> list[Float[Tensor, "experts experts"]]:
     """Layer -> CKA of the experts' outputs in a checkpoint folder of ours: every expert on every

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from symphony_moe.evaluation.cka import compare_experts, compare_sources, describe_cka, shared_text
+from symphony_moe.evaluation.cka import cka_of_experts, cka_of_sources, describe_cka, shared_text
 from symphony_moe.evaluation.routing import (
     Routing,
     at_least,
@@ -84,7 +84,7 @@ def evaluate_run(
         }
         if dynamic:
             metrics.setdefault("dynamic", {})[stage] = dynamic
-        alike = compare_experts(
+        alike = cka_of_experts(
             folder, anchor_of(recipe, sources), len(names), recipe.router.top_k, shared
         )
         metrics["cka"][stage] = describe_cka(names, alike, shared.numel())
@@ -107,7 +107,7 @@ def _evaluate_sources(
     for source in sources:
         losses[source.name], _ = losses_and_routing(load_source(source), windows, source.known)
         log.info("evaluated source %s: %s", source.name, _spell(losses[source.name]))
-    alike = compare_sources(sources, shared)
+    alike = cka_of_sources(sources, shared)
     return losses, describe_cka([source.name for source in sources], alike, shared.numel())
 
 

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 from transformers import PreTrainedModel
 
+from symphony_moe.model.families import router_outputs_of
+
 Rule = Callable[[Float[Tensor, "tokens experts"]], Bool[Tensor, "tokens experts"]]
 """Router probabilities -> which experts a token uses, at least one."""
 
 
-# --------------------------------------------------------------------------------------- routing
+# Routing
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,13 @@ class _Sums:
 def observe_routing(model: PreTrainedModel) -> Iterator[Callable[[], Routing]]:
     """Inside the block, every run of a stock MoE adds to what the function that is given returns:
     the routing of all tokens so far."""
-    gates = routers(model)
+    gates, forms = routers(model), router_outputs_of(model.config.model_type)
     sums = _Sums(len(gates), len(router_matrix(gates[0])))
 
     def observe(layer: int) -> Any:
         def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            sums.add(layer, router_logits(router, inputs[0]), *_gates_and_choices(output))
+            gates_and_choices = _gates_and_choices(_by_name(output, forms))
+            sums.add(layer, router_logits(router, inputs[0]), *gates_and_choices)
 
         return hook
 
@@ -161,38 +164,56 @@ def observe_routing(model: PreTrainedModel) -> Iterator[Callable[[], Routing]]:
             handle.remove()
 
 
+def _by_name(output: Sequence[Any], forms: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The parts of a stock router's output, in their order. `forms`: those that it may have
+    (`Family.router_outputs`), of which it has the first that fits: versions of transformers differ
+    in the order of numbers and integers."""
+    numbers = ("logits", "weights")
+    for form in forms:
+        if len(form) == len(output) and all(
+            part.is_floating_point() == (name in numbers)
+            for name, part in zip(form, output, strict=True)
+            if isinstance(part, Tensor)
+        ):
+            return dict(zip(form, output, strict=True))
+    raise AssertionError(f"a router put out {len(output)} parts, in none of the forms {forms}")
+
+
 def _gates_and_choices(
-    output: Sequence[Any],
+    parts: Mapping[str, Any],
 ) -> tuple[Float[Tensor, "tokens places"], Int[Tensor, "tokens places"]]:
-    """Weights and experts in a stock router's output, which begins with its logits. Ernie 4.5 gives
-    experts before weights in transformers 5.0, and after them later. JetMoE's ends with its logits,
-    and has the weights sorted by expert."""
-    if len(output) == 5:
-        order, _, by_expert, sizes, logits = output
-        experts = torch.arange(len(sizes), device=order.device)
-        chosen = experts.repeat_interleave(torch.tensor(sizes, device=order.device))
-        gates, places = torch.empty_like(by_expert), torch.empty_like(order)
-        gates[order], places[order] = by_expert, chosen
-        return gates.view(len(logits), -1), places.view(len(logits), -1)
-    one, other = output[1:]
-    return (one, other) if one.is_floating_point() else (other, one)
+    """Weights and experts in a stock router's output."""
+    if "sizes" not in parts:
+        return parts["weights"], parts["experts"]
+    order, by_expert, sizes = parts["order"], parts["weights"], parts["sizes"]
+    experts = torch.arange(len(sizes), device=order.device)
+    chosen = experts.repeat_interleave(torch.tensor(sizes, device=order.device))
+    gates, places = torch.empty_like(by_expert), torch.empty_like(order)
+    gates[order], places[order] = by_expert, chosen
+    tokens = len(parts["logits"])
+    return gates.view(tokens, -1), places.view(tokens, -1)
 
 
 def _with_choices(
-    output: Sequence[Any],
+    parts: Mapping[str, Any],
     gates: Float[Tensor, "tokens places"],
     chosen: Int[Tensor, "tokens places"],
 ) -> tuple[Any, ...]:
-    """A stock router's output with other weights and experts in it: see `_gates_and_choices`."""
-    if len(output) == 5:
+    """A stock router's output with other weights and experts in it."""
+    changed: dict[str, Any] = {"weights": gates, "experts": chosen}
+    if "sizes" in parts:
         order = chosen.flatten().argsort()
-        sizes = torch.bincount(chosen.flatten(), minlength=len(output[3])).tolist()
-        return order, order // chosen.shape[1], gates.flatten()[order], sizes, output[4]
-    weights_first = output[1].is_floating_point()
-    return output[0], *((gates, chosen) if weights_first else (chosen, gates))
+        counts = torch.bincount(chosen.flatten(), minlength=len(parts["sizes"]))
+        changed = {
+            "order": order,
+            "tokens": order // chosen.shape[1],
+            "weights": gates.flatten()[order],
+            "sizes": counts.tolist(),
+        }
+    return tuple(changed.get(name, part) for name, part in parts.items())
 
 
-# ------------------------------------------------------------------------------- dynamic routing
+# Dynamic routing
 
 
 def at_least(threshold: float) -> Rule:
@@ -227,6 +248,7 @@ def experts_by_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
     probabilities renormalised to sum to one. Everything but the routers' output is the stock
     model's own code: experts beyond a token's own get a weight of zero, so this measures losses,
     and no time is saved."""
+    forms = router_outputs_of(model.config.model_type)
 
     def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> tuple[Any, ...]:
         probability = torch.softmax(router_logits(router, inputs[0]), dim=-1)
@@ -235,7 +257,8 @@ def experts_by_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
         gates, order = probability.masked_fill(~used, 0).sort(dim=1, descending=True, stable=True)
         places = int(used.sum(dim=1).max())
         gates = gates[:, :places] / gates[:, :places].sum(dim=1, keepdim=True)
-        return _with_choices(output, gates.to(inputs[0].dtype), order[:, :places])
+        parts = _by_name(output, forms)
+        return _with_choices(parts, gates.to(inputs[0].dtype), order[:, :places])
 
     handles = [gate.register_forward_hook(hook) for gate in routers(model)]
     try:

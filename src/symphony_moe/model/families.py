@@ -47,6 +47,16 @@ _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _JETMOE_EPS = 1e-6
 
 
+BY_TOKEN = ("logits", "weights", "experts")
+"""What most stock router modules put out: logits (tokens x experts), then the weights and the
+numbers of the experts that each token goes to (both tokens x places)."""
+
+
+BY_EXPERT = ("order", "tokens", "weights", "sizes", "logits")
+"""What JetMoE's puts out, where `weights` are sorted by expert: for each of them, its place in
+tokens x places and its token; how many each expert has; and the logits."""
+
+
 _SAME_IN_EVERY_TARGET = [
     "vocab_size",
     "hidden_size",
@@ -138,6 +148,9 @@ class Family:
     another."""
     repeats_kv: bool = False
     """The target has a KV head for every query head: those of the family are repeated."""
+    router_outputs: tuple[tuple[str, ...], ...] = (BY_TOKEN,)
+    """What the target's router module puts out, part by part, in each of the versions of
+    transformers since 5.0."""
     norm_eps: float | None = None
     """The only epsilon that the target's norms have; None where it is a setting. See
     `stream_scale`."""
@@ -321,6 +334,7 @@ FAMILIES: dict[str, Family] = {
             vectors=tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
             interleaved_rotary=True,
             has_head_bias=True,
+            router_outputs=(BY_TOKEN, ("logits", "experts", "weights")),
             zeros={
                 "self_attn.o_proj.bias": "hidden",
                 "mlp.moe_statics.e_score_correction_bias": "1 experts",
@@ -366,6 +380,7 @@ def _with_attention_experts(family: Family, lacks: str, refuses: _Test) -> Famil
         repeats_kv=True,
         zeros={"mlp.bias": "hidden", "self_attention.experts.bias": "hidden"},
         norm_eps=_JETMOE_EPS,
+        router_outputs=(BY_EXPERT,),
         has_head_bias=False,
         target_settings=_jetmoe,
         refusals=(*family.refusals, (reason, refuses)),
@@ -395,6 +410,7 @@ def _in_granite(
         },
         interleaved_rotary=False,
         has_head_bias=False,
+        router_outputs=(BY_TOKEN, ("experts", "weights", "logits"), BY_EXPERT),
         target_settings=_granitemoe,
         refusals=(*refusals, (heads, _has_own_head_size)),
         zeros=zeros or {},
@@ -442,6 +458,12 @@ TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
 """`experts.attention` -> `model_type` of the sources -> the architectures that hold them, of which
 `output.architecture: auto` takes the first. BAM's attention experts have a stock class for some
 variants of some families."""
+
+
+def router_outputs_of(moe: str) -> tuple[tuple[str, ...], ...]:
+    """`Family.router_outputs` of the targets of a `model_type`."""
+    rows = (family for held in TARGETS.values() for row in held.values() for family in row)
+    return next(family.router_outputs for family in rows if family.moe == moe)
 
 
 class Target(NamedTuple):

@@ -1,9 +1,8 @@
-"""The sources as teachers: the distribution over the next token that each has on text of its own
-domain, for stage 2 to come close to.
+"""Distillation: the sources are teachers, each on text of its own domain.
 
-The sources are at hand and know their domains, so the trained model is given more than the one
-token that follows: the KL divergence from the window's own source is added to the language-model
-loss (Hinton, Vinyals and Dean, arXiv 1503.02531). No gradient reaches a source.
+The trained model is the student. It is given more than the one token that follows: the KL
+divergence of its distribution over the next token from that of the window's own source is added to
+the language-model loss (Hinton, Vinyals and Dean, arXiv 1503.02531). No gradient reaches a source.
 """
 
 import logging
@@ -31,18 +30,19 @@ _WAITING_BYTES = 4 * 1024**3
 
 
 def fit_in_memory(sources: Sequence[Source], num_trained: int) -> bool:
-    """Whether all sources fit beside the model in training: in half of the memory that is free,
-    once Adam's two moments and the gradient have theirs."""
-    needed = sum(source.num_parameters for source in sources) * _dtype().itemsize
+    """Whether all teachers fit beside the student in training: in half of the memory that is free,
+    once Adam's two moments and the gradient have theirs. `num_trained`: parameters of the student
+    that learn, with 12 bytes each."""
+    needed = sum(source.num_parameters for source in sources) * _teacher_dtype().itemsize
     cuda = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     return bool(needed < (free - 12 * num_trained) / 2)
 
 
-def _dtype() -> torch.dtype:
-    """What a source that teaches computes in."""
-    whole = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if whole else torch.float32
+def _teacher_dtype() -> torch.dtype:
+    """What a teacher computes in: bfloat16 on a GPU that has it."""
+    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def divergence(
@@ -59,10 +59,10 @@ def divergence(
     """
     if known is not None:
         student, teacher = student[:, known], teacher[:, known]
-    ours, theirs = (
+    student_log, teacher_log = (
         torch.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher)
     )
-    each = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="none")
+    each = torch.nn.functional.kl_div(student_log, teacher_log, log_target=True, reduction="none")
     return each.sum(dim=-1) * temperature**2
 
 
@@ -100,7 +100,8 @@ class Teachers:
             self._heads = [model.get_output_embeddings().weight for model in self._models]
 
     def _load(self, source: Source) -> Any:
-        model: Any = load_source(source, _dtype())
+        """A teacher, frozen."""
+        model: Any = load_source(source, _teacher_dtype())
         return model.requires_grad_(requires_grad=False)
 
     @torch.no_grad()
@@ -108,7 +109,7 @@ class Teachers:
         self, numbers: Sequence[int]
     ) -> Mapping[int, tuple[list[int], Float[Tensor, "windows sequence vocabulary"]]]:
         """Source's number -> (which of the windows asked for are its own, its logits on them).
-        `numbers`: of windows."""
+        `numbers`: of windows. Raises OSError where the disk has no room for hidden states."""
         if not self._models and not all(number in self._waiting for number in numbers):
             self._prepare(min(numbers))  # of all owners' windows
         owners = self.text.owners[list(numbers)].tolist()
@@ -126,9 +127,10 @@ class Teachers:
         if self._models:
             return self._run(self._models[owner], numbers)
         rows = [self._waiting[number] for number in numbers]
-        return torch.from_numpy(self._states[rows]).to(device(), _dtype())
+        return torch.from_numpy(self._states[rows]).to(device(), _teacher_dtype())
 
     def _run(self, model: Any, numbers: Sequence[int]) -> Float[Tensor, "windows sequence hidden"]:
+        """A teacher's last hidden states on windows."""
         arguments = {"input_ids": self.text.tokens(numbers).to(device())}
         if self.by_documents:
             arguments["position_ids"] = self.text.positions(numbers).to(device())
