@@ -507,7 +507,7 @@ class Recipe(Section):
         return max(1, settings.tokens // domains // settings.sequence_length)
 
     @property
-    def windows_aside(self) -> int:
+    def validation_windows(self) -> int:
         """Windows of every source's calibration text that a fit is judged by: one in 16; four where
         that is fewer, but no more than one in four, and at least one."""
         if not self.fits:

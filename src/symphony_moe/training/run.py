@@ -68,8 +68,8 @@ from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.runs.folder import RunFolder, manifest_of_build, note_versions, read_table, retire
 from symphony_moe.sources.source import Source, anchor_of
 from symphony_moe.sources.stock import balance_weight_name, ffn_routers, load_stock
-from symphony_moe.text import files as files_module
 from symphony_moe.text.files import TrainingText
+from symphony_moe.text.texts import Texts, windows_per_source
 from symphony_moe.text.windows import Packed
 from symphony_moe.training.distillation import Teachers, divergence, fit_in_memory
 
@@ -93,12 +93,14 @@ def train_run(
     resume: bool,
     overwrite: bool,
     measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+    texts: Texts | None = None,
 ) -> None:
     """Train `checkpoint/` into `trained/`, which appears when it is whole. Under `accelerate
     launch` or `torchrun`, every process calls this, and the first writes; the others return before
     it has.
 
-    `measure`: model -> held-out losses, for `train.evaluations`. Raises RunFolderError where there
+    `measure`: model -> held-out losses, for `train.evaluations`. `texts`: what the command has read
+    already. Raises RunFolderError where there
     is no checkpoint, where `trained/` exists (unless `overwrite`, or `resume` and it is what would
     be made) or a training was cut short (unless `resume` or `overwrite`), where memory does not
     suffice, and where the loss stops being a number.
@@ -132,7 +134,7 @@ def train_run(
         _note_settings(run.training_begun, recipe)  # the first process comes first
         if processes.is_main_process:
             note_versions(run.training_begun_with, versions(), "this training")
-    text = training_text(recipe, sources, run.work / "text")
+    text = Texts.of(recipe, sources, texts).training_text(run.work / "text")
     began = time.monotonic() - (0 if saved is None else _seconds_until(saved))
 
     sharded = saved is not None and any(saved.glob("pytorch_model_fsdp*"))
@@ -201,7 +203,7 @@ def refuse_untrainable(recipe: Recipe) -> None:
     done: text that fills no step of one process, loggers that are not there, and an architecture
     that this version of transformers does not train."""
     settings, sources = recipe.train, len(recipe.sources)
-    windows = _windows_per_source(settings, sources) * sources
+    windows = windows_per_source(recipe, sources) * sources
     _refuse_short(windows, settings.batch_size * settings.gradient_accumulation, settings)
     asked = settings.report_to if isinstance(settings.report_to, list) else [settings.report_to]
     for name in asked:
@@ -218,12 +220,6 @@ def refuse_untrainable(recipe: Recipe) -> None:
             f"output.architecture: the {target} of transformers {transformers.__version__} "
             f"has no balance loss in training; {STACKED_TRAIN} has: pip install -U transformers"
         )
-
-
-def refuse_no_text(recipe: Recipe, sources: Sequence[Source]) -> None:
-    """TextError where a source's text does not fill one window of `train.sequence_length`."""
-    one = recipe.train.model_copy(update={"tokens": recipe.train.sequence_length})
-    training_text(recipe.model_copy(update={"train": one}), sources, Path())  # small: in memory
 
 
 def _refuse_short(windows: int, per_step: int, settings: Train) -> None:
@@ -373,46 +369,6 @@ def _note(path: Path, facts: Mapping[str, Any], defaults: Mapping[str, Any] | No
                 "give it the same settings, text and number of processes, or begin again with "
                 "--overwrite"
             )
-
-
-def _windows_per_source(settings: Train, num_sources: int) -> int:
-    """Each source's share of the text."""
-    return max(1, settings.tokens // settings.sequence_length // num_sources)
-
-
-def training_text(recipe: Recipe, sources: Sequence[Source], folder: Path) -> TrainingText:
-    """Equal shares of every source's text, shuffled together. Text that is shorter than its share
-    is repeated, each time in a new order. `folder`: where large text is kept."""
-    settings = recipe.train
-    share = _windows_per_source(settings, len(sources))
-    generator = torch.Generator().manual_seed(recipe.seed)
-    parts, rows = [], []
-    for source in sources:
-        spec = recipe.sources[source.name]
-        who = f"training text of {source.name}"
-        part = files_module.source_text(
-            who,
-            spec.data,
-            spec.column,
-            source.own_tokenizer,
-            source.encoder,
-            rules=recipe.chat_rules(source.name),
-            holdout=recipe.evaluation.holdout,
-            tokens=share * settings.sequence_length,
-            sequence_length=settings.sequence_length,
-            seed=recipe.seed,
-            folder=folder,
-        )
-        available = len(part.windows)
-        repeats = math.ceil(share / available)
-        if repeats > 1:
-            log.warning("%s: repeated %.1f times", who, share / available)
-        orders = [torch.randperm(available, generator=generator) for _ in range(repeats)]
-        parts.append(part)
-        rows.append(torch.cat(orders)[:share])
-    order = torch.randperm(share * len(sources), generator=generator)
-    owners = torch.arange(len(sources)).repeat_interleave(share)
-    return TrainingText(parts, owners[order], torch.cat(rows)[order])
 
 
 def choose_parameters(model: PreTrainedModel, scope: str, family: Family) -> int:
