@@ -346,8 +346,8 @@ def chats(count: int) -> list[dict[str, Any]]:
 def test_a_chat_is_on_one_side_whoever_spells_it(
     base: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """Two templates, two dates, files of lines and of columns: one hold-out, and one text kept
-    aside."""
+    """Two templates, two dates, files of lines and of columns: one hold-out, and one text to
+    validate by."""
     drawn = chats(300)
     lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
     lines.write_text("".join(json.dumps(row) + "\n" for row in drawn))
