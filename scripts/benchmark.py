@@ -18,11 +18,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from symphony_moe.evaluation.losses import held_out_text, losses_and_routing
+from symphony_moe.evaluation.losses import losses_and_routing
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.reporting.comparison_table import spread_text
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.stock import load_stock
+from symphony_moe.text.texts import Texts
 from symphony_moe.text.windows import Pieces
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +113,7 @@ def main() -> None:
         seeds = [f"seed={seed}", f"calibration.seed={seed}", *options.set]
         recipe = load_recipe(path, seeds)
         sources = open_sources(recipe)
-        windows = held_out_text(recipe, sources)
+        windows = Texts(recipe, sources).held_out_text()
         home = options.out / options.family / f"seed{seed}"
         own = {s.name: losses_of(s.folder, windows, home / f"{s.name}.json") for s in sources}
         # The specialists have no loss out of domain as one: each row below does.

@@ -10,11 +10,12 @@ import torch
 from conftest import make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building import candidate
-from symphony_moe.evaluation.losses import held_out_text, losses_and_routing
+from symphony_moe.evaluation.losses import losses_and_routing
 from symphony_moe.files import hash_folder
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.stock import load_stock
+from symphony_moe.text.texts import Texts
 from twin import scramble
 
 pytestmark = [
@@ -57,7 +58,7 @@ def test_twins_are_brought_back_on_cuda(variant: str, prefer_the_fit: None, tmp_
     recipe = load_recipe(path, ["method=harmonized", "fit.epochs=2"])
     run = pipeline.build(recipe, tmp_path / "run")
     pipeline.verify(run)
-    windows = held_out_text(recipe, open_sources(recipe))
+    windows = Texts(recipe, open_sources(recipe)).held_out_text()
     dense, moe = (
         losses_and_routing(load_stock(folder), windows)[0]
         for folder in (models / "a", run.checkpoint)

@@ -39,7 +39,6 @@ from checks import (
 from conftest import VARIANTS, make_recipe, make_text, router_of, target_of_variant
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
-from symphony_moe.building.calibrate import calibration_windows
 from symphony_moe.errors import RecipeError, RunFolderError, SourceError, VerificationError
 from symphony_moe.files import hash_folder, sha256_of
 from symphony_moe.model.streams import Streams
@@ -49,6 +48,7 @@ from symphony_moe.recipe.yaml_text import read_yaml
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.source import Source
+from symphony_moe.text.texts import Texts
 from symphony_moe.text.windows import joined
 
 VECTORS = re.compile(r"layernorm|norm\.weight|bias$")
@@ -493,7 +493,7 @@ def test_neurons_are_matched_by_the_stock_models_activations(
     monkeypatch.setattr("symphony_moe.model.streams.WINDOWS_TOKENS", 5 * 64)
     run = build(recipes(variant), tmp_path / "run")
     recipe = load_recipe(recipes(variant))
-    by_source = calibration_windows(recipe, open_sources(recipe))
+    by_source = Texts(recipe, open_sources(recipe)).calibration_windows()
     assert [text.windows.shape for text in by_source.values()] == [(8, 64)] * 3
     windows = joined(list(by_source.values())).windows  # four batches of five, and four windows
     neurons: dict[str, list[np.ndarray]] = {}
@@ -880,7 +880,7 @@ def test_values_that_overflow_are_refused(tmp_path: Path) -> None:
     tensors = load_file(weights)
     tensors["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
     save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(SourceError, match=r"^b .*layer 0 puts out values that are not finite"):
+    with pytest.raises(SourceError, match=r"^b .*layer 0 puts out values that are NaN or infinite"):
         pipeline.build(load_recipe(path), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoint").exists()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from symphony_moe.errors import RunFolderError, SymphonyError
-from symphony_moe.evaluation.losses import held_out_text
 from symphony_moe.files import to_json, write_text
 from symphony_moe.machine import (
     versions,
@@ -27,6 +26,7 @@ from symphony_moe.reporting.run_page import title
 from symphony_moe.runs.comparison_folder import CompareFolder, start_comparison
 from symphony_moe.runs.folder import RunFolder, adopt_build
 from symphony_moe.sources.opening import open_sources
+from symphony_moe.text.texts import Texts
 from symphony_moe.training.run import refuse_untrainable
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def prepare_comparison(
     for method, of_seeds in variants.items():
         with _naming(method):
             plan(next(iter(of_seeds.values())))
-    held_out_text(recipe, open_sources(recipe, download=False))
+    Texts(recipe, open_sources(recipe, download=False)).held_out_text()
     named = _by_name(variants)
     runs = [folder.run(*name) for name in named]
     start_comparison(folder, runs, resume=resume, overwrite=overwrite)

@@ -18,10 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
-from symphony_moe.building.calibrate import (
-    aside_windows,
-    calibration_windows,
-)
 from symphony_moe.building.plan import Plan, beyond_context, make_plan
 from symphony_moe.building.verify import compare_builds, verify_run
 from symphony_moe.errors import RecipeError, SymphonyError
@@ -29,7 +25,6 @@ from symphony_moe.evaluation.benchmarks import TaskOptions, choose_models, load_
 from symphony_moe.evaluation.losses import (
     continuations,
     evaluate_run,
-    held_out_text,
     losses_and_routing,
 )
 from symphony_moe.files import write_text
@@ -51,7 +46,8 @@ from symphony_moe.runs.folder import (
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.source import Source, experts_of, remarks
 from symphony_moe.text.documents import check_data_exists
-from symphony_moe.training.run import refuse_no_text, refuse_untrainable, train_run
+from symphony_moe.text.texts import Texts
+from symphony_moe.training.run import refuse_untrainable, train_run
 
 log = logging.getLogger(__name__)
 
@@ -81,21 +77,29 @@ def run(
     is_to_train = overwrite or not RunFolder(out).trained.is_dir()
     if is_to_train:
         refuse_untrainable(recipe)
-    opened = open_sources(recipe, download=False)
-    held_out_text(recipe, opened)
+    texts = Texts(recipe, open_sources(recipe, download=False))
+    texts.held_out_text()
     if is_to_train:
-        refuse_no_text(recipe, opened)
-    folder = build(recipe, out, resume=resume, overwrite=overwrite)
+        texts.refuse_short_training_text()
+    folder = build(recipe, out, resume=resume, overwrite=overwrite, texts=texts)
     verify(folder)
     if not folder.trained.is_dir() or (resume and folder.training_begun.is_file()):
-        train(folder, resume=resume)
-    evaluate(folder, like=like)
+        train(folder, resume=resume, texts=texts)
+    evaluate(folder, like=like, texts=texts)
     report(folder)
     return folder
 
 
-def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-    """Stage 1: sources to `checkpoint/`, layer by layer, without training.
+def build(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    texts: Texts | None = None,
+) -> RunFolder:
+    """Stage 1: sources to `checkpoint/`, layer by layer, without training. `texts`: what the
+    command has read already.
 
     Refuses (SymphonyError) what cannot be built before the run folder is made.
     """
@@ -106,10 +110,12 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     sources = experts_of(recipe, opened)
     planned = make_plan(recipe, sources, opened)
     refuse_beyond(recipe, sources)
+    texts = Texts.of(recipe, opened, texts)
     text = CalibrationText(
-        calibration_windows(recipe, sources) if recipe.aligns or recipe.fits else {},
-        aside_windows(recipe, sources) if recipe.fits else {},
+        texts.calibration_windows() if recipe.aligns or recipe.fits else {},
+        texts.validation_windows(),
     )
+    del texts  # what it keeps is not wanted again, unless the caller does
     recipe = _with_hashes(recipe, opened)
     if overwrite or not RunFolder(out).checkpoint.is_dir():
         require_room(out, planned.disk_bytes + planned.work_bytes, planned.work_bytes)
@@ -150,29 +156,45 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    texts: Texts | None = None,
 ) -> None:
-    """Stage 2: `checkpoint/` to `trained/`. `overrides` may change the recipe's `train`."""
+    """Stage 2: `checkpoint/` to `trained/`. `overrides` may change the recipe's `train`. `texts`:
+    what the command has read already."""
     recipe = folder.read_recipe(overrides, sections=("train",))
     folder.require_checkpoint()
     with log_to(folder):
         sources = open_sources(recipe)
+        texts = Texts.of(recipe, sources, texts)
         measure = None
         _warn_beyond_context(recipe, sources, "train")
         if recipe.train.evaluations:
-            windows = held_out_text(recipe, sources)
+            windows = texts.held_out_text()
 
             def measure(model: Any) -> dict[str, float]:
                 return losses_and_routing(model, windows)[0]
 
-        train_run(folder, recipe, sources, resume=resume, overwrite=overwrite, measure=measure)
+        train_run(
+            folder,
+            recipe,
+            sources,
+            resume=resume,
+            overwrite=overwrite,
+            measure=measure,
+            texts=texts,
+        )
 
 
 def evaluate(
-    folder: RunFolder, overrides: Sequence[str] = (), *, like: RunFolder | None = None
+    folder: RunFolder,
+    overrides: Sequence[str] = (),
+    *,
+    like: RunFolder | None = None,
+    texts: Texts | None = None,
 ) -> dict[str, Any]:
     """Held-out losses and routing of the sources, the built and the trained model, into
     `metrics.json`. `overrides` may change the recipe's `evaluation`. `like`: a run whose losses of
-    the sources are taken over where they must be the same."""
+    the sources are taken over where they must be the same. `texts`: what the command has read
+    already."""
     built_with = folder.read_recipe()
     recipe = folder.read_recipe(overrides, sections=("evaluation",))
     if recipe.evaluation.holdout > built_with.evaluation.holdout:
@@ -184,7 +206,7 @@ def evaluate(
     with log_to(folder):
         sources = open_sources(recipe)
         _warn_beyond_context(recipe, sources, "evaluation")
-        return evaluate_run(folder, recipe, sources, like)
+        return evaluate_run(folder, recipe, sources, like, texts)
 
 
 def evaluate_tasks(

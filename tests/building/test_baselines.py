@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import VARIANTS, make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building.align import match_neurons
-from symphony_moe.building.calibrate import calibration_windows
 from symphony_moe.building.fuse import drop_neurons
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, SourceError
@@ -27,8 +26,8 @@ from symphony_moe.recipe.load import load_recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.stock import load_stock
+from symphony_moe.text.texts import Texts
 from symphony_moe.text.windows import Packed
-from symphony_moe.training import run as run_module
 from twin import scramble
 
 BASELINES = ("btx", "drop-upcycling", "sparse-upcycling")
@@ -187,10 +186,10 @@ def test_the_share_of_neurons_is_a_setting(recipes: Callable[[str], Path], tmp_p
 def test_calibration_text_of_one_domain(recipes: Callable[[str], Path], tmp_path: Path) -> None:
     one = load_recipe(recipes("llama"), ["calibration.domains=[b]"])
     every = load_recipe(recipes("llama"))
-    windows = calibration_windows(one, open_sources(one))
+    windows = Texts(one, open_sources(one)).calibration_windows()
     assert list(windows) == ["b"]
     # The same number of tokens in total.
-    total = sum(map(len, calibration_windows(every, open_sources(every)).values()))
+    total = sum(map(len, Texts(every, open_sources(every)).calibration_windows().values()))
     assert len(windows["b"]) == total
     run = pipeline.build(one, tmp_path / "run")
     pipeline.verify(run, deep=True)
@@ -472,7 +471,7 @@ def test_training_of_attention_experts(
     run = RunFolder(shutil.copytree(bam("llama").root, tmp_path / "run"))
     settings = [f"train.scope={scope}", "train.tokens=512", "train.balance_weight=3"]
     recipe = load_recipe(run.recipe, settings)
-    text = run_module.training_text(recipe, open_sources(recipe), run.work)
+    text = Texts(recipe, open_sources(recipe)).training_text(run.work)
     first_step = Packed(text.tokens(range(4)), text.positions(range(4)))
     model = load_stock(run.checkpoint)
     with torch.inference_mode():

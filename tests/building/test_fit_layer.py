@@ -27,7 +27,6 @@ from symphony_moe.building.assemble import (
     assemble_layer,
     fused_tables,
 )
-from symphony_moe.building.calibrate import aside_windows, calibration_windows
 from symphony_moe.building.fit_head import fit_head, next_token_losses
 from symphony_moe.building.fit_layer import (
     advance,
@@ -54,6 +53,7 @@ from symphony_moe.model.streams import Streams
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe, SourceSpec
 from symphony_moe.sources.opening import open_sources
+from symphony_moe.text.texts import Texts
 from symphony_moe.text.windows import joined
 
 FITTED = ["llama", "qwen2", "qwen3", "mistral"]
@@ -107,7 +107,8 @@ def begin(recipe: Recipe) -> Begun:
     """As `Build._begin_fit` begins, but with the text in the recipe's order of sources."""
     sources = open_sources(recipe)
     config, family, hidden = sources[0].config, sources[0].family, sources[0].config.hidden_size
-    aside, to_fit = aside_windows(recipe, sources), calibration_windows(recipe, sources)
+    texts = Texts(recipe, sources)
+    aside, to_fit = texts.validation_windows(), texts.calibration_windows()
     names = list(to_fit)
     windows = {name: joined((aside[name], to_fit[name])).windows for name in names}
     kept = {name: len(aside[name]) for name in names}

@@ -39,14 +39,14 @@ from conftest import VARIANTS, make_recipe, make_text, router_of, target_of_vari
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
 from symphony_moe.building import candidate
-from symphony_moe.building.calibrate import aside_windows, calibration_windows
 from symphony_moe.errors import RunFolderError, SourceError, TextError, VerificationError
-from symphony_moe.evaluation.losses import held_out_text, losses_and_routing
+from symphony_moe.evaluation.losses import losses_and_routing
 from symphony_moe.files import hash_folder, sha256_of
 from symphony_moe.recipe.load import load_recipe, resolve_recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.stock import load_stock
+from symphony_moe.text.texts import Texts
 from symphony_moe.text.windows import Packed
 from twin import scramble
 
@@ -77,7 +77,7 @@ def preferring(model: str) -> Iterator[None]:
 
 
 def build(
-    recipe: Path, out: Path, *overrides: str, prefer: str | None = "harmonized", **how: bool
+    recipe: Path, out: Path, *overrides: str, prefer: str | None = "harmonized", **how: Any
 ) -> RunFolder:
     loaded = load_recipe(recipe, (*QUICK, *overrides))
     if prefer is None:
@@ -151,12 +151,13 @@ def aligned_only(twins: Recipes, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 def windows_of(recipe: Path) -> dict[str, Tensor]:
     loaded = load_recipe(recipe, QUICK)
-    return {n: t.windows for n, t in calibration_windows(loaded, open_sources(loaded)).items()}
+    windows = Texts(loaded, open_sources(loaded)).calibration_windows()
+    return {name: text.windows for name, text in windows.items()}
 
 
-def kept_aside(recipe: Path) -> dict[str, Packed]:
+def validation_text(recipe: Path) -> dict[str, Packed]:
     loaded = load_recipe(recipe, QUICK)
-    return aside_windows(loaded, open_sources(loaded))
+    return Texts(loaded, open_sources(loaded)).validation_windows()
 
 
 @torch.inference_mode()
@@ -262,7 +263,7 @@ def test_a_real_models_twins_lose_what_the_model_loses(
     recipe = resolve_recipe(english | {"sources": sources}, tmp_path, "twins")
     run = pipeline.build(recipe, tmp_path / "run")
     opened = open_sources(recipe)
-    windows = {"english": held_out_text(recipe, opened)["english"]}
+    windows = {"english": Texts(recipe, opened).held_out_text()["english"]}
     dense, moe = (
         losses_and_routing(load_stock(folder), windows)[0]["english"]
         for folder in (opened[0].folder, run.checkpoint)
@@ -446,7 +447,7 @@ def test_the_checkpoint_computes_what_the_build_says(
     assert difference(head, table) > 0.1
     fit = run.read_json(run.metrics)["fit"]
     assert fit["chosen"] == "harmonized"
-    aside = kept_aside(recipes(variant))
+    aside = validation_text(recipes(variant))
     losses = [loss_by_hand(model, text) for text in aside.values()]
     assert fit["loss"]["harmonized"] == pytest.approx(sum(losses) / 3, abs=1e-4)
 
@@ -588,7 +589,7 @@ def test_a_fit_that_is_worse_gives_the_plain_mean(
         router = stored[f"model.layers.{layer}.{router_name(variant)}"]
         assert float(router.std()) > 0.05, "as random as it began"
     assert load_clean(run.checkpoint).config.tie_word_embeddings is False
-    aside = kept_aside(recipes(variant))
+    aside = validation_text(recipes(variant))
     losses = [loss_by_hand(load_clean(run.checkpoint), text) for text in aside.values()]
     assert fit["loss"]["plain mean"] == pytest.approx(sum(losses) / 3, abs=1e-4)
     assert "were fitted" not in pipeline.verify(run)["experts and backbone"]
@@ -612,7 +613,7 @@ def test_a_plain_mean_of_any_kind_verifies(
     assert "fitted" not in pipeline.verify(run)["experts and backbone"]
     assert maps_in(run) == set()
     model = load_clean(run.checkpoint)
-    losses = [loss_by_hand(model, text) for text in kept_aside(run.recipe).values()]
+    losses = [loss_by_hand(model, text) for text in validation_text(run.recipe).values()]
     reported = run.read_json(run.metrics)["fit"]["loss"]["plain mean"]
     assert reported == pytest.approx(sum(losses) / 3, abs=1e-4)
 
@@ -734,7 +735,7 @@ def test_branches_with_little_text_are_not_made_worse(windows: int, tmp_path: Pa
         "evaluation": {"tokens": 4096, "sequence_length": 128},
     }
     recipe = resolve_recipe(content, tmp_path, "branches")
-    held_out = held_out_text(recipe, open_sources(recipe))
+    held_out = Texts(recipe, open_sources(recipe)).held_out_text()
     run = pipeline.build(recipe, tmp_path / "run")
     fit = run.read_json(run.metrics)["fit"]
     assert fit["chosen"] == min(fit["loss"], key=fit["loss"].__getitem__)
@@ -913,7 +914,7 @@ def test_calibrated_routers_are_built_again_as_they_were(
     recipe = load_recipe(recipes("qwen2"), overrides)
     whole = pipeline.build(recipe, tmp_path / "whole")
     monkeypatch.setattr("symphony_moe.building.estimate.STREAMS_IN_MEMORY", 0)
-    with killing("CheckpointWriter.sync", 2):
+    with killing("build.CheckpointWriter.sync", 2):
         pipeline.build(recipe, tmp_path / "run")
     run = pipeline.build(recipe, tmp_path / "run", resume=True)
     assert hash_folder(run.checkpoint) == hash_folder(whole.checkpoint)
@@ -1124,10 +1125,10 @@ def test_sources_may_have_different_amounts_of_text(
     with caplog.at_level(logging.WARNING, logger="symphony_moe"):
         run = build(project / "recipe.yaml", tmp_path / "run", "calibration.tokens=6144")
     assert "calibration text of b: 1,792 tokens asked for" in caplog.text
-    assert "kept aside (an eighth of the documents) of b: 256 tokens asked for" in caplog.text
+    assert "validation text (an eighth of the documents) of b: 256 tokens asked for" in caplog.text
     lengths = {name: len(text) for name, text in windows_of(run.recipe).items()}
     assert lengths["a"] == 28 and lengths["b"] < 8
-    assert all(1 <= len(text) <= 4 for text in kept_aside(run.recipe).values())
+    assert all(1 <= len(text) <= 4 for text in validation_text(run.recipe).values())
     assert finite(run)
     pipeline.verify(run)
 
@@ -1167,8 +1168,8 @@ UNALIGNED = ("align.residual=none", "align.heads=none")
         (float("nan"), (), rf"^b: {UP} in .*NaN"),
         (float("nan"), UNALIGNED, rf"^b: {UP} in .*NaN"),
         # Finite weights, and a layer that puts out infinities.
-        (1e38, (), r"^b .*layer 1 puts out values that are not finite"),
-        (1e38, UNALIGNED, r"^b: layer 1 puts out values that are not finite"),
+        (1e38, (), r"^b .*layer 1 puts out values that are NaN or infinite"),
+        (1e38, UNALIGNED, r"^b: layer 1 puts out values that are NaN or infinite"),
     ],
 )
 def test_a_source_that_is_no_model_leaves_no_checkpoint(

@@ -21,7 +21,7 @@ from symphony_moe.evaluation.cka import (
     describe_cka,
     shared_text,
 )
-from symphony_moe.evaluation.losses import dynamic_routing, held_out_text, losses_and_routing
+from symphony_moe.evaluation.losses import dynamic_routing, losses_and_routing
 from symphony_moe.evaluation.routing import (
     Routing,
     _by_name,
@@ -43,6 +43,7 @@ from symphony_moe.recipe.load import load_recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.stock import load_source, load_stock
+from symphony_moe.text.texts import Texts
 
 FAMILIES = ["llama", "qwen2", "qwen2-granitemoe", "qwen3"]
 
@@ -547,7 +548,7 @@ def test_metrics_and_report_hold_likeness_routing_and_the_dynamic_curve(
     assert list(metrics["cka"]) == ["sources", "built", "trained"]
     recipe = load_recipe(recipes("llama"))
     sources = open_sources(recipe)
-    text = shared_text({n: t.windows for n, t in held_out_text(recipe, sources).items()})
+    text = shared_text({n: t.windows for n, t in Texts(recipe, sources).held_out_text().items()})
     alike = cka_of_sources(sources, text)
     assert metrics["cka"]["sources"] == describe_cka(["a", "b", "c"], alike, text.numel())
     assert metrics["cka"]["sources"]["tokens"] == 4 * 256

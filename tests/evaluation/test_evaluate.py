@@ -15,19 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import VARIANTS, make_model, make_recipe, make_tokenizer, router_of
 from symphony_moe import pipeline
-from symphony_moe.building.calibrate import calibration_windows
 from symphony_moe.cli import main
 from symphony_moe.errors import RunFolderError, TextError
 from symphony_moe.evaluation import losses as losses_module
-from symphony_moe.evaluation.losses import held_out_text, losses_and_routing
+from symphony_moe.evaluation.losses import losses_and_routing
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.source import Source
 from symphony_moe.text.documents import is_held_out
-from symphony_moe.text.windows import Encoder, Pieces, draw_pieces, joined
-from symphony_moe.training.run import training_text
+from symphony_moe.text.texts import Texts
+from symphony_moe.text.windows import Drawing, Encoder, Pieces, draw_pieces, joined
 
 
 def load(folder: Path) -> Any:
@@ -158,12 +157,13 @@ def test_held_out_text_is_for_evaluation_only(
 ) -> None:
     """No token of a held-out document is calibrated or trained on, and evaluation sees no other."""
     recipe, sources, held_out = telling
-    evaluated = {name: letters_of(w.tokens) for name, w in held_out_text(recipe, sources).items()}
+    texts = Texts(recipe, sources)
+    evaluated = {name: letters_of(text.tokens) for name, text in texts.held_out_text().items()}
     assert set().union(*evaluated.values()) <= held_out
     assert not evaluated["a"] & evaluated["b"]
     assert all(len(tokens) > 5 for tokens in evaluated.values())
-    calibrated = joined(list(calibration_windows(recipe, sources).values())).windows
-    text = training_text(recipe, sources, tmp_path)
+    calibrated = joined(list(texts.calibration_windows().values())).windows
+    text = texts.training_text(tmp_path)
     for windows in (calibrated, text.tokens(range(len(text)))):
         seen = letters_of(windows)
         assert not seen & held_out
@@ -178,7 +178,7 @@ def test_every_extra_document_is_evaluated(
     path = tmp_path / "extra.txt"
     path.write_text("\n\n".join(chr(number) * 50 for number in range(33, 83)))
     settings = recipe.evaluation.model_copy(update={"extra": {"x": str(path)}, "tokens": 10_000})
-    windows = held_out_text(recipe.model_copy(update={"evaluation": settings}), sources)
+    windows = Texts(recipe.model_copy(update={"evaluation": settings}), sources).held_out_text()
     assert list(windows) == ["a", "b", "x"]
     letters = [chr(token) for token in letters_of(windows["x"].tokens) if token < 100]
     assert len(letters_of(windows["x"].tokens)) >= 50 and letters
@@ -191,7 +191,7 @@ def test_a_domain_without_held_out_text_is_refused(
     recipe, sources, _ = telling
     settings = recipe.evaluation.model_copy(update={"holdout": 1e-9})
     with pytest.raises(TextError, match="held-out text of a"):
-        held_out_text(recipe.model_copy(update={"evaluation": settings}), sources)
+        Texts(recipe.model_copy(update={"evaluation": settings}), sources).held_out_text()
 
 
 # ------------------------------------------------------------------------------------- the run
@@ -205,7 +205,7 @@ def test_metrics_hold_every_model_on_every_domain(
     shutil.copytree(built("llama").root, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     recipe = load_recipe(recipes("llama"))
-    windows = held_out_text(recipe, open_sources(recipe))
+    windows = Texts(recipe, open_sources(recipe)).held_out_text()
     pipeline.evaluate(run)
     metrics = run.read_json(run.metrics)
     assert set(metrics["sources"]) == {"a", "b", "c"}
@@ -265,7 +265,7 @@ def test_models_whose_positions_depend_on_the_length_read_one_document_at_a_time
     folder = make_model(tmp_path, "llama", 0, rope_parameters=rope, max_position_embeddings=16)
     encoder = Encoder.of(AutoTokenizer.from_pretrained(folder))
     documents = ["alpha beta", "gamma delta " * 12, "x" * 30]
-    text = draw_pieces("w", documents, encoder, tokens=64, sequence_length=32, seed=0)
+    text = draw_pieces("w", documents, encoder, Drawing(64, 32, seed=0))
     model = load(folder)
     losses, _ = losses_and_routing(model, {"x": text})
     assert losses["x"] == pytest.approx(loss_by_hand(load(folder), text), rel=1e-5)
@@ -276,7 +276,7 @@ def test_a_long_document_is_read_in_pieces(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
     encoder = Encoder.of(AutoTokenizer.from_pretrained(tmp_path))
     documents = ["0" * 20, "1" * 5, "2" * 30, "3"]
-    text = draw_pieces("w", documents, encoder, tokens=64, sequence_length=8, seed=0)
+    text = draw_pieces("w", documents, encoder, Drawing(64, 8, seed=0))
     assert len(text.tokens) == 64  # 22 + 7 + 32 + 3
     found = [piece.tolist() for piece in pieces_of(text)]
     assert max(map(len, found)) == 8
@@ -318,7 +318,7 @@ def test_continuations_begin_where_held_out_text_does(
     same every time, and the trained model's where there is one."""
     recipe = load_recipe(recipes("llama"))
     sources = open_sources(recipe)
-    windows = held_out_text(recipe, sources)
+    windows = Texts(recipe, sources).held_out_text()
     found = pipeline.generate(built("llama"))
     assert [domain for domain, _, _ in found] == ["a", "b", "c"]
     for domain, before, after in found:

@@ -16,12 +16,11 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from symphony_moe import pipeline
-from symphony_moe.building.calibrate import calibration_windows
 from symphony_moe.building.plan import Plan
-from symphony_moe.evaluation.losses import held_out_text
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.variants import load_variants
 from symphony_moe.sources.opening import expected_shapes, open_sources
+from symphony_moe.text.texts import Texts
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -589,7 +588,8 @@ def test_the_papers_data_sets_are_streamed(
     name = "paper-llama3.2-1b.yaml"
     recipe = load_recipe(RECIPES / name, [*local(name, data_sets), *less])
     sources = open_sources(recipe, download=False)
-    read = held_out_text(recipe, sources)
+    texts = Texts(recipe, sources)
+    read = texts.held_out_text()
     columns = {
         "general": "text",
         "math": "response",
@@ -598,7 +598,7 @@ def test_the_papers_data_sets_are_streamed(
         "medmcqa": "question",
     }
     assert set(read) == set(columns)
-    calibration = {n: text.windows for n, text in calibration_windows(recipe, sources).items()}
+    calibration = {n: text.windows for n, text in texts.calibration_windows().items()}
     held_out = {name: text.windows for name, text in read.items()}
     for domain, windows in (*held_out.items(), *calibration.items()):
         words = re.findall("[a-z]+", str(sources[0].tokenizer.decode(windows[0])))

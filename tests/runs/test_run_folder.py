@@ -20,7 +20,6 @@ from conftest import make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
 from symphony_moe.building import candidate, estimate
-from symphony_moe.building.calibrate import calibration_windows
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, VerificationError
 from symphony_moe.files import hash_folder, publish, sha256_of, write_text
@@ -28,6 +27,7 @@ from symphony_moe.model.streams import Streams
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder, refuse_existing, start_run
+from symphony_moe.text.texts import Texts
 
 Recipes = Callable[[str], Path]
 Built = Callable[[str], RunFolder]
@@ -76,7 +76,8 @@ def test_an_existing_folder_is_refused(run: RunFolder, llama: Recipe, tmp_path: 
 def test_a_file_in_the_place_of_the_folder_is_refused(llama: Recipe, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     for out in (tmp_path / "out", tmp_path / "out" / "below"):
-        for how in ({}, {"resume": True}, {"overwrite": True}):
+        ways: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
+        for how in ways:
             with pytest.raises((RunFolderError, OSError)):
                 pipeline.build(llama, out, **how)
     assert (tmp_path / "out").read_text() == "precious"
@@ -90,7 +91,7 @@ def test_it_is_refused_before_weights_or_text_are_read(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("too late")
 
-    for name in ("open_sources", "calibration_windows", "_with_hashes"):
+    for name in ("open_sources", "Texts", "_with_hashes"):
         monkeypatch.setattr(pipeline, name, refuse)
     with pytest.raises(RunFolderError, match="exists"):
         pipeline.build(llama, run.root)
@@ -126,7 +127,7 @@ def test_a_folder_without_a_recipe_is_left_as_it_is(
     (out / "manifest.json").write_text("{}")
     before = snapshot(tmp_path)
     with pytest.raises(RunFolderError):
-        pipeline.build(llama, out, **{how: True})
+        pipeline.build(llama, out, resume=how == "resume", overwrite=how == "overwrite")
     assert snapshot(tmp_path) == before
 
 
@@ -145,7 +146,12 @@ def test_a_users_own_folder_with_a_recipe_in_it_is_left_as_it_is(
         (project / more).mkdir(exist_ok=True)
     before = snapshot(project)
     with pytest.raises(RunFolderError):
-        pipeline.build(load_recipe(project / "recipe.yaml"), project, **{how: True})
+        pipeline.build(
+            load_recipe(project / "recipe.yaml"),
+            project,
+            resume=how == "resume",
+            overwrite=how == "overwrite",
+        )
     assert snapshot(project) == before
 
 
@@ -593,7 +599,7 @@ def test_training_on_a_really_full_disk_is_a_message(
 def test_streams_that_do_not_fit_the_disk_are_a_message(disk: Disk, llama: Recipe) -> None:
     """A memory-mapped file without space behind it would end the process by SIGBUS."""
     disk.leave(50_000)
-    text = calibration_windows(llama, pipeline.open_sources(llama))
+    text = Texts(llama, pipeline.open_sources(llama)).calibration_windows()
     windows = {name: packed.windows for name, packed in text.items()}
     reached = []
 

@@ -17,7 +17,7 @@ from symphony_moe import pipeline
 from symphony_moe.building.plan import make_plan
 from symphony_moe.cli import main
 from symphony_moe.errors import SourceError
-from symphony_moe.evaluation.losses import held_out_text, losses_and_routing
+from symphony_moe.evaluation.losses import losses_and_routing
 from symphony_moe.model.families import EMBEDDING, HEAD
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import SourceSpec
@@ -25,6 +25,7 @@ from symphony_moe.sources.adapter import FILES, Adapter
 from symphony_moe.sources.opening import open_source, open_sources
 from symphony_moe.sources.source import Source
 from symphony_moe.sources.stock import load_source
+from symphony_moe.text.texts import Texts
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -150,7 +151,7 @@ def test_a_run_with_an_adapter_is_a_run_with_the_merged_model(base: Path, tmp_pa
     path.write_text(json.dumps(content))
     recipe = load_recipe(path)
     assert recipe.sources["b"].adapter == str(adapter)
-    windows = held_out_text(recipe, open_sources(recipe))
+    windows = Texts(recipe, open_sources(recipe)).held_out_text()
     expected, _ = losses_and_routing(merged, windows)
     runs.append(pipeline.build(recipe, tmp_path / "with-adapter"))
     pipeline.verify(runs[0])

@@ -39,6 +39,7 @@ from symphony_moe.sources.opening import open_source, open_sources
 from symphony_moe.sources.source import Source
 from symphony_moe.sources.stock import load_source, load_stock
 from symphony_moe.sources.vocabulary import Owner, is_needed, merge, tokenizer_files
+from symphony_moe.text.texts import Texts
 
 
 @pytest.fixture(scope="module")
@@ -477,7 +478,7 @@ def test_chats_go_through_the_template_of_their_own_source(tmp_path: Path) -> No
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, chats)))
     recipe = load_recipe(path, ["method=harmonized", "fit.epochs=0"])
     sources = open_sources(recipe)
-    windows = pipeline.calibration_windows(recipe, sources)["b"].windows
+    windows = Texts(recipe, sources).calibration_windows()["b"].windows
     start, end = (sources[0].tokenizer.get_vocab()[f"<|im_{x}|>"] for x in ("start", "end"))
     assert (windows == start).any() and (windows == end).any()
 

@@ -18,7 +18,12 @@ from conftest import make_tokenizer
 from symphony_moe.errors import TextError
 from symphony_moe.recipe.settings import ChatRules
 from symphony_moe.text import rows as rows_module
-from symphony_moe.text.documents import is_held_out, read_documents, split_aside, split_held_out
+from symphony_moe.text.documents import (
+    is_held_out,
+    read_documents,
+    split_held_out,
+    split_validation,
+)
 from symphony_moe.text.rows import MESSAGES, Document, read_row
 from symphony_moe.text.windows import Encoder
 
@@ -341,8 +346,8 @@ def chats(count: int) -> list[dict[str, Any]]:
 def test_a_chat_is_on_one_side_whoever_spells_it(
     base: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """Two templates, two dates, files of lines and of columns: one hold-out, and one text kept
-    aside."""
+    """Two templates, two dates, files of lines and of columns: one hold-out, and one text to
+    validate by."""
     drawn = chats(300)
     lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
     lines.write_text("".join(json.dumps(row) + "\n" for row in drawn))
@@ -359,8 +364,8 @@ def test_a_chat_is_on_one_side_whoever_spells_it(
         held_out = {number for number, d in enumerate(documents) if is_held_out(d, 0.1)}
         assert isinstance(documents, list)
         training, _ = split_held_out(documents, 0.1)
-        aside = split_aside(list(training), 1 / 8)[1]
-        sides.append((held_out, {n for n, d in enumerate(documents) if d in aside}))
+        validation = split_validation(list(training), 1 / 8)[1]
+        sides.append((held_out, {n for n, d in enumerate(documents) if d in validation}))
     assert 10 < len(sides[0][0]) < 60 and len(sides[0][1]) > 20
     assert all(side == sides[0] for side in sides)
 

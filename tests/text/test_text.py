@@ -27,9 +27,7 @@ from transformers import (
 )
 
 from conftest import VARIANTS, WORDS, make_text, make_tokenizer
-from symphony_moe.building.calibrate import aside_windows, calibration_windows
 from symphony_moe.errors import TextError
-from symphony_moe.evaluation.losses import held_out_text
 from symphony_moe.recipe.load import resolve_recipe
 from symphony_moe.recipe.settings import Fit, HubData, Router
 from symphony_moe.runs.folder import RunFolder
@@ -42,10 +40,11 @@ from symphony_moe.text.documents import (
     check_data_exists,
     is_held_out,
     read_documents,
-    split_aside,
     split_held_out,
+    split_validation,
 )
-from symphony_moe.text.windows import Encoder, Packed
+from symphony_moe.text.texts import Texts
+from symphony_moe.text.windows import Drawing, Encoder, Packed
 
 CHAT = [{"role": "user", "content": "alpha?"}, {"role": "assistant", "content": "beta."}]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -80,7 +79,7 @@ def chatty(tmp_path: Path) -> PreTrainedTokenizerBase:
 def draw_packed(
     who: str, documents: Documents, tokenizer: PreTrainedTokenizerBase, **drawing: int
 ) -> Packed:
-    return windows_module.draw_packed(who, documents, Encoder.of(tokenizer), **drawing)
+    return windows_module.draw_packed(who, documents, Encoder.of(tokenizer), Drawing(**drawing))
 
 
 def draw_windows(
@@ -592,21 +591,21 @@ def test_bundled_texts_have_names() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 100])
-def test_documents_set_aside_are_some_and_never_all(count: int) -> None:
+def test_validation_documents_are_some_and_never_all(count: int) -> None:
     """An eighth of them, at least one of two or more; every document is on one side, in the order
     given, and which side does not depend on that order."""
     documents = [f"document {number}" for number in range(count)]
-    fitted, aside = split_aside(documents, 1 / 8)
+    fitted, validation = split_validation(documents, 1 / 8)
     expected = 0 if count < 2 else max(1, round(count / 8))
-    assert len(aside) == expected and len(fitted) == count - expected
-    assert sorted(fitted + aside) == sorted(documents) and not set(fitted) & set(aside)
-    for part in (fitted, aside):
+    assert len(validation) == expected and len(fitted) == count - expected
+    assert sorted(fitted + validation) == sorted(documents) and not set(fitted) & set(validation)
+    for part in (fitted, validation):
         assert part == [document for document in documents if document in part]
-    again = split_aside(documents[::-1], 1 / 8)
-    assert [sorted(part) for part in again] == [sorted(fitted), sorted(aside)]
+    again = split_validation(documents[::-1], 1 / 8)
+    assert [sorted(part) for part in again] == [sorted(fitted), sorted(validation)]
 
 
-def test_the_text_kept_aside_is_of_documents_of_its_own() -> None:
+def test_the_validation_text_is_of_documents_of_its_own() -> None:
     """Bundled text: no window that a fit is judged by shares a line with one that is fitted on, and
     together they are as much as was asked for; a method that fits nothing uses all of it."""
     sources = {
@@ -620,13 +619,14 @@ def test_the_text_kept_aside_is_of_documents_of_its_own() -> None:
     }
     recipe = resolve_recipe(content, Path(), "x")
     opened = open_sources(recipe)
-    fitted, aside = calibration_windows(recipe, opened), aside_windows(recipe, opened)
+    texts = Texts(recipe, opened)
+    fitted, validation = texts.calibration_windows(), texts.validation_windows()
     for source in opened:
         spec = recipe.sources[source.name]
         documents = read_documents("x", spec.data, spec.column, source.tokenizer)
         documents = [d for d in documents if not is_held_out(d, recipe.evaluation.holdout)]
-        sides = split_aside(documents, 1 / 8)
-        for windows, own, other in ((fitted, *sides), (aside, *sides[::-1])):
+        sides = split_validation(documents, 1 / 8)
+        for windows, own, other in ((fitted, *sides), (validation, *sides[::-1])):
             # Packed text of one side holds a window's tokens in sequence; the other's does not.
             streams = [
                 spelled(pack_windows(side, source.tokenizer, 1).flatten().tolist())
@@ -639,9 +639,9 @@ def test_the_text_kept_aside_is_of_documents_of_its_own() -> None:
             ]
             assert pieces and all(piece in streams[0] for piece in pieces)
             assert sum(piece in streams[1] for piece in pieces) < len(pieces) / 10
-        assert len(fitted[source.name]) == 36 and len(aside[source.name]) == 4
+        assert len(fitted[source.name]) == 36 and len(validation[source.name]) == 4
     plain = recipe.model_copy(update={"fit": Fit(), "router": Router()})
-    assert all(len(text) == 40 for text in calibration_windows(plain, opened).values())
+    assert all(len(text) == 40 for text in Texts(plain, opened).calibration_windows().values())
 
 
 def pieces_of_one_document(window: list[int], bos: int) -> list[list[int]]:
@@ -661,11 +661,11 @@ def spelled(tokens: list[int]) -> str:
 
 def test_copies_of_a_document_stay_on_one_side() -> None:
     """Or text would be judged by that was fitted on."""
-    assert split_aside(["x"] * 200, 1 / 8) == (["x"] * 200, [])
+    assert split_validation(["x"] * 200, 1 / 8) == (["x"] * 200, [])
     documents = [f"text {number % 20}" for number in range(200)]
-    fitted, aside = split_aside(documents, 1 / 8)
-    assert not set(fitted) & set(aside) and len(fitted) + len(aside) == 200
-    assert len(set(aside)) == 2 and len(aside) == 20
+    fitted, validation = split_validation(documents, 1 / 8)
+    assert not set(fitted) & set(validation) and len(fitted) + len(validation) == 200
+    assert len(set(validation)) == 2 and len(validation) == 20
 
 
 # ------------------------------------------------------------------------------------ streaming
@@ -786,8 +786,8 @@ def test_a_stream_is_drawn_from_by_the_seed(
 def test_a_stream_is_split_by_the_hash_of_each_document(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Held-out documents are those of the rule for files, and documents are set aside by a hash
-    of their own; copies stay together; both sides together are all."""
+    """Held-out documents are those of the rule for files, and documents are for validation by a
+    hash of their own; copies stay together; both sides together are all."""
     documents = [*one_token_documents(600), *one_token_documents(60)]
     stream = streamed(make_set(tmp_path / "set", documents), tokenizer)
     assert list(stream) == documents
@@ -797,12 +797,12 @@ def test_a_stream_is_split_by_the_hash_of_each_document(
         assert list(held_out) == [d for d in documents if is_held_out(d, 0.1)]
     training, _ = split_held_out(stream, 0.1)
     assert isinstance(training, DocumentStream)
-    fitted, aside = (list(part) for part in split_aside(training, 1 / 8))
-    assert sorted(fitted + aside) == sorted(training) and not set(fitted) & set(aside)
-    assert abs(len(set(aside)) - 540 / 8) < 4 * (540 / 8 * 7 / 8) ** 0.5
+    fitted, validation = (list(part) for part in split_validation(training, 1 / 8))
+    assert sorted(fitted + validation) == sorted(training) and not set(fitted) & set(validation)
+    assert abs(len(set(validation)) - 540 / 8) < 4 * (540 / 8 * 7 / 8) ** 0.5
     # The order by the hash is that of the rule for files.
-    of_files = split_aside(list(training), len(set(aside)) / len(set(training)))[1]
-    assert set(of_files) == set(aside)
+    of_files = split_validation(list(training), len(set(validation)) / len(set(training)))[1]
+    assert set(of_files) == set(validation)
 
 
 def test_calibration_and_evaluation_read_streams(tmp_path: Path) -> None:
@@ -821,12 +821,13 @@ def test_calibration_and_evaluation_read_streams(tmp_path: Path) -> None:
     }
     recipe = resolve_recipe(content, tmp_path, "x")
     opened = open_sources(recipe)
+    texts = Texts(recipe, opened)
     sides = [
         windows["arithmetic"].windows
         for windows in (
-            calibration_windows(recipe, opened),
-            aside_windows(recipe, opened),
-            held_out_text(recipe, opened),
+            texts.calibration_windows(),
+            texts.validation_windows(),
+            texts.held_out_text(),
         )
     ]
     assert [len(windows) for windows in sides] == [36, 4, 10]

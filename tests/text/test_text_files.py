@@ -14,11 +14,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from conftest import WORDS, make_text, make_tokenizer
 from symphony_moe.errors import TextError
 from symphony_moe.recipe.settings import Data, HubData
+from symphony_moe.text import domain as domain_module
 from symphony_moe.text import files as files_module
 from symphony_moe.text.documents import read_documents, split_held_out
-from symphony_moe.text.files import read_packed, source_text, write_packed
-from symphony_moe.text.rows import MESSAGES
-from symphony_moe.text.windows import Encoder, Packed, draw_packed
+from symphony_moe.text.domain import Domain, Reading, Room
+from symphony_moe.text.files import read_packed, write_packed
+from symphony_moe.text.windows import Drawing, Encoder, Packed, draw_packed
 
 SETTINGS: dict[str, Any] = {"holdout": 0.1, "tokens": 3200, "sequence_length": 32, "seed": 3}
 
@@ -49,16 +50,11 @@ def get(
     column: str = "text",
     **changes: Any,
 ) -> Packed:
-    return source_text(
-        "text of b",
-        data,
-        column,
-        tokenizer,
-        Encoder.of(tokenizer),
-        rules=MESSAGES,
-        folder=folder,
-        **(SETTINGS | changes),
-    )
+    settings = SETTINGS | changes
+    holdout = settings.pop("holdout")
+    reading = Reading(data, column, tokenizer)
+    domain = Domain(reading, Encoder.of(tokenizer), holdout, Room(0))
+    return domain.training_windows("text of b", Drawing(**settings), folder)
 
 
 def in_memory(data: Data, tokenizer: PreTrainedTokenizerBase) -> Packed:
@@ -66,7 +62,7 @@ def in_memory(data: Data, tokenizer: PreTrainedTokenizerBase) -> Packed:
         read_documents("text of b", data, "text", tokenizer), SETTINGS["holdout"]
     )
     drawing = {key: value for key, value in SETTINGS.items() if key != "holdout"}
-    return draw_packed("text of b", documents, Encoder.of(tokenizer), **drawing)
+    return draw_packed("text of b", documents, Encoder.of(tokenizer), Drawing(**drawing))
 
 
 def same(one: Packed, other: Packed) -> bool:
@@ -137,7 +133,7 @@ def test_finished_files_are_used_again_where_they_were_made_of_the_same(
     data = str(path)
     first = get(data, tokenizer, folder)
     with monkeypatch.context() as patch:
-        patch.setattr(files_module, "read_documents", lambda *_: pytest.fail("read again"))
+        patch.setattr(domain_module, "read_documents", lambda *_: pytest.fail("read again"))
         assert same(get(data, tokenizer, folder), first)
     changes: list[dict[str, Any]] = [
         {"seed": 4},
@@ -250,15 +246,8 @@ def test_writing_takes_bounded_memory(
     peaks = []
     for tokens in (10_000, 80_000):
         tracemalloc.start()
-        write_packed(
-            tmp_path / str(tokens),
-            "w",
-            documents,
-            Encoder.of(tokenizer),
-            tokens=tokens,
-            sequence_length=100,
-            seed=0,
-        )
+        drawing = Drawing(tokens, sequence_length=100, seed=0)
+        write_packed(tmp_path / str(tokens), "w", documents, Encoder.of(tokenizer), drawing)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(read_packed(tmp_path / str(tokens), 100).windows) == tokens // 100
@@ -271,6 +260,6 @@ def test_what_a_tokenizer_is_does_not_depend_on_its_last_call(tmp_path: Path) ->
     make_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.pad_token = "</s>"
-    before = files_module._spell(tokenizer)
+    before = files_module.rules_of(tokenizer)
     tokenizer(["alpha", "alpha beta"], padding=True, truncation=True, max_length=3)
-    assert files_module._spell(tokenizer) == before
+    assert files_module.rules_of(tokenizer) == before

@@ -20,8 +20,8 @@ from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.stock import load_stock
 from symphony_moe.text import files as files_module
+from symphony_moe.text.texts import Texts
 from symphony_moe.training import distillation
-from symphony_moe.training import run as run_module
 from symphony_moe.training.callbacks import TrainingProgress
 from symphony_moe.training.distillation import Teachers, divergence
 from symphony_moe.training.trainer import MoETrainer
@@ -67,7 +67,7 @@ def expected_first_loss(
     """(loss, divergence) of the first step's four windows, from stock models alone."""
     recipe = load_recipe(run.recipe, overrides)
     sources = open_sources(recipe)
-    text = run_module.training_text(recipe, sources, run.work)
+    text = Texts(recipe, sources).training_text(run.work)
     batch, owners = text.tokens(range(4)), text.owners[:4].tolist()
     dense = [
         AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
@@ -183,7 +183,7 @@ def test_teachers_of_a_merged_vocabulary(tmp_path: Path) -> None:
     known = sources[0].known
     assert known is not None and not bool(known[300:302].any())
     run = pipeline.build(recipe, tmp_path / "run")
-    words = run_module.training_text(recipe, sources, run.work)
+    words = Texts(recipe, sources).training_text(run.work)
     batch, owners = words.tokens(range(4)), words.owners[:4].tolist()
     assert bool((batch[[n for n, o in enumerate(owners) if o == 0]] >= 300).any())
     teachers = Teachers(sources, words, tmp_path / "wait", by_documents=False, together=True)
@@ -237,7 +237,7 @@ def test_held_out_losses_on_the_way(copied: Callable[[str], RunFolder]) -> None:
 def test_the_curve_tells_of_the_balance(variant: str, copied: Callable[[str], RunFolder]) -> None:
     run = copied(variant)
     recipe = load_recipe(run.recipe, SHORT)
-    windows = run_module.training_text(recipe, open_sources(recipe), run.work).tokens(range(4))
+    windows = Texts(recipe, open_sources(recipe)).training_text(run.work).tokens(range(4))
     model = load_stock(run.checkpoint)
     with torch.inference_mode():
         output: Any = model(input_ids=windows, output_router_logits=True)
@@ -349,7 +349,7 @@ def test_attention_within_documents(variant: str, copied: Callable[[str], RunFol
     overrides = [*TEACHER, "train.packing=documents", "train.balance_weight=0"]
     recipe = load_recipe(run.recipe, overrides)
     sources = open_sources(recipe)
-    text = run_module.training_text(recipe, sources, run.work)
+    text = Texts(recipe, sources).training_text(run.work)
     model = load_stock(run.checkpoint)
     dense = [
         AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()

@@ -35,6 +35,7 @@ from symphony_moe.progress import Progress
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
+from symphony_moe.text.texts import Texts
 from symphony_moe.text.windows import Encoder, Packed, pack_windows
 from symphony_moe.training import (
     publishing,
@@ -77,7 +78,7 @@ def first_loss(run: RunFolder, overrides: Sequence[str]) -> float:
 def packed_text(run: RunFolder, overrides: Sequence[str] = ()) -> Packed:
     """All windows that are trained on, in their order."""
     recipe = load_recipe(run.recipe, overrides)
-    text = run_module.training_text(recipe, open_sources(recipe), run.work)
+    text = Texts(recipe, open_sources(recipe)).training_text(run.work)
     numbers = range(len(text))
     return Packed(text.tokens(numbers), text.positions(numbers))
 
@@ -923,13 +924,13 @@ def test_training_text_is_equal_shares_of_every_source(
     run = copied("llama")
     recipe = load_recipe(run.recipe, ["train.tokens=3840"])
     sources = open_sources(recipe)
-    text = run_module.training_text(recipe, sources, run.work)
+    text = Texts(recipe, sources).training_text(run.work)
     windows = text.tokens(range(len(text)))
     assert windows.shape == (60, 64)
     shorter = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens": 1280})})
     alone = []
     for source in sources:
-        own = run_module.training_text(shorter, [source], run.work)
+        own = Texts(shorter, [source]).training_text(run.work)
         alone.append({tuple(window) for window in own.tokens(range(len(own))).tolist()})
     owners = [
         next(n for n, own in enumerate(alone) if tuple(window) in own)

@@ -32,13 +32,13 @@ def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) ->
     source's own text, the source's stream at three places of a layer, the new model's at two and
     the plain mean's on some."""
     windows = recipe.windows_each
-    to_fit = max(1, windows - recipe.windows_aside)
-    whole = to_fit + recipe.windows_aside
+    to_fit = max(1, windows - recipe.validation_windows)
+    whole = to_fit + recipe.validation_windows
     aligning = len(recipe.calibration_domains) * whole if recipe.aligns else 0
     fitting = 2 * whole if recipe.fits else 0
     if recipe.fits_layers:
         router = len(windows_for_router(num_sources, recipe.calibration.sequence_length, to_fit))
-        fitting = 5 * whole + recipe.windows_aside + router
+        fitting = 5 * whole + recipe.validation_windows + router
     tokens = num_sources * max(aligning, fitting) * recipe.calibration.sequence_length
     return tokens * config.hidden_size * 4
 

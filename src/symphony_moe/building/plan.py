@@ -250,7 +250,7 @@ def _notes(
             f"{scale:.4g} times as large, which computes the same"
         )
     notes += beyond_context(recipe, opened, "calibration", "train", "evaluation")
-    each = max(1, recipe.windows_each - recipe.windows_aside) + recipe.windows_aside
+    each = max(1, recipe.windows_each - recipe.validation_windows) + recipe.validation_windows
     least = each * len(recipe.calibration_domains) * recipe.calibration.sequence_length
     if (recipe.aligns or recipe.fits) and recipe.calibration.tokens < least:
         notes.append(

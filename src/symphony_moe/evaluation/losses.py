@@ -37,8 +37,8 @@ from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.source import Source, anchor_of
 from symphony_moe.sources.stock import load_source, load_stock
-from symphony_moe.text.documents import Documents, read_documents, split_held_out
-from symphony_moe.text.windows import Pieces, as_pieces, digest_of, draw_pieces
+from symphony_moe.text.texts import Texts
+from symphony_moe.text.windows import Pieces, as_pieces, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +48,22 @@ of them, and masked."""
 
 
 def evaluate_run(
-    run: RunFolder, recipe: Recipe, sources: Sequence[Source], like: RunFolder | None = None
+    run: RunFolder,
+    recipe: Recipe,
+    sources: Sequence[Source],
+    like: RunFolder | None = None,
+    texts: Texts | None = None,
 ) -> dict[str, Any]:
     """Losses of the sources, the built and the trained model on every domain, their routing and the
     likeness of their experts, into `metrics.json`.
 
     `like`: a run that may have evaluated the same sources on the same text already; what it says of
-    them is taken over then. Returns what was written. Raises TextError for a domain without
-    held-out text.
+    them is taken over then. `texts`: what the command has read already. Returns what was written.
+    Raises TextError for a domain without held-out text.
     """
     run.require_checkpoint()
     started = time.monotonic()
-    windows = held_out_text(recipe, sources)
+    windows = Texts.of(recipe, sources, texts).held_out_text()
     shared = shared_text({name: text.windows for name, text in windows.items()})
     names = recipe.expert_names
     held_out = {"text": _digest_of_domains(windows)}
@@ -150,35 +154,6 @@ def _evaluate_moe(
     model = load_stock(folder)
     losses, routing = losses_and_routing(model, windows)
     return losses, routing, dynamic_routing(model, windows, thresholds) if thresholds else {}
-
-
-def held_out_text(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Pieces]:
-    """Domain -> held-out text: the sources' domains, then the extra ones. All of an extra domain's
-    documents are evaluated on, as none is trained on. Raises TextError where there is none."""
-    settings = recipe.evaluation
-    anchor = anchor_of(recipe, sources)
-    windows = {}
-    for name, data in [(s.name, recipe.sources[s.name].data) for s in sources] + list(
-        settings.extra.items()
-    ):
-        spec = recipe.sources.get(name)
-        # Text of no source is spelled and begun as the anchor does it.
-        owner = next((source for source in sources if source.name == name), anchor)
-        tokenizer = owner.own_tokenizer if spec else anchor.tokenizer
-        who = f"held-out text of {name}"
-        column, rules = spec.column if spec else "text", recipe.chat_rules(name)
-        documents: Documents = read_documents(who, data, column, tokenizer, rules)
-        if spec:
-            _, documents = split_held_out(documents, settings.holdout)
-        windows[name] = draw_pieces(
-            who,
-            documents,
-            owner.encoder,
-            tokens=settings.tokens,
-            sequence_length=settings.sequence_length,
-            seed=recipe.seed if settings.seed is None else settings.seed,
-        )
-    return windows
 
 
 def _at_once(model: PreTrainedModel, pieces: Pieces) -> int:
@@ -287,7 +262,7 @@ def continuations(
     tokenizer = anchor_of(recipe, sources).tokenizer
     torch.manual_seed(recipe.seed)
     found = []
-    for domain, text in list(held_out_text(recipe, sources).items())[:count]:
+    for domain, text in list(Texts(recipe, sources).held_out_text().items())[:count]:
         prompt = text.tokens[None, :tokens].to(model.device)
         generate: Any = model.generate
         output = generate(

@@ -493,9 +493,9 @@ class Recipe(Section):
         return max(1, settings.tokens // domains // settings.sequence_length)
 
     @property
-    def windows_aside(self) -> int:
-        """Windows of every source's calibration text that a fit is judged by: one in 16; four where
-        that is fewer, but no more than one in four, and at least one."""
+    def validation_windows(self) -> int:
+        """Windows of every source's calibration text that a fit is validated by: one in 16; four
+        where that is fewer, but no more than one in four, and at least one."""
         if not self.fits:
             return 0
         return max(self.windows_each // 16, min(4, self.windows_each // 4), 1)

@@ -87,8 +87,17 @@ def is_held_out(document: str, share: float) -> bool:
 
 
 def _falls_below(key: str, share: float) -> bool:
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int.from_bytes(_sha256(key)[:8], "big") < share * 2**64
+
+
+def _sha256(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _salted(document: str) -> str:
+    """What decides whether a document is for validation. It must never change: a recipe would get
+    other text."""
+    return f"aside/{_key(document)}"
 
 
 def _key(document: str) -> str:
@@ -111,33 +120,30 @@ def split_held_out(documents: Documents, share: float) -> tuple[Documents, Docum
 
 
 @overload
-def split_aside(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]: ...
+def split_validation(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]: ...
 
 
 @overload
-def split_aside(
+def split_validation(
     documents: DocumentStream, share: float
 ) -> tuple[DocumentStream, DocumentStream]: ...
 
 
-def split_aside(documents: Documents, share: float) -> tuple[Documents, Documents]:
-    """(documents to fit on, documents to judge a fit by), each in the order given.
+def split_validation(documents: Documents, share: float) -> tuple[Documents, Documents]:
+    """(documents to fit on, documents to validate a fit by), each in the order given.
 
-    Those with the smallest hashes are set aside, `share` of them and at least one, but never the
-    only one. Whole documents, with all their copies: windows of one document know one another. Of
-    a stream, which is never seen whole, those whose hash falls below `share` are set aside: as
-    many on average.
+    The documents with the smallest hashes are for validation: `share` of them and at least one, but
+    never the only one. They are whole documents with all their copies, as windows of one document
+    know one another. A stream is never seen whole. Of it, those whose hash falls below `share` are
+    for validation: as many on average.
     """
     if isinstance(documents, DocumentStream):
         return (
-            documents.where(lambda document: not _falls_below(f"aside/{document.key}", share)),
-            documents.where(lambda document: _falls_below(f"aside/{document.key}", share)),
+            documents.where(lambda document: not _falls_below(_salted(document), share)),
+            documents.where(lambda document: _falls_below(_salted(document), share)),
         )
 
-    def place(key: str) -> bytes:
-        return hashlib.sha256(f"aside/{key}".encode("utf-8", "surrogatepass")).digest()
-
-    distinct = sorted({_key(document) for document in documents}, key=place)
+    distinct = sorted({_key(d) for d in documents}, key=lambda key: _sha256(_salted(key)))
     count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
     chosen = set(distinct[: max(0, count)])
     return (

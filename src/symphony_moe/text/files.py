@@ -6,13 +6,12 @@ so a killed writing begins again, and a finished one is used again.
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import shutil
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +22,16 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from symphony_moe import __version__
 from symphony_moe.files import publish
-from symphony_moe.recipe.settings import BUNDLED, ChatRules, Data, HubData
-from symphony_moe.text.documents import Documents, read_documents, split_held_out
+from symphony_moe.recipe.settings import BUNDLED, Data, HubData
+from symphony_moe.text.documents import Documents
 from symphony_moe.text.windows import (
-    Encoder,
+    Drawing,
+    Encodes,
     Packed,
     choose_windows,
     cut,
     digest_of,
-    draw_packed,
     packed,
     pooled,
 )
@@ -94,91 +92,54 @@ class TrainingText:
         return digest_of(self.tokens(block) for block in blocks)
 
 
-def source_text(
+def stays_in_memory(drawing: Drawing) -> bool:
+    """Whether drawn text is small enough for memory: up to 256 MiB of tokens and positions."""
+    return drawing.tokens * _BYTES_PER_TOKEN <= _IN_MEMORY
+
+
+def draw_to_files(
     who: str,
-    data: Data,
-    column: str,
-    own_tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    *,
-    rules: ChatRules,
-    holdout: float,
-    tokens: int,
-    sequence_length: int,
-    seed: int,
-    folder: Path,
+    documents: Callable[[], Documents],
+    encoder: Encodes,
+    drawing: Drawing,
+    final: Path,
 ) -> Packed:
-    """The windows that `draw_packed` draws from the documents of `data` that are not held out.
+    """The windows that `draw_packed` draws from `documents`, as int32 in files in `final`.
 
-    Up to 256 MiB of them are int64 in memory. More are int32 in files under `folder`, which may
-    hold several texts: they are written in bounded memory (documents that are not streamed are
-    read whole), with up to five times their size on the disk meanwhile, and taken as they are where
-    they were made of the same. Other processes that ask for the same text wait until it is there.
+    They are written in bounded memory, with up to five times their size on the disk meanwhile.
+    Where the folder is there they are taken as they are, and no document is asked for. Other
+    processes that want the same folder wait until it is there.
 
-    `own_tokenizer` and `rules` spell chats, `encoder` makes tokens. Raises TextError as
-    `read_documents` and `draw_packed` do, and OSError where the disk has no room.
+    Raises TextError as `draw_packed` does, and OSError where the disk has no room.
     """
-
-    def documents() -> Documents:
-        return split_held_out(read_documents(who, data, column, own_tokenizer, rules), holdout)[0]
-
-    if tokens * _BYTES_PER_TOKEN <= _IN_MEMORY:
-        return draw_packed(
-            who, documents(), encoder, tokens=tokens, sequence_length=sequence_length, seed=seed
-        )
-    made_from = {
-        "version": __version__,
-        "data": _stamp(data),
-        "column": column,
-        "chats": [own_tokenizer.chat_template, own_tokenizer.special_tokens_map, str(rules)],
-        "tokenizer": [*_spell(encoder.tokenizer), encoder.begin, encoder.end],
-        "numbers": [holdout, tokens, sequence_length, seed],
-    }
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
-    final = folder / digest[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder / f"{final.name}.lock"):
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(final.with_name(f"{final.name}.lock")):
         if final.is_dir():
             log.info("%s: taken from %s", who, final)
         else:
             log.info("%s: written to %s", who, final)
-            write_packed(
-                final,
-                who,
-                documents(),
-                encoder,
-                tokens=tokens,
-                sequence_length=sequence_length,
-                seed=seed,
-            )
-    return read_packed(final, sequence_length)
+            write_packed(final, who, documents(), encoder, drawing)
+    return read_packed(final, drawing.sequence_length)
 
 
 def write_packed(
-    final: Path,
-    who: str,
-    documents: Documents,
-    encoder: Encoder,
-    *,
-    tokens: int,
-    sequence_length: int,
-    seed: int,
+    final: Path, who: str, documents: Documents, encoder: Encodes, drawing: Drawing
 ) -> None:
     """Write what `draw_packed` would return into the folder `final`, which appears when it is
     whole. Raises TextError as `draw_packed` does."""
     partial = final.with_name(final.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    wanted, num_documents = max(1, tokens // sequence_length), 0
+    sequence_length, num_documents = drawing.sequence_length, 0
     pool_files, drawn_files = ([partial / name for name in names] for names in (_POOL, _DRAWN))
     try:
         with pool_files[0].open("wb") as stream, pool_files[1].open("wb") as places:
-            for ids in pooled(documents, encoder, tokens=wanted * sequence_length, seed=seed):
+            for ids in pooled(documents, encoder, drawing):
                 array("i", ids).tofile(stream)
                 array("i", range(len(ids))).tofile(places)
                 num_documents += 1
         pool = [cut(_mapped(path), sequence_length) for path in pool_files]
-        chosen = choose_windows(who, num_documents, len(pool[0]), wanted, sequence_length, seed)
+        chosen = choose_windows(who, num_documents, len(pool[0]), drawing)
         with drawn_files[0].open("wb") as windows, drawn_files[1].open("wb") as positions:
             for rows in chosen.split(max(1, _BLOCK // sequence_length)):
                 drawn = packed(pool[0][rows], pool[1][rows])
@@ -216,11 +177,11 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _stamp(data: Data) -> Any:
+def stamp(data: Data) -> Any:
     """What tells data from others: the setting, and size and time of change of local files. A data
     set on the hub is told by its `revision`."""
     if isinstance(data, list):
-        return [_stamp(item) for item in data]
+        return [stamp(item) for item in data]
     if isinstance(data, HubData):
         return [data.model_dump(), _stamps(Path(data.hub))]
     return data if data.startswith(BUNDLED) else [data, _stamps(Path(data))]
@@ -232,7 +193,7 @@ def _stamps(path: Path) -> list[tuple[str, int, int]]:
     return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
-def _spell(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+def rules_of(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """All that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

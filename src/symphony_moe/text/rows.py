@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from datetime import date, datetime, time
 from functools import lru_cache
 from inspect import signature
+from sys import getsizeof
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -66,15 +67,26 @@ MESSAGES = ChatRules()
 class Document(str):
     """The text of one row, with what decides its side of the hold-out."""
 
-    key: str
-    """The row as it is stored: the text itself, or the chat before any template."""
+    __slots__ = ("_row", "is_chat")  # many are in memory at once
+
+    _row: str | None
     is_chat: bool
     """Whether a chat template wrote the text. It has its special tokens then."""
 
     def __new__(cls, text: str, key: str | None = None, *, is_chat: bool = False) -> "Document":
         made = super().__new__(cls, text)
-        made.key, made.is_chat = text if key is None else key, is_chat
+        made._row, made.is_chat = key, is_chat
         return made
+
+    @property
+    def key(self) -> str:
+        """The row as it is stored: the text itself, or the chat before any template."""
+        return self if self._row is None else self._row
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes, with its key."""
+        return getsizeof(self) + (0 if self._row is None else getsizeof(self._row))
 
 
 def read_row(
@@ -110,7 +122,7 @@ def read_row(
         return Document(value)
     if isinstance(value, list):
         try:
-            return _chat(where, row, column, value, tokenizer, rules)
+            return _chat(where, row, column, tokenizer, rules)
         except RecursionError:
             raise TextError(f"{where}: {column!r} is nested too deeply") from None
     found = ", ".join(map(str, row))[:200] or "nothing"
@@ -134,10 +146,11 @@ def _chat(
     where: str,
     row: Mapping[str, Any],
     column: str,
-    value: list[Any],
     tokenizer: PreTrainedTokenizerBase,
     rules: ChatRules,
 ) -> Document:
+    """The document of a row whose `column` holds a list of messages."""
+    value = row[column]
     messages = [_message(where, column, message, rules) for message in value]
     if not getattr(tokenizer, "chat_template", None):
         raise TextError(

@@ -21,7 +21,7 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy
 import torch
@@ -114,6 +114,32 @@ def _added_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []  # it makes nothing of any text
 
 
+@runtime_checkable
+class Encodes(Protocol):
+    """What makes tokens of documents: an `Encoder`, or one that remembers them."""
+
+    def encode(self, document: str, /) -> Sequence[int]: ...
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How much is drawn of a text, in windows of which length, and by which seed."""
+
+    tokens: int
+    sequence_length: int
+    seed: int
+
+    @property
+    def windows(self) -> int:
+        """Whole windows that `tokens` fill: one at least."""
+        return max(1, self.tokens // self.sequence_length)
+
+    @property
+    def whole(self) -> int:
+        """Tokens of those windows."""
+        return self.windows * self.sequence_length
+
+
 @dataclass(frozen=True)
 class Packed:
     """Windows of documents packed end to end, and where their tokens stand.
@@ -149,7 +175,7 @@ def joined(parts: Sequence[Packed]) -> Packed:
     )
 
 
-def pack_windows(documents: Iterable[str], encoder: Encoder, sequence_length: int) -> Packed:
+def pack_windows(documents: Iterable[str], encoder: Encodes, sequence_length: int) -> Packed:
     """Documents in the order given, packed end to end and cut into windows (int64)."""
     encoded = (encoder.encode(document) for document in documents)
     windows, places, _ = _end_to_end(encoded, sequence_length)
@@ -157,7 +183,7 @@ def pack_windows(documents: Iterable[str], encoder: Encoder, sequence_length: in
 
 
 def _end_to_end(
-    encoded: Iterable[list[int]], sequence_length: int
+    encoded: Iterable[Sequence[int]], sequence_length: int
 ) -> tuple[Int[Tensor, "windows sequence"], Int[Tensor, "windows sequence"], int]:
     """(windows of documents' tokens end to end, each token's place in its document, number of
     documents), int32."""
@@ -194,42 +220,30 @@ def digest_of(windows: Iterable[Int[Tensor, "_ _"]]) -> str:
     return digest.hexdigest()
 
 
-def draw_packed(
-    who: str,
-    documents: Documents,
-    encoder: Encoder,
-    *,
-    tokens: int,
-    sequence_length: int,
-    seed: int,
-) -> Packed:
-    """Windows drawn at random over the whole text, `tokens` in total (rounded down to whole
-    windows, at least one), int64, in memory.
+def draw_packed(who: str, documents: Documents, encoder: Encodes, drawing: Drawing) -> Packed:
+    """Windows drawn at random over the whole text (int64, in memory).
 
-    Documents are packed in an order drawn from `seed`, up to four times the tokens asked for (of a
-    stream, no more than 2**24 tokens beyond them: what is left of it is never read), and the
-    windows are drawn from those without repetition. Less text than asked for is said in a warning
-    and used as it is; text that does not fill one window raises TextError. `who` names the text in
-    both.
+    Documents are packed in an order drawn from the seed, up to four times the tokens asked for. Of
+    a stream these are no more than 2**24 tokens beyond those asked for: the rest is never read. The
+    windows are drawn from the pack without repetition. Less text than asked for is said in a
+    warning and used as it is. Text that does not fill one window raises TextError. `who` names the
+    text in both.
     """
-    wanted = max(1, tokens // sequence_length)
-    encoded = pooled(documents, encoder, tokens=wanted * sequence_length, seed=seed)
-    windows, places, num_documents = _end_to_end(encoded, sequence_length)
-    chosen = choose_windows(who, num_documents, len(windows), wanted, sequence_length, seed)
+    encoded = pooled(documents, encoder, drawing)
+    windows, places, num_documents = _end_to_end(encoded, drawing.sequence_length)
+    chosen = choose_windows(who, num_documents, len(windows), drawing)
     drawn = packed(windows[chosen], places[chosen])
     return Packed(drawn.windows.long(), drawn.positions.long())
 
 
-def pooled(
-    documents: Documents, encoder: Encoder, *, tokens: int, seed: int
-) -> Iterator[list[int]]:
-    """Token ids of one document after the other, in an order drawn from `seed`, until there are
-    enough to draw `tokens` of them at random."""
-    enough = _POOL * tokens
+def pooled(documents: Documents, encoder: Encodes, drawing: Drawing) -> Iterator[Sequence[int]]:
+    """Token ids of one document after the other, in an order drawn from the seed, until there are
+    enough to draw at random from."""
+    enough = _POOL * drawing.whole
     if isinstance(documents, DocumentStream):
-        enough = min(enough, tokens + _STREAM_SPARE)
+        enough = min(enough, drawing.whole + _STREAM_SPARE)
     count = 0
-    for document in _shuffled(documents, seed):
+    for document in _shuffled(documents, drawing.seed):
         ids = encoder.encode(document)
         yield ids
         count += len(ids)
@@ -283,23 +297,15 @@ def as_pieces(windows: Int[Tensor, "windows sequence"]) -> Pieces:
     return Pieces(windows.flatten(), torch.arange(length).repeat(count), length)
 
 
-def draw_pieces(
-    who: str,
-    documents: Documents,
-    encoder: Encoder,
-    *,
-    tokens: int,
-    sequence_length: int,
-    seed: int,
-) -> Pieces:
-    """Whole documents in an order drawn from `seed`, until there are `tokens` tokens (rounded down
-    to whole windows, at least one). A document longer than `sequence_length` is several pieces.
+def draw_pieces(who: str, documents: Documents, encoder: Encodes, drawing: Drawing) -> Pieces:
+    """Whole documents in an order drawn from the seed, until there are the tokens asked for (whole
+    windows of them). A document longer than `sequence_length` is several pieces.
 
     Less text than asked for, and too little, are told as by `draw_packed`.
     """
-    wanted = max(1, tokens // sequence_length) * sequence_length
+    wanted, sequence_length = drawing.whole, drawing.sequence_length
     stream, places, num_documents = array("i"), array("i"), 0
-    for document in _shuffled(documents, seed):
+    for document in _shuffled(documents, drawing.seed):
         ids = encoder.encode(document)[: wanted - len(stream)]
         stream.extend(ids)
         places.extend(place % sequence_length for place in range(len(ids)))
@@ -336,15 +342,16 @@ def _say_less(who: str, wanted: int, found: int) -> None:
 
 
 def choose_windows(
-    who: str, num_documents: int, num_windows: int, wanted: int, sequence_length: int, seed: int
+    who: str, num_documents: int, num_windows: int, drawing: Drawing
 ) -> Int[Tensor, " chosen"]:
-    """Which of a pool's windows are used: `wanted` of them in an order drawn from `seed`, or all
-    that there are, with a warning. Raises TextError where there is none."""
-    _refuse_too_little(who, num_documents, num_windows * sequence_length, sequence_length)
-    if num_windows < wanted:
-        _say_less(who, wanted * sequence_length, num_windows * sequence_length)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(num_windows, generator=generator)[:wanted]
+    """Which of a pool's windows are used: as many as are asked for, in an order drawn from the
+    seed, or all that there are, with a warning. Raises TextError where there is none."""
+    found = num_windows * drawing.sequence_length
+    _refuse_too_little(who, num_documents, found, drawing.sequence_length)
+    if num_windows < drawing.windows:
+        _say_less(who, drawing.whole, found)
+    generator = torch.Generator().manual_seed(drawing.seed)
+    return torch.randperm(num_windows, generator=generator)[: drawing.windows]
 
 
 def packed(

@@ -7,12 +7,10 @@ shares, held-out documents left out.
 """
 
 import logging
-import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import transformers
@@ -30,8 +28,8 @@ from symphony_moe.progress import Listener, ignore
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.source import Source
-from symphony_moe.text import files as files_module
 from symphony_moe.text.files import TrainingText
+from symphony_moe.text.texts import Texts, windows_per_source
 from symphony_moe.training.job import TrainingJob, Validation
 from symphony_moe.training.publishing import describe_training, publish_trained, refuse_lost
 from symphony_moe.training.resuming import (
@@ -65,17 +63,19 @@ def train_run(
     resume: bool,
     overwrite: bool,
     measure: Validation | None = None,
+    texts: Texts | None = None,
     progress: Listener = ignore,
 ) -> None:
     """Train `checkpoint/` into `trained/`, which appears when it is whole. Under `accelerate
     launch` or `torchrun`, every process calls this, and the first writes; the others return before
     it has.
 
-    `measure`: model -> losses on held-out text, for `train.evaluations`. `progress`: hears of every
-    optimizer step, in the first process. Raises RunFolderError where there is no checkpoint, where
-    `trained/` exists (unless `overwrite`, or `resume` and it is what would be made) or a training
-    was cut short (unless `resume` or `overwrite`), where memory does not suffice, and where the
-    loss becomes NaN or infinite.
+    `measure`: model -> losses on held-out text, for `train.evaluations`. `texts`: what the command
+    has read already. `progress`: hears of every optimizer step, in the first process.
+
+    Raises RunFolderError where there is no checkpoint, where `trained/` exists (unless `overwrite`,
+    or `resume` and it is what would be made) or a training was cut short (unless `resume` or
+    `overwrite`), where memory does not suffice, and where the loss becomes NaN or infinite.
     """
     # 1. What cannot be trained is refused, before anything is written.
     run.require_checkpoint()
@@ -89,7 +89,7 @@ def train_run(
     processes = PartialState(cpu=not torch.cuda.is_available())
     begin(run, recipe, processes, resume=resume)
     # 4. The text is drawn. The clock goes on from where the interrupted training was saved.
-    text = training_text(recipe, sources, run.work / "text")
+    text = Texts.of(recipe, sources, texts).training_text(run.work / "text")
     began = time.monotonic() - seconds_until(saved)
     # 5. The model is loaded, with the weights to go on from, and put into a Trainer.
     job = TrainingJob(run, recipe, sources, measure, progress)
@@ -173,7 +173,7 @@ def refuse_untrainable(recipe: Recipe) -> None:
     done: text that fills no step of one process, loggers that are not there, and an architecture
     that this version of transformers does not train."""
     settings, sources = recipe.train, len(recipe.sources)
-    windows = _windows_per_source(settings, sources) * sources
+    windows = windows_per_source(recipe, sources) * sources
     refuse_short(windows, settings.batch_size * settings.gradient_accumulation, settings)
     _refuse_loggers(settings)
     _refuse_architecture(recipe)
@@ -201,52 +201,3 @@ def _refuse_architecture(recipe: Recipe) -> None:
             f"has no load-balance loss in training; {STACKED_TRAIN} has: "
             "pip install -U transformers"
         )
-
-
-def refuse_no_text(recipe: Recipe, sources: Sequence[Source]) -> None:
-    """TextError where a source's text does not fill one window of `train.sequence_length`."""
-    one = recipe.train.model_copy(update={"tokens": recipe.train.sequence_length})
-    training_text(recipe.model_copy(update={"train": one}), sources, Path())  # small: in memory
-
-
-# The text
-
-
-def _windows_per_source(settings: Train, num_sources: int) -> int:
-    """Each source's share of the text."""
-    return max(1, settings.tokens // settings.sequence_length // num_sources)
-
-
-def training_text(recipe: Recipe, sources: Sequence[Source], folder: Path) -> TrainingText:
-    """Equal shares of every source's text, shuffled together. Text that is shorter than its share
-    is repeated, each time in a new order. `folder`: where large text is kept."""
-    settings = recipe.train
-    share = _windows_per_source(settings, len(sources))
-    generator = torch.Generator().manual_seed(recipe.seed)
-    parts, rows = [], []
-    for source in sources:
-        spec = recipe.sources[source.name]
-        who = f"training text of {source.name}"
-        part = files_module.source_text(
-            who,
-            spec.data,
-            spec.column,
-            source.own_tokenizer,
-            source.encoder,
-            rules=recipe.chat_rules(source.name),
-            holdout=recipe.evaluation.holdout,
-            tokens=share * settings.sequence_length,
-            sequence_length=settings.sequence_length,
-            seed=recipe.seed,
-            folder=folder,
-        )
-        available = len(part.windows)
-        repeats = math.ceil(share / available)
-        if repeats > 1:
-            log.warning("%s: repeated %.1f times", who, share / available)
-        orders = [torch.randperm(available, generator=generator) for _ in range(repeats)]
-        parts.append(part)
-        rows.append(torch.cat(orders)[:share])
-    order = torch.randperm(share * len(sources), generator=generator)
-    owners = torch.arange(len(sources)).repeat_interleave(share)
-    return TrainingText(parts, owners[order], torch.cat(rows)[order])
