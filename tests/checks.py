@@ -228,8 +228,8 @@ class ExactNorm(nn.Module):
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
-        self.weight = stock.weight
-        self.eps = stock.variance_epsilon
+        self.weight: Tensor = stock.weight
+        self.eps: float = stock.variance_epsilon
 
     def forward(self, hidden: Tensor) -> Tensor:
         scale = torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + self.eps)

@@ -21,7 +21,6 @@ import safetensors.torch
 import torch
 
 from conftest import make_recipe
-from symphony_moe import comparison
 from symphony_moe.cli import main
 
 Kept = dict[str, bytes | None]
@@ -334,7 +333,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: Any) -> Any:
         return subprocess.CompletedProcess(command, main(command[3:]))
 
-    monkeypatch.setattr(comparison.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 @pytest.mark.usefixtures("in_this_process")

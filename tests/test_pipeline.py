@@ -42,6 +42,8 @@ from symphony_moe.building import build as build_module
 from symphony_moe.building.calibrate import calibration_windows
 from symphony_moe.errors import RecipeError, RunFolderError, SourceError, VerificationError
 from symphony_moe.files import hash_folder, sha256_of
+from symphony_moe.machine import versions
+from symphony_moe.model.checkpoint import CheckpointWriter
 from symphony_moe.model.streams import Streams
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
@@ -80,7 +82,7 @@ def numpy_slerp(tensors: Sequence[np.ndarray], shares: Sequence[float]) -> np.nd
         if step < 1e-15:
             break
         mean = np.cos(step) * mean + np.sin(step) * tangent / step
-    return (mean * np.dot(shares, norms)).reshape(tensors[0].shape)
+    return np.reshape(mean * np.dot(shares, norms), tensors[0].shape)
 
 
 def fused(
@@ -736,7 +738,7 @@ def test_a_resumed_build_gives_the_same_bytes(
     """Law 5, second half: cut short between a layer's tensors and its record, and resumed."""
     recipe = load_recipe(recipes(variant), [f"align.neurons={neurons}"])
     whole = pipeline.build(recipe, tmp_path / "whole")
-    sync = pipeline.CheckpointWriter.sync
+    sync = CheckpointWriter.sync
     written: list[int] = []
 
     def killed(writer: Any) -> None:
@@ -746,7 +748,7 @@ def test_a_resumed_build_gives_the_same_bytes(
         sync(writer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.CheckpointWriter, "sync", killed)
+        patch.setattr(CheckpointWriter, "sync", killed)
         with pytest.raises(Killed):
             pipeline.build(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoint").exists()
@@ -780,7 +782,7 @@ def test_a_build_resumed_by_other_software_says_so(
 ) -> None:
     """It names both, goes on, and the manifest keeps both."""
     recipe = load_recipe(recipes("llama"))
-    now = pipeline.versions()
+    now = versions()
     then = now | {"torch": "1.0", "transformers": "5.0.1"}
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "versions", lambda: then)

@@ -20,7 +20,9 @@ from conftest import make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
 from symphony_moe.building import estimate
-from symphony_moe.building.calibrate import calibration_windows
+from symphony_moe.building.align import match
+from symphony_moe.building.assemble import assemble_layer
+from symphony_moe.building.calibrate import calibration_windows, compare_layer
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, VerificationError
 from symphony_moe.files import hash_folder, publish, sha256_of, write_text
@@ -28,6 +30,7 @@ from symphony_moe.model.streams import Streams
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder, refuse_existing, start_run
+from symphony_moe.sources.opening import open_sources
 
 Recipes = Callable[[str], Path]
 Built = Callable[[str], RunFolder]
@@ -348,7 +351,8 @@ def run_jobs(jobs: list[Any]) -> list[int]:
         [sys.executable, "-c", _DRIVER, json.dumps(jobs)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    codes: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return codes
 
 
 @pytest.fixture(scope="module")
@@ -404,11 +408,10 @@ def test_layers_that_were_finished_are_not_computed_again(
     killed = kills.cut[("building.build:layer_outputs", 2, False)]
     shutil.copytree(killed.root, tmp_path / "run")
     assembled = []
-    whole = build_module.assemble_layer
 
     def counted(*arguments: Any) -> Any:
         assembled.append(arguments[2])
-        return whole(*arguments)
+        return assemble_layer(*arguments)
 
     monkeypatch.setattr(build_module, "assemble_layer", counted)
     monkeypatch.setattr(build_module, "compare_layer", None)
@@ -423,11 +426,10 @@ def test_layers_that_were_compared_are_not_compared_again(
     killed = kills.cut[("building.build:write_bytes", 2, True)]
     shutil.copytree(killed.root, tmp_path / "run")
     gathered, matched = [], []
-    compare, match = build_module.compare_layer, build_module.match
 
     def compared(recipe: Any, sources: Any, layer: int, *rest: Any, statistics: bool) -> Any:
         gathered.append((layer, statistics))
-        return compare(recipe, sources, layer, *rest, statistics=statistics)
+        return compare_layer(recipe, sources, layer, *rest, statistics=statistics)
 
     def counted(comparison: Any, family: Any, who: str) -> Any:
         matched.append(who)
@@ -593,7 +595,7 @@ def test_training_on_a_really_full_disk_is_a_message(
 def test_streams_that_do_not_fit_the_disk_are_a_message(disk: Disk, llama: Recipe) -> None:
     """A memory-mapped file without space behind it would end the process by SIGBUS."""
     disk.leave(50_000)
-    text = calibration_windows(llama, pipeline.open_sources(llama))
+    text = calibration_windows(llama, open_sources(llama))
     windows = {name: packed.windows for name, packed in text.items()}
     reached = []
 
