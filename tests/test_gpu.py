@@ -10,7 +10,6 @@ import torch
 from conftest import make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
-from symphony_moe.building.fit_head import next_token_losses
 from symphony_moe.evaluation.losses import held_out_text, losses_and_routing
 from symphony_moe.files import hash_folder
 from symphony_moe.recipe.load import load_recipe
@@ -39,7 +38,7 @@ def test_the_whole_way_on_cuda(variant: str, method: str, tmp_path: Path) -> Non
 @pytest.fixture
 def prefer_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model may lose more on text than a mean of models that are strangers."""
-    losses_of = next_token_losses
+    losses_of = build_module.next_token_losses
 
     def losses(calibration: Any, stream: str, head: torch.Tensor) -> dict[str, float]:
         more = 100.0 if stream == "plain" else 0.0

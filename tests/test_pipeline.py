@@ -43,7 +43,6 @@ from symphony_moe.building.calibrate import calibration_windows
 from symphony_moe.errors import RecipeError, RunFolderError, SourceError, VerificationError
 from symphony_moe.files import hash_folder, sha256_of
 from symphony_moe.machine import versions
-from symphony_moe.model.checkpoint import CheckpointWriter
 from symphony_moe.model.streams import Streams
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
@@ -738,7 +737,7 @@ def test_a_resumed_build_gives_the_same_bytes(
     """Law 5, second half: cut short between a layer's tensors and its record, and resumed."""
     recipe = load_recipe(recipes(variant), [f"align.neurons={neurons}"])
     whole = pipeline.build(recipe, tmp_path / "whole")
-    sync = CheckpointWriter.sync
+    sync = pipeline.CheckpointWriter.sync
     written: list[int] = []
 
     def killed(writer: Any) -> None:
@@ -748,7 +747,7 @@ def test_a_resumed_build_gives_the_same_bytes(
         sync(writer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "sync", killed)
+        patch.setattr(pipeline.CheckpointWriter, "sync", killed)
         with pytest.raises(Killed):
             pipeline.build(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoint").exists()

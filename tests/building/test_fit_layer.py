@@ -37,7 +37,6 @@ from symphony_moe.building.fit_layer import (
     descend,
     fit_layer,
     judged,
-    solve,
 )
 from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.building.router_init import hidden_router, regression_router
@@ -976,13 +975,14 @@ def test_a_head_that_does_harm_is_not_kept(
         for name in "ab":
             source = calibration.streams[f"source/{name}"]
             calibration.streams[f"new/{name}"].copy_(source)
+    solve, real_descend = fit_head_module.solve, fit_head_module.descend
 
     def spoiled(*arguments: Any) -> Solution:
         fit = solve(*arguments)
         return replace(fit, weight=fit.weight + value) if step != "refinement" else fit
 
     def astray(calibration: Calibration, parameters: Sequence[Tensor], *r: Any, **k: Any) -> int:
-        steps = descend(calibration, parameters, *r, **k)
+        steps = real_descend(calibration, parameters, *r, **k)
         for parameter in parameters:
             parameter *= value if step != "closed form" else 1
         return steps

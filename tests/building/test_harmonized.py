@@ -38,7 +38,7 @@ from conftest import VARIANTS, make_recipe, make_text, router_of, target_of_vari
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
 from symphony_moe.building.calibrate import aside_windows, calibration_windows
-from symphony_moe.building.fit_head import fit_head, next_token_losses
+from symphony_moe.building.fit_head import fit_head
 from symphony_moe.errors import RunFolderError, SourceError, TextError, VerificationError
 from symphony_moe.evaluation.losses import held_out_text, losses_and_routing
 from symphony_moe.files import hash_folder, reserve, sha256_of
@@ -63,7 +63,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 @contextmanager
 def preferring(model: str) -> Iterator[None]:
     """Let the other one of `harmonized` and `plain mean` lose 100 nats more than it does."""
-    whole = next_token_losses
+    whole = build_module.next_token_losses
     other = {"harmonized": "plain", "plain mean": "new"}[model]
 
     def losses(calibration: Any, stream: str, head: Tensor) -> dict[str, float]:
@@ -642,7 +642,7 @@ def test_a_head_that_fits_nothing_is_found_out(
 def test_a_loss_that_is_no_number_is_never_better(
     which: str, chosen: str, recipes: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    whole = next_token_losses
+    whole = build_module.next_token_losses
 
     def losses(calibration: Any, stream: str, head: Tensor) -> dict[str, float]:
         found = whole(calibration, stream, head)
@@ -660,7 +660,7 @@ def test_a_domain_that_loses_by_the_fit_is_named(
     tmp_path: Path,
 ) -> None:
     """The mean over sources decides; a source on whose text the plain mean is better is told of."""
-    whole = next_token_losses
+    whole = build_module.next_token_losses
 
     def losses(calibration: Any, stream: str, head: Tensor) -> dict[str, float]:
         found = whole(calibration, stream, head)

@@ -20,9 +20,7 @@ from conftest import make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
 from symphony_moe.building import estimate
-from symphony_moe.building.align import match
-from symphony_moe.building.assemble import assemble_layer
-from symphony_moe.building.calibrate import calibration_windows, compare_layer
+from symphony_moe.building.calibrate import calibration_windows
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, VerificationError
 from symphony_moe.files import hash_folder, publish, sha256_of, write_text
@@ -408,10 +406,11 @@ def test_layers_that_were_finished_are_not_computed_again(
     killed = kills.cut[("building.build:layer_outputs", 2, False)]
     shutil.copytree(killed.root, tmp_path / "run")
     assembled = []
+    whole = build_module.assemble_layer
 
     def counted(*arguments: Any) -> Any:
         assembled.append(arguments[2])
-        return assemble_layer(*arguments)
+        return whole(*arguments)
 
     monkeypatch.setattr(build_module, "assemble_layer", counted)
     monkeypatch.setattr(build_module, "compare_layer", None)
@@ -426,10 +425,11 @@ def test_layers_that_were_compared_are_not_compared_again(
     killed = kills.cut[("building.build:write_bytes", 2, True)]
     shutil.copytree(killed.root, tmp_path / "run")
     gathered, matched = [], []
+    compare, match = build_module.compare_layer, build_module.match
 
     def compared(recipe: Any, sources: Any, layer: int, *rest: Any, statistics: bool) -> Any:
         gathered.append((layer, statistics))
-        return compare_layer(recipe, sources, layer, *rest, statistics=statistics)
+        return compare(recipe, sources, layer, *rest, statistics=statistics)
 
     def counted(comparison: Any, family: Any, who: str) -> Any:
         matched.append(who)
