@@ -59,7 +59,7 @@ def load_clean(folder: Path) -> Any:
 def first_loss(run: RunFolder, overrides: Sequence[str]) -> float:
     """The loss of the first step, before any weight has changed."""
     pipeline.train(run, overrides, overwrite=True)
-    return run.read_json(run.metrics)["training"]["curve"][0]["loss"]
+    return float(run.read_json(run.metrics)["training"]["curve"][0]["loss"])
 
 
 def packed_text(run: RunFolder, overrides: Sequence[str] = ()) -> Packed:
@@ -103,7 +103,7 @@ def test_a_scope_changes_its_tensors_and_no_others(
     assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
         n: (t.shape, t.dtype) for n, t in after.items()
     }
-    learns = {
+    learns: Callable[[str], Any] = {
         "router": lambda name: ROUTER.search(name),
         "experts": lambda name: ROUTER.search(name) or EXPERT.search(name),
         "all": lambda name: before[name].any(),
@@ -643,7 +643,7 @@ def test_one_process_trains_on_one_gpu(
     """Where it sees several, the stock Trainer would make every step several times as large."""
     whole, run = copied("llama"), copied("llama")
     pipeline.train(whole)
-    prepare = run_module.TrainingArguments.__post_init__
+    prepare: Callable[[Any], None] = run_module.TrainingArguments.__post_init__
 
     def of_three(self: Any) -> None:
         prepare(self)
