@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checks import Killed, load_clean, tensors_of
 from conftest import VARIANTS, WORDS, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.cli import main
@@ -38,22 +39,6 @@ from symphony_moe.training import run as run_module
 
 ROUTER = re.compile(r"\.(gate|router\.layer)\.weight$")
 EXPERT = re.compile(r"\.experts\.\d+\.|\.(input|output)_linear\.")
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
-
-
-def load_clean(folder: Path) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    model, info = loaded
-    assert not any(info.values()), info
-    return model.eval()
 
 
 def first_loss(run: RunFolder, overrides: Sequence[str]) -> float:
@@ -99,7 +84,7 @@ def test_a_scope_changes_its_tensors_and_no_others(
     before_files = hash_folder(run.checkpoint)
     pipeline.train(run, [f"train.scope={scope}", "train.tokens=512"])
     assert hash_folder(run.checkpoint) == before_files
-    before, after = read_tensors(run.checkpoint), read_tensors(run.trained)
+    before, after = tensors_of(run.checkpoint), tensors_of(run.trained)
     assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
         n: (t.shape, t.dtype) for n, t in after.items()
     }
@@ -162,7 +147,7 @@ def test_the_trained_dtype_is_the_outputs(recipes: Callable[[str], Path], tmp_pa
     overrides = ["output.dtype=bfloat16", "output.max_shard_size=20KB"]
     run = pipeline.build(load_recipe(recipes("qwen2"), overrides), tmp_path / "run")
     pipeline.train(run, ["train.tokens=512"])
-    assert {t.dtype for t in read_tensors(run.trained).values()} == {torch.bfloat16}
+    assert {t.dtype for t in tensors_of(run.trained).values()} == {torch.bfloat16}
     files = {p.name for p in run.checkpoint.iterdir()}
     assert {p.name for p in run.trained.iterdir()} == files
     assert "model.safetensors.index.json" in files
@@ -293,10 +278,6 @@ def ending(
         return made[0]
 
     return get
-
-
-class Killed(BaseException):
-    """Stands in for a signal: nothing catches it."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -755,7 +736,7 @@ def test_the_recipe_says_how_precisely_it_computes(
     pipeline.train(run, [f"train.precision={precision}", "train.tokens=512"])
     AcceleratorState._reset_state()
     assert seen == ["bf16" if precision == "bfloat16" else "no"]
-    weights = read_tensors(run.trained)
+    weights = tensors_of(run.trained)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
@@ -945,7 +926,7 @@ def test_softening_costs_what_it_may_and_changes_the_final_norm_alone(
     monkeypatch.setattr(run_module, "TRAINED_TOKENS", 2048)
     pipeline.train(sharp, settings)
     pipeline.train(soft, [*settings, "train.temperature_scaling=0.02"])
-    before, after = read_tensors(sharp.trained), read_tensors(soft.trained)
+    before, after = tensors_of(sharp.trained), tensors_of(soft.trained)
     assert {n for n in before if not torch.equal(before[n], after[n])} == {"model.norm.weight"}
     assert "temperature_scaling" not in sharp.read_json(sharp.metrics)["training"]
     found = soft.read_json(soft.metrics)["training"]["temperature_scaling"]
