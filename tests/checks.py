@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from conftest import (
-    WORDS,
-    target_of_variant,
-)
+from conftest import WORDS, target_of_variant
+from symphony_moe.recipe.settings import SourceSpec
+from symphony_moe.sources.opening import open_source
+from symphony_moe.sources.source import Source
 
 ADDED = [f"<|{word}|>" for word in ("fim", "im_start", "im_end", "tool", "pad", "x1", "x2", "x3")]
 
@@ -213,6 +213,17 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> No
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def opened(folder: Path, name: str = "a", *, download: bool = True, **spec: Any) -> Source:
+    """A source of a model folder, whose text nobody reads."""
+    asked = SourceSpec(model=str(folder), data="unused.txt", **spec)
+    return open_source(name, asked, download=download)
+
+
+def random_windows(seed: int, windows: int, sequence: int = 24) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(300, (windows, sequence), generator=generator)
 
 
 def random_text(seed: int, *shape: int) -> Tensor:

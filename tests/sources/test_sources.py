@@ -20,7 +20,7 @@ from huggingface_hub.utils import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from checks import add_tokens, edit_weights, lowercase, prefix_space, swap_tokens
+from checks import add_tokens, edit_weights, lowercase, opened, prefix_space, swap_tokens
 from conftest import make_model, make_tokenizer
 from symphony_moe import pipeline
 from symphony_moe.building.plan import make_plan
@@ -44,10 +44,6 @@ def model(recipes: Recipes, tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(recipes("llama").parent / "models" / "a", folder)
     return folder
-
-
-def opened(folder: Path, name: str = "a", **spec: Any) -> Source:
-    return open_source(name, SourceSpec(model=str(folder), data="unused.txt", **spec))
 
 
 def refusal(folder: Path, **spec: Any) -> str:
