@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check fmt test-slow test-clients test-real test-gpu bundled clean
+.PHONY: install demo test check fmt lock test-slow test-newest test-clients test-real test-gpu bundled clean
 
 install: $(INSTALLED)
 
@@ -32,10 +32,26 @@ fmt: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Write constraints.txt from pyproject.toml. What is pinned stays where it fits;
+# `make lock UPGRADE=--upgrade` takes the newest of all.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lock/bin/uv pip compile pyproject.toml --all-extras --python-version 3.11 --python-platform linux \
+		--annotation-style line --custom-compile-command "make lock" --quiet $(UPGRADE) -o constraints.txt
+
 # Minutes: memory against depth, the oldest transformers, and the like.
 test-slow: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[slow]'
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m slow
+
+# The tests with the newest version of everything, whatever constraints.txt says, in an environment of
+# its own that is made anew.
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	.venv-newest/bin/python -m pip freeze
+	CUDA_VISIBLE_DEVICES= .venv-newest/bin/python -m pytest -n 2 --dist loadfile
 
 # The programs that read a model (vLLM, llama.cpp, MLX, other transformers), each in an environment of
 # its own under the cache folder (12 GB, made once), and the how-to pages. Writes the tables of
@@ -57,4 +73,4 @@ bundled: install
 	$(BIN)/python scripts/train_bundled.py --jobs 2
 
 clean:
-	rm -rf .venv symphony-demo symphony-demo-paper test-real
+	rm -rf .venv .venv-lock .venv-newest symphony-demo symphony-demo-paper test-real

@@ -106,7 +106,10 @@ def train_tokenizer(family: str, size: int) -> PreTrainedTokenizerBase:
     """Byte-level BPE of English and Python."""
     texts = itertools.chain(*(training_documents(domain) for domain in ("english", "python")))
     if family == "qwen2":
-        return Qwen2Tokenizer().train_new_from_iterator(texts, size, show_progress=False)
+        trained: PreTrainedTokenizerBase = Qwen2Tokenizer().train_new_from_iterator(
+            texts, size, show_progress=False
+        )
+        return trained
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from conftest import (
-    WORDS,
-    target_of_variant,
-)
+from conftest import WORDS, target_of_variant
+from symphony_moe.recipe.settings import SourceSpec
+from symphony_moe.sources.opening import open_source
+from symphony_moe.sources.source import Source
 
 ADDED = [f"<|{word}|>" for word in ("fim", "im_start", "im_end", "tool", "pad", "x1", "x2", "x3")]
 
@@ -139,6 +139,22 @@ def in_two_files(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
+def lowercase(content: dict[str, Any]) -> None:
+    """Text is read in lower case."""
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+def prefix_space(content: dict[str, Any]) -> None:
+    """A space is put before a text."""
+    content["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def swap_tokens(content: dict[str, Any]) -> None:
+    """`A` and `B` have each other's number."""
+    vocabulary = content["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+
+
 def with_beginning(content: dict[str, Any]) -> None:
     """`<s>` before every text that is not asked for without."""
     whole = {"Sequence": {"id": "A", "type_id": 0}}
@@ -161,12 +177,18 @@ FFN = ("gate", "up", "down")
 STACKED = ("input_linear.weight", "output_linear.weight")
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint folder, as it is stored; what holds all experts' matrices, in
-    parts (see `expert_names`)."""
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder, as it is stored."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
+    return tensors
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder, as it is stored; what holds all experts' matrices, in
+    parts (see `expert_names`)."""
+    tensors = tensors_of(folder)
     for name in [name for name in tensors if name.endswith(STACKED)]:
         prefix, parts = name.rsplit(".", 2)[0], ("w1", "w3") if "input" in name else ("w2",)
         for expert, stack in enumerate(tensors.pop(name)):
@@ -184,6 +206,24 @@ def load_clean(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     assert set(info) >= {"missing_keys", "unexpected_keys", "mismatched_keys"}
     assert not any(info.values()), info
     return model.eval()
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change the tensors of a checkpoint folder that has one file of them."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def opened(folder: Path, name: str = "a", *, download: bool = True, **spec: Any) -> Source:
+    """A source of a model folder, whose text nobody reads."""
+    asked = SourceSpec(model=str(folder), data="unused.txt", **spec)
+    return open_source(name, asked, download=download)
+
+
+def random_windows(seed: int, windows: int, sequence: int = 24) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(300, (windows, sequence), generator=generator)
 
 
 def random_text(seed: int, *shape: int) -> Tensor:
@@ -228,8 +268,8 @@ class ExactNorm(nn.Module):
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
-        self.weight = stock.weight
-        self.eps = stock.variance_epsilon
+        self.weight: Tensor = stock.weight
+        self.eps: float = stock.variance_epsilon
 
     def forward(self, hidden: Tensor) -> Tensor:
         scale = torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + self.eps)

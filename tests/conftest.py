@@ -241,6 +241,15 @@ def built(
 
 
 @pytest.fixture
+def run(built: "Callable[[str], RunFolder]", tmp_path: Path) -> "RunFolder":
+    """A copy of Llama's finished build, to break and to go on with."""
+    from symphony_moe.runs.folder import RunFolder
+
+    shutil.copytree(built("llama").root, tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
 def copied(built: "Callable[[str], RunFolder]", tmp_path: Path) -> "Callable[[str], RunFolder]":
     """variant -> a fresh copy of its finished build."""
     from symphony_moe.runs.folder import RunFolder

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
 import symphony_moe
+from checks import edit_weights
 from conftest import make_model
 from symphony_moe import cli, pipeline
 from symphony_moe.cli import main
@@ -37,13 +37,6 @@ def project(recipes: Recipes, tmp_path: Path) -> Path:
     """A good project to break: recipe.yaml, models/, text."""
     shutil.copytree(recipes("llama").parent, tmp_path / "project")
     return tmp_path / "project"
-
-
-@pytest.fixture
-def run(built: Built, tmp_path: Path) -> RunFolder:
-    """A built run to work with."""
-    shutil.copytree(built("llama").root, tmp_path / "run")
-    return RunFolder(tmp_path / "run")
 
 
 class Symphony:
@@ -78,12 +71,6 @@ def symphony(capsys: pytest.CaptureFixture[str]) -> Symphony:
 def edit_recipe(project: Path, **changes: Any) -> None:
     path = project / "recipe.yaml"
     path.write_text(json.dumps(yaml.safe_load(path.read_text()) | changes))
-
-
-def edit_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(model / WEIGHTS)
-    change(tensors)
-    save_file(tensors, model / WEIGHTS, {"format": "pt"})
 
 
 # Mistakes that are found before any work: plan, build and run refuse, and no run folder is made

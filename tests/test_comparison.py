@@ -18,6 +18,7 @@ from conftest import make_recipe
 from symphony_moe import comparison, pipeline
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError
+from symphony_moe.machine import versions
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.variants import load_variants
@@ -184,7 +185,8 @@ def test_the_way_to_a_loss_is_that_of_the_models_as_they_were_trained() -> None:
         )
         mark_reached(entries, "symphony")
         assert [entry.get("temperature") for entry in entries] == [None, 1.2, None, 1.2]
-        return entries[3]["reaches"]["tokens"]
+        tokens: int | None = entries[3]["reaches"]["tokens"]
+        return tokens
 
     # 2.5 is half way from 3.0 at 700 tokens to 2.0 at 1200.
     assert reached(softened(2.5, 2.9)) == 950
@@ -334,7 +336,7 @@ def test_a_comparison(
         return real(command, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison.subprocess, "run", counted)
+        patch.setattr(subprocess, "run", counted)
         assert run_compare(recipe, out, *methods) == 2
         message = capsys.readouterr().err
         assert "btx+teachers-seed114514: was killed (signal 9; out of memory?)" in message
@@ -433,11 +435,11 @@ def test_no_build_of_other_software_is_taken_over(
     folder = CompareFolder(tmp_path)
     first = folder.run("first", 1)
     shutil.copytree(built("llama").root, first.root)
-    other = pipeline.versions() | {"torch": "1.0"}
+    other = versions() | {"torch": "1.0"}
     recipe = load_recipe(recipes("llama"))
     # Nor one that has been begun by it.
-    for versions in ({"versions": other}, {"versions": pipeline.versions(), "begun_with": other}):
-        first.update_json(first.manifest, versions)
+    for made_by in ({"versions": other}, {"versions": versions(), "begun_with": other}):
+        first.update_json(first.manifest, made_by)
         comparison._adopt_build(folder, [("first", 1)], ("second", 1), recipe)
         assert not folder.run("second", 1).root.exists()
 
@@ -493,7 +495,7 @@ def test_begun_again_and_cut_short_no_old_run_is_left(
         return subprocess.CompletedProcess(command, -15)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison.subprocess, "run", killed)
+        patch.setattr(subprocess, "run", killed)
         assert run_compare(recipe, out, *methods, "--overwrite") == 2
     assert sorted(path.name for path in out.iterdir()) == ["recipes"]
 
@@ -514,7 +516,7 @@ def test_a_comparison_that_is_terminated_takes_its_run_with_it(
     def run(command: list[str], **settings: Any) -> Any:
         return wait([sys.executable, "-c", code, str(path)], **settings)
 
-    monkeypatch.setattr(comparison.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     before, started = signal.getsignal(signal.SIGTERM), time.monotonic()
     assert run_compare(recipe, tmp_path / "out", "--methods", "btx") == 130
     assert "interrupted" in capsys.readouterr().err
@@ -556,7 +558,7 @@ def test_runs_made_elsewhere_are_tabulated(
     def none(*_: Any, **__: Any) -> Any:
         raise AssertionError("everything is there")
 
-    monkeypatch.setattr(comparison.subprocess, "run", none)
+    monkeypatch.setattr(subprocess, "run", none)
     assert run_compare(recipe, out, *methods, "--resume") == 0
     assert len(json.loads((out / "comparison.json").read_text())) == 4
 

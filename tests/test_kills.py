@@ -21,7 +21,6 @@ import safetensors.torch
 import torch
 
 from conftest import make_recipe
-from symphony_moe import comparison
 from symphony_moe.cli import main
 
 Kept = dict[str, bytes | None]
@@ -66,47 +65,54 @@ def put(kept: Kept, folder: Path) -> None:
 @contextmanager
 def watching(folder: Path) -> Iterator[list[Kept]]:
     """Inside the block, all different states of a folder are added to the list."""
-    states: list[Kept] = []
-    busy = False
+    watch = _Watch(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in CALLS:
+            patch.setattr(module, name, watch.watched(getattr(module, name)))
+        for module, name in WRITERS:
+            patch.setattr(module, name, watch.halved(getattr(module, name)))
+        yield watch.states
 
-    def look(half: Path | None = None) -> None:
-        nonlocal busy
-        if busy or not folder.is_dir():
+
+class _Watch:
+    """Looks at a folder around calls, and keeps its states."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.states: list[Kept] = []
+        self.busy = False
+
+    def look(self, half: Path | None = None) -> None:
+        """`half`: a file that is kept as if its second half had not been written."""
+        if self.busy or not self.folder.is_dir():
             return
-        busy = True
+        self.busy = True
         try:
-            state = keep(folder)
-            if half is not None and folder in half.parents:
-                whole = state[str(half.relative_to(folder))]
+            state = keep(self.folder)
+            if half is not None and self.folder in half.parents:
+                whole = state[str(half.relative_to(self.folder))]
                 assert whole is not None
-                state[str(half.relative_to(folder))] = whole[: len(whole) // 2]
-            if not states or state != states[-1]:
-                states.append(state)
+                state[str(half.relative_to(self.folder))] = whole[: len(whole) // 2]
+            if not self.states or state != self.states[-1]:
+                self.states.append(state)
         finally:
-            busy = False
+            self.busy = False
 
-    def watched(call: Any) -> Any:
+    def watched(self, call: Any) -> Any:
         def one(*arguments: Any, **options: Any) -> Any:
-            look()
+            self.look()
             return call(*arguments, **options)
 
         return one
 
-    def halved(call: Any) -> Any:
+    def halved(self, call: Any) -> Any:
         def one(content: Any, path: Any, *arguments: Any, **options: Any) -> Any:
-            look()
+            self.look()
             result = call(content, path, *arguments, **options)
-            look(half=Path(path))
+            self.look(half=Path(path))
             return result
 
         return one
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in CALLS:
-            patch.setattr(module, name, watched(getattr(module, name)))
-        for module, name in WRITERS:
-            patch.setattr(module, name, halved(getattr(module, name)))
-        yield states
 
 
 def result(kept: Kept) -> Kept:
@@ -327,7 +333,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: Any) -> Any:
         return subprocess.CompletedProcess(command, main(command[3:]))
 
-    monkeypatch.setattr(comparison.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -41,6 +41,7 @@ from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
 from symphony_moe.errors import RecipeError, RunFolderError, SourceError, VerificationError
 from symphony_moe.files import hash_folder, sha256_of
+from symphony_moe.machine import versions
 from symphony_moe.model.streams import Streams
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
@@ -80,7 +81,7 @@ def numpy_slerp(tensors: Sequence[np.ndarray], shares: Sequence[float]) -> np.nd
         if step < 1e-15:
             break
         mean = np.cos(step) * mean + np.sin(step) * tangent / step
-    return (mean * np.dot(shares, norms)).reshape(tensors[0].shape)
+    return np.reshape(mean * np.dot(shares, norms), tensors[0].shape)
 
 
 def fused(
@@ -780,7 +781,7 @@ def test_a_build_resumed_by_other_software_says_so(
 ) -> None:
     """It names both, goes on, and the manifest keeps both."""
     recipe = load_recipe(recipes("llama"))
-    now = pipeline.versions()
+    now = versions()
     then = now | {"torch": "1.0", "transformers": "5.0.1"}
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "versions", lambda: then)

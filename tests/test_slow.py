@@ -32,7 +32,7 @@ def _peak_of_build(recipe: Path, out: Path, *overrides: str) -> int:
     pinned = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
     subprocess.run(command, env=os.environ | pinned, check=True)
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    return metrics["timing"]["build_peak_rss_bytes"]
+    return int(metrics["timing"]["build_peak_rss_bytes"])
 
 
 @pytest.mark.parametrize("method", ["symphony", "harmonized"])

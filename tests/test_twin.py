@@ -17,6 +17,7 @@ from checks import logits_of
 from conftest import VARIANTS, make_model
 from symphony_moe.errors import RecipeError, RunFolderError, SourceError, SymphonyError
 from symphony_moe.files import hash_folder
+from symphony_moe.model.checkpoint import CheckpointWriter
 from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD
 from symphony_moe.recipe.settings import SourceSpec
 from symphony_moe.sources.opening import open_source
@@ -192,14 +193,14 @@ def test_a_kill_leaves_nothing_that_looks_like_a_model(
 ) -> None:
     """At any write: no `out`, and weights without a config under a hidden name."""
     seen = []
-    write = twin.CheckpointWriter.write
+    write = CheckpointWriter.write
 
     def spied(self: Any, *arguments: Any) -> None:
         write(self, *arguments)
         seen.append({path.name for path in tmp_path.rglob("*")})
         assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
 
-    monkeypatch.setattr(twin.CheckpointWriter, "write", spied)
+    monkeypatch.setattr(CheckpointWriter, "write", spied)
     scramble(twins("llama")[0], tmp_path / "out", seed=1)
     assert seen and not any({"out", "config.json"} & names for names in seen)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -96,7 +96,7 @@ def numpy_correlation(anchor: Tensor, source: Tensor) -> np.ndarray:
     """Everything at once, in float64: the block of anchor against source."""
     ffn = anchor.shape[1]
     together = np.concatenate([anchor.double().numpy(), source.double().numpy()], axis=1)
-    return np.corrcoef(together, rowvar=False)[:ffn, ffn:]
+    return np.asarray(np.corrcoef(together, rowvar=False)[:ffn, ffn:])
 
 
 @settings(max_examples=25, deadline=None)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from checks import difference, tensors_of
 from conftest import VARIANTS, make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building.align import match_neurons
@@ -33,17 +34,6 @@ from twin import scramble
 BASELINES = ("btx", "drop-upcycling", "sparse-upcycling")
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", BASELINES)
 def test_a_baseline_is_what_the_paper_says(
@@ -59,7 +49,7 @@ def test_a_baseline_is_what_the_paper_says(
         of_sources = [source.read(name) for source in sources]
         mean = torch.stack(of_sources).mean(dim=0)
         expected = anchor.read(name) if method == "sparse-upcycling" else mean
-        assert relative(written[name], expected) < 1e-6
+        assert difference(written[name], expected) < 1e-6
     for layer in range(anchor.config.num_hidden_layers):
         names = [source.name for source in sources]
         moe = read_layer_outputs(family, anchor.config, layer, names, written.__getitem__)
@@ -67,7 +57,7 @@ def test_a_baseline_is_what_the_paper_says(
         for name in family.shared:
             mean = torch.stack([weights[name] for weights in layers]).mean(dim=0)
             expected = layers[0][name] if method == "sparse-upcycling" else mean
-            assert relative(moe.shared[name], expected) < 1e-6
+            assert difference(moe.shared[name], expected) < 1e-6
         for number, expert in enumerate(moe.experts.values()):
             own = layers[0 if method == "sparse-upcycling" else number]
             changed = []
@@ -93,7 +83,7 @@ def test_equal_sources_make_the_dense_model(method: str, variant: str, tmp_path:
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "a", dtype=torch.float32)
     with torch.inference_mode():
         expected = dense(probe).logits
-        assert relative(load_stock(run.checkpoint)(probe).logits, expected) < 1e-5
+        assert difference(load_stock(run.checkpoint)(probe).logits, expected) < 1e-5
 
 
 def test_neurons_are_drawn_anew_with_the_matrixs_own_mean_and_deviation() -> None:
@@ -311,18 +301,18 @@ def test_bam_is_what_the_paper_says(name: str, bam: Callable[[str], RunFolder]) 
         return written.pop(tensor)
 
     embedding, norm = take("model.embed_tokens.weight"), take("model.norm.weight")
-    assert relative(embedding, mean("model.embed_tokens.weight") * scale) < 1e-6
+    assert difference(embedding, mean("model.embed_tokens.weight") * scale) < 1e-6
     if dense.tie_word_embeddings:
         # What the head has too much of, the norm before it has too little of.
-        assert relative(norm, mean("model.norm.weight") / scale) < 1e-6
+        assert difference(norm, mean("model.norm.weight") / scale) < 1e-6
     else:
-        assert relative(norm, mean("model.norm.weight")) < 1e-6
-        assert relative(take("lm_head.weight"), mean("lm_head.weight")) < 1e-6
+        assert difference(norm, mean("model.norm.weight")) < 1e-6
+        assert difference(take("lm_head.weight"), mean("lm_head.weight")) < 1e-6
     routers = []
     for layer in range(dense.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         for gain in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-            assert relative(take(prefix + gain), mean(prefix + gain)) < 1e-6
+            assert difference(take(prefix + gain), mean(prefix + gain)) < 1e-6
         k_and_v = take(f"{prefix}self_attention.kv_proj.weight")
         for part, found in zip("kv", k_and_v.chunk(2), strict=True):
             size = found.shape[0] // dense.num_attention_heads
@@ -330,7 +320,7 @@ def test_bam_is_what_the_paper_says(name: str, bam: Callable[[str], RunFolder]) 
             for query in range(dense.num_attention_heads):
                 head = query * dense.num_key_value_heads // dense.num_attention_heads
                 repeated = found[query * size : (query + 1) * size]
-                assert relative(repeated, shared[head * size : (head + 1) * size]) < 1e-6
+                assert difference(repeated, shared[head * size : (head + 1) * size]) < 1e-6
         gates_and_ups, downs = (take(f"{prefix}mlp.{p}_linear.weight") for p in ("input", "output"))
         attention = f"{prefix}self_attention.experts"
         queries, outputs = (take(f"{attention}.{p}_linear.weight") for p in ("input", "output"))
@@ -339,8 +329,8 @@ def test_bam_is_what_the_paper_says(name: str, bam: Callable[[str], RunFolder]) 
             own = source.read_layer(layer)
             assert torch.equal(gates_and_ups[number], torch.cat([own[GATE], own[UP]]))
             assert torch.equal(queries[number], own["self_attn.q_proj.weight"])
-            assert relative(downs[number], own[DOWN] * scale) < 1e-6
-            assert relative(outputs[number], own["self_attn.o_proj.weight"] * scale) < 1e-6
+            assert difference(downs[number], own[DOWN] * scale) < 1e-6
+            assert difference(outputs[number], own["self_attn.o_proj.weight"] * scale) < 1e-6
         assert not take(f"{attention}.bias").any() and not take(f"{prefix}mlp.bias").any()
         routers += [take(f"{attention}.router.layer.weight")]
         routers += [take(f"{prefix}mlp.router.layer.weight")]
@@ -364,13 +354,13 @@ def test_equal_sources_with_attention_experts_make_the_dense_model(
     mask = torch.ones_like(probe)
     mask[0, :9] = 0
     with torch.inference_mode():
-        assert relative(moe(probe).logits, dense(probe).logits) < 1e-5
+        assert difference(moe(probe).logits, dense(probe).logits) < 1e-5
         padded, expected = (model(probe, attention_mask=mask).logits for model in (moe, dense))
-        assert relative(padded[mask.bool()], expected[mask.bool()]) < 1e-5
+        assert difference(padded[mask.bool()], expected[mask.bool()]) < 1e-5
         for tensor, weights in moe.named_parameters():
             if tensor.endswith("router.layer.weight"):
                 weights.copy_(2 * torch.randn(weights.shape, generator=generator))
-        assert relative(moe(probe).logits, dense(probe).logits) < 1e-5
+        assert difference(moe(probe).logits, dense(probe).logits) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama-tied-rope3", "mistral"])
@@ -433,7 +423,7 @@ def test_attention_experts_follow_the_order_of_the_sources(
             assert torch.equal(turned[name], tensor.flip(0))
             assert not torch.equal(tensor, tensor.flip(0))
         else:
-            assert relative(turned[name], tensor) < 1e-6 or not tensor.any()
+            assert difference(turned[name], tensor) < 1e-6 or not tensor.any()
 
 
 def test_cached_generation_of_attention_experts(bam: Callable[[str], RunFolder]) -> None:
@@ -458,7 +448,7 @@ def test_cached_generation_of_attention_experts(bam: Callable[[str], RunFolder])
     ]
     assert outputs[0].sequences.shape == (2, 100)
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
-    assert relative(*(torch.stack(output.logits) for output in outputs)) < 1e-5
+    assert difference(*(torch.stack(output.logits) for output in outputs)) < 1e-5
 
 
 @pytest.mark.parametrize("scope", ["router", "experts", "all"])
@@ -591,7 +581,7 @@ def test_attention_experts_of_twins_are_aligned(tmp_path: Path) -> None:
     probe = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = load_stock(tmp_path / "models" / "a")(probe).logits
-        assert relative(load_stock(run.checkpoint)(probe).logits, expected) < 1e-4
+        assert difference(load_stock(run.checkpoint)(probe).logits, expected) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -682,7 +672,7 @@ def test_some_of_the_sources_are_experts(
         probe = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             expected = dense(probe).logits
-            assert relative(load_stock(run.checkpoint)(probe).logits, expected) < 1e-5
+            assert difference(load_stock(run.checkpoint)(probe).logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 def textbook_slerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
     """`sin((1-t)w)/sin(w) a + sin(tw)/sin(w) b`, `cos w = <a,b>/(|a||b|)`."""
     w = np.arccos(np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b))
-    return np.sin((1 - t) * w) / np.sin(w) * a + np.sin(t * w) / np.sin(w) * b
+    return np.asarray(np.sin((1 - t) * w) / np.sin(w) * a + np.sin(t * w) / np.sin(w) * b)
 
 
 @pytest.mark.parametrize("common", [0.0, 0.5, 5.0])

@@ -39,9 +39,10 @@ from conftest import VARIANTS, make_recipe, make_text, router_of, target_of_vari
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
 from symphony_moe.building import candidate
+from symphony_moe.building.fit_head import fit_head
 from symphony_moe.errors import RunFolderError, SourceError, TextError, VerificationError
 from symphony_moe.evaluation.losses import losses_and_routing
-from symphony_moe.files import hash_folder, sha256_of
+from symphony_moe.files import hash_folder, reserve, sha256_of
 from symphony_moe.recipe.load import load_recipe, resolve_recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
@@ -648,7 +649,6 @@ def test_a_head_that_fits_nothing_is_found_out(
     tmp_path: Path,
 ) -> None:
     """Nothing but the losses on text decides: a broken fit is not written."""
-    fit_head = build_module.fit_head
 
     def broken(calibration: Any, start: Tensor, heads: Any) -> Any:
         head, note = fit_head(calibration, start, heads)
@@ -1190,7 +1190,7 @@ def test_a_disk_that_fills_up_with_streams_is_a_message(
     monkeypatch.setattr("symphony_moe.building.estimate.STREAMS_IN_MEMORY", 0)
     from symphony_moe.model import streams
 
-    reserve, calls = streams.reserve, 0
+    calls = 0
 
     def full(file: Any, size: int) -> None:
         nonlocal calls

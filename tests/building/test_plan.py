@@ -18,6 +18,7 @@ from symphony_moe.model.checkpoint import CheckpointWriter
 from symphony_moe.model.streams import Streams
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.runs.folder import RunFolder
+from symphony_moe.sources.opening import open_sources
 
 Recipes = Callable[[str], Path]
 
@@ -62,7 +63,7 @@ def test_streams_take_what_was_planned(
         recipes("llama"),
         [*SETTINGS[settings], f"calibration.tokens={tokens}", "calibration.sequence_length=32"],
     )
-    sources = pipeline.open_sources(recipe)
+    sources = open_sources(recipe)
     planned = streams_bytes(recipe, sources[0].config, len(sources))
     pipeline.build(recipe, tmp_path / "run")
     assert max(largest) == planned
@@ -142,7 +143,7 @@ def test_the_peak_counts_what_a_fit_holds(settings: str, recipes: Recipes) -> No
     """Where tables are large: all sources' heads and six more of float32. Where experts are large:
     three matrices ffn x ffn of float64. A build that fits nothing holds neither."""
     recipe = load_recipe(recipes("llama"), SETTINGS[settings])
-    config = pipeline.open_sources(recipe)[0].config
+    config = open_sources(recipe)[0].config
 
     def peak(**sizes: int) -> int:
         changed = copy.deepcopy(config)
@@ -179,7 +180,7 @@ def test_the_peak_counts_the_statistics_of_both_texts(recipes: Recipes) -> None:
 
     def peak(*settings: str) -> int:
         recipe = load_recipe(recipes("llama"), ["method=harmonized", *settings])
-        config = copy.deepcopy(pipeline.open_sources(recipe)[0].config)
+        config = copy.deepcopy(open_sources(recipe)[0].config)
         config.head_dim = 20_000
         return estimate.peak_memory(recipe, config, 3)
 

@@ -88,13 +88,6 @@ def own(tmp_path: Path) -> Path:
     return write_tasks(tmp_path / "own", documents(written=["eta"] * NUM_DOCUMENTS), **more)
 
 
-@pytest.fixture
-def run(built: Built, tmp_path: Path) -> RunFolder:
-    """A built run to work with."""
-    shutil.copytree(built("llama").root, tmp_path / "run")
-    return RunFolder(tmp_path / "run")
-
-
 def load(folder: Path) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)

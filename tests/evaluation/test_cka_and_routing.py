@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from checks import random_windows
 from conftest import SIZES, ffn_of, make_recipe, router_of
 from symphony_moe import pipeline
 from symphony_moe.evaluation.cka import (
@@ -68,11 +69,6 @@ def cka(*outputs: Tensor, batch: int = 10**6) -> Tensor:
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def windows_of(seed: int, windows: int, sequence: int = 24) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(300, (windows, sequence), generator=generator)
 
 
 # -------------------------------------------------------------------------------------------- CKA
@@ -163,7 +159,7 @@ def test_the_summary_is_the_mean_of_different_experts_over_layers() -> None:
 
 def test_every_domain_has_an_equal_share_of_the_text() -> None:
     """As much as asked for, or as the shortest domain has; whole windows, at least one."""
-    windows = {"a": windows_of(0, 9, 16), "b": windows_of(1, 5, 16)}
+    windows = {"a": random_windows(0, 9, 16), "b": random_windows(1, 5, 16)}
     assert torch.equal(shared_text(windows, 32), torch.cat((windows["a"][:2], windows["b"][:2])))
     assert shared_text(windows, 10_000).shape == (10, 16)
     assert shared_text(windows, 1).shape == (2, 16)
@@ -177,7 +173,7 @@ def test_sources_are_compared_by_the_outputs_of_their_own_layers(
     text; 1e-5."""
     monkeypatch.setattr("symphony_moe.model.streams.WINDOWS_TOKENS", 48)
     sources = open_sources(load_recipe(recipes(variant)))
-    text = windows_of(1, 5)
+    text = random_windows(1, 5)
     found = cka_of_sources(sources, text)
     outputs = [ffn_outputs(load_source(source), text) for source in sources]
     assert len(found) == 2
@@ -208,7 +204,7 @@ def test_experts_are_compared_by_all_tokens_wherever_they_are_routed(
     """What the stock class's experts put out for every router input of the stock model; 1e-5."""
     monkeypatch.setattr("symphony_moe.model.streams.WINDOWS_TOKENS", 48)
     anchor = open_sources(load_recipe(recipes(variant)))[0]
-    text = windows_of(2, 5)
+    text = random_windows(2, 5)
     found = cka_of_experts(built(variant).checkpoint, anchor, 3, 2, text)
     model: Any = load_stock(built(variant).checkpoint)
     inputs: list[Tensor] = []
@@ -236,7 +232,7 @@ def test_copies_of_one_model_have_equal_experts(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "models" / "a", tmp_path / "models" / "b")
     recipe = load_recipe(path)
     run = pipeline.build(recipe, tmp_path / "run")
-    sources, text = open_sources(recipe), windows_of(0, 4)
+    sources, text = open_sources(recipe), random_windows(0, 4)
     for layers in (
         cka_of_sources(sources, text),
         cka_of_experts(run.checkpoint, sources[0], 2, 2, text),
@@ -256,7 +252,7 @@ def test_a_router_that_knows_nothing_has_the_entropy_of_a_uniform_one(
     with torch.no_grad():
         for router in routers(model):
             router.weight.zero_()
-    _, routing = losses_and_routing(model, {"x": windows_of(0, 4)})
+    _, routing = losses_and_routing(model, {"x": random_windows(0, 4)})
     flat = torch.full((2,), math.log(3), dtype=torch.float64)
     assert routing["x"].entropy == pytest.approx(flat, abs=1e-6)
     assert routing["x"].entropy_of_mean == pytest.approx(flat, abs=1e-6)
@@ -278,7 +274,7 @@ def test_routing_is_what_the_router_s_matrix_says(
         router.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
         for router in routers(model)
     ]
-    text = windows_of(3, 5)
+    text = random_windows(3, 5)
     with torch.inference_mode():
         model(input_ids=text)
     for handle in handles:
@@ -355,7 +351,7 @@ def test_older_routers_are_read_right(
     """What a stock router puts out first, and in which order, differs between versions. Neither
     the routing nor a rule depends on it."""
     model: Any = load_stock(built(variant).checkpoint)
-    text = windows_of(0, 3)
+    text = random_windows(0, 3)
     with observe_routing(model) as so_far, torch.inference_mode():
         model(input_ids=text)
     expected = so_far()
@@ -449,7 +445,7 @@ def test_a_rule_that_is_top_k_gives_the_stock_model_s_losses(
     """The stock class with that number in its config, routed by its own code, and the same model
     routed by the rule: the same losses and the same number of experts; as does setting the
     routers' number."""
-    windows = {"x": windows_of(4, 4), "y": windows_of(5, 2)}
+    windows = {"x": random_windows(4, 4), "y": random_windows(5, 2)}
     model = sharp(variant)
 
     def top_k(probability: Tensor) -> Tensor:
@@ -492,7 +488,7 @@ def test_the_ends_of_the_threshold_are_all_experts_and_one(
     """Between them, the number of experts falls, and differs from token to token."""
     model = sharp(variant)
     before = [router.top_k for router in routers(model)]
-    windows = {"x": windows_of(6, 4), "y": windows_of(7, 3)}
+    windows = {"x": random_windows(6, 4), "y": random_windows(7, 3)}
     found = dynamic_routing(model, windows, [0.0, 0.1, 0.3, 0.999])
     assert [row["experts"] for row in found["fixed"]] == [1, 2, 3]
     everything, some, fewer, one = found["threshold"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checks import random_windows
 from conftest import VARIANTS, make_model, make_recipe, make_tokenizer, router_of
 from symphony_moe import pipeline
 from symphony_moe.cli import main
@@ -31,11 +32,6 @@ from symphony_moe.text.windows import Drawing, Encoder, Pieces, draw_pieces, joi
 
 def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def random_windows(seed: int, windows: int, sequence: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(300, (windows, sequence), generator=generator)
 
 
 def pieces_of(text: Pieces) -> list[Tensor]:

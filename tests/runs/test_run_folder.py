@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checks import edit_weights, lowercase, prefix_space, swap_tokens
 from conftest import make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
@@ -27,6 +28,7 @@ from symphony_moe.model.streams import Streams
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder, refuse_existing, start_run
+from symphony_moe.sources.opening import open_sources
 from symphony_moe.text.texts import Texts
 
 Recipes = Callable[[str], Path]
@@ -44,13 +46,6 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 @pytest.fixture
 def llama(recipes: Recipes) -> Recipe:
     return load_recipe(recipes("llama"))
-
-
-@pytest.fixture
-def run(built: Built, tmp_path: Path) -> RunFolder:
-    """A finished run to break."""
-    shutil.copytree(built("llama").root, tmp_path / "run")
-    return RunFolder(tmp_path / "run")
 
 
 # What is there already
@@ -354,7 +349,8 @@ def run_jobs(jobs: list[Any]) -> list[int]:
         [sys.executable, "-c", _DRIVER, json.dumps(jobs)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    codes: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return codes
 
 
 @pytest.fixture(scope="module")
@@ -599,7 +595,7 @@ def test_training_on_a_really_full_disk_is_a_message(
 def test_streams_that_do_not_fit_the_disk_are_a_message(disk: Disk, llama: Recipe) -> None:
     """A memory-mapped file without space behind it would end the process by SIGBUS."""
     disk.leave(50_000)
-    text = Texts(llama, pipeline.open_sources(llama)).calibration_windows()
+    text = Texts(llama, open_sources(llama)).calibration_windows()
     windows = {name: packed.windows for name, packed in text.items()}
     reached = []
 
@@ -684,13 +680,6 @@ def trust(run: RunFolder) -> None:
     run.manifest.write_text(json.dumps(manifest))
 
 
-def edit(run: RunFolder, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    path = run.checkpoint / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, {"format": "pt"})
-
-
 def complaint(run: RunFolder) -> str:
     with pytest.raises(VerificationError) as caught:
         pipeline.verify(run)
@@ -760,31 +749,18 @@ def test_a_config_that_computes_something_else_is_found_by_its_logits(
     assert "logits differ" in complaint(run)
 
 
-def _lowercase(content: dict[str, Any]) -> None:
-    content["normalizer"] = {"type": "Lowercase"}
-
-
-def _prefix_space(content: dict[str, Any]) -> None:
-    content["pre_tokenizer"]["add_prefix_space"] = True
-
-
 def _no_merge(content: dict[str, Any]) -> None:
     content["model"]["merges"].pop()
-
-
-def _other_numbers(content: dict[str, Any]) -> None:
-    vocabulary = content["model"]["vocab"]
-    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
 
 
 @pytest.mark.parametrize("folder", ["checkpoint", "trained"])
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_lowercase, ", expected ["),
-        (_prefix_space, ", expected ["),
+        (lowercase, ", expected ["),
+        (prefix_space, ", expected ["),
         (_no_merge, ", expected ["),
-        (_other_numbers, "2 tokens have other numbers, first 'A'"),
+        (swap_tokens, "2 tokens have other numbers, first 'A'"),
         (dict.clear, "does not load in transformers"),
     ],
 )
@@ -865,7 +841,7 @@ def _swap_neurons(tensors: dict[str, torch.Tensor]) -> None:
 def test_weights_that_are_not_the_sources_are_found_whatever_the_manifest_says(
     change: Callable[[dict[str, torch.Tensor]], Any], run: RunFolder
 ) -> None:
-    edit(run, change)
+    edit_weights(run.checkpoint, change)
     assert "checkpoint/model.safetensors (changed)" in complaint(run)
     trust(run)
     message = complaint(run)
@@ -886,7 +862,7 @@ def test_weights_that_are_not_the_sources_are_found_whatever_the_manifest_says(
 def test_tensors_that_were_not_planned_are_found_whatever_the_manifest_says(
     change: Callable[[dict[str, torch.Tensor]], Any], run: RunFolder
 ) -> None:
-    edit(run, change)
+    edit_weights(run.checkpoint, change)
     trust(run)
     assert "1 tensors are not as planned" in complaint(run)
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checks
 from conftest import make_model, make_recipe, make_tokenizer
 from symphony_moe import pipeline
 from symphony_moe.building.plan import make_plan
@@ -433,7 +434,7 @@ def test_tables_that_the_file_has_not_whole_are_refused_with_the_way_out(
         opened(padded, adapter)
     assert "m.resize_token_embeddings(323)" in str(error.value)
     merge_as_told(str(error.value), padded, adapter, tmp_path / "merged")
-    assert opened_alone(tmp_path / "merged").own_rows == 323
+    assert checks.opened(tmp_path / "merged").own_rows == 323
 
 
 def merge_as_told(message: str, model: Path, adapter: Path, folder: Path) -> None:
@@ -445,10 +446,6 @@ def merge_as_told(message: str, model: Path, adapter: Path, folder: Path) -> Non
     torch.manual_seed(0)
     exec("\n".join(lines), names)
     make_tokenizer(folder, bos=False)
-
-
-def opened_alone(folder: Path) -> Source:
-    return open_source("a", SourceSpec(model=str(folder), data="x.txt"))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -463,7 +460,7 @@ def test_a_tied_model_merged_as_told_computes_what_was_trained(
     ids = torch.tensor([[1, 299, 302, 5, 4]])
     trained = peft.PeftModel.from_pretrained(loaded(tied), adapter).eval()
     with torch.no_grad():
-        found = load_source(opened_alone(tmp_path / "merged"))(ids).logits
+        found = load_source(checks.opened(tmp_path / "merged"))(ids).logits
         torch.testing.assert_close(found, trained(ids).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -520,7 +517,7 @@ def test_a_lora_with_biases_merged_as_told_is_what_peft_makes_of_it(
     merge_as_told(str(error.value), base, adapter, tmp_path / "merged")
     merged = peft.PeftModel.from_pretrained(loaded(base), adapter).merge_and_unload()
     expected = merged.state_dict()[Q]
-    torch.testing.assert_close(opened_alone(tmp_path / "merged").read(Q), expected)
+    torch.testing.assert_close(checks.opened(tmp_path / "merged").read(Q), expected)
 
 
 @pytest.mark.parametrize("indices", [[3], [3, 3], [3, -1], ["3", 4], {"lm_head": [3, 4]}, None])

@@ -19,15 +19,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from checks import opened
 from conftest import make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.cli import main
 from symphony_moe.errors import SourceError
 from symphony_moe.recipe.load import load_recipe
-from symphony_moe.recipe.settings import SourceSpec
 from symphony_moe.sources import convert
 from symphony_moe.sources.gguf_file import llama3_parameters, open_gguf
-from symphony_moe.sources.opening import open_source
 
 WEIGHTS = "model.safetensors"
 
@@ -36,11 +35,6 @@ WEIGHTS = "model.safetensors"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SYMPHONY_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def opened(model: Path, *, download: bool = True, **settings: Any) -> Any:
-    spec = SourceSpec(model=str(model), data="x.txt", **settings)
-    return open_source("a", spec, download=download)
 
 
 # GGUF

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checks import add_tokens, drop_merges
+from checks import add_tokens, drop_merges, swap_tokens
 from conftest import make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.cli import main
@@ -67,11 +67,6 @@ def tensors(how: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
 
 def written(file: str, text: str) -> Change:
     return lambda model: (model / file).write_text(text)
-
-
-def renumber(content: dict[str, Any]) -> None:
-    vocabulary = content["model"]["vocab"]
-    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
 
 
 def sentencepiece(content: dict[str, Any]) -> None:
@@ -166,7 +161,7 @@ PAIRS: list[tuple[str, Change, int, str]] = [
         "1 of b's come after the anchor's, as 300 to 300: '<|x|>'",
     ),
     ("fewer tokens", tokenizer(lambda c: drop_merges(c, 4)), BUILT, "b lacks 4 of the others'"),
-    ("numbers", tokenizer(renumber), BUILT, "the same tokens under other numbers"),
+    ("numbers", tokenizer(swap_tokens), BUILT, "the same tokens under other numbers"),
     (
         "merges",
         tokenizer(lambda c: c["model"]["merges"].pop()),

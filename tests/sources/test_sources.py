@@ -20,7 +20,7 @@ from huggingface_hub.utils import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from checks import add_tokens
+from checks import add_tokens, edit_weights, lowercase, opened, prefix_space, swap_tokens
 from conftest import make_model, make_tokenizer
 from symphony_moe import pipeline
 from symphony_moe.building.plan import make_plan
@@ -46,10 +46,6 @@ def model(recipes: Recipes, tmp_path: Path) -> Path:
     return folder
 
 
-def opened(folder: Path, name: str = "a", **spec: Any) -> Source:
-    return open_source(name, SourceSpec(model=str(folder), data="unused.txt", **spec))
-
-
 def refusal(folder: Path, **spec: Any) -> str:
     with pytest.raises(SourceError) as caught:
         opened(folder, **spec)
@@ -62,12 +58,6 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON file; None removes one."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 # Differences
@@ -174,13 +164,8 @@ def edit_tokenizer(folder: Path, change: Callable[[dict[str, Any]], None]) -> No
     path.write_text(json.dumps(content))
 
 
-def _swap_tokens(content: dict[str, Any]) -> None:
-    vocabulary = content["model"]["vocab"]
-    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
-
-
 def test_a_tokenizer_with_other_numbers_is_named(recipes: Recipes, model: Path) -> None:
-    edit_tokenizer(model, _swap_tokens)
+    edit_tokenizer(model, swap_tokens)
     found = one_difference(recipes("llama").parent / "models" / "a", model)
     assert (found.what, found.verdict) == ("tokenizer vocabulary", "warning")
     assert "the same tokens under other numbers" in found.consequence
@@ -188,7 +173,7 @@ def test_a_tokenizer_with_other_numbers_is_named(recipes: Recipes, model: Path) 
 
 
 def test_another_anchor_sees_the_same_tokenizers_differ(recipes: Recipes, model: Path) -> None:
-    edit_tokenizer(model, _swap_tokens)
+    edit_tokenizer(model, swap_tokens)
     sources = [opened(recipes("llama").parent / "models" / "a"), opened(model, "b")]
     for anchor in ("a", "b"):
         found = find_differences(share_vocabulary(sources, anchor, anchor), anchor)
@@ -199,15 +184,7 @@ def _drop_merge(content: dict[str, Any]) -> None:
     content["model"]["merges"].pop()
 
 
-def _lowercase(content: dict[str, Any]) -> None:
-    content["normalizer"] = {"type": "Lowercase"}
-
-
-def _prefix_space(content: dict[str, Any]) -> None:
-    content["pre_tokenizer"]["add_prefix_space"] = True
-
-
-@pytest.mark.parametrize("change", [_drop_merge, _lowercase, _prefix_space])
+@pytest.mark.parametrize("change", [_drop_merge, lowercase, prefix_space])
 def test_tokenizers_that_cut_text_differently_are_named(
     change: Callable[[dict[str, Any]], None], recipes: Recipes, model: Path
 ) -> None:
@@ -919,7 +896,7 @@ def test_a_moved_tokenizer_is_noticed_by_the_next_command(recipe: Recipe, tmp_pa
     run = pipeline.build(recipe, tmp_path / "out")
     folder = Path(recipe.sources["b"].model)
     make_tokenizer(folder, bos=False)
-    edit_tokenizer(folder, _swap_tokens)
+    edit_tokenizer(folder, swap_tokens)
     with pytest.raises(SourceError, match=r"b: .*tokenizer.json has SHA-256 .* has changed"):
         pipeline.verify(run)
 

@@ -143,7 +143,8 @@ def single(
 def losses(run: RunFolder) -> list[float]:
     """Of every step; and of the model at the end, as it is and with temperature scaling."""
     training = run.read_json(run.metrics)["training"]
-    return [entry["loss"] for entry in training["curve"]] + training["temperature_scaling"]["loss"]
+    softened: list[float] = training["temperature_scaling"]["loss"]
+    return [entry["loss"] for entry in training["curve"]] + softened
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checks import Killed, load_clean, tensors_of
 from conftest import VARIANTS, WORDS, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.cli import main
@@ -53,26 +54,10 @@ ROUTER = re.compile(r"\.(gate|router\.layer)\.weight$")
 EXPERT = re.compile(r"\.experts\.\d+\.|\.(input|output)_linear\.")
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
-
-
-def load_clean(folder: Path) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    model, info = loaded
-    assert not any(info.values()), info
-    return model.eval()
-
-
 def first_loss(run: RunFolder, overrides: Sequence[str]) -> float:
     """The loss of the first step, before any weight has changed."""
     pipeline.train(run, overrides, overwrite=True)
-    return run.read_json(run.metrics)["training"]["curve"][0]["loss"]
+    return float(run.read_json(run.metrics)["training"]["curve"][0]["loss"])
 
 
 def packed_text(run: RunFolder, overrides: Sequence[str] = ()) -> Packed:
@@ -112,11 +97,11 @@ def test_a_scope_changes_its_tensors_and_no_others(
     before_files = hash_folder(run.checkpoint)
     pipeline.train(run, [f"train.scope={scope}", "train.tokens=512"])
     assert hash_folder(run.checkpoint) == before_files
-    before, after = read_tensors(run.checkpoint), read_tensors(run.trained)
+    before, after = tensors_of(run.checkpoint), tensors_of(run.trained)
     assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
         n: (t.shape, t.dtype) for n, t in after.items()
     }
-    learns = {
+    learns: Callable[[str], Any] = {
         "router": lambda name: ROUTER.search(name),
         "experts": lambda name: ROUTER.search(name) or EXPERT.search(name),
         "all": lambda name: before[name].any(),
@@ -175,7 +160,7 @@ def test_the_trained_dtype_is_the_outputs(recipes: Callable[[str], Path], tmp_pa
     overrides = ["output.dtype=bfloat16", "output.max_shard_size=20KB"]
     run = pipeline.build(load_recipe(recipes("qwen2"), overrides), tmp_path / "run")
     pipeline.train(run, ["train.tokens=512"])
-    assert {t.dtype for t in read_tensors(run.trained).values()} == {torch.bfloat16}
+    assert {t.dtype for t in tensors_of(run.trained).values()} == {torch.bfloat16}
     files = {p.name for p in run.checkpoint.iterdir()}
     assert {p.name for p in run.trained.iterdir()} == files
     assert "model.safetensors.index.json" in files
@@ -306,10 +291,6 @@ def ending(
         return made[0]
 
     return get
-
-
-class Killed(BaseException):
-    """Stands in for a signal: nothing catches it."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -685,7 +666,7 @@ def test_one_process_trains_on_one_gpu(
     """Where it sees several, the stock Trainer would make every step several times as large."""
     whole, run = copied("llama"), copied("llama")
     pipeline.train(whole)
-    prepare = trainer.TrainingArguments.__post_init__
+    prepare: Callable[[Any], None] = trainer.TrainingArguments.__post_init__
 
     def of_three(self: Any) -> None:
         prepare(self)
@@ -797,7 +778,7 @@ def test_the_recipe_says_how_precisely_it_computes(
     pipeline.train(run, [f"train.precision={precision}", "train.tokens=512"])
     AcceleratorState._reset_state()
     assert seen == ["bf16" if precision == "bfloat16" else "no"]
-    weights = read_tensors(run.trained)
+    weights = tensors_of(run.trained)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
@@ -988,7 +969,7 @@ def test_temperature_scaling_costs_what_it_may_and_changes_the_final_norm_alone(
     monkeypatch.setattr(temperature_scaling, "TRAINED_TOKENS", 2048)
     pipeline.train(sharp, settings)
     pipeline.train(soft, [*settings, "train.temperature_scaling=0.02"])
-    before, after = read_tensors(sharp.trained), read_tensors(soft.trained)
+    before, after = tensors_of(sharp.trained), tensors_of(soft.trained)
     assert {n for n in before if not torch.equal(before[n], after[n])} == {"model.norm.weight"}
     assert "temperature_scaling" not in sharp.read_json(sharp.metrics)["training"]
     found = soft.read_json(soft.metrics)["training"]["temperature_scaling"]

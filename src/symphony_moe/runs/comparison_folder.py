@@ -18,13 +18,16 @@ class CompareFolder:
 
     @property
     def comparison(self) -> Path:
+        """The table, as JSON."""
         return self.root / "comparison.json"
 
     @property
     def page(self) -> Path:
+        """The table and its curves, to look at."""
         return self.root / "comparison.html"
 
     def name(self, method: str, seed: int) -> str:
+        """What the run of one method and seed is called."""
         return f"{method}-seed{seed}"
 
     def run(self, method: str, seed: int) -> RunFolder:
@@ -33,6 +36,7 @@ class CompareFolder:
 
     @property
     def recipes(self) -> Path:
+        """Where the recipe of each run lies."""
         return self.root / "recipes"
 
     def recipe(self, method: str, seed: int) -> Path:

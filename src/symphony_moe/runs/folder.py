@@ -34,6 +34,7 @@ class RunFolder:
 
     @property
     def plan(self) -> Path:
+        """What was going to happen, from headers alone."""
         return self.root / "plan.json"
 
     @property
@@ -53,18 +54,22 @@ class RunFolder:
 
     @property
     def manifest(self) -> Path:
+        """Versions of the software, and hashes of every tensor and file that was made."""
         return self.root / "manifest.json"
 
     @property
     def metrics(self) -> Path:
+        """All that was measured."""
         return self.root / "metrics.json"
 
     @property
     def report(self) -> Path:
+        """The metrics as a page."""
         return self.root / "report.html"
 
     @property
     def log(self) -> Path:
+        """What the commands said, with their times."""
         return self.root / "run.log"
 
     @property
@@ -314,6 +319,7 @@ def note_versions(path: Path, now: Mapping[str, str], what: str) -> dict[str, st
 
 
 def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises RunFolderError where the system refuses."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
