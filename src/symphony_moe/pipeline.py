@@ -209,7 +209,7 @@ def evaluate(
         return evaluate_run(folder, recipe, sources, like, texts)
 
 
-def evaluate_tasks(
+def evaluate_tasks(  # noqa: PLR0913 (all but two are keywords, as the command has them)
     folder: RunFolder,
     tasks: Sequence[str],
     *,

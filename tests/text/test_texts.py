@@ -154,7 +154,8 @@ def windows_of(texts: Texts, use: str, folder: Path) -> dict[str, Packed | Piece
         text = texts.training_text(folder)
         numbers = range(len(text))
         return {"trained": Packed(text.tokens(numbers), text.positions(numbers))}
-    return getattr(texts, use)()
+    found: dict[str, Packed | Pieces] = getattr(texts, use)()
+    return found
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

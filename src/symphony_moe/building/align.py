@@ -62,7 +62,8 @@ def residual_basis(covariance: Float[Tensor, "hidden hidden"]) -> Float[Tensor, 
     """The rotation Q that brings the source's stream closest to the anchor's: `x -> x Q` maximises
     the sum of `trace(Q^T C)` (orthogonal Procrustes: Schoenemann 1966). float64."""
     left, _, right = torch.linalg.svd(covariance.double())
-    return left @ right
+    result: Tensor = left @ right
+    return result
 
 
 def mean_cosine(
@@ -214,4 +215,4 @@ def _choose_heads(found: Alignment, source: str, num_layers: int) -> Alignment:
 
 def _gain(before_and_after: Float[Tensor, "layers 2"]) -> float:
     before, after = before_and_after.double().mean(dim=0).tolist()
-    return after - before
+    return float(after - before)

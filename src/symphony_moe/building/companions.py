@@ -64,6 +64,7 @@ def _all_ends(numbers: Any, sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file as `transformers` writes its own: indented, keys sorted."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 

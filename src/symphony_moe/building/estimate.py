@@ -40,7 +40,7 @@ def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) ->
         router = len(windows_for_router(num_sources, recipe.calibration.sequence_length, to_fit))
         fitting = 5 * whole + recipe.validation_windows + router
     tokens = num_sources * max(aligning, fitting) * recipe.calibration.sequence_length
-    return tokens * config.hidden_size * 4
+    return int(tokens * config.hidden_size * 4)
 
 
 def streams_in_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> bool:
@@ -62,7 +62,7 @@ def work_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> in
         one_layer += ffn * 8
     records = (num_sources - 1) * config.num_hidden_layers * one_layer
     in_memory = streams_in_memory(recipe, config, num_sources)
-    return records + (0 if in_memory else streams_bytes(recipe, config, num_sources))
+    return int(records + (0 if in_memory else streams_bytes(recipe, config, num_sources)))
 
 
 def peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
@@ -114,10 +114,11 @@ def peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> i
         # All sources' heads, the fused one, the fitted one, its gradient and Adam's two moments.
         table = config.vocab_size * hidden * 4
         moments.append((num_sources + 6) * table + 6 * LOGITS_AT_ONCE * 4)
-    return _PROCESS + streams + max(moments)
+    return int(_PROCESS + streams + max(moments))
 
 
 def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
+    """How long stage 1 takes on this machine, from the speed of one product of matrices."""
     tokens = recipe.calibration.tokens
     num_weights = sum(source.num_parameters for source in sources)
     # Tables of embeddings and heads are not multiplied with until the head is fitted.

@@ -114,7 +114,8 @@ def _normed(state: FitState, hidden: Tensor) -> Tensor:
 
 def _chunks(rows: Tensor, head: Tensor) -> Sequence[Tensor]:
     """Tokens in pieces whose logits fit in memory."""
-    return rows.split(max(1, LOGITS_AT_ONCE // len(head)))
+    result: Sequence[Tensor] = rows.split(max(1, LOGITS_AT_ONCE // len(head)))
+    return result
 
 
 @torch.no_grad()

@@ -421,7 +421,8 @@ def _runner(state: FitState, layer: int, moe: MoELayer) -> Callable[[Tensor], Te
 
     def run(hidden: Tensor) -> Tensor:
         middle = run_layer(attention, hidden)
-        return middle + mixture(_normed(state.config, moe.shared, _MIDDLE_NORM, middle))
+        result: Tensor = middle + mixture(_normed(state.config, moe.shared, _MIDDLE_NORM, middle))
+        return result
 
     return run
 

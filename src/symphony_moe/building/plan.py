@@ -71,6 +71,7 @@ class Plan:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
+        """The content of `plan.json`."""
         content = asdict(self)
         content["tensors"] = {name: list(shape) for name, shape in self.tensors.items()}
         return content
@@ -183,7 +184,7 @@ def _one_expert(family: Family, config: PreTrainedConfig) -> int:
     """Parameters of one expert, in all layers."""
     shapes = expected_shapes(config)
     one_layer = sum(math.prod(shapes[f"model.layers.0.{name}"]) for name in family.expert)
-    return one_layer * config.num_hidden_layers
+    return int(one_layer * config.num_hidden_layers)
 
 
 def beyond_context(recipe: Recipe, opened: Sequence[Source], *sections: str) -> list[str]:

@@ -148,7 +148,8 @@ class HeadCorrelation:
         """Products of the heads' outputs, source x anchor, block by block."""
         heads = len(self.energies["queries"][0])
         blocks = self.outputs.cpu().unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
-        return blocks.transpose(1, 2)
+        result: Tensor = blocks.transpose(1, 2)
+        return result
 
     def correlation(self, found: HeadMap | None) -> float:
         """Of all head outputs, the source's under a map (None: as they are), with the anchor's."""

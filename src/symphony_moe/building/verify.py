@@ -227,7 +227,8 @@ class _Comparison:
     def stored(self, name: str) -> Tensor:
         """A tensor as it is on disk."""
         with safe_open(self._where[name], framework="pt") as file:
-            return file.get_tensor(name)
+            result: Tensor = file.get_tensor(name)
+            return result
 
     def problem(self) -> str | None:
         """What is wrong, where anything is."""

@@ -54,7 +54,8 @@ class Routing:
     def entropy_of_mean(self) -> Float[Tensor, " layers"]:
         """Entropy of the mean softmax, in nats: log N where the experts are wanted alike. What it
         has more than `entropy` is what a token says of its experts (their mutual information)."""
-        return torch.special.entr(self.probability).sum(dim=1)
+        result: Tensor = torch.special.entr(self.probability).sum(dim=1)
+        return result
 
     @property
     def balance(self) -> Float[Tensor, " layers"]:

@@ -225,6 +225,7 @@ def tensor_reader(folder: Path) -> Callable[[str], Tensor]:
     def read(name: str) -> Tensor:
         with safe_open(where[name], framework="pt") as file:
             # A copy: while one tensor of a file is in use, all of it stays mapped.
-            return file.get_tensor(name).clone()
+            result: Tensor = file.get_tensor(name).clone()
+            return result
 
     return read

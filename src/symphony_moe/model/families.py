@@ -274,7 +274,7 @@ def _has_window(config: PreTrainedConfig) -> bool:
 
 
 def _has_own_head_size(config: PreTrainedConfig) -> bool:
-    return head_dim(config) * config.num_attention_heads != config.hidden_size
+    return bool(head_dim(config) * config.num_attention_heads != config.hidden_size)
 
 
 _NO_FFN_BIASES = ("no stock MoE has FFN biases", lambda config: config.mlp_bias)
@@ -493,12 +493,14 @@ AUTO = Target()
 
 def head_dim(config: PreTrainedConfig) -> int:
     """Size of an attention head, spelled out in the config or implied by it."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
 def queries_per_kv(config: PreTrainedConfig) -> int:
     """Query heads that share a KV head."""
-    return config.num_attention_heads // config.num_key_value_heads
+    return int(config.num_attention_heads // config.num_key_value_heads)
 
 
 def target_config(

@@ -48,7 +48,8 @@ def one_layer_model(config: PreTrainedConfig, layer: int) -> PreTrainedModel:
     with torch.device("meta"):
         model = AutoModel.from_config(alone, dtype=torch.float32)
     model.norm = nn.Identity()
-    return model.eval()
+    result: PreTrainedModel = model.eval()
+    return result
 
 
 @torch.no_grad()
@@ -174,7 +175,8 @@ def run_layer(
     model: PreTrainedModel, hidden: Float[Tensor, "windows sequence hidden"]
 ) -> Float[Tensor, "windows sequence hidden"]:
     """The residual stream after the layer."""
-    return model(inputs_embeds=hidden.to(device()), use_cache=False).last_hidden_state
+    result: Tensor = model(inputs_embeds=hidden.to(device()), use_cache=False).last_hidden_state
+    return result
 
 
 class MixtureOfExperts(nn.Module):
@@ -198,6 +200,7 @@ class MixtureOfExperts(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "windows sequence hidden"]
     ) -> Float[Tensor, "windows sequence hidden"]:
+        """What the chosen experts add to the residual stream."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         gates, chosen = route(flat, self.router, self.top_k)
         mixed = torch.zeros_like(flat)
@@ -245,6 +248,8 @@ class MixtureOfAttention(nn.Module):
     def forward(
         self, hidden_states: Float[Tensor, "windows sequence hidden"], **arguments: Any
     ) -> tuple[Float[Tensor, "windows sequence hidden"], None]:
+        """What the chosen experts' attention adds to the residual stream. `arguments`: what a
+        decoder layer gives its attention."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         gates, chosen = route(flat, self.router, self.top_k)
         by_expert = gates.new_zeros(len(flat), len(self.experts)).scatter(1, chosen, gates)
@@ -259,7 +264,8 @@ def gated_neurons(
     expert: Mapping[str, Tensor], x: Float[Tensor, "tokens hidden"], activation: nn.Module
 ) -> Float[Tensor, "tokens ffn"]:
     """What the neurons of a gated FFN put out: the input of down_proj."""
-    return activation(x @ expert[GATE].T) * (x @ expert[UP].T)
+    result: Tensor = activation(x @ expert[GATE].T) * (x @ expert[UP].T)
+    return result
 
 
 def rms_norm(

@@ -64,7 +64,8 @@ class Streams:
     def batches(self, name: str) -> Sequence[Float[Tensor, "windows sequence hidden"]]:
         """A stream in batches: views, to read and to overwrite."""
         stream = self._streams[name]
-        return stream.split(windows_at_once(stream.shape[1]))
+        result: Sequence[Tensor] = stream.split(windows_at_once(stream.shape[1]))
+        return result
 
     def release(self) -> None:
         """Forget all streams, and remove their files."""

@@ -307,7 +307,8 @@ def _random_rotations(
     normal = torch.randn(count, size, size, generator=generator, dtype=torch.float64)
     orthogonal, triangular = torch.linalg.qr(normal)
     signs = torch.where(triangular.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-    return orthogonal * signs[:, None, :].to(orthogonal.dtype)
+    result: Tensor = orthogonal * signs[:, None, :].to(orthogonal.dtype)
+    return result
 
 
 def _random_signs(

@@ -32,7 +32,7 @@ def with_current_names(content: Mapping[Any, Any], who: str, *, tell: bool) -> d
     RecipeError where a setting is there by its old name and by its new one.
     """
     found: dict[tuple[str, ...], str] = {}
-    renamed = _renamed(content, (), who, found)
+    renamed: dict[Any, Any] = _renamed(content, (), who, found)
     compare = renamed.get("compare")
     if isinstance(compare, Mapping) and isinstance(variants := compare.get("variants"), Mapping):
         current = {
@@ -43,7 +43,8 @@ def with_current_names(content: Mapping[Any, Any], who: str, *, tell: bool) -> d
     if tell:
         for old, new in found.items():
             log.warning("%s: %s is called %s now; it is read as that", who, ".".join(old), new)
-    return renamed
+    result: dict[Any, Any] = renamed
+    return result
 
 
 def _renamed(

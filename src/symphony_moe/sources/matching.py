@@ -74,8 +74,8 @@ def _config_values(field: str, sources: Sequence[Source], anchor: str) -> dict[s
     """Source name -> what its config says of a field; the anchor's words where they mean the
     same."""
     of_anchor = next(source.config for source in sources if source.name == anchor)
-    read = _READ.get(field, lambda config: getattr(config, field, None))
-    mean_the_same = _SAME.get(field, lambda one, other: False)
+    read: Callable[[Any], Any] = _READ.get(field, lambda config: getattr(config, field, None))
+    mean_the_same: Callable[[Any, Any], bool] = _SAME.get(field, lambda one, other: False)
     return {
         source.name: read(of_anchor if mean_the_same(source.config, of_anchor) else source.config)
         for source in sources

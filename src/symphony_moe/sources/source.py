@@ -103,6 +103,7 @@ class Source:
 
     @property
     def family(self) -> Family:
+        """The row of the table for this model and the target that is asked for."""
         return self.target.family(self.config.model_type)
 
     @property
@@ -122,6 +123,7 @@ class Source:
 
     @property
     def num_parameters(self) -> int:
+        """Of all its tensors."""
         return sum(math.prod(header.shape) for header in self.headers.values())
 
     @property
@@ -400,6 +402,7 @@ def within_vocabulary(numbers: Any, rows: int, least: int | None = None) -> tupl
 
 
 def no_row(key: str, file: str, gone: Sequence[int], rows: int) -> str:
+    """A note on a setting that names tokens beyond the embeddings."""
     numbers = ", ".join(map(str, gone[:5]))
     return f"{key} in {file} names {numbers}, and the embeddings have {rows} rows: left out"
 
@@ -497,5 +500,6 @@ NO_HEAD = (
 
 
 def some(tokens: Sequence[str]) -> str:
+    """The first few of them, in words."""
     shown = ", ".join(map(repr, tokens[:4]))
     return shown if len(tokens) <= 4 else shown + ", ..."

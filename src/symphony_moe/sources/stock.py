@@ -60,7 +60,8 @@ def load_stock(
     wrong = {what: sorted(map(str, names)) for what, names in info.items() if names}
     if wrong:
         raise VerificationError(f"{folder} does not load cleanly in transformers: {wrong}")
-    return model.eval().to(on or device())
+    result: PreTrainedModel = model.eval().to(on or device())
+    return result
 
 
 @contextmanager
@@ -121,7 +122,8 @@ def load_alone(source: Source) -> PreTrainedModel:
         model.resize_token_embeddings(source.adapter.rows, mean_resizing=False)
     adapted: Any = PeftModel.from_pretrained(model, str(source.adapter.folder))
     merged: PreTrainedModel = adapted.merge_and_unload()
-    return merged.eval()
+    result: PreTrainedModel = merged.eval()
+    return result
 
 
 def load_source(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -187,6 +187,7 @@ class Table:
 
     @property
     def known(self) -> Bool[Tensor, " vocabulary"]:
+        """Which tokens of the shared vocabulary the source has."""
         return self.rows >= 0
 
 
@@ -368,7 +369,8 @@ def without_rowless(
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in surplus]
     roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
     extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", [])]
-    reduced = _Reduced(
+    make: Any = _Reduced  # not annotated in transformers
+    reduced: _Reduced = make(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         chat_template=tokenizer.chat_template,
         extra_special_tokens=[token for token in extra if token not in surplus],

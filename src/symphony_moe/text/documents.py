@@ -215,17 +215,20 @@ def check_data_exists(who: str, data: Data) -> None:
         if data.removeprefix(BUNDLED) not in known:
             raise TextError(f"{who}: no bundled text {data!r}; there is: {', '.join(known)}")
     elif isinstance(data, str):
-        path = Path(data)
-        if path.is_dir():
-            raise TextError(
-                f"{who}: {path} is a folder; name its files, or {{hub: {path}}} for a dataset"
-            )
-        if not path.is_file():
-            raise TextError(f"{who}: no such data file: {path}")
-        if path.suffix.lower() not in _READERS:
-            raise TextError(f"{who}: {path}: expected one of {', '.join(_READERS)}{_hint(path)}")
-        if path.stat().st_size == 0:
-            raise TextError(f"{who}: {path} is empty")
+        _check_file_exists(who, Path(data))
+
+
+def _check_file_exists(who: str, path: Path) -> None:
+    if path.is_dir():
+        raise TextError(
+            f"{who}: {path} is a folder; name its files, or {{hub: {path}}} for a dataset"
+        )
+    if not path.is_file():
+        raise TextError(f"{who}: no such data file: {path}")
+    if path.suffix.lower() not in _READERS:
+        raise TextError(f"{who}: {path}: expected one of {', '.join(_READERS)}{_hint(path)}")
+    if path.stat().st_size == 0:
+        raise TextError(f"{who}: {path} is empty")
 
 
 def _hint(path: Path) -> str:

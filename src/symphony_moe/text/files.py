@@ -71,6 +71,7 @@ class TrainingText:
 
     @property
     def sequence_length(self) -> int:
+        """Tokens in a window."""
         return self.parts[0].windows.shape[1]
 
     def tokens(self, numbers: Sequence[int]) -> Int[Tensor, "windows sequence"]:

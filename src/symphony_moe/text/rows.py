@@ -74,6 +74,7 @@ class Document(str):
     """Whether a chat template wrote the text. It has its special tokens then."""
 
     def __new__(cls, text: str, key: str | None = None, *, is_chat: bool = False) -> "Document":
+        """`key`: the row as it is stored, where that is not the text."""
         made = super().__new__(cls, text)
         made._row, made.is_chat = key, is_chat
         return made

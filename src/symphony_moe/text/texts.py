@@ -34,7 +34,9 @@ class Tokenizes(Protocol):
     """What is asked of a source."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The domain whose text it reads."""
+        ...
 
     @property
     def own_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -118,7 +118,9 @@ def _added_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 class Encodes(Protocol):
     """What makes tokens of documents: an `Encoder`, or one that remembers them."""
 
-    def encode(self, document: str, /) -> Sequence[int]: ...
+    def encode(self, document: str, /) -> Sequence[int]:
+        """A document's tokens."""
+        ...
 
 
 @dataclass(frozen=True)

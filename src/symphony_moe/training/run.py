@@ -55,7 +55,7 @@ STACKED_TRAIN = Version("5.18")
 """The first version whose stock JetMoE and GraniteMoe have a load-balance loss in training."""
 
 
-def train_run(
+def train_run(  # noqa: PLR0913 (all but three are keywords)
     run: RunFolder,
     recipe: Recipe,
     sources: Sequence[Source],

@@ -246,7 +246,7 @@ class MoETrainer(Trainer):
     def tokens_per_step(self) -> int:
         """Of all processes, in an optimizer step."""
         windows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return windows * self.args.world_size * self.settings.sequence_length
+        return int(windows * self.args.world_size * self.settings.sequence_length)
 
     # Reading and saving states
 
