@@ -63,6 +63,11 @@ def documents(domain: str) -> list[str]:
 
     The list is shared between callers: do not change it.
     """
+    return make_documents(domain)
+
+
+def make_documents(domain: str) -> list[str]:
+    """`documents`, made anew: for one who keeps them."""
     makers: dict[str, Callable[[], Iterator[str]]] = {
         "english": _english,
         "python": _python,

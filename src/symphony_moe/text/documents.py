@@ -1,5 +1,6 @@
 """Files and datasets -> documents, and which of them are held out."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -194,11 +195,17 @@ def _documents(
         for item in data:
             yield from _documents(who, item, column, tokenizer, rules)
     elif data.startswith(BUNDLED):
-        from symphony_moe.bundled import corpus
-
-        yield from map(Document, corpus.documents(data.removeprefix(BUNDLED)))
+        yield from _bundled(data.removeprefix(BUNDLED))
     else:
         yield from _file_documents(who, Path(data), column, tokenizer, rules)
+
+
+@functools.cache
+def _bundled(domain: str) -> tuple[Document, ...]:
+    """The documents of a bundled domain. They take seconds to make, and stay."""
+    from symphony_moe.bundled import corpus
+
+    return tuple(map(Document, corpus.make_documents(domain)))
 
 
 def check_data_exists(who: str, data: Data) -> None:

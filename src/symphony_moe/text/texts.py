@@ -24,7 +24,7 @@ from symphony_moe.text.windows import Drawing, Encoder, Packed, Pieces, draw_pac
 
 log = logging.getLogger(__name__)
 
-KEPT_BYTES = 2**26
+KEPT_BYTES = 2**25
 """Bytes of documents and their tokens that are kept for the next use, all domains together. What
 does not fit is read and tokenised again."""
 
