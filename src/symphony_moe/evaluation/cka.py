@@ -37,6 +37,7 @@ class OutputCovariance:
     """
 
     def __init__(self, num_experts: int, hidden: int, device: torch.device | str = "cpu") -> None:
+        """`hidden`: size of what the experts put out."""
         self.num_experts, self.count = num_experts, 0
         self.means = torch.zeros(num_experts, hidden, dtype=torch.float64, device=device)
         self.products = {

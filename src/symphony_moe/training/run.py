@@ -16,6 +16,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from packaging.version import Version
+from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -105,18 +106,24 @@ def train_run(  # noqa: PLR0913 (all but three are keywords)
             refuse_incomplete(saved, processes)
         # 7. Training.
         trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
-        # 8. All processes gather the weights, and measure the temperature.
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if processes.is_main_process:
-            refuse_not_finite(weights, trainer.state.global_step)
-        scaling = scale_temperature(trainer)
-        # 9. The first process writes `trained/`. The others do not wait here: where the weights are
-        # large, writing them takes longer than a collective operation may.
-        if processes.is_main_process:
-            if scaling:
-                weights[FINAL_NORM] = weights[FINAL_NORM] / scaling["temperature"]
-            training = describe_training(trainer, digest, scaling)
-            publish_trained(run, recipe, model, weights, training)
+        # 8. The trained model is gathered and published.
+        _finish(job, model, trainer, digest)
+
+
+def _finish(job: TrainingJob, model: PreTrainedModel, trainer: MoETrainer, digest: str) -> None:
+    """Gather the weights and measure the temperature, which takes all processes; the first then
+    writes `trained/`. The others do not wait for it: where the weights are large, writing them
+    takes longer than a collective operation may."""
+    is_first = trainer.is_world_process_zero()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if is_first:
+        refuse_not_finite(weights, trainer.state.global_step)
+    scaling = scale_temperature(trainer)
+    if is_first:
+        if scaling:
+            weights[FINAL_NORM] = weights[FINAL_NORM] / scaling["temperature"]
+        training = describe_training(trainer, digest, scaling)
+        publish_trained(job.run, job.recipe, model, weights, training)
 
 
 def _note_text(run: RunFolder, text: TrainingText, trainer: MoETrainer) -> str:
