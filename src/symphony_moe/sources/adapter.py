@@ -117,6 +117,7 @@ class Adapter:
 
     @cached_property
     def config(self) -> Any:
+        """Its settings, as peft reads them."""
         from peft import PeftConfig
 
         with warnings.catch_warnings():
