@@ -32,7 +32,7 @@ from symphony_moe.model.symmetry import (
 from symphony_moe.recipe.settings import SourceSpec
 from symphony_moe.sources.opening import expected_shapes, open_source
 from symphony_moe.sources.source import GENERATION, TABLE_ROWS, Source
-from symphony_moe.sources.vocabulary import tokenizer_paths
+from symphony_moe.sources.source_tokenizer import tokenizer_paths
 
 _SHARD_BYTES = 5_000_000_000
 

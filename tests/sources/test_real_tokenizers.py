@@ -24,7 +24,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 
 from checks import add_tokens
 from symphony_moe.bundled import corpus
-from symphony_moe.sources.vocabulary import Owner, merge
+from symphony_moe.sources.source_tokenizer import SourceTokenizer
+from symphony_moe.sources.vocabulary import merge
 
 pytestmark = pytest.mark.slow
 
@@ -201,9 +202,9 @@ def change(folder: Path, how: Callable[[dict[str, Any]], None]) -> None:
     other.write_text(json.dumps(config), encoding="utf-8")
 
 
-def owner(name: str, folder: Path) -> Owner:
+def owner(name: str, folder: Path) -> SourceTokenizer:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Owner(name, folder, tokenizer, max(tokenizer.get_vocab().values()) + 1)
+    return SourceTokenizer(name, folder, tokenizer, max(tokenizer.get_vocab().values()) + 1)
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, lines: list[str]) -> list[list[int]]:

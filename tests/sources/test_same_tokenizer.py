@@ -23,15 +23,10 @@ from symphony_moe.sources.same_tokenizer import (
     settings_of,
     texts_for,
 )
-from symphony_moe.sources.vocabulary import (
-    Owner,
-    cut_otherwise,
-    found_otherwise,
-    left_out,
-    merge,
-    tokenizer_files,
-    without_rowless,
-)
+from symphony_moe.sources.source_tokenizer import SourceTokenizer, left_out, without_rowless
+from symphony_moe.sources.tokenizer_checks import cut_otherwise, found_otherwise
+from symphony_moe.sources.tokenizer_files import tokenizer_files
+from symphony_moe.sources.vocabulary import merge
 
 Make = Callable[[Path], Any]
 TARGETS = {
@@ -213,7 +208,7 @@ def test_a_result_has_every_setting_of_its_source_and_cuts_alike(
     stock = source(tmp_path / "source", KINDS[kind], family)
     if stock is None:
         pytest.skip("transformers makes no tokenizer of it")
-    files = tokenizer_files(Owner("a", tmp_path / "source", stock, rows_of(stock)))
+    files = tokenizer_files(SourceTokenizer("a", tmp_path / "source", stock, rows_of(stock)))
     for target in TARGETS[family]:
         written = result(files, tmp_path / target, target)
         assert first_difference(stock, written, texts_for(stock)) is None
@@ -231,8 +226,8 @@ def test_a_table_without_a_row_to_spare_needs_only_what_files_list(
         pytest.skip("nothing to compare")
     rows = len(json.loads(path.read_text())["model"]["vocab"])
     own, gone = without_rowless(stock, tmp_path / "source", rows)
-    made = Owner("a", tmp_path / "source", own, rows)
-    if Owner("a", tmp_path / "source", stock, rows).filed_kind != made.kind:
+    made = SourceTokenizer("a", tmp_path / "source", own, rows)
+    if SourceTokenizer("a", tmp_path / "source", stock, rows).filed_kind != made.kind:
         assert not gone, "of another kind: refused, as its text is not what was meant"
         return
     assert rows_of(own) == rows and set(gone) == stock.get_vocab().keys() - own.get_vocab().keys()
@@ -307,7 +302,7 @@ def test_whatever_files_set_the_result_has(
 
     stock = source(root / "source", make, family)
     assert stock is not None
-    files = tokenizer_files(Owner("a", root / "source", stock, rows_of(stock)))
+    files = tokenizer_files(SourceTokenizer("a", root / "source", stock, rows_of(stock)))
     for target in TARGETS[family]:
         written = result(files, root / target, target)
         assert first_difference(stock, written, [*texts_for(stock), *texts]) is None
@@ -343,7 +338,7 @@ def test_a_token_that_one_source_has_is_found_as_by_that_source_or_said_not_to_b
 
         made = source(root / name, byte_level(named, change), family)
         assert made is not None
-        owners.append(Owner(name, root / name, made, 310))
+        owners.append(SourceTokenizer(name, root / name, made, 310))
     union = merge(owners, "a", "a")
     target = TARGETS[family][0]
     written = result(union.files, root / target, target)
@@ -377,7 +372,7 @@ def test_a_class_that_cuts_otherwise_than_its_file_is_told(tmp_path: Path) -> No
     for family, make in cases.items():
         stock = source(tmp_path / family, make, family)
         assert stock is not None
-        said[family] = cut_otherwise(Owner("a", tmp_path / family, stock, rows_of(stock)))
+        said[family] = cut_otherwise(SourceTokenizer("a", tmp_path / family, stock, rows_of(stock)))
     as_filed = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "qwen2" / "tokenizer.json"))
     assert said["llama"] is None and said["qwen2"] is not None
     stock = load_tokenizer(tmp_path / "qwen2")
@@ -392,7 +387,7 @@ def test_a_missing_token_is_read_as_the_same_pieces_whatever_padding_is_set(
     for name, change in (("plain", None), ("padded", padded)):
         made = source(tmp_path / name, byte_level("PreTrainedTokenizerFast", change), "llama")
         assert made is not None
-        owner = Owner("a", tmp_path / name, made, 300)
+        owner = SourceTokenizer("a", tmp_path / name, made, 300)
         pieces.append(owner.pieces(token, added=True))
         assert owner.content["padding"] is None and owner.content["truncation"] is None
     assert pieces[0] == pieces[1] and len(pieces[0]) > 8

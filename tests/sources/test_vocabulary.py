@@ -37,8 +37,10 @@ from symphony_moe.model.families import EMBEDDING, HEAD
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.sources.opening import open_source, open_sources
 from symphony_moe.sources.source import Source
+from symphony_moe.sources.source_tokenizer import SourceTokenizer
 from symphony_moe.sources.stock import load_source, load_stock
-from symphony_moe.sources.vocabulary import Owner, is_needed, merge, tokenizer_files
+from symphony_moe.sources.tokenizer_files import tokenizer_files
+from symphony_moe.sources.vocabulary import is_needed, merge
 from symphony_moe.text.texts import Texts
 
 
@@ -57,7 +59,7 @@ def owner(
     template: Path,
     change: Callable[[dict[str, Any]], Any],
     rows: int | None = None,
-) -> Owner:
+) -> SourceTokenizer:
     """A tokenizer that is the template's, changed."""
     folder.mkdir(parents=True)
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -66,7 +68,7 @@ def owner(
     change(content)
     (folder / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Owner(name, folder, tokenizer, rows or max(tokenizer.get_vocab().values()) + 1)
+    return SourceTokenizer(name, folder, tokenizer, rows or max(tokenizer.get_vocab().values()) + 1)
 
 
 @st.composite
@@ -80,14 +82,14 @@ def changes(draw: st.DrawFn) -> Mapping[str, Any]:
     }
 
 
-def changed(name: str, folder: Path, template: Path, how: Mapping[str, Any]) -> Owner:
+def changed(name: str, folder: Path, template: Path, how: Mapping[str, Any]) -> SourceTokenizer:
     def change(content: dict[str, Any]) -> None:
         drop_merges(content, how["merges"])
         add_tokens(content, how["special"])
         add_tokens(content, how["plain"], special=False)
 
     made = owner(name, folder, template, change)
-    return Owner(name, made.folder, made.tokenizer, made.rows + how["padding"])
+    return SourceTokenizer(name, made.folder, made.tokenizer, made.rows + how["padding"])
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -625,7 +627,7 @@ def test_tokenizers_of_different_kinds_are_refused(
     assert "kind of tokenizer (a: byte-level BPE; b: SentencePiece BPE): no tokenizer can" in error
     assert "Traceback" not in error
     sources = [open_source(n, load_recipe(path).sources[n]) for n in "ab"]
-    owners = [source.owner for source in sources]
+    owners = [source.source_tokenizer for source in sources]
     with pytest.raises(SourceError, match="tokenizers of different kinds cannot be merged"):
         merge(owners, "a", "a")
 
@@ -723,7 +725,7 @@ def test_a_plan_says_what_becomes_of_every_token(
 def test_one_vocabulary_needs_no_union(template: Path, tmp_path: Path) -> None:
     one, two = (owner(n, tmp_path / n, template, lambda content: None) for n in "ab")
     assert not is_needed([one, two], "a", "a") and is_needed([one, two], "a", "b")
-    assert is_needed([one, Owner("b", two.folder, two.tokenizer, two.rows + 1)], "a", "a")
+    assert is_needed([one, SourceTokenizer("b", two.folder, two.tokenizer, two.rows + 1)], "a", "a")
 
 
 def test_characters_that_the_anchor_cannot_spell_are_lost(template: Path, tmp_path: Path) -> None:
@@ -893,7 +895,7 @@ def test_tokens_that_the_anchors_class_adds_by_itself_are_written_down(
         rewrite(made.folder, partial(add_tokens, tokens=more))
         (made.folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
         tokenizer = AutoTokenizer.from_pretrained(made.folder)
-        folders[name] = Owner(name, made.folder, tokenizer, 310)
+        folders[name] = SourceTokenizer(name, made.folder, tokenizer, 310)
     one, two = folders["a"], folders["b"]
     assert one.tokens["<|endoftext|>"] == 300
     union = merge([one, two], "a", "a")
@@ -1201,7 +1203,7 @@ def test_added_tokens_stay_what_they_were_to_text(template: Path, tmp_path: Path
         assert encode(union, text) == encode(two.tokenizer, text)
 
 
-def chat_pair(template: Path, root: Path, **ours: Any) -> list[Owner]:
+def chat_pair(template: Path, root: Path, **ours: Any) -> list[SourceTokenizer]:
     """`a` with a template in each place, and `b` with settings of its own in its configuration."""
     made = [owner(name, root / name, template, lambda content: None) for name in "ab"]
     configs = {"a": {"chat_template": "a's"}, "b": ours}
@@ -1210,7 +1212,7 @@ def chat_pair(template: Path, root: Path, **ours: Any) -> list[Owner]:
         path = one.folder / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | configs[one.name]))
         tokenizer = AutoTokenizer.from_pretrained(one.folder)
-        owners.append(Owner(one.name, one.folder, tokenizer, one.rows))
+        owners.append(SourceTokenizer(one.name, one.folder, tokenizer, one.rows))
     (root / "a" / "chat_template.jinja").write_text("a's file")
     (root / "a" / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     return owners
@@ -1237,7 +1239,9 @@ def test_every_file_has_the_chat_sources_end_token(template: Path, tmp_path: Pat
     assert own.settings == {} and own.generation is None
 
 
-def two_with_one_each(template: Path, root: Path, special: Mapping[str, Any]) -> list[Owner]:
+def two_with_one_each(
+    template: Path, root: Path, special: Mapping[str, Any]
+) -> list[SourceTokenizer]:
     """`a` and `b` with a token of its own each, of the same number."""
     one = owner("a", root / "a", template, lambda content: add_tokens(content, ["<|x|>"]))
     two = owner("b", root / "b", template, lambda content: add_tokens(content, ["<|y|>"]))

@@ -22,7 +22,7 @@ from symphony_moe.sources.source import (
     generation_settings,
     public_name,
 )
-from symphony_moe.sources.vocabulary import tokenizer_files
+from symphony_moe.sources.tokenizer_files import tokenizer_files
 
 
 def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> None:
@@ -32,7 +32,7 @@ def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence
     write_json(folder / "config.json", config)
     anchor = anchor_of(recipe, sources)
     vocabulary = anchor.vocabulary
-    files = tokenizer_files(anchor.owner) if vocabulary is None else vocabulary.files
+    files = tokenizer_files(anchor.source_tokenizer) if vocabulary is None else vocabulary.files
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_bytes(folder / name, content)

@@ -120,7 +120,7 @@ def make_plan(
         work_bytes=work_bytes(recipe, anchor.config, len(sources)),
         peak_memory_bytes=peak_memory(recipe, anchor.config, len(sources)),
         seconds=build_seconds(recipe, sources, anchor.config),
-        readers=readings(config, sentencepiece=anchor.owner.kind == "SentencePiece BPE"),
+        readers=readings(config, sentencepiece=anchor.source_tokenizer.kind == "SentencePiece BPE"),
         notes=_notes(recipe, sources, differences, opened or sources),
     )
 

@@ -200,7 +200,7 @@ class MixtureOfExperts(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "windows sequence hidden"]
     ) -> Float[Tensor, "windows sequence hidden"]:
-        """What the chosen experts add to the residual stream."""
+        """What the chosen experts put out, weighted by their gates."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         gates, chosen = route(flat, self.router, self.top_k)
         mixed = torch.zeros_like(flat)
@@ -248,8 +248,8 @@ class MixtureOfAttention(nn.Module):
     def forward(
         self, hidden_states: Float[Tensor, "windows sequence hidden"], **arguments: Any
     ) -> tuple[Float[Tensor, "windows sequence hidden"], None]:
-        """What the chosen experts' attention adds to the residual stream. `arguments`: what a
-        decoder layer gives its attention."""
+        """What the chosen attention experts put out, weighted by their gates; no attention weights.
+        `arguments`: what the decoder layer gives to its attention."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         gates, chosen = route(flat, self.router, self.top_k)
         by_expert = gates.new_zeros(len(flat), len(self.experts)).scatter(1, chosen, gates)

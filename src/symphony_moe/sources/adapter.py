@@ -117,7 +117,7 @@ class Adapter:
 
     @cached_property
     def config(self) -> Any:
-        """What the adapter says of itself (`peft.PeftConfig`)."""
+        """Its settings, as peft reads them."""
         from peft import PeftConfig
 
         with warnings.catch_warnings():

@@ -20,7 +20,8 @@ from symphony_moe.model.families import attention_window, head_dim
 from symphony_moe.model.layer import rotations
 from symphony_moe.sources.same_tokenizer import other_settings
 from symphony_moe.sources.source import CODE, SPECIAL, Source, read_generation, some
-from symphony_moe.sources.vocabulary import Vocabulary, flags_of, found_otherwise
+from symphony_moe.sources.tokenizer_checks import flags_of, found_otherwise
+from symphony_moe.sources.vocabulary import Vocabulary
 
 Verdict = Literal["error", "warning", "fine"]
 
@@ -237,7 +238,7 @@ def _compare_added(sources: Sequence[Source], anchor: str) -> list[Difference]:
     result = next(source.tokenizer for source in sources if source.name == anchor)
     found = []
     for source in sources:
-        tokens = [] if source.name == anchor else found_otherwise(source.owner, result)
+        tokens = [] if source.name == anchor else found_otherwise(source.source_tokenizer, result)
         if tokens:
             flags = {
                 name: flags_of(tokenizer, tokens[0])
@@ -259,7 +260,7 @@ def _compare_vocabularies(sources: Sequence[Source], anchor: str) -> list[Differ
     """How each source's tokens differ from the anchor's, and what becomes of them."""
     by_name = {source.name: source for source in sources}
     vocabularies = {s.name: s.own_tokenizer.get_vocab() for s in sources}
-    kinds = {s.name: s.owner.kind for s in sources}
+    kinds = {s.name: s.source_tokenizer.kind for s in sources}
     found = []
     if len(set(kinds.values())) > 1:
         why = "no tokenizer can be both; use sources whose tokenizers are of one kind"

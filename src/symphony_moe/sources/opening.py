@@ -57,13 +57,8 @@ from symphony_moe.sources.source import (
     no_row,
     within_vocabulary,
 )
-from symphony_moe.sources.vocabulary import (
-    TOKENIZER_FILES,
-    VOCABULARY_FILES,
-    is_needed,
-    merge,
-    tokenizer_paths,
-)
+from symphony_moe.sources.source_tokenizer import TOKENIZER_FILES, VOCABULARY_FILES, tokenizer_paths
+from symphony_moe.sources.vocabulary import is_needed, merge
 
 _BUFFERS = r"rotary_emb\.inv_freq"
 """What old checkpoints carry and the architecture computes itself: transformers reads past it."""
@@ -89,10 +84,10 @@ def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[
     where none can be found (`find_differences` says why)."""
     if len({source.config.model_type for source in sources}) > 1:
         return list(sources)
-    owners = [source.owner for source in sources]
-    if not is_needed(owners, anchor, chat) or len({owner.kind for owner in owners}) > 1:
+    tokenizers = [source.source_tokenizer for source in sources]
+    if not is_needed(tokenizers, anchor, chat) or len({one.kind for one in tokenizers}) > 1:
         return list(sources)
-    vocabulary = merge(owners, anchor, chat)
+    vocabulary = merge(tokenizers, anchor, chat)
     shared = []
     for source in sources:
         config = copy.deepcopy(source.config)

@@ -25,14 +25,14 @@ from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.adapter import FILES as ADAPTER_FILES
 from symphony_moe.sources.adapter import Adapter
 from symphony_moe.sources.pretrained import code_of, load_tokenizer
-from symphony_moe.sources.vocabulary import (
-    Owner,
-    Vocabulary,
-    cut_otherwise,
+from symphony_moe.sources.source_tokenizer import (
+    SourceTokenizer,
     left_out,
     tokenizer_paths,
     without_rowless,
 )
+from symphony_moe.sources.tokenizer_checks import cut_otherwise
+from symphony_moe.sources.vocabulary import Vocabulary
 from symphony_moe.text.windows import Encoder
 
 GENERATION = "generation_config.json"
@@ -103,7 +103,7 @@ class Source:
 
     @property
     def family(self) -> Family:
-        """The row of the table for this model and the target that is asked for."""
+        """The row of its architecture, for the output that the recipe asks for."""
         return self.target.family(self.config.model_type)
 
     @property
@@ -123,7 +123,7 @@ class Source:
 
     @property
     def num_parameters(self) -> int:
-        """Of all its tensors."""
+        """Numbers in its tensors, those of a tied head counted once."""
         return sum(math.prod(header.shape) for header in self.headers.values())
 
     @property
@@ -158,7 +158,7 @@ class Source:
                 f"{self.name}: the tokenizer in {folder} has {num_tokens} tokens, the model "
                 f"embeddings for {self.own_rows}; is it another model's tokenizer? "
                 "Otherwise remove the tokens that have no embedding"
-                + kinds_hint(Owner(self.name, folder, loaded, self.own_rows))
+                + kinds_hint(SourceTokenizer(self.name, folder, loaded, self.own_rows))
                 + self._or_the_models
             )
         return tokenizer
@@ -199,12 +199,14 @@ class Source:
         return changed
 
     @property
-    def owner(self) -> Owner:
+    def source_tokenizer(self) -> SourceTokenizer:
         """Its own tokenizer, the size of its tables, and its config's special tokens."""
         special = {key: getattr(self.config, key, None) for key in ("eos_token_id", "pad_token_id")}
         folder = self.tokenizer_folder or self.folder
         generation = None if self.generation is None else read_generation(self)[0]
-        return Owner(self.name, folder, self.own_tokenizer, self.own_rows, special, generation)
+        return SourceTokenizer(
+            self.name, folder, self.own_tokenizer, self.own_rows, special, generation
+        )
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor (or some of its first axis) as float32, with the adapter in it.
@@ -369,13 +371,13 @@ def why_unusable(folder: Path, error: Exception) -> str:
     )
 
 
-def kinds_hint(owner: Owner) -> str:
+def kinds_hint(own: SourceTokenizer) -> str:
     """That the class makes another tokenizer of tokenizer.json than it holds, where it does."""
-    if owner.filed_kind == owner.kind:
+    if own.filed_kind == own.kind:
         return ""
     return (
-        f". Its tokenizer.json is {owner.filed_kind}, of which transformers makes a "
-        f"{type(owner.tokenizer).__name__}, which is {owner.kind}"
+        f". Its tokenizer.json is {own.filed_kind}, of which transformers makes a "
+        f"{type(own.tokenizer).__name__}, which is {own.kind}"
     )
 
 
@@ -402,7 +404,7 @@ def within_vocabulary(numbers: Any, rows: int, least: int | None = None) -> tupl
 
 
 def no_row(key: str, file: str, gone: Sequence[int], rows: int) -> str:
-    """A note on a setting that names tokens beyond the embeddings."""
+    """That a setting of special tokens names numbers beyond the embeddings, in words."""
     numbers = ", ".join(map(str, gone[:5]))
     return f"{key} in {file} names {numbers}, and the embeddings have {rows} rows: left out"
 
@@ -454,7 +456,7 @@ def remarks(source: Source) -> list[str]:
             f"its tokenizer's class makes two texts of one with {fill}; to the result, whose class "
             "is another, it is a token like others"
         )
-    text = cut_otherwise(source.owner)
+    text = cut_otherwise(source.source_tokenizer)
     if text is not None:
         found.append(
             f"tokenizer.json says to cut text otherwise than the class does that transformers "
@@ -500,6 +502,6 @@ NO_HEAD = (
 
 
 def some(tokens: Sequence[str]) -> str:
-    """The first few of them, in words."""
+    """The first few of some tokens, in words."""
     shown = ", ".join(map(repr, tokens[:4]))
     return shown if len(tokens) <= 4 else shown + ", ..."
