@@ -180,6 +180,15 @@ def test_links_lead_somewhere(name: str) -> None:
                 assert anchor in anchors, f"{page.name}: {target}"
 
 
+def test_the_files_that_contributing_names_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w./-]+\.(?:py|j2|md|yaml|txt))`", text))
+    assert len(named) > 10
+    places = [ROOT, PACKAGE, PACKAGE / "evaluation"]
+    gone = [name for name in named if not any((place / name).exists() for place in places)]
+    assert gone == []
+
+
 def test_one_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == symphony_moe.__version__

@@ -91,7 +91,7 @@ def test_the_oldest_transformers_that_is_declared_goes_the_whole_way(
         kept = [
             line
             for line in (project / "constraints.txt").read_text().splitlines()
-            if not line.startswith(("transformers==", "huggingface_hub==", "tokenizers=="))
+            if not line.startswith(("transformers==", "huggingface-hub==", "tokenizers=="))
         ]
         pins.write_text("\n".join(kept))
         subprocess.run(
