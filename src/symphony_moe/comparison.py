@@ -15,6 +15,7 @@ from symphony_moe.machine import (
     versions,
 )
 from symphony_moe.pipeline import plan
+from symphony_moe.progress import Listener, Progress, ignore
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.reporting.comparison_page import comparison_facts, render_comparison
 from symphony_moe.reporting.comparison_table import (
@@ -39,6 +40,7 @@ def compare(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    progress: Listener = ignore,
 ) -> tuple[CompareFolder, list[dict[str, Any]], dict[str, float | None]]:
     """The same sources and text by several methods and seeds, each the whole way in a process of
     its own, into one table: (where, the rows of `comparison.json`, the specialists' losses).
@@ -59,6 +61,7 @@ def compare(
         log.info("%d of %d: %s, seed %d", number, len(names), *name)
         _adopt_build(folder, names[: number - 1], name, recipes[name])
         _run_apart(folder.run(*name), folder.recipe(*name), folder.run(*names[0]))
+        progress(Progress("compare", number, len(names)))
     runs = {name: folder.run(*name) for name in names}
     metrics = {name: run.read_json(run.metrics) for name, run in runs.items()}
     manifests = {name: run.read_json(run.manifest) for name, run in runs.items()}

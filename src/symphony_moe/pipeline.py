@@ -55,6 +55,7 @@ from symphony_moe.machine import (
     versions,
 )
 from symphony_moe.model.checkpoint import CheckpointWriter
+from symphony_moe.progress import Listener, Progress, ignore
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.reporting.run_page import render
 from symphony_moe.runs.folder import (
@@ -93,6 +94,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     like: RunFolder | None = None,
+    progress: Listener = ignore,
 ) -> RunFolder:
     """The whole way: build, verify, train, evaluate (`like`: see there), report."""
     # What a later stage would refuse is refused before the first begins.
@@ -103,16 +105,23 @@ def run(
     held_out_text(recipe, opened)
     if is_to_train:
         refuse_no_text(recipe, opened)
-    folder = build(recipe, out, resume=resume, overwrite=overwrite)
+    folder = build(recipe, out, resume=resume, overwrite=overwrite, progress=progress)
     verify(folder)
     if not folder.trained.is_dir() or (resume and folder.training_begun.is_file()):
-        train(folder, resume=resume)
-    evaluate(folder, like=like)
+        train(folder, resume=resume, progress=progress)
+    evaluate(folder, like=like, progress=progress)
     report(folder)
     return folder
 
 
-def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+def build(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Listener = ignore,
+) -> RunFolder:
     """Stage 1: sources to `checkpoint/`, layer by layer, without training.
 
     Refuses (SymphonyError) what cannot be built before the run folder is made.
@@ -157,6 +166,7 @@ def build(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
             release_freed_memory()
             seconds = time.monotonic() - started
             log.info("layer %d of %d, %.0f s", layer + 1, num_layers, seconds)
+            progress(Progress("build", layer + 1, num_layers))
         fitting: dict[str, Any] = {}
         if calibration is not None:
             fitting["layers"] = [
@@ -211,6 +221,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    progress: Listener = ignore,
 ) -> None:
     """Stage 2: `checkpoint/` to `trained/`. `overrides` may change the recipe's `train`."""
     recipe = folder.read_recipe(overrides, sections=("train",))
@@ -225,11 +236,23 @@ def train(
             def measure(model: Any) -> dict[str, float]:
                 return losses_and_routing(model, windows)[0]
 
-        train_run(folder, recipe, sources, resume=resume, overwrite=overwrite, measure=measure)
+        train_run(
+            folder,
+            recipe,
+            sources,
+            resume=resume,
+            overwrite=overwrite,
+            measure=measure,
+            progress=progress,
+        )
 
 
 def evaluate(
-    folder: RunFolder, overrides: Sequence[str] = (), *, like: RunFolder | None = None
+    folder: RunFolder,
+    overrides: Sequence[str] = (),
+    *,
+    like: RunFolder | None = None,
+    progress: Listener = ignore,
 ) -> dict[str, Any]:
     """Held-out losses and routing of the sources, the built and the trained model, into
     `metrics.json`. `overrides` may change the recipe's `evaluation`. `like`: a run whose losses of
@@ -245,7 +268,7 @@ def evaluate(
     with log_to(folder):
         sources = open_sources(recipe)
         _warn_beyond_context(recipe, sources, "evaluation")
-        return evaluate_run(folder, recipe, sources, like)
+        return evaluate_run(folder, recipe, sources, like, progress)
 
 
 def evaluate_tasks(

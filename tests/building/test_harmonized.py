@@ -75,7 +75,7 @@ def preferring(model: str) -> Iterator[None]:
 
 
 def build(
-    recipe: Path, out: Path, *overrides: str, prefer: str | None = "harmonized", **how: bool
+    recipe: Path, out: Path, *overrides: str, prefer: str | None = "harmonized", **how: Any
 ) -> RunFolder:
     loaded = load_recipe(recipe, (*QUICK, *overrides))
     if prefer is None:

@@ -64,6 +64,7 @@ from symphony_moe.model.temperature import (
     largest_temperature,
     losses_by_temperature,
 )
+from symphony_moe.progress import Listener, ignore
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.runs.folder import RunFolder, manifest_of_build, note_versions, read_table, retire
 from symphony_moe.sources.source import Source, anchor_of
@@ -72,6 +73,7 @@ from symphony_moe.text import files as files_module
 from symphony_moe.text.files import TrainingText
 from symphony_moe.text.windows import Packed
 from symphony_moe.training.distillation import Teachers, divergence, fit_in_memory
+from symphony_moe.training.steps import TellSteps
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ def train_run(
     resume: bool,
     overwrite: bool,
     measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+    progress: Listener = ignore,
 ) -> None:
     """Train `checkpoint/` into `trained/`, which appears when it is whole. Under `accelerate
     launch` or `torchrun`, every process calls this, and the first writes; the others return before
@@ -149,6 +152,8 @@ def train_run(
         trainer = _make_trainer(
             model, text, recipe, sources, run.training, num_trained, measure, began
         )
+        if processes.is_main_process:
+            trainer.add_callback(TellSteps(progress))
         # The Trainer divides the language-model loss by the tokens of all of a step's batches and
         # adds the batches up; the balance loss comes with each batch, and is divided here.
         batches = settings.gradient_accumulation * trainer.args.world_size
