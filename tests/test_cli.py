@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import symphony_moe
 from conftest import make_model
-from symphony_moe import cli, pipeline
+from symphony_moe import cli, console, pipeline
 from symphony_moe.cli import main
 from symphony_moe.errors import shown
 from symphony_moe.runs.folder import RunFolder
@@ -589,7 +589,7 @@ def test_no_message_repeats_all_of_a_long_argument(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = {"RECIPE": project / "recipe.yaml", "RUN": run.root, "OUT": tmp_path / "out"}
-    with suppress(SystemExit):  # argparse's own
+    with suppress(SystemExit):  # a mistyped command line's own
         assert main([str(given.get(w, w.replace("LONG", LONG[kind]))) for w in words]) == 2
     error = capsys.readouterr().err
     assert "error: " in error and len(error[error.index("symphony") :]) < 1000
@@ -1018,7 +1018,7 @@ def test_losses_that_are_no_numbers_are_json_and_a_table(
     metrics = {"sources": {"a": {"a": 1.0, "x": float("nan")}}, "built": {"a": None, "x": 2.0}}
     print(cli._json(metrics))
     assert json.loads(capsys.readouterr().out)["sources"]["a"] == {"a": 1.0, "x": None}
-    rows = cli.loss_table(metrics).splitlines()
+    rows = console.loss_table(metrics).splitlines()
     assert rows[1].split() == ["a", "1.000", "nan", "1.000", "nan"]
     assert rows[2].split() == ["built", "nan", "2.000", "nan", "2.000"]
 
