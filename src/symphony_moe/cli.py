@@ -239,7 +239,7 @@ def _count(text: str) -> int:
 def _one_of_two(ctx: Any, param: Any, value: bool) -> bool:
     other = {"resume": "overwrite", "overwrite": "resume"}[param.name]
     if value and ctx.params.get(other):
-        raise typer.BadParameter(f"not together with --{other}")
+        raise typer.BadParameter(f"not allowed with --{other}")
     return value
 
 

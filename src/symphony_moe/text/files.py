@@ -5,20 +5,19 @@ after the digest of all that they were made from. The folder appears by one rena
 so a killed writing begins again, and a finished one is used again.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -137,7 +136,8 @@ def source_text(
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
     final = folder / digest[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder / f"{final.name}.lock"):
+    # The lock waits for another process that writes the same text, and ends with a killed one.
+    with FileLock(folder / f"{final.name}.lock"):
         if final.is_dir():
             log.info("%s: taken from %s", who, final)
         else:
@@ -206,14 +206,6 @@ def _mapped(path: Path) -> Int[Tensor, " stream"]:
     if size == 0:  # no map is empty
         return torch.empty(0, dtype=torch.int32)
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.int32)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait for other processes that hold this lock; it ends with the process that holds it."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _stamp(data: Data) -> Any:
