@@ -10,6 +10,7 @@ import inspect
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -153,8 +154,10 @@ def _with_default(option: Any) -> Any:
 
 
 def _choose_help(command: TyperCommand | TyperGroup) -> None:
-    """Panels and colours for a terminal, plain text for everything else."""
-    command.rich_markup_mode = "rich" if is_terminal(sys.stdout) else None
+    """Panels and colours for a terminal, plain text for everything else. Panels in a narrow one
+    would break the names of options."""
+    drawn = is_terminal(sys.stdout) and shutil.get_terminal_size().columns >= 80
+    command.rich_markup_mode = "rich" if drawn else None
 
 
 _app = typer.Typer(
