@@ -197,6 +197,11 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_one_version() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["version"] == symphony_moe.__version__
+    """It stands in the package, and the build reads it there."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = settings["project"]
+    assert project["dynamic"] == ["version"] and "version" not in project
+    place = ROOT / settings["tool"]["hatch"]["version"]["path"]
+    (stated,) = re.findall(r'^__version__ = "(.+)"$', place.read_text("utf-8"), re.MULTILINE)
+    assert stated == symphony_moe.__version__
     assert project["scripts"] == {"symphony": "symphony_moe.cli:main"}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from symphony_moe.recipe.variants import load_variants
     from symphony_moe.runs.folder import RunFolder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Comparison",
