@@ -1,14 +1,19 @@
 """Every mistake of a user's is a message and exit code 2, found before it costs anything; `--json`
 is all that stdout holds; `--help` answers at once."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ import yaml
 import symphony_moe
 from checks import edit_weights
 from conftest import make_model
-from symphony_moe import cli, pipeline
+from symphony_moe import cli, console, pipeline
 from symphony_moe.cli import main
 from symphony_moe.errors import shown
 from symphony_moe.runs.folder import RunFolder
@@ -576,7 +581,7 @@ def test_no_message_repeats_all_of_a_long_argument(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = {"RECIPE": project / "recipe.yaml", "RUN": run.root, "OUT": tmp_path / "out"}
-    with suppress(SystemExit):  # argparse's own
+    with suppress(SystemExit):  # a mistyped command line's own
         assert main([str(given.get(w, w.replace("LONG", LONG[kind]))) for w in words]) == 2
     error = capsys.readouterr().err
     assert "error: " in error and len(error[error.index("symphony") :]) < 1000
@@ -743,6 +748,41 @@ def test_a_mistyped_command_line_shows_the_usage(
         main(arguments)
     assert caught.value.code == 2
     assert "usage: symphony" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["buidl"], "Did you mean 'build'?"),
+        (["plan", "recipe.yaml", "--jsn"], "--json"),
+        (["build", "recipe.yaml"], "'--out'"),
+        (["train"], "'DIR'"),
+        (["build", "recipe.yaml", "--out", "--overwrite"], "'--out' expects a value"),
+        (["plan", "recipe.yaml", "--set"], "'--set'"),
+        (["evaluate", "run", "--limit", "0"], "a number above zero, got '0'"),
+    ],
+    ids=str,
+)
+def test_a_mistyped_command_line_is_told_what_is_wrong(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line after the usage, which also says where the help is."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    out, err = capsys.readouterr()
+    usage, message = err.splitlines()
+    assert caught.value.code == 2 and out == ""
+    assert usage.startswith("usage: symphony") and message.startswith("symphony: error: ")
+    assert named in message and "--help` says more" in message and len(message) < 500
+
+
+def test_options_may_stand_anywhere_and_set_repeatedly(
+    project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    words = ["--set", "router.top_k=1", "recipe.yaml", "--json", "--set=output.dtype=float16"]
+    planned = json.loads(symphony("plan", *words)[1])
+    assert planned["config"]["num_experts_per_tok"] == 1 and planned["dtype"] == "float16"
 
 
 # Bugs
@@ -998,6 +1038,94 @@ def test_a_reader_that_goes_away_is_no_error(project: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
 
 
+def test_a_reader_that_goes_away_is_no_error_however_little_is_said(project: Path) -> None:
+    for words in ("--help", "plan --help", "--version", f"plan {project}/recipe.yaml"):
+        program = f"{sys.executable} -m symphony_moe {words} | (exec 0<&-; sleep 0.5)"
+        done = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {program}"], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, ""), words
+
+
+# In a terminal
+
+
+def in_a_terminal(*arguments: str, columns: int = 60, **environment: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command that writes to terminals."""
+    ends = [pty.openpty() for _ in range(2)]
+    for _, written in ends:
+        fcntl.ioctl(written, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        termios.tcsetattr(written, termios.TCSANOW, _without_carriage_returns(written))
+    inherited = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "symphony_moe", *arguments],
+        stdout=ends[0][1],
+        stderr=ends[1][1],
+        env=inherited | {"TERM": "xterm-256color"} | environment,
+    )
+    texts = [b"", b""]
+    with ThreadPoolExecutor() as pool:
+        readers = [pool.submit(_read_all, end) for end, _ in ends]
+        code = process.wait()
+        for _, written in ends:
+            os.close(written)
+        texts = [reader.result() for reader in readers]
+    return code, texts[0].decode(), texts[1].decode()
+
+
+def _without_carriage_returns(terminal: int) -> list[Any]:
+    attributes = termios.tcgetattr(terminal)
+    attributes[1] &= ~termios.OPOST
+    return attributes
+
+
+def _read_all(end: int) -> bytes:
+    text = b""
+    with suppress(OSError):  # Linux says that the other end is closed
+        while part := os.read(end, 65536):
+            text += part
+    os.close(end)
+    return text
+
+
+def test_a_person_sees_a_bar_and_whole_lines(project: Path, tmp_path: Path) -> None:
+    """The terminal breaks long lines, not we: what is copied from it is whole."""
+    out = tmp_path / ("a-rather-long-name-" * 4) / "run"
+    words = ["run", str(project / "recipe.yaml"), "--out", str(out)]
+    code, stdout, stderr = in_a_terminal(*words)
+    assert code == 0
+    for stage in ("build", "train", "evaluate"):
+        assert re.search(rf"{stage} .*\d+/\d+", stderr), stage
+    assert f"I built {out}/checkpoint\n" in stderr
+    assert "\x1b[?25l" not in stderr, "a killed command would leave the cursor hidden"
+    assert f"\nmodel:  {out}/trained\n" in stdout
+    assert stdout.startswith("\x1b[1mnats per token")
+
+    for more, environment in (([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"}), (["-v"], {})):
+        code, stdout, stderr = in_a_terminal(
+            "evaluate", str(out), "--set", "evaluation.tokens=64", *more, **environment
+        )
+        assert code == 0 and "evaluated built" in stderr
+        assert "\x1b" not in stderr and "2/5" not in stderr
+        assert ("\x1b" in stdout) == bool(more)
+
+
+def test_help_is_drawn_for_people_and_plain_for_programs() -> None:
+    """Every command's; no word is cut in either."""
+    for name in cli.command_names():
+        drawn = in_a_terminal(name, "--help", columns=80)[1]
+        plain = in_a_terminal(name, "--help", columns=80, NO_COLOR="1")[1]
+        assert "\x1b[" in drawn and "\u256d" in drawn
+        assert "\x1b" not in plain and plain.isascii()
+        drawn = re.sub(r"\x1b\[[0-9;]*m", "", drawn)
+        options = set(re.findall(r"--[a-z-]+", plain))
+        assert {"--json", "--verbose", "--help"} <= options
+        assert options == set(re.findall(r"--[a-z-]+", drawn))
+        assert "completion" not in plain
+    assert in_a_terminal("--help", columns=80, PYTHONIOENCODING="ascii")[1].isascii()
+    assert "--confirm-run-unsafe-code" in in_a_terminal("evaluate", "--help", columns=40)[1]
+
+
 def test_losses_that_are_no_numbers_are_json_and_a_table(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -1005,7 +1133,7 @@ def test_losses_that_are_no_numbers_are_json_and_a_table(
     metrics = {"sources": {"a": {"a": 1.0, "x": float("nan")}}, "built": {"a": None, "x": 2.0}}
     print(cli._json(metrics))
     assert json.loads(capsys.readouterr().out)["sources"]["a"] == {"a": 1.0, "x": None}
-    rows = cli.loss_table(metrics).splitlines()
+    rows = console.loss_table(metrics).splitlines()
     assert rows[1].split() == ["a", "1.000", "nan", "1.000", "nan"]
     assert rows[2].split() == ["built", "nan", "2.000", "nan", "2.000"]
 

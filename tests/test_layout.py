@@ -31,7 +31,7 @@ ORDER = [
     *("errors", "machine", "progress", "files"),
     *("bundled", "recipe", "runs", "model", "text", "sources"),
     *("building", "training", "evaluation", "reporting"),
-    *("pipeline", "comparison", "cli", "__main__"),
+    *("pipeline", "comparison", "console", "cli", "__main__"),
 ]
 """Folders and modules at the top, each of which knows those before it alone."""
 
@@ -147,20 +147,14 @@ def test_the_readmes_tree_is_what_is_there() -> None:
     assert named == there
 
 
-def _commands() -> set[str]:
-    actions = cli._parser()._actions
-    return {
-        name for action in actions if isinstance(action.choices, dict) for name in action.choices
-    }
-
-
 def test_the_readmes_commands_are_those_there_are() -> None:
     code = re.findall(r"^(?: {4}|\t).*$", README, re.MULTILINE)
     code += re.findall(r"^```\w*\n.*?^```", README, re.MULTILINE | re.DOTALL)
     code += re.findall(r"`[^`\n]+`", README)
     named = set(re.findall(r"(?<![\w/-])symphony +([a-z]+)", "\n".join(code)))
-    assert named - _commands() == set(), "named in README.md, but not there"
-    assert _commands() - named == set(), "there, but not in README.md"
+    there = set(cli.command_names())
+    assert named - there == set(), "named in README.md, but not there"
+    assert there - named == set(), "there, but not in README.md"
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/**/*.md"])
@@ -190,6 +184,11 @@ def test_the_files_that_contributing_names_are_there() -> None:
 
 
 def test_one_version() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["version"] == symphony_moe.__version__
+    """It stands in the package, and the build reads it there."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = settings["project"]
+    assert project["dynamic"] == ["version"] and "version" not in project
+    place = ROOT / settings["tool"]["hatch"]["version"]["path"]
+    (stated,) = re.findall(r'^__version__ = "(.+)"$', place.read_text("utf-8"), re.MULTILINE)
+    assert stated == symphony_moe.__version__
     assert project["scripts"] == {"symphony": "symphony_moe.cli:main"}

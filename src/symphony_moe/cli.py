@@ -1,24 +1,40 @@
-"""The command `symphony`: one command per stage, and the only place that makes exit codes.
+"""The command `symphony`: one function per command, and the only place that makes exit codes.
 
 0 done, 1 our bug, 2 the user's mistake (a message without a traceback). Results go to stdout, logs
-to stderr. torch and transformers are imported when a command runs, so that `--help` answers at
-once.
+to stderr. `typer` makes the command line of the functions' annotations; a function returns what
+`--json` prints and what people read. torch and transformers are imported when a command runs, so
+that `--help` answers at once.
 """
 
-import argparse
+import inspect
 import io
 import logging
-import math
 import os
+import shutil
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
 
 from symphony_moe import __version__
+from symphony_moe.console import (
+    describe_build,
+    describe_plan,
+    describe_tasks,
+    is_terminal,
+    log_handler,
+    loss_table,
+    progress_bar,
+)
 from symphony_moe.errors import (
     RecipeError,
     SymphonyError,
@@ -28,43 +44,282 @@ from symphony_moe.errors import (
     shown,
 )
 from symphony_moe.machine import is_out_of_memory, is_refusal, process_number
+from symphony_moe.progress import Listener, ignore
 
 if TYPE_CHECKING:
-    from symphony_moe.building.plan import Plan
     from symphony_moe.runs.folder import RunFolder
 
 DEMO_OUT = "symphony-demo"
 
+Result = tuple[Any, str]
+"""(for --json, for people)."""
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the process's exit code."""
-    options = _parser().parse_args(arguments)
-    _log(options.verbose)
+    """Run one command; the process's exit code. SystemExit for a mistyped command line."""
+    words = [str(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that is no text is shown as its escapes.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _refuse_bytes(sys.argv[1:] if arguments is None else arguments)
-        _refuse_processes(options)
-        result, text = options.command(options)
+        _refuse_bytes(words)
+    except RecipeError as error:
+        return _fail(str(error), 2, as_json="--json" in words)
+    parsed = _parse(words)
+    return parsed if isinstance(parsed, int) else _perform(parsed)
+
+
+def command_names() -> list[str]:
+    """The commands that there are, in the order of the help."""
+    return [command.name for command in _app.registered_commands if command.name]
+
+
+# The command line
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A command line that has been understood."""
+
+    command: Callable[..., Result]
+    arguments: dict[str, Any]
+    as_json: bool
+    verbose: bool
+
+
+def _parse(words: list[str]) -> _Call | int:
+    """What is to be done, or the exit code where that is done (`--help`, `--version`)."""
+    try:
+        parsed: _Call | int = typer.main.get_command(_app).main(
+            words, prog_name="symphony", standalone_mode=False
+        )
+        return parsed
+    except typer.TyperException as error:
+        _refuse_usage(error)
+    except SystemExit:
+        return 0  # the reader of the help has gone: typer ends with 1
+
+
+def _refuse_usage(error: typer.TyperException) -> NoReturn:
+    """Say what is wrong with a command line and where its help is; SystemExit."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "symphony"
+    pieces = context.command.collect_usage_pieces(context) if context else ["COMMAND"]
+    print(f"usage: {' '.join([path, *pieces])}", file=sys.stderr)
+    message = shown(error.format_message(), 300).removesuffix(".")
+    print(f"symphony: error: {message}; `{path} --help` says more", file=sys.stderr)
+    sys.exit(2)
+
+
+class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse an option in the place of another's value: its value was forgotten."""
+        valued = {name for option in self.params for name in option.opts} - {
+            name
+            for option in self.params
+            if getattr(option, "is_flag", True)
+            for name in option.opts
+        }
+        for option, value in pairwise(takewhile(lambda word: word != "--", args)):
+            if option in valued and value.startswith("-") and value != "-":
+                ctx.fail(f"Option {option!r} expects a value, got {value!r}.")
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """`RECIPE`, where typer writes `{RECIPE}`."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _with_default(super().get_help_option(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _choose_help(self)
+        super().format_help(ctx, formatter)
+
+
+class _Group(TyperGroup):
+    def get_help_option(self, ctx: Any) -> Any:
+        return _with_default(super().get_help_option(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _choose_help(self)
+        super().format_help(ctx, formatter)
+
+
+def _with_default(option: Any) -> Any:
+    """An option that is False where it is not given: for None, typer imports pydantic."""
+    if option is not None:
+        option.default = False
+    return option
+
+
+def _choose_help(command: TyperCommand | TyperGroup) -> None:
+    """Panels and colours for a terminal, plain text for everything else. Panels in a narrow one
+    would break the names of options."""
+    drawn = is_terminal(sys.stdout) and shutil.get_terminal_size().columns >= 80
+    command.rich_markup_mode = "rich" if drawn else None
+
+
+_app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    subcommand_metavar="COMMAND",
+)
+
+
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+    return wanted
+
+
+@_app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Turn several checkpoints of one model family into one Mixture-of-Experts checkpoint."""
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more, to stderr.")]
+
+
+def _command(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Add a function to the commands, with the options that every command has. Its arguments are
+    the user's, but for `progress`, which the command line gives it."""
+
+    def parsed(as_json: bool, verbose: bool, **arguments: Any) -> _Call:
+        return _Call(function, arguments, as_json, verbose)
+
+    own = inspect.signature(function).parameters.values()
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    common = [
+        inspect.Parameter("as_json", keyword, default=False, annotation=Json),
+        inspect.Parameter("verbose", keyword, default=False, annotation=Verbose),
+    ]
+    parameters = [*(one for one in own if one.name != "progress"), *common]
+    parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    parsed.__annotations__ = {one.name: one.annotation for one in parameters}
+    parsed.__doc__ = function.__doc__
+    _app.command(function.__name__, cls=_Command)(parsed)
+    return function
+
+
+class Names(tuple[str, ...]):
+    """Words that were given with commas between them, each once."""
+
+
+class Seeds(tuple[int, ...]):
+    """Numbers that were given with commas between them, each once."""
+
+
+def _names(text: str) -> Names:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise typer.BadParameter("expected names with commas between them")
+    return Names(dict.fromkeys(words))
+
+
+def _seeds(text: str) -> Seeds:
+    words = _names(text)
+    if not all(word.isdecimal() and int(word) < 2**32 for word in words):
+        raise typer.BadParameter(f"expected numbers such as 1,2,3, got {text!r}")
+    return Seeds(map(int, words))
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise typer.BadParameter(f"expected a number above zero, got {text!r}")
+    return int(text)
+
+
+def _one_of_two(ctx: Any, param: Any, value: bool) -> bool:
+    other = {"resume": "overwrite", "overwrite": "resume"}[param.name]
+    if value and ctx.params.get(other):
+        raise typer.BadParameter(f"not allowed with --{other}")
+    return value
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")]
+NewFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to make.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="A.B=C", help="Override a setting of the recipe. May be given repeatedly."
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", callback=_one_of_two, help="Go on where a run was cut short."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", callback=_one_of_two, help="Replace what is there.")
+]
+SourcesFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--sources-from",
+        metavar="DIR",
+        help="A run of the same sources. Take the sources' losses and CKA from it instead of "
+        "measuring them again, if the held-out text is the same.",
+    ),
+]
+
+
+# Running a command
+
+
+def _perform(call: _Call) -> int:
+    """Run a command; the process's exit code."""
+    handler = _log(call.verbose)
+    try:
+        _refuse_processes(call)
+        with _listening(call, handler) as more:
+            result, text = call.command(**call.arguments, **more)
         if process_number() == 0:
-            print(_json(result) if options.json else text)
+            print(_json(result) if call.as_json else text, flush=True)
         return 0
     except SymphonyError as error:
-        return _fail(options, str(error), 2)
+        return _fail(str(error), 2, as_json=call.as_json)
     except KeyboardInterrupt:
-        return _fail(options, "interrupted", 130)
+        return _fail("interrupted", 130, as_json=call.as_json)
     except BrokenPipeError:
         # The reader of our output (such as `head`) has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if is_out_of_memory(error):
-            return _fail(options, f"out of memory: {first_line(error)}{_less_memory(options)}", 2)
-        if is_refusal(error):
-            return _fail(options, first_line(error), 2)
-        traceback.print_exc()
-        return _fail(options, f"a bug in symphony-moe: {type(error).__name__}: {error}", 1)
+        return _fail_unforeseen(error, call)
+
+
+def _fail_unforeseen(error: Exception, call: _Call) -> int:
+    """The exit code for an error that no check of ours has raised."""
+    if is_out_of_memory(error):
+        message = f"out of memory: {first_line(error)}{_less_memory(call)}"
+        return _fail(message, 2, as_json=call.as_json)
+    if is_refusal(error):
+        return _fail(first_line(error), 2, as_json=call.as_json)
+    traceback.print_exception(error)
+    message = f"a bug in symphony-moe: {type(error).__name__}: {error}"
+    return _fail(message, 1, as_json=call.as_json)
+
+
+@contextmanager
+def _listening(call: _Call, handler: logging.StreamHandler[Any]) -> Iterator[dict[str, Listener]]:
+    """The `progress` of a command that has one: a bar, where a person looks at stderr."""
+    if "progress" not in inspect.signature(call.command).parameters:
+        yield {}
+    elif call.as_json or call.verbose or process_number() > 0 or not is_terminal(sys.stderr):
+        yield {"progress": ignore}
+    else:
+        with progress_bar(handler) as draw:
+            yield {"progress": draw}
 
 
 def _json(result: Any) -> str:
@@ -74,50 +329,50 @@ def _json(result: Any) -> str:
     return to_json(result, ascii_only=encoding.lower().replace("-", "") != "utf8")
 
 
-def _less_memory(options: argparse.Namespace) -> str:
+def _less_memory(call: _Call) -> str:
     """What would need less memory."""
     setting = {
-        _build: "calibration.tokens",
-        _train: "train.batch_size",
-        _evaluate: "evaluation.sequence_length",
-    }.get(options.command)
+        build: "calibration.tokens",
+        train: "train.batch_size",
+        evaluate: "evaluation.sequence_length",
+    }.get(call.command)
     return f". A smaller {setting} needs less" if setting else ""
 
 
-def _refuse_bytes(arguments: list[str]) -> None:
+def _refuse_bytes(words: list[str]) -> None:
     """The weights' file format knows no paths that are not text, and no output could name them."""
-    for argument in map(str, arguments):
-        if not is_text(argument):
+    for word in words:
+        if not is_text(word):
             raise RecipeError(
-                f"the argument {shortened(ascii(argument), 200)} is not UTF-8 text; "
+                f"the argument {shortened(ascii(word), 200)} is not UTF-8 text; "
                 "rename what it names"
             )
 
 
-def _refuse_processes(options: argparse.Namespace) -> None:
+def _refuse_processes(call: _Call) -> None:
     """Two processes of anything but a training would write the same files."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.command is not _train:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and call.command is not train:
         raise RecipeError(
             "only `symphony train` runs in several processes; start this command without "
             "`torchrun` or `accelerate launch`"
         )
 
 
-def _fail(options: argparse.Namespace, message: str, code: int) -> int:
+def _fail(message: str, code: int, *, as_json: bool) -> int:
     message = shown(message)
-    if options.json:
+    if as_json:
         print(_json({"error": message}))
     print(f"symphony: error: {message}", file=sys.stderr)
     return code
 
 
-def _log(verbose: bool) -> None:
+def _log(verbose: bool) -> logging.StreamHandler[Any]:
+    """Set up this process's logging; the handler that writes to stderr."""
     package = logging.getLogger("symphony_moe")
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
     if process_number() > 0:
         package.setLevel(logging.WARNING)  # the first process speaks for all
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Shown("%(levelname).1s %(message)s"))
+    handler = log_handler()
     package.handlers = [handler]
     package.propagate = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -128,310 +383,224 @@ def _log(verbose: bool) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
         warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|datasets)\.")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return handler
 
 
-class _Shown(logging.Formatter):
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return shown(super().formatMessage(record))  # a traceback that follows it stays whole
+# The commands
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(shown(message, 200))  # the usage stands before it
+@_command
+def demo(
+    *,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Run folder to make.", show_default=True)
+    ] = Path(DEMO_OUT),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    overrides: Overrides = None,
+    progress: Listener = ignore,
+) -> Result:
+    """Do everything once, on the bundled tiny sources."""
+    from symphony_moe import pipeline
+    from symphony_moe.bundled import demo_recipe
+    from symphony_moe.recipe.load import load_recipe
+    from symphony_moe.runs.folder import refuse_existing
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="symphony",
-        description="Several checkpoints of one model family -> one Mixture-of-Experts checkpoint.",
+    sets = overrides or []
+    recipe = load_recipe(demo_recipe(), sets)
+    # The paper's method beside ours: the same sources, text and training.
+    paper_recipe = load_recipe(demo_recipe(), [*sets, "method=symphony"])
+    paper_out = out.with_name(f"{out.name}-paper")
+    refuse_existing(paper_out, resume=resume, overwrite=overwrite)
+    folder, paper = (
+        pipeline.run(one, where, resume=resume, overwrite=overwrite, progress=progress)
+        for one, where in ((recipe, out), (paper_recipe, paper_out))
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(name: str, function: Any, help: str, *takes: str) -> None:
-        command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(command=function)
-        if "recipe" in takes:
-            command.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe file (YAML)")
-        if "dir" in takes:
-            command.add_argument("dir", type=Path, metavar="DIR", help="run folder")
-        if "out" in takes:
-            command.add_argument(
-                "--out", type=Path, required=True, metavar="DIR", help="run folder to make"
-            )
-        if "methods" in takes:
-            command.add_argument(
-                "--methods",
-                type=_words,
-                metavar="A,B,...",
-                help="presets or compare.variants (default: compare.methods, or all presets)",
-            )
-            command.add_argument(
-                "--seeds", type=_seeds, metavar="1,2,...", help="default: compare.seeds"
-            )
-            command.add_argument(
-                "--prepare",
-                action="store_true",
-                help="write every run's recipe and say the commands, to be run anywhere and in any "
-                "order; without it and with --resume, the table is made of them",
-            )
-        if "demo-out" in takes:
-            command.add_argument(
-                "--out",
-                type=Path,
-                default=Path(DEMO_OUT),
-                metavar="DIR",
-                help=f"run folder to make (default: {DEMO_OUT})",
-            )
-        if "deep" in takes:
-            command.add_argument(
-                "--deep", action="store_true", help="build again and compare every tensor"
-            )
-        if "again" in takes:
-            again = command.add_mutually_exclusive_group()
-            again.add_argument(
-                "--resume", action="store_true", help="go on where a run was cut short"
-            )
-            again.add_argument("--overwrite", action="store_true", help="replace what is there")
-        if "sources-from" in takes:
-            command.add_argument(
-                "--sources-from",
-                type=Path,
-                metavar="DIR",
-                help="a run of the same sources: their own losses and CKA are taken from there, "
-                "not measured again, where the held-out text is the same too",
-            )
-        if "tasks" in takes:
-            _add_task_options(command)
-        if function not in (_verify, _report):
-            command.add_argument(
-                "--set",
-                action="append",
-                default=[],
-                metavar="A.B=C",
-                dest="overrides",
-                help="override a recipe value (repeatable)",
-            )
-        command.add_argument(
-            "--json", action="store_true", help="machine-readable result on stdout"
-        )
-        command.add_argument("-v", "--verbose", action="store_true", help="say more, on stderr")
-
-    add("demo", _demo, "the whole way on the bundled tiny sources", "demo-out", "again")
-    add("plan", _plan, "what a build will do, from headers alone; writes nothing", "recipe")
-    add(
-        "build",
-        _build,
-        "stage 1: sources to checkpoint/, without training",
-        "recipe",
-        "out",
-        "again",
-    )
-    add("train", _train, "stage 2: checkpoint/ to trained/", "dir", "again")
-    add(
-        "evaluate",
-        _evaluate,
-        "held-out losses and routing into metrics.json, or benchmarks",
-        "dir",
-        "tasks",
-        "sources-from",
-    )
-    add("report", _report, "metrics.json to report.html", "dir")
-    add(
-        "run",
-        _run,
-        "build, verify, train, evaluate and report",
-        "recipe",
-        "out",
-        "again",
-        "sources-from",
-    )
-    add(
-        "compare",
-        _compare,
-        "the same sources by several methods, into one table",
-        "recipe",
-        "methods",
-        "out",
-        "again",
-    )
-    add(
-        "verify",
-        _verify,
-        "check a finished run against its sources and stock transformers",
-        "dir",
-        "deep",
-    )
-    return parser
-
-
-def _words(text: str) -> list[str]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
-        raise argparse.ArgumentTypeError("expected names with commas between them")
-    return list(dict.fromkeys(words))
-
-
-def _seeds(text: str) -> list[int]:
-    words = _words(text)
-    if not all(word.isdecimal() and int(word) < 2**32 for word in words):
-        raise argparse.ArgumentTypeError(f"expected numbers such as 1,2,3, got {text!r}")
-    return [int(word) for word in words]
-
-
-def _add_task_options(command: argparse.ArgumentParser) -> None:
-    """Options of `evaluate --tasks`. All but that one default to None or False: `_evaluate` refuses
-    them where there are no tasks."""
-    command.add_argument(
-        "--tasks",
-        type=_words,
-        metavar="A,B:N",
-        help="instead, benchmarks of lm-evaluation-harness (:N for N examples in the prompt)",
-    )
-    command.add_argument(
-        "--include", type=Path, metavar="DIR", help="folder with tasks of your own (YAML)"
-    )
-    command.add_argument(
-        "--models",
-        type=_words,
-        metavar="A,B",
-        help="which of built, trained and the sources (by name, or `sources`); default: the first "
-        "two",
-    )
-    command.add_argument(
-        "--limit", type=_count, metavar="N", help="documents per task; default: all"
-    )
-    command.add_argument(
-        "--chat-template", action="store_true", help="put prompts through the chat template"
-    )
-    command.add_argument(
-        "--confirm-run-unsafe-code",
-        action="store_true",
-        help="let tasks such as humaneval run the code that the model writes",
+    metrics, paper_metrics = (run.read_json(run.metrics) for run in (folder, paper))
+    losses = {stage: paper_metrics[stage] for stage in ("built", "trained")}
+    texts = pipeline.generate(folder)
+    lines = "\n".join(f"\n[{domain}] {prompt!r}\n    -> {text!r}" for domain, prompt, text in texts)
+    table = loss_table(metrics, {f"paper's, {stage}": of for stage, of in losses.items()})
+    return (
+        metrics
+        | {"paths": _paths(folder), "continuations": texts}
+        | {"paper": losses | {"paths": _paths(paper)}},
+        f"{table}\n\nHeld-out prompts, continued by the trained model:\n{lines}\n\n"
+        f"model:  {folder.trained}\nreport: {folder.report}\ntry:    {_one_liner(folder)}",
     )
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a number above zero, got {text!r}")
-    return int(text)
-
-
-Result = tuple[Any, str]
-"""(for --json, for people)."""
-
-
-def _plan(options: argparse.Namespace) -> Result:
+@_command
+def plan(*, recipe: RecipeFile, overrides: Overrides = None) -> Result:
+    """Say what a build will do. Reads headers only, and writes nothing."""
     from symphony_moe.recipe.load import load_recipe
     from symphony_moe.recipe.variants import load_variants
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    if recipe.compare.variants or recipe.compare.methods:
-        load_variants(options.recipe, options.overrides)  # what `compare` would refuse of them
+    loaded = load_recipe(recipe, overrides or ())
+    if loaded.compare.variants or loaded.compare.methods:
+        load_variants(recipe, overrides or ())  # what `compare` would refuse of them
     from symphony_moe import pipeline
 
-    plan = pipeline.plan(recipe)
-    return plan.to_json(), describe_plan(plan)
+    planned = pipeline.plan(loaded)
+    return planned.to_json(), describe_plan(planned)
 
 
-def _build(options: argparse.Namespace) -> Result:
+@_command
+def build(
+    *,
+    recipe: RecipeFile,
+    out: NewFolder,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    overrides: Overrides = None,
+    progress: Listener = ignore,
+) -> Result:
+    """Stage 1: merge the sources into checkpoint/, without training."""
     from symphony_moe.recipe.load import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    loaded = load_recipe(recipe, overrides or ())
     from symphony_moe import pipeline
 
-    folder = pipeline.build(recipe, options.out, resume=options.resume, overwrite=options.overwrite)
+    folder = pipeline.build(loaded, out, resume=resume, overwrite=overwrite, progress=progress)
     metrics = folder.read_json(folder.metrics)
-    text = f"built {folder.checkpoint}"
-    for kind, by_source in metrics["alignment"].items():
-        what = {
-            "residual": "cosine of residual streams",
-            "heads": "correlation of heads",
-            "neurons": "correlation of matched neurons",
-        }[kind]
-        for source, values in by_source.items():
-            before, after = (sum(values[key]) / len(values[key]) for key in ("before", "after"))
-            unused = "" if values["used"] else "; too little to use"
-            text += f"\n{source}: {what} {before:.3f} before, {after:.3f} after{unused}"
-    if "loss" in metrics.get("fit", {}):
-        text += (
-            "\n"
-            + ", ".join(f"{name} {loss:.3f}" for name, loss in metrics["fit"]["loss"].items())
-            + f" nats per token on text kept aside; wrote the {metrics['fit']['chosen']} model"
-        )
+    text = "\n".join(filter(None, (f"built {folder.checkpoint}", describe_build(metrics))))
     return metrics | {"paths": {"checkpoint": str(folder.checkpoint)}}, text
 
 
-def _train(options: argparse.Namespace) -> Result:
+@_command
+def train(
+    *,
+    folder: Folder,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    overrides: Overrides = None,
+    progress: Listener = ignore,
+) -> Result:
+    """Stage 2: train checkpoint/ and write trained/."""
     from symphony_moe import pipeline
     from symphony_moe.runs.folder import RunFolder
 
-    folder = RunFolder(options.dir)
-    pipeline.train(folder, options.overrides, resume=options.resume, overwrite=options.overwrite)
+    run = RunFolder(folder)
+    pipeline.train(run, overrides or (), resume=resume, overwrite=overwrite, progress=progress)
     if process_number() > 0:
         return {}, ""  # the first process may still be writing
-    training = folder.read_json(folder.metrics)["training"]
-    text = f"trained {folder.trained}: {training['steps']} steps, {training['seconds']:.0f} s"
-    return {"training": training, "paths": {"trained": str(folder.trained)}}, text
+    training = run.read_json(run.metrics)["training"]
+    text = f"trained {run.trained}: {training['steps']} steps, {training['seconds']:.0f} s"
+    return {"training": training, "paths": {"trained": str(run.trained)}}, text
 
 
-def _evaluate(options: argparse.Namespace) -> Result:
+@_command
+def evaluate(
+    *,
+    folder: Folder,
+    tasks: Annotated[
+        Names | None,
+        typer.Option(
+            parser=_names,
+            metavar="A,B:N",
+            help="Run benchmarks of lm-evaluation-harness instead. `:N` puts N examples into the "
+            "prompt.",
+        ),
+    ] = None,
+    include: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with tasks of your own (YAML).")
+    ] = None,
+    models: Annotated[
+        Names | None,
+        typer.Option(
+            parser=_names,
+            metavar="A,B",
+            help="Models to ask: built, trained, a source's name, or `sources` for all of those. "
+            "Default: built,trained.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(parser=_count, metavar="N", help="Documents per task. Default: all."),
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Apply the chat template to the prompts.")
+    ] = False,
+    unsafe_code: Annotated[
+        bool,
+        typer.Option(
+            "--confirm-run-unsafe-code",
+            help="Let tasks such as humaneval run the code that the model writes.",
+        ),
+    ] = False,
+    sources_from: SourcesFrom = None,
+    overrides: Overrides = None,
+    progress: Listener = ignore,
+) -> Result:
+    """Measure held-out losses and routing, or run benchmarks."""
     from symphony_moe import pipeline
     from symphony_moe.runs.folder import RunFolder
 
-    folder = RunFolder(options.dir)
-    if options.tasks and options.sources_from:
-        raise RecipeError("--sources-from: has no effect with --tasks")
-    task_options = ("include", "models", "limit", "chat_template", "confirm_run_unsafe_code")
-    if options.tasks is None:
-        given = next((name for name in task_options if getattr(options, name)), None)
-        if given:
-            raise RecipeError(f"--{given.replace('_', '-')}: has no effect without --tasks")
-        metrics = pipeline.evaluate(folder, options.overrides, like=_like(options))
+    run = RunFolder(folder)
+    if tasks is None:
+        for_tasks = {
+            "include": include,
+            "models": models,
+            "limit": limit,
+            "chat-template": chat_template,
+            "confirm-run-unsafe-code": unsafe_code,
+        }
+        for name, value in for_tasks.items():
+            if value:
+                raise RecipeError(f"--{name}: has no effect without --tasks")
+        like = _like(sources_from)
+        metrics = pipeline.evaluate(run, overrides or (), like=like, progress=progress)
         return metrics, loss_table(metrics)
-    if options.overrides:
-        raise RecipeError(f"--set {options.overrides[0]}: has no effect with --tasks")
-    tasks = pipeline.evaluate_tasks(
-        folder,
-        options.tasks,
-        include=options.include,
-        models=options.models or (),
-        limit=options.limit,
-        chat_template=options.chat_template,
-        unsafe_code=options.confirm_run_unsafe_code,
+    if sources_from:
+        raise RecipeError("--sources-from: has no effect with --tasks")
+    if overrides:
+        raise RecipeError(f"--set {overrides[0]}: has no effect with --tasks")
+    results = pipeline.evaluate_tasks(
+        run,
+        tasks,
+        include=include,
+        models=models or (),
+        limit=limit,
+        chat_template=chat_template,
+        unsafe_code=unsafe_code,
     )
-    return {"tasks": tasks}, describe_tasks(tasks)
+    return {"tasks": results}, describe_tasks(results)
 
 
-def _report(options: argparse.Namespace) -> Result:
+@_command
+def report(*, folder: Folder) -> Result:
+    """Write report.html from metrics.json."""
     from symphony_moe import pipeline
     from symphony_moe.runs.folder import RunFolder
 
-    path = pipeline.report(RunFolder(options.dir))
+    path = pipeline.report(RunFolder(folder))
     return {"paths": {"report": str(path)}}, f"wrote {path}"
 
 
-def _verify(options: argparse.Namespace) -> Result:
-    from symphony_moe import pipeline
-    from symphony_moe.runs.folder import RunFolder
-
-    checks = pipeline.verify(RunFolder(options.dir), deep=options.deep)
-    lines = [f"{name}: {found}" for name, found in checks.items()]
-    return {"verified": True, "checks": checks}, "\n".join([*lines, "verified"])
-
-
-def _run(options: argparse.Namespace) -> Result:
+@_command
+def run(
+    *,
+    recipe: RecipeFile,
+    out: NewFolder,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    sources_from: SourcesFrom = None,
+    overrides: Overrides = None,
+    progress: Listener = ignore,
+) -> Result:
+    """Build, verify, train, evaluate and report."""
     from symphony_moe.recipe.load import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    loaded = load_recipe(recipe, overrides or ())
     from symphony_moe import pipeline
 
     folder = pipeline.run(
-        recipe,
-        options.out,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        like=_like(options),
+        loaded,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        like=_like(sources_from),
+        progress=progress,
     )
     metrics = folder.read_json(folder.metrics)
     return (
@@ -440,43 +609,62 @@ def _run(options: argparse.Namespace) -> Result:
     )
 
 
-def _like(options: argparse.Namespace) -> "RunFolder | None":
-    from symphony_moe.runs.folder import RunFolder
-
-    if not options.sources_from:
-        return None
-    like = RunFolder(options.sources_from)
-    like.require_checkpoint()
-    like.read_recipe()  # before anything is built that it is wanted for
-    for path in (like.manifest, like.metrics):
-        like.read_json(path)
-    return like
-
-
-def _compare(options: argparse.Namespace) -> Result:
+@_command
+def compare(
+    *,
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make.")],
+    methods: Annotated[
+        Names | None,
+        typer.Option(
+            parser=_names,
+            metavar="A,B,...",
+            help="Presets, or names under compare.variants. Default: compare.methods, or all "
+            "presets.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        Seeds | None,
+        typer.Option(parser=_seeds, metavar="1,2,...", help="Default: compare.seeds."),
+    ] = None,
+    prepare: Annotated[
+        bool,
+        typer.Option(
+            "--prepare",
+            help="Write the recipe of every run and print the commands, but run nothing. They may "
+            "run anywhere and in any order. Afterwards --resume without --prepare makes the table.",
+        ),
+    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    overrides: Overrides = None,
+) -> Result:
+    """Run several methods on the same sources and make one table."""
     from symphony_moe.recipe.variants import load_variants
 
-    recipe, variants = load_variants(
-        options.recipe, options.overrides, options.methods, options.seeds
-    )
-    from symphony_moe import comparison as comparison_module
+    loaded, variants = load_variants(recipe, overrides or (), methods, seeds)
+    from symphony_moe import comparison
     from symphony_moe.reporting.comparison_table import describe
 
-    again = {"resume": options.resume, "overwrite": options.overwrite}
-    if options.prepare:
-        folder = comparison_module.prepare_comparison(recipe, variants, options.out, **again)
+    if prepare:
+        folder = comparison.prepare_comparison(
+            loaded, variants, out, resume=resume, overwrite=overwrite
+        )
         runs = [
             {"recipe": str(folder.recipe(method, seed)), "out": str(folder.run(method, seed).root)}
             for method, of_seeds in variants.items()
             for seed in of_seeds
         ]
         return {"runs": runs}, "\n".join(
-            f"symphony run {run['recipe']} --out {run['out']}" for run in runs
+            f"symphony run {one['recipe']} --out {one['out']}" for one in runs
         )
     # A SIGTERM ends this process as Ctrl-C does, and with it the run that it waits for.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        folder, entries, limits = comparison_module.compare(recipe, variants, options.out, **again)
+        # Each run is a command of its own, which draws its own bar.
+        folder, entries, limits = comparison.compare(
+            loaded, variants, out, resume=resume, overwrite=overwrite
+        )
     finally:
         signal.signal(signal.SIGTERM, before)
     paths = {"comparison": str(folder.comparison), "page": str(folder.page)}
@@ -485,32 +673,35 @@ def _compare(options: argparse.Namespace) -> Result:
     )
 
 
-def _demo(options: argparse.Namespace) -> Result:
+@_command
+def verify(
+    *,
+    folder: Folder,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Build again and compare every tensor.")
+    ] = False,
+) -> Result:
+    """Check a finished run against its sources and stock transformers."""
     from symphony_moe import pipeline
-    from symphony_moe.bundled import demo_recipe
-    from symphony_moe.recipe.load import load_recipe
-    from symphony_moe.runs.folder import refuse_existing
+    from symphony_moe.runs.folder import RunFolder
 
-    recipe = load_recipe(demo_recipe(), options.overrides)
-    # The paper's method beside ours: the same sources, text and training.
-    paper_recipe = load_recipe(demo_recipe(), [*options.overrides, "method=symphony"])
-    paper_out = options.out.with_name(f"{options.out.name}-paper")
-    again = {"resume": options.resume, "overwrite": options.overwrite}
-    refuse_existing(paper_out, resume=options.resume, overwrite=options.overwrite)
-    folder = pipeline.run(recipe, options.out, **again)
-    paper = pipeline.run(paper_recipe, paper_out, **again)
-    metrics, paper_metrics = (run.read_json(run.metrics) for run in (folder, paper))
-    losses = {stage: paper_metrics[stage] for stage in ("built", "trained")}
-    texts = pipeline.generate(folder)
-    shown = "\n".join(f"\n[{domain}] {prompt!r}\n    -> {text!r}" for domain, prompt, text in texts)
-    table = loss_table(metrics, {f"paper's, {stage}": of for stage, of in losses.items()})
-    return (
-        metrics
-        | {"paths": _paths(folder), "continuations": texts}
-        | {"paper": losses | {"paths": _paths(paper)}},
-        f"{table}\n\nHeld-out prompts, continued by the trained model:\n{shown}\n\n"
-        f"model:  {folder.trained}\nreport: {folder.report}\ntry:    {_one_liner(folder)}",
-    )
+    checks = pipeline.verify(RunFolder(folder), deep=deep)
+    lines = [f"{name}: {found}" for name, found in checks.items()]
+    return {"verified": True, "checks": checks}, "\n".join([*lines, "verified"])
+
+
+def _like(sources_from: Path | None) -> "RunFolder | None":
+    """The run of `--sources-from`, checked before anything is built that it is wanted for."""
+    from symphony_moe.runs.folder import RunFolder
+
+    if sources_from is None:
+        return None
+    like = RunFolder(sources_from)
+    like.require_checkpoint()
+    like.read_recipe()
+    for path in (like.manifest, like.metrics):
+        like.read_json(path)
+    return like
 
 
 def _one_liner(folder: "RunFolder") -> str:
@@ -525,83 +716,3 @@ def _one_liner(folder: "RunFolder") -> str:
 def _paths(folder: "RunFolder") -> dict[str, str]:
     parts = ("checkpoint", "trained", "report")
     return {part: str(getattr(folder, part)) for part in parts}
-
-
-def describe_plan(plan: "Plan") -> str:
-    """A plan for people."""
-    from symphony_moe.building.plan import in_words
-
-    total, active = plan.total_parameters, plan.active_parameters
-    lines = [
-        f"{len(plan.sources)} x {plan.family} -> {plan.architecture}",
-        f"  parameters  {total:,} in total, {active:,} active per token",
-        f"  on disk     {plan.disk_bytes / 1e9:.3f} GB in {plan.dtype}, {plan.shards} file(s); "
-        f"{plan.work_bytes / 1e9:.3f} GB more until stage 1 ends",
-        f"  memory      about {plan.peak_memory_bytes / 1e9:.1f} GB at the peak of stage 1",
-        f"  time        about {_duration(plan.seconds)} for stage 1 on this machine",
-        "sources",
-    ]
-    for source in plan.sources:
-        anchor = ", anchor" if source["anchor"] else ""
-        lines.append(
-            f"  {source['name']}: {in_words(source)} ({source['parameters']:,} parameters, "
-            f"{source['dtype']}{anchor})"
-        )
-    lines += ["read by", *(f"  {reading}" for reading in plan.readers)]
-    lines.append("differences" if plan.differences else "no differences between the sources")
-    lines += [f"  {d.verdict}: {d}" for d in plan.differences]
-    if plan.notes:
-        lines += ["notes", *(f"  {note}" for note in plan.notes)]
-    # What they repeat of a source's files may be as long as its author liked.
-    return "\n".join(shown(line, 2000) for line in lines)
-
-
-def describe_tasks(tasks: Mapping[str, Any]) -> str:
-    """Results of benchmarks: a row per task and metric, a column per model."""
-    from symphony_moe.reporting.run_page import task_table
-
-    table = task_table(tasks, list(tasks))
-    assert table is not None
-    rows = [["task", "metric", "examples", "documents", *table.models]]
-    rows += [[r.task, r.metric, r.examples, r.documents, *r.values] for r in table.rows]
-    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def loss_table(
-    metrics: dict[str, Any], others: Mapping[str, dict[str, float | None]] | None = None
-) -> str:
-    """Held-out losses: a row per model, a column per domain. `others`: further models' rows."""
-    names = list(metrics["sources"])
-    models = dict(metrics["sources"])
-    models |= {stage: metrics[stage] for stage in ("built", "trained") if stage in metrics}
-    models |= others or {}
-    domains = list(next(iter(models.values())))
-    out = [domain for domain in domains if domain not in names]
-
-    def mean(losses: dict[str, float | None], of: list[str]) -> float:
-        values = (losses[domain] for domain in of)
-        return sum(math.nan if value is None else value for value in values) / len(of)
-
-    width = max(len(word) for word in [*models, "nats per token"]) + 2
-    columns = [*domains, "mean", *(["mean out"] if out else [])]
-    sizes = [max(len(column), 8) + 2 for column in columns]
-    head = "nats per token".ljust(width)
-    lines = [head + "".join(c.rjust(s) for c, s in zip(columns, sizes, strict=True))]
-    for model, losses in models.items():
-        values = [mean(losses, [domain]) for domain in domains]
-        values += [mean(losses, group) for group in (names, out) if group]
-        cells = (f"{value:.3f}".rjust(size) for value, size in zip(values, sizes, strict=True))
-        lines.append(model.ljust(width) + "".join(cells))
-    if out:
-        lines.append(f"out of domain: {', '.join(out)}")
-    return "\n".join(lines)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from symphony_moe.errors import RunFolderError, SymphonyError
 from symphony_moe.files import to_json, write_text
@@ -14,6 +14,7 @@ from symphony_moe.machine import (
     versions,
 )
 from symphony_moe.pipeline import plan
+from symphony_moe.progress import Listener, Progress, ignore
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.reporting.comparison_page import comparison_facts, render_comparison
 from symphony_moe.reporting.comparison_table import (
@@ -32,22 +33,40 @@ from symphony_moe.training.run import refuse_untrainable
 log = logging.getLogger(__name__)
 
 
+class Comparison(NamedTuple):
+    """A finished comparison."""
+
+    folder: CompareFolder
+    entries: list[dict[str, Any]]
+    """The rows of `comparison.json`."""
+    limits: dict[str, float | None]
+    """The specialists' losses in and out of domain."""
+
+
 def compare(
     recipe: Recipe,
     variants: Mapping[str, Mapping[int, Recipe]],
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
-) -> tuple[CompareFolder, list[dict[str, Any]], dict[str, float | None]]:
+    progress: Listener = ignore,
+) -> Comparison:
     """The same sources and text by several methods and seeds, each the whole way in a process of
-    its own, into one table: (where, the rows of `comparison.json`, the specialists' losses).
-    `variants`: method -> seed -> recipe (`recipe.load_variants`).
+    its own, into one table. `variants`: method -> seed -> recipe, see `load_variants`.
 
-    What is finished is kept with `resume`, and what was cut short goes on. Refuses (SymphonyError)
-    what any of the methods cannot build before the first begins, and to tabulate runs that differ
-    in sources, text, order of batches or number of trained tokens.
+    What is finished is kept with `resume`, and what was cut short goes on. `progress` is called
+    after each run. Refuses (SymphonyError) what any of the methods cannot build before the first
+    begins, and to tabulate runs that differ in sources, text, order of batches or number of trained
+    tokens. RunFolderError where a run fails; its log says why.
+
+    >>> from symphony_moe import compare, load_variants
+    >>> recipe, variants = load_variants("recipe.yaml", methods=["symphony", "btx"], seeds=[1])
+    >>> comparison = compare(recipe, variants, "table")
+    >>> [(row["method"], row["stage"]) for row in comparison.entries]
+    [('symphony', 'built'), ('symphony', 'trained'), ('btx', 'built'), ('btx', 'trained')]
     """
+    out = Path(out)
     recipes = _by_name(variants)
     for (method, seed), one in recipes.items():
         if overwrite or not CompareFolder(out).run(method, seed).trained.is_dir():
@@ -59,6 +78,7 @@ def compare(
         log.info("%d of %d: %s, seed %d", number, len(names), *name)
         _adopt_build(folder, names[: number - 1], name, recipes[name])
         _run_apart(folder.run(*name), folder.recipe(*name), folder.run(*names[0]))
+        progress(Progress("compare", number, len(names)))
     runs = {name: folder.run(*name) for name in names}
     metrics = {name: run.read_json(run.metrics) for name, run in runs.items()}
     manifests = {name: run.read_json(run.manifest) for name, run in runs.items()}
@@ -84,7 +104,7 @@ def compare(
         in_domain=list(recipe.sources),
     )
     write_text(folder.page, page)
-    return folder, entries, limits
+    return Comparison(folder, entries, limits)
 
 
 def prepare_comparison(
@@ -173,8 +193,10 @@ def _run_apart(run: RunFolder, recipe: Path, like: RunFolder) -> None:
         return  # the report comes last; what is trained again has no losses yet
     same = [] if like == run else ["--sources-from", str(like.root)]
     command = [sys.executable, "-m", "symphony_moe", "run", str(recipe), "--out", str(run.root)]
+    # It is heard where this process's log is; `run.log` has what it says anyway.
+    heard = None if log.hasHandlers() else subprocess.DEVNULL
     code = subprocess.run(
-        [*command, "--resume", *same], stdout=subprocess.DEVNULL, check=False
+        [*command, "--resume", *same], stdout=subprocess.DEVNULL, stderr=heard, check=False
     ).returncode
     if code:
         killed = f"was killed (signal {-code}; out of memory?)"

@@ -1,7 +1,6 @@
 """Files that a kill or a full disk cannot leave half written; locks, hashes and reserved room."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -11,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import lock_descriptor
 
 from symphony_moe.errors import RunFolderError
 from symphony_moe.machine import process_number
@@ -22,20 +23,24 @@ log = logging.getLogger(__name__)
 def locked(root: Path) -> Iterator[None]:
     """RunFolderError where another process is at work in a folder; inside the block others see that
     this one is. The system takes the lock back from a process that is killed. Of the processes that
-    train together the first holds it."""
+    train together the first holds it.
+
+    The folder itself is locked, through an open descriptor. A lock file in it would be taken for a
+    part of the run, and one beside it may be where the user cannot write."""
     if process_number() > 0:
         yield
         return
     handle = os.open(root, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFolderError(
-                f"{root}: another `symphony` is at work there; wait until it is done, or stop it"
-            ) from None
+            free = lock_descriptor(handle, blocking=False)
         except OSError:
             log.debug("%s: its file system has no locks", root)
+            free = True
+        if not free:
+            raise RunFolderError(
+                f"{root}: another `symphony` is at work there; wait until it is done, or stop it"
+            )
         yield
     finally:
         os.close(handle)

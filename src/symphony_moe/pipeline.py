@@ -32,7 +32,7 @@ from symphony_moe.machine import (
     process_number,
     versions,
 )
-from symphony_moe.progress import ignore
+from symphony_moe.progress import Listener, ignore
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.reporting.run_page import render
 from symphony_moe.runs.folder import (
@@ -53,7 +53,18 @@ log = logging.getLogger(__name__)
 
 
 def plan(recipe: Recipe) -> Plan:
-    """What a build of this recipe will do, from headers and tokenizers alone. Writes nothing."""
+    """What a build of this recipe will do, from headers and tokenizers alone. Writes nothing.
+
+    Raises SymphonyError for everything that `build` refuses before it reads weights: RecipeError,
+    SourceError, SourceMismatch or TextError.
+
+    >>> from symphony_moe import load_recipe, plan
+    >>> planned = plan(load_recipe("recipe.yaml"))
+    >>> planned.architecture
+    'mixtral'
+    >>> planned.active_parameters <= planned.total_parameters
+    True
+    """
     _check_text(recipe)
     opened = open_sources(recipe, download=False)
     planned = make_plan(recipe, experts_of(recipe, opened), opened)
@@ -66,14 +77,28 @@ def plan(recipe: Recipe) -> Plan:
 
 def run(
     recipe: Recipe,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
     like: RunFolder | None = None,
+    progress: Listener = ignore,
 ) -> RunFolder:
-    """The whole way: build, verify, train, evaluate (`like`: see there), report."""
-    # What a later stage would refuse is refused before the first begins.
+    """The whole way: build, verify, train, evaluate (`like`: see there), report.
+
+    `resume` goes on where a run was cut short, `overwrite` replaces it. `progress` is called after
+    each step. What a later stage would refuse is refused before the first begins. Raises
+    SymphonyError as the stages do.
+
+    >>> from symphony_moe import load_recipe, run
+    >>> finished = run(load_recipe("recipe.yaml"), "whole", progress=print)  # doctest: +ELLIPSIS
+    Progress(stage='build', done=1, total=2)
+    ...
+    Progress(stage='evaluate', done=4, total=4)
+    >>> finished.trained.is_dir(), finished.report.is_file()
+    (True, True)
+    """
+    out = Path(out)
     is_to_train = overwrite or not RunFolder(out).trained.is_dir()
     if is_to_train:
         refuse_untrainable(recipe)
@@ -81,28 +106,37 @@ def run(
     texts.held_out_text()
     if is_to_train:
         texts.refuse_short_training_text()
-    folder = build(recipe, out, resume=resume, overwrite=overwrite, texts=texts)
+    folder = build(recipe, out, resume=resume, overwrite=overwrite, texts=texts, progress=progress)
     verify(folder)
     if not folder.trained.is_dir() or (resume and folder.training_begun.is_file()):
-        train(folder, resume=resume, texts=texts)
-    evaluate(folder, like=like, texts=texts)
+        train(folder, resume=resume, texts=texts, progress=progress)
+    evaluate(folder, like=like, texts=texts, progress=progress)
     report(folder)
     return folder
 
 
 def build(
     recipe: Recipe,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
     texts: Texts | None = None,
+    progress: Listener = ignore,
 ) -> RunFolder:
-    """Stage 1: sources to `checkpoint/`, layer by layer, without training. `texts`: what the
-    command has read already.
+    """Stage 1: sources to `checkpoint/`, layer by layer, without training.
 
-    Refuses (SymphonyError) what cannot be built before the run folder is made.
+    `resume` goes on where a build was cut short, `overwrite` replaces a run. `texts`: what the
+    caller has read already. `progress` is called after each layer. Raises SymphonyError for what
+    cannot be built, before the run folder is made: RecipeError, SourceError, SourceMismatch,
+    TextError, or RunFolderError where `out` exists.
+
+    >>> from symphony_moe import build, load_recipe
+    >>> built = build(load_recipe("recipe.yaml"), "run")
+    >>> built.checkpoint.is_dir()
+    True
     """
+    out = Path(out)
     started = time.monotonic()
     refuse_existing(out, resume=resume, overwrite=overwrite)
     plan(recipe)  # before weights are fetched
@@ -132,13 +166,22 @@ def build(
         folder.update_json(folder.plan, planned.to_json())
         for note in (note for source in opened for note in remarks(source)):
             log.warning("%s", note)
-        Build(recipe, sources, planned, text, folder).run(begun_with, started, ignore)
+        Build(recipe, sources, planned, text, folder).run(begun_with, started, progress)
     return folder
 
 
-def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, Any]:
+def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, str]:
     """Check a finished run against its manifest, its sources and stock `transformers`; `deep`
-    builds it a second time and compares every tensor. Raises VerificationError."""
+    builds it a second time and compares every tensor.
+
+    Returns what each check has found. Raises VerificationError for a check that fails, and
+    RunFolderError where there is no finished build.
+
+    >>> from pathlib import Path
+    >>> from symphony_moe import RunFolder, verify
+    >>> verify(RunFolder(Path("run")))["sources"]
+    "hashes equal the recipe's"
+    """
     recipe = folder.read_recipe()
     folder.require_checkpoint()
     sources = experts_of(recipe, open_sources(recipe))
@@ -157,9 +200,22 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     texts: Texts | None = None,
+    progress: Listener = ignore,
 ) -> None:
-    """Stage 2: `checkpoint/` to `trained/`. `overrides` may change the recipe's `train`. `texts`:
-    what the command has read already."""
+    """Stage 2: `checkpoint/` to `trained/`. `overrides` may change the recipe's `train`.
+
+    `resume` goes on where a training was cut short, `overwrite` trains again. `texts`: what the
+    caller has read already. `progress` is called after each step. Raises RecipeError for other
+    overrides, RunFolderError where there is no finished build, where `trained/` exists or where the
+    loss diverges.
+
+    >>> from pathlib import Path
+    >>> from symphony_moe import RunFolder, train
+    >>> trained = RunFolder(Path("run"))
+    >>> train(trained, ["train.learning_rate=5e-4"])
+    >>> trained.trained.is_dir()
+    True
+    """
     recipe = folder.read_recipe(overrides, sections=("train",))
     folder.require_checkpoint()
     with log_to(folder):
@@ -181,6 +237,7 @@ def train(
             overwrite=overwrite,
             measure=measure,
             texts=texts,
+            progress=progress,
         )
 
 
@@ -190,11 +247,23 @@ def evaluate(
     *,
     like: RunFolder | None = None,
     texts: Texts | None = None,
+    progress: Listener = ignore,
 ) -> dict[str, Any]:
     """Held-out losses and routing of the sources, the built and the trained model, into
     `metrics.json`. `overrides` may change the recipe's `evaluation`. `like`: a run whose losses of
-    the sources are taken over where they must be the same. `texts`: what the command has read
-    already."""
+    the sources are taken over where they must be the same. `texts`: what the caller has read
+    already.
+
+    `progress` is called after each model. Returns what is written: losses are in nats per token, by
+    model and domain. Raises RecipeError for other overrides, RunFolderError where there is no
+    finished build, TextError for a domain without held-out text.
+
+    >>> from pathlib import Path
+    >>> from symphony_moe import RunFolder, evaluate
+    >>> metrics = evaluate(RunFolder(Path("run")), ["evaluation.tokens=128"])
+    >>> sorted(metrics["trained"])
+    ['a', 'b', 'other']
+    """
     built_with = folder.read_recipe()
     recipe = folder.read_recipe(overrides, sections=("evaluation",))
     if recipe.evaluation.holdout > built_with.evaluation.holdout:
@@ -206,7 +275,7 @@ def evaluate(
     with log_to(folder):
         sources = open_sources(recipe)
         _warn_beyond_context(recipe, sources, "evaluation")
-        return evaluate_run(folder, recipe, sources, like, texts)
+        return evaluate_run(folder, recipe, sources, like, texts, progress)
 
 
 def evaluate_tasks(  # noqa: PLR0913 (all but two are keywords, as the command has them)
@@ -240,7 +309,15 @@ def generate(folder: RunFolder) -> list[tuple[str, str, str]]:
 
 
 def report(folder: RunFolder) -> Path:
-    """`metrics.json` to one self-contained `report.html`."""
+    """`metrics.json` to one self-contained `report.html`, whose path is returned.
+
+    Raises RunFolderError where there is no finished build, or a file of it is damaged.
+
+    >>> from pathlib import Path
+    >>> from symphony_moe import RunFolder, report
+    >>> report(RunFolder(Path("run"))).name
+    'report.html'
+    """
     recipe = folder.read_recipe().model_dump(mode="json")
     folder.require_checkpoint()
     metrics = folder.read_json(folder.metrics)

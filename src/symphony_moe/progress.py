@@ -9,9 +9,9 @@ class Progress:
     """A step of a long command that is done."""
 
     stage: str
-    """`compare`, `build`, `train` or `evaluate`."""
+    """`align`, `build`, `train`, `evaluate` or `compare`."""
     done: int
-    """Steps of the stage that are done: layers, training steps or models."""
+    """Steps of the stage that are done: layers, training steps, models or runs."""
     total: int
 
 

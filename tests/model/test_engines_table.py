@@ -14,7 +14,8 @@ from engine_table import COLUMNS, FILE, PAGES, table, with_table
 from environments import LLAMA_CPP, PINS
 from models import CASES
 from symphony_moe import pipeline
-from symphony_moe.cli import describe_plan, main
+from symphony_moe.cli import main
+from symphony_moe.console import describe_plan
 from symphony_moe.model.engines import TRIED, readings
 from symphony_moe.recipe.load import load_recipe
 

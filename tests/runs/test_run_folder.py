@@ -71,10 +71,9 @@ def test_an_existing_folder_is_refused(run: RunFolder, llama: Recipe, tmp_path: 
 def test_a_file_in_the_place_of_the_folder_is_refused(llama: Recipe, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     for out in (tmp_path / "out", tmp_path / "out" / "below"):
-        ways: list[dict[str, Any]] = [{}, {"resume": True}, {"overwrite": True}]
-        for how in ways:
+        for resume, overwrite in ((False, False), (True, False), (False, True)):
             with pytest.raises((RunFolderError, OSError)):
-                pipeline.build(llama, out, **how)
+                pipeline.build(llama, out, resume=resume, overwrite=overwrite)
     assert (tmp_path / "out").read_text() == "precious"
 
 
@@ -141,12 +140,8 @@ def test_a_users_own_folder_with_a_recipe_in_it_is_left_as_it_is(
         (project / more).mkdir(exist_ok=True)
     before = snapshot(project)
     with pytest.raises(RunFolderError):
-        pipeline.build(
-            load_recipe(project / "recipe.yaml"),
-            project,
-            resume=how == "resume",
-            overwrite=how == "overwrite",
-        )
+        recipe = load_recipe(project / "recipe.yaml")
+        pipeline.build(recipe, project, resume=how == "resume", overwrite=how == "overwrite")
     assert snapshot(project) == before
 
 

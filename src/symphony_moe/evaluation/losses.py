@@ -33,6 +33,7 @@ from symphony_moe.evaluation.routing import (
     router_matrix,
     routers,
 )
+from symphony_moe.progress import Listener, Progress, ignore
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.source import Source, anchor_of
@@ -53,6 +54,7 @@ def evaluate_run(
     sources: Sequence[Source],
     like: RunFolder | None = None,
     texts: Texts | None = None,
+    progress: Listener = ignore,
 ) -> dict[str, Any]:
     """Losses of the sources, the built and the trained model on every domain, their routing and the
     likeness of their experts, into `metrics.json`.
@@ -68,7 +70,9 @@ def evaluate_run(
     names = recipe.expert_names
     held_out = {"text": _digest_of_domains(windows)}
     known = _known_of_sources(run, like, recipe, held_out) if like else None
-    of_sources, cka = known or _evaluate_sources(sources, windows, shared)
+    done = len(sources)
+    total = done + run.checkpoint.is_dir() + run.trained.is_dir()
+    of_sources, cka = known or _evaluate_sources(sources, windows, shared, progress, total)
     metrics: dict[str, Any] = {
         "sources": of_sources,
         "routing": {},
@@ -93,6 +97,8 @@ def evaluate_run(
         )
         metrics["cka"][stage] = describe_cka(names, alike, shared.numel())
         log.info("evaluated %s: %s", stage, _spell(losses))
+        done += 1
+        progress(Progress("evaluate", done, total))
     before = run.read_json(run.metrics) if run.metrics.is_file() else {}
     seconds = {"evaluate_seconds": round(time.monotonic() - started, 2)}
     # What an earlier evaluation says of other text must not stand beside this one.
@@ -105,12 +111,15 @@ def _evaluate_sources(
     sources: Sequence[Source],
     windows: Mapping[str, Pieces],
     shared: Int[Tensor, "shared sequence"],
+    progress: Listener,
+    total: int,
 ) -> tuple[Mapping[str, Mapping[str, float | None]], dict[str, Any]]:
-    """Source -> domain -> loss, and the likeness of their FFNs."""
+    """Source -> domain -> loss, and the likeness of their FFNs. `total`: models to evaluate."""
     losses = {}
-    for source in sources:
+    for done, source in enumerate(sources, start=1):
         losses[source.name], _ = losses_and_routing(load_source(source), windows, source.known)
         log.info("evaluated source %s: %s", source.name, _spell(losses[source.name]))
+        progress(Progress("evaluate", done, total))
     alike = cka_of_sources(sources, shared)
     return losses, describe_cka([source.name for source in sources], alike, shared.numel())
 

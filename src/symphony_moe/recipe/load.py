@@ -19,14 +19,19 @@ from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.recipe.yaml_text import read_yaml, spelled
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = (), *, tell: bool = True) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), *, tell: bool = True) -> Recipe:
     """Read a recipe file, apply `a.b=c` overrides, resolve presets and paths.
 
     A setting of an earlier version is read under its new name; `tell`: and a note says so.
 
     Raises RecipeError for a file that is not there or not YAML, an unknown key or preset, a value
     of the wrong kind, and settings that contradict each other.
+
+    >>> from symphony_moe import load_recipe
+    >>> load_recipe("recipe.yaml", ["train.tokens=1024"]).train.tokens
+    1024
     """
+    path = Path(path)
     content = read_content(path, overrides, tell=tell)
     return resolve_recipe(content, path.resolve().parent, str(path))
 

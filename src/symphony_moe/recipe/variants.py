@@ -15,7 +15,7 @@ from symphony_moe.recipe.settings import Recipe
 
 
 def load_variants(
-    path: Path,
+    path: str | Path,
     overrides: Iterable[str] = (),
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
@@ -27,7 +27,13 @@ def load_variants(
     recipe says that its own method's preset says too, as a run's `recipe.yaml` does of everything,
     is that preset's and not put on the others. Raises RecipeError as `load_recipe` does, naming the
     method, for a method that is neither, and for two that are the same but for their names.
+
+    >>> from symphony_moe import load_variants
+    >>> recipe, variants = load_variants("recipe.yaml", methods=["symphony", "btx"], seeds=[1, 2])
+    >>> list(variants), list(variants["btx"])
+    (['symphony', 'btx'], [1, 2])
     """
+    path = Path(path)
     content = read_content(path, overrides)
     folder = path.resolve().parent
     recipe = resolve_recipe(content, folder, str(path))

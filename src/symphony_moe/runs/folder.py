@@ -383,7 +383,8 @@ class _LogFile(logging.FileHandler):
 @contextmanager
 def log_to(run: RunFolder) -> Iterator[None]:
     """Append the package's log to `run.log` inside the block, and what ends it. The folder is this
-    process's alone meanwhile: see `locked`."""
+    process's alone meanwhile: see `locked`. Levels and other handlers stay as they are: `run.log`
+    has what the logger `symphony_moe` lets through."""
     with locked(run.root):
         handler = _LogFile(run.log, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

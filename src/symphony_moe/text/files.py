@@ -5,19 +5,18 @@ after the digest of all that they were made from. The folder appears by one rena
 so a killed writing begins again, and a finished one is used again.
 """
 
-import fcntl
 import json
 import logging
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -114,7 +113,8 @@ def draw_to_files(
     Raises TextError as `draw_packed` does, and OSError where the disk has no room.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(final.with_name(f"{final.name}.lock")):
+    # The lock waits for another process that writes the same text, and ends with a killed one.
+    with FileLock(final.with_name(f"{final.name}.lock")):
         if final.is_dir():
             log.info("%s: taken from %s", who, final)
         else:
@@ -168,14 +168,6 @@ def _mapped(path: Path) -> Int[Tensor, " stream"]:
     if size == 0:  # no map is empty
         return torch.empty(0, dtype=torch.int32)
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.int32)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait for other processes that hold this lock; it ends with the process that holds it."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def stamp(data: Data) -> Any:
