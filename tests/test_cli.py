@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -1050,7 +1050,9 @@ def test_a_reader_that_goes_away_is_no_error_however_little_is_said(project: Pat
 # In a terminal
 
 
-def in_a_terminal(*arguments: str, columns: int = 60, **environment: str) -> tuple[int, str, str]:
+def in_a_terminal(
+    words: Sequence[str], columns: int = 60, environment: Mapping[str, str] | None = None
+) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command that writes to terminals."""
     ends = [pty.openpty() for _ in range(2)]
     for _, written in ends:
@@ -1058,10 +1060,10 @@ def in_a_terminal(*arguments: str, columns: int = 60, **environment: str) -> tup
         termios.tcsetattr(written, termios.TCSANOW, _without_carriage_returns(written))
     inherited = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "symphony_moe", *arguments],
+        [sys.executable, "-m", "symphony_moe", *words],
         stdout=ends[0][1],
         stderr=ends[1][1],
-        env=inherited | {"TERM": "xterm-256color"} | environment,
+        env=inherited | {"TERM": "xterm-256color"} | dict(environment or {}),
     )
     texts = [b"", b""]
     with ThreadPoolExecutor() as pool:
@@ -1092,7 +1094,7 @@ def test_a_person_sees_a_bar_and_whole_lines(project: Path, tmp_path: Path) -> N
     """The terminal breaks long lines, not we: what is copied from it is whole."""
     out = tmp_path / ("a-rather-long-name-" * 4) / "run"
     words = ["run", str(project / "recipe.yaml"), "--out", str(out)]
-    code, stdout, stderr = in_a_terminal(*words)
+    code, stdout, stderr = in_a_terminal(words)
     assert code == 0
     for stage in ("build", "train", "evaluate"):
         assert re.search(rf"{stage} .*\d+/\d+", stderr), stage
@@ -1101,10 +1103,9 @@ def test_a_person_sees_a_bar_and_whole_lines(project: Path, tmp_path: Path) -> N
     assert f"\nmodel:  {out}/trained\n" in stdout
     assert stdout.startswith("\x1b[1mnats per token")
 
+    again = ["evaluate", str(out), "--set", "evaluation.tokens=64"]
     for more, environment in (([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"}), (["-v"], {})):
-        code, stdout, stderr = in_a_terminal(
-            "evaluate", str(out), "--set", "evaluation.tokens=64", *more, **environment
-        )
+        code, stdout, stderr = in_a_terminal([*again, *more], environment=environment)
         assert code == 0 and "evaluated built" in stderr
         assert "\x1b" not in stderr and "2/5" not in stderr
         assert ("\x1b" in stdout) == bool(more)
@@ -1113,8 +1114,8 @@ def test_a_person_sees_a_bar_and_whole_lines(project: Path, tmp_path: Path) -> N
 def test_help_is_drawn_for_people_and_plain_for_programs() -> None:
     """Every command's; no word is cut in either."""
     for name in cli.command_names():
-        drawn = in_a_terminal(name, "--help", columns=80)[1]
-        plain = in_a_terminal(name, "--help", columns=80, NO_COLOR="1")[1]
+        drawn = in_a_terminal([name, "--help"], 80)[1]
+        plain = in_a_terminal([name, "--help"], 80, {"NO_COLOR": "1"})[1]
         assert "\x1b[" in drawn and "\u256d" in drawn
         assert "\x1b" not in plain and plain.isascii()
         drawn = re.sub(r"\x1b\[[0-9;]*m", "", drawn)
@@ -1122,8 +1123,8 @@ def test_help_is_drawn_for_people_and_plain_for_programs() -> None:
         assert {"--json", "--verbose", "--help"} <= options
         assert options == set(re.findall(r"--[a-z-]+", drawn))
         assert "completion" not in plain
-    assert in_a_terminal("--help", columns=80, PYTHONIOENCODING="ascii")[1].isascii()
-    assert "--confirm-run-unsafe-code" in in_a_terminal("evaluate", "--help", columns=40)[1]
+    assert in_a_terminal(["--help"], 80, {"PYTHONIOENCODING": "ascii"})[1].isascii()
+    assert "--confirm-run-unsafe-code" in in_a_terminal(["evaluate", "--help"], 40)[1]
 
 
 def test_losses_that_are_no_numbers_are_json_and_a_table(
