@@ -12,17 +12,15 @@ files beside it: held-out loss against tokens, in domain and out of domain.
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from symphony_moe.recipe.load import load_recipe
+from symphony_moe.reporting.charts import draw
 from symphony_moe.reporting.comparison_page import line_chart
 from symphony_moe.reporting.comparison_table import limits_of, mark_reached, spread_text
 from symphony_moe.runs.comparison_folder import CompareFolder
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 920, 480, 60, 40, 250, 40
 COLUMNS = [(stage, where) for stage in ("built", "trained") for where in ("in", "out_of")]
 
 
@@ -69,47 +67,7 @@ def plot(entries: Sequence[Mapping[str, Any]], where: str, limit: float | None) 
     chart = line_chart(entries, where, limit)
     if chart is None:
         raise SystemExit(f"no loss {where} to plot")
-    wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-
-    def place(pair: str) -> str:
-        x, y = (float(value) for value in pair.split(","))
-        return f"{LEFT + x / 1000 * wide:.1f},{TOP + y / 1000 * high:.1f}"
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/>',
-        f'<text x="{LEFT}" y="22">Held-out loss {where}, nats per token, against tokens '
-        "(calibration included)</text>",
-    ]
-    for at, text in chart.y_ticks:
-        y = TOP + at / 100 * high
-        parts.append(f'<path d="M{LEFT},{y:.1f}h{wide}" stroke="#ddd"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    for at, text in chart.x_ticks:
-        x = LEFT + at / 100 * wide
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{text}</text>')
-    if chart.limit:
-        y = TOP + chart.limit[0] / 100 * high
-        parts.append(f'<path d="M{LEFT},{y:.1f}h{wide}" stroke="#555" stroke-dasharray="6 4"/>')
-    colours = {line.method: COLOURS[n % len(COLOURS)] for n, line in enumerate(chart.lines)}
-    for line in chart.lines:
-        colour = colours[line.method]
-        for band in line.bands:
-            points = " ".join(map(place, band.split()))
-            parts.append(f'<polygon points="{points}" fill="{colour}" opacity=".15"/>')
-        for segment in line.lines:
-            points = " ".join(map(place, segment.split()))
-            parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-            )
-    for label in chart.labels:
-        y = TOP + label.at / 100 * high
-        colour = colours[label.line.method] if label.line else "#555"
-        parts.append(
-            f'<text x="{WIDTH - RIGHT + 12}" y="{y + 4:.1f}" fill="{colour}">'
-            f"{escape(label.text)}</text>"
-        )
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return draw(chart, on_paper=True) + "\n"
 
 
 def main() -> None:

@@ -9,25 +9,31 @@ import sys
 from typing import Any
 
 import pytest
+from plots import Plot
 
 from checks import Page
 from symphony_moe.recipe.settings import Recipe
-from symphony_moe.reporting.numbers import compact, duration, in_words, size
-from symphony_moe.reporting.run_page import (
+from symphony_moe.reporting.charts import draw
+from symphony_moe.reporting.numbers import (
     MISSING,
+    compact,
+    duration,
+    error_text,
+    in_words,
+    loss_text,
+    mean_of_all,
+    size,
+)
+from symphony_moe.reporting.run_page import (
     ceiling_share,
     dynamic_curve,
-    error_text,
     loss_chart,
     loss_table,
-    loss_text,
-    mean_loss,
     other_notes,
     render,
     shade,
     share_chart,
     task_table,
-    ticks,
 )
 
 SOURCES = ["general", "maths", "code"]
@@ -501,7 +507,7 @@ def test_a_diverged_model_renders_and_is_never_the_best(loss: float | None, show
     page = Page(rendered(metrics))
     # The maths column and the mean in domain; the other domains are as they were.
     assert [i for i, text in enumerate(page.row("trained")) if text == shown] == [1, 4]
-    assert "1 point(s) are not finite" in " ".join(page.text)
+    assert "1 point(s) are NaN or infinite" in " ".join(page.text)
     table = loss_table(metrics, sample_recipe())
     assert table is not None
     assert table.diverged
@@ -535,9 +541,9 @@ def test_a_curve_without_a_finite_loss_renders() -> None:
 
 
 def test_a_mean_over_fewer_domains_is_no_mean() -> None:
-    assert mean_loss([1.0, 2.0]) == 1.5
-    assert mean_loss([1.0, None]) is None
-    assert mean_loss([]) is None
+    assert mean_of_all([1.0, 2.0]) == 1.5
+    assert mean_of_all([1.0, None]) is None
+    assert mean_of_all([]) is None
 
 
 def test_the_page_loads_nothing() -> None:
@@ -560,7 +566,7 @@ def test_rendering_is_pure() -> None:
 def test_importing_the_module_is_cheap() -> None:
     program = (
         "import sys; import symphony_moe.reporting.run_page;"
-        "sys.exit(str(sorted({'jinja2', 'torch', 'yaml'} & sys.modules.keys())))"
+        "sys.exit(str(sorted({'jinja2', 'matplotlib', 'torch', 'yaml'} & sys.modules.keys())))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr.strip() == "[]"
@@ -571,11 +577,18 @@ def test_the_chart_places_points_within_the_plot_and_breaks_at_gaps() -> None:
     chart = loss_chart([{"tokens": 100 * i, "loss": loss} for i, loss in enumerate(losses)])
     assert chart is not None
     (line,) = chart.lines
-    assert [len(part.split()) for part in line.parts] == [1, 2]
-    numbers = [float(n) for part in line.parts for n in re.findall(r"[-\d.]+", part)]
-    assert all(0 <= number <= 1000 for number in numbers)
-    assert chart.not_finite == 1
-    assert [(x, value) for x, _, value in line.ends] == [(0, "5.000"), (100, "2.500")]
+    assert [len(part) for part in line.parts] == [1, 2]
+    plot = Plot(draw(chart))
+    assert [len(part) for part in plot.line("loss")] == [1, 2]
+    low, high = min(plot.upward), max(plot.upward)
+    assert all(
+        -0.1 <= x <= 300.1 and low - 0.01 <= y <= high + 0.01
+        for p in plot.line("loss")
+        for x, y in p
+    )
+    assert chart.notes == ("1 point(s) are NaN or infinite and not drawn.",)
+    ends = [(point.x, chart.write(point.y)) for point in (line.drawn[0], line.drawn[-1])]
+    assert ends == [(0, "5.000"), (300, "2.500")]
     assert loss_chart([{"tokens": 7, "loss": 2.0}]) is not None
 
 
@@ -591,20 +604,25 @@ def load_curve(*shares: tuple[float | None, ...]) -> list[dict[str, Any]]:
 def test_every_experts_share_of_the_choices_is_a_line_of_its_own() -> None:
     chart = share_chart(load_curve((0.5, 0.3, 0.2), (0.4, 0.32, 0.28)), sample_recipe())
     assert chart is not None
-    # In the recipe's order, whatever the curve's; heights count from 0, to 50 per cent here.
-    assert {line.name: line.parts for line in chart.lines} == {
-        "general": ["500.0,0.0 1000.0,200.0"],
-        "maths": ["500.0,400.0 1000.0,360.0"],
-        "code": ["500.0,600.0 1000.0,440.0"],
+    # In the recipe's order, whatever the curve's; heights are per cent and count from 0.
+    assert {line.name: [(p.x, p.y) for p in line.points] for line in chart.lines} == {
+        "general": [(100, 50), (200, 40)],
+        "maths": [(100, 30), (200, 32)],
+        "code": [(100, pytest.approx(20)), (200, pytest.approx(28))],
     }
+    plot = Plot(draw(chart))
+    assert min(plot.upward) == 0 and max(plot.upward) == 50
+    for line in chart.lines:
+        (placed,) = plot.line(line.name)
+        assert placed == [
+            (pytest.approx(p.x, abs=0.1), pytest.approx(p.y, abs=0.02)) for p in line.points
+        ]
     assert [line.name for line in chart.lines] == SOURCES
-    assert [line.ends for line in chart.lines] == [
-        [(50, 0, "50.0 %"), (100, pytest.approx(20), "40.0 %")],
-        [(50, pytest.approx(40), "30.0 %"), (100, pytest.approx(36), "32.0 %")],
-        [(50, pytest.approx(60), "20.0 %"), (100, pytest.approx(44), "28.0 %")],
-    ]
+    ends = [[chart.write(point.y) for point in line.points] for line in chart.lines]
+    assert ends == [["50.0 %", "40.0 %"], ["30.0 %", "32.0 %"], ["20.0 %", "28.0 %"]]
     assert len({(line.colour, line.marker) for line in chart.lines}) == 3
-    assert chart.even == (pytest.approx(100 / 3), "33.3 %")
+    assert chart.level == ("even", pytest.approx(100 / 3))
+    assert plot.labels[-1] == "even 33.3 %"
     assert chart.summary == "Balance 1.250 at 100 tokens, 1.125 at 200 tokens"
 
 
@@ -612,8 +630,8 @@ def test_every_experts_share_of_the_choices_is_a_line_of_its_own() -> None:
 def test_a_share_that_is_not_finite_breaks_its_line_alone(share: float | None) -> None:
     rows = [(0.5, 0.3, 0.2), (0.5, 0.3, share), (0.5, 0.3, 0.2), (0.5, 0.3, 0.2)]
     chart = share_chart(load_curve(*rows), sample_recipe())
-    assert chart is not None and chart.not_finite == 1
-    parts = [[len(part.split()) for part in line.parts] for line in chart.lines]
+    assert chart is not None and chart.notes[0].startswith("1 point(s) are NaN or infinite")
+    parts = [[len(part) for part in line.parts] for line in chart.lines]
     assert parts == [[4], [4], [1, 2]]
 
 
@@ -624,14 +642,16 @@ def test_the_report_draws_the_load_of_the_experts_below_the_loss() -> None:
         "Training loss",
         "Every expert's share of the choices",
     ]
-    lines = [a["style"] for tag, a in page.tags if tag == "polyline" and "style" in a]
-    assert lines == [f"--colour:var(--c{n})" for n in (0, 0, 1, 2)]
+    loss, shares = (Plot(svg) for svg in re.findall(r"<svg.*?</svg>", page.html, re.DOTALL)[:2])
+    for plot, names in ((loss, ["loss"]), (shares, SOURCES)):
+        for number, name in enumerate(names):
+            assert len(plot.line(name)) == 1 and plot.colours[name] == f"var(--c{number})"
     for name, share in (("general", "33.7 %"), ("maths", "33.2 %"), ("code", "33.1 %")):
-        assert f"{name}, {share} at the end" in page.text
-    assert "even, 33.3 %" in page.text
+        assert f"{name} {share}" in shares.labels
+    assert "even 33.3 %" in shares.labels
     balance = "Balance 1.197 at 4,096 tokens, 1.003 at 999,424 tokens; 1.0 is even."
     assert balance in page.words
-    for name in set(re.findall(r"var\((--\w+)\)", page.html)) - {"--colour", "--by"}:
+    for name in set(re.findall(r"var\((--\w+)\)", page.html)) - {"--by"}:
         assert len(re.findall(rf"{name}: #", page.html)) == 2, name  # light and dark
 
 
@@ -646,16 +666,6 @@ def test_a_curve_without_shares_has_no_chart_of_the_load() -> None:
     assert [tag for tag, _ in page.tags].count("figure") == 3  # the loss, and dynamic routing
     bare = load_curve((None, None, None))
     assert share_chart(bare, sample_recipe()) is None and share_chart([], sample_recipe()) is None
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (2.31, 2.32), (3, 3), (0, 0), (1.9, 11), (0, 3e9)]
-)
-def test_ticks_are_few_and_span_the_values(low: float, high: float) -> None:
-    values = ticks(low, high)
-    assert values[0] <= low and high <= values[-1]
-    assert 2 <= len(values) <= 8
-    assert values == sorted(set(values))
 
 
 def test_colour_is_neutral_at_the_uniform_share_and_full_at_the_ends() -> None:
@@ -718,14 +728,24 @@ def test_dynamic_routing_is_compared_with_the_same_number_of_experts_for_all() -
     assert rows[2] == ["2", "2.00", "", "2.500", "", "3.500"]
     assert rows[4] == ["p ≥ 0.1", "2.50", "2.25 to 2.75", "2.410", "-0.040", "3.410"]
     assert rows[5] == ["p ≥ 0.3", "1.50", "1.25 to 1.75", "2.700", "-0.050", "3.700"]
-    found = dynamic_curve(sample_dynamic(), sample_recipe())
-    assert [(kind, len(points)) for kind, _, points in found.lines] == [
-        ("fixed", 3),
-        ("threshold", 2),
+    chart = dynamic_curve(sample_dynamic(), sample_recipe()).chart
+    assert chart is not None
+    assert [(line.name, len(line.drawn)) for line in chart.lines] == [
+        ("same number for all", 3),
+        ("by threshold", 2),
     ]
-    assert all(0 <= number <= 100 for _, _, points in found.lines for p in points for number in p)
-    assert [x for x, _ in found.x_ticks] == [0, 50, 100]
-    assert found.lines[1][2][0][0] == 25, "sorted by the number of experts"
+    plot = Plot(draw(chart))
+    assert list(plot.across) == [1, 2, 3]
+    parts = [plot.line(line.name) for line in chart.lines]
+    assert [len(part) for line in parts for part in line] == [3, 2]
+    low, high = min(plot.upward), max(plot.upward)
+    assert all(
+        0.99 <= x <= 3.01 and low - 0.01 <= y <= high + 0.01
+        for line in parts
+        for p in line
+        for x, y in p
+    )
+    assert chart.lines[1].points[0].x == 1.5, "sorted by the number of experts"
 
 
 @pytest.mark.parametrize("loss", [math.nan, None, math.inf])
@@ -735,8 +755,9 @@ def test_a_dynamic_curve_that_is_not_finite_renders(loss: float | None) -> None:
     for row in metrics["dynamic"]["built"]["fixed"][1:]:
         row["losses"] = dict.fromkeys(row["losses"], loss)
     Page(rendered(metrics))
-    found = dynamic_curve(metrics["dynamic"]["built"], sample_recipe())
-    assert [len(points) for _, _, points in found.lines] == [1, 2]
+    chart = dynamic_curve(metrics["dynamic"]["built"], sample_recipe()).chart
+    assert chart is not None
+    assert [len(line.drawn) for line in chart.lines] == [1, 2]
 
 
 def test_dynamic_routing_is_missing_only_where_the_recipe_asks_for_it() -> None:
@@ -1040,9 +1061,9 @@ def test_notes_do_not_repeat_the_table_of_differences() -> None:
 def test_numbers_in_words() -> None:
     assert [compact(0), compact(500_000), compact(2_500_000)] == ["0", "500k", "2.5M"]
     assert in_words(812_000) == "812,000"
-    assert [size(512), size(3.1e9)] == ["512 bytes", "3.1 GB"]
-    assert [duration(4.21), duration(185.2)] == ["4.2 s", "3 min 05 s"]
-    assert duration(7800) == "2 h 10 min"
+    assert [size(512), size(3.1e9)] == ["512 Bytes", "3.1 GB"]
+    assert [duration(4.21), duration(185.2)] == ["4.2 seconds", "3 minutes and 5 seconds"]
+    assert duration(7800) == "2 hours and 10 minutes"
 
 
 # Benchmarks

@@ -6,22 +6,28 @@ fetched here, and the page loads nothing. `comparison.html.j2` has the markup.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from symphony_moe.reporting.numbers import Number, compact, count, duration, size
-from symphony_moe.reporting.run_page import (
+from symphony_moe.reporting.charts import Chart, Line, Point, drawing, worth_drawing
+from symphony_moe.reporting.numbers import (
     MISSING,
-    Numbered,
+    Number,
+    count,
+    duration,
+    is_number,
+    loss_text,
+    mean,
+    perplexity_text,
+    size,
+)
+from symphony_moe.reporting.run_page import (
     Score,
     TaskRow,
     fill,
-    loss_text,
-    perplexity_text,
     score_text,
     task_rows,
     task_versions,
-    ticks,
 )
 
 _IN, _OUT = "in domain", "out of domain"
@@ -32,14 +38,6 @@ _MEANS = {_IN: "mean_in_domain", _OUT: "mean_out_of_domain"}
 
 
 _STAGES = ("built", "trained")
-
-
-_LABEL_REM = 1.05
-"""From one label of a line to the next."""
-
-
-_LABEL_LENGTH = 26
-"""Of a method's name beside its line. The legend has the whole of it."""
 
 
 Entry = Mapping[str, Any]
@@ -108,64 +106,6 @@ class TaskTable:
         ]
 
 
-@dataclass(frozen=True)
-class Point:
-    """A measured point of a line, in per cent of the plot from the left and from the top."""
-
-    x: float
-    y: float
-    title: str
-    end: bool
-    """The built or the trained model, not one on the way."""
-
-
-@dataclass(frozen=True)
-class Line(Numbered):
-    """A method's mean over seeds. Lines and bands are SVG points in thousandths of the plot."""
-
-    method: str
-    lines: list[str]
-    bands: list[str]
-    points: list[Point]
-
-
-@dataclass(frozen=True)
-class Label:
-    """What stands beside the end of a line."""
-
-    text: str
-    x: float
-    """Where the line ends, per cent from the left."""
-    y: float
-    """Where the line ends, per cent from the top."""
-    at: float
-    """Where the label stands, per cent from the top."""
-    line: Line | None
-    """None for the limit."""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Held-out loss against tokens, a line for every method."""
-
-    where: str
-    lines: list[Line]
-    limit: tuple[float, str] | None
-    """(per cent from the top, loss)"""
-    labels: list[Label]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    height: float
-    """In rem."""
-    left_out: list[str]
-    """What is not drawn, in words."""
-    summary: str
-
-    @property
-    def label_length(self) -> int:
-        return max(len(label.text) for label in self.labels)
-
-
 def comparison_facts(recipes: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What all runs of a comparison have in common, as (what, value). `recipes` are
     `Recipe.model_dump(mode="json")`."""
@@ -212,6 +152,7 @@ def render_comparison(
     methods = _methods(entries)
     known = [where for where in _MEANS if where == _IN or _is_measured(entries, where)]
     charts = {where: line_chart(entries, where, limits.get(where)) for where in known}
+    drawn = {where: chart and drawing(chart) for where, chart in charts.items()}
     return fill(
         "comparison.html.j2",
         title=title,
@@ -223,7 +164,7 @@ def render_comparison(
         table=main_table(entries, limits, reference, known),
         domains=domain_table(entries, in_domain),
         tasks=task_table(entries),
-        charts=charts,
+        charts=drawn,
         lacking=[where for where in _MEANS if where not in known],
         settings=[
             (method, write_yaml(dict(apart)) if apart else "") for method, apart in settings.items()
@@ -257,10 +198,6 @@ def _column(entries: Entries, stage: str, key: str) -> Column:
 def _is_measured(entries: Entries, where: str) -> bool:
     """Whether any model has a mean there: none has where there is no such domain."""
     return any(is_number(entry[_MEANS[where]]) for entry in entries)
-
-
-def is_number(value: Number | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def spread(values: Sequence[Number | None]) -> Spread | None:
@@ -543,7 +480,7 @@ def mean_curve(
         models = list(of_stage.values())
         if not models:
             return []
-        tokens = _mean([entry["tokens"] for entry in models])
+        tokens = mean([entry["tokens"] for entry in models])
         return [(tokens, over_all([entry[key] for entry in models]))]
 
     start = max((entry["tokens"] for entry in built.values()), default=-math.inf)
@@ -564,108 +501,40 @@ def mean_curve(
     return [*end(built), *on_the_way, *end(trained)], len(set().union(*positions) - common)
 
 
-def _mean(values: Sequence[Number]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def line_chart(entries: Entries, where: str, limit: Number | None) -> Chart | None:
-    """Held-out loss (nats per token) against tokens, calibration included. A point that is not a
-    number breaks its line. None where no point can be drawn."""
-    methods = _methods(entries)
-    curves = {method: mean_curve(entries, method, where) for method in methods}
-    drawn = {
-        method: [(tokens, found) for tokens, found in points if found]
-        for method, (points, _) in curves.items()
-    }
-    everything = [point for points in drawn.values() for point in points]
-    if not everything:
-        return None
-    losses = [loss for _, found in everything for loss in (found.low, found.high)]
-    if limit is not None and math.isfinite(limit):
-        losses.append(float(limit))
-    right = max(tokens for tokens, _ in everything) or 1.0
-    y_ticks = ticks(min(losses), max(losses))
-    bottom, top = y_ticks[0], y_ticks[-1]
-    decimals = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
-
-    def across(tokens: float) -> float:
-        return 100 * tokens / right
-
-    def down(loss: float) -> float:
-        return 100 * (top - loss) / (top - bottom)
-
-    def svg_points(points: Sequence[tuple[float, float]]) -> str:
-        return " ".join(f"{10 * across(x):.1f},{10 * down(y):.1f}" for x, y in points)
-
-    lines, ends = [], []
-    for number, method in enumerate(methods):
-        if not drawn[method]:
-            continue
-        points = curves[method][0]
-        segments = _unbroken(points)
-        lines.append(
-            Line(
-                number,
-                method,
-                [svg_points([(tokens, found.mean) for tokens, found in s]) for s in segments],
-                [
-                    svg_points(
-                        [(tokens, found.high) for tokens, found in s]
-                        + [(tokens, found.low) for tokens, found in reversed(s)]
-                    )
-                    for s in segments
-                    if len(s) > 1 and s[0][1].num > 1
-                ],
-                [
-                    Point(
-                        across(tokens),
-                        down(found.mean),
-                        _point_title(method, tokens, found),
-                        place in (0, len(points) - 1),
-                    )
-                    for place, (tokens, found) in enumerate(points)
-                    if found
-                ],
-            )
+    """Held-out loss (nats per token) against tokens, calibration included, a line for every method.
+    A point that is not a number breaks its line. None where no point can be drawn."""
+    curves = {method: mean_curve(entries, method, where) for method in _methods(entries)}
+    lines = [
+        Line(
+            number,
+            method,
+            tuple(
+                Point(tokens, math.nan)
+                if found is None
+                else _point(tokens, found, _point_title(method, tokens, found))
+                for tokens, found in points
+            ),
         )
-        tokens, found = drawn[method][-1]
-        name = method if len(method) <= _LABEL_LENGTH else f"{method[: _LABEL_LENGTH - 1]}…"
-        text = f"{name} {loss_text(found.mean)}"
-        ends.append((text, across(tokens), down(found.mean), lines[-1]))
-    marks: list[tuple[str, float, float, Line | None]] = [*ends]
-    dashed = None
-    if limit is not None and math.isfinite(limit):
-        dashed = (down(limit), loss_text(limit))
-        marks.append((f"limit {loss_text(limit)}", 100.0, down(limit), None))
-    height = max(24.0, _LABEL_REM * (len(marks) + 1))
-    places = apart([y for _, _, y, _ in marks], 100 * _LABEL_REM / height, 0, 100)
-    return Chart(
-        where=where,
-        lines=lines,
-        limit=dashed,
-        labels=[
-            Label(text, x, y, at, line)
-            for (text, x, y, line), at in zip(marks, places, strict=True)
-        ],
-        x_ticks=[(across(x), compact(x)) for x in ticks(0, right) if x <= 1.01 * right],
-        y_ticks=[(down(loss), f"{loss:.{decimals}f}") for loss in y_ticks],
-        height=height,
-        left_out=left_out(curves),
-        summary=", ".join(text for text, _, _, _ in marks),
+        for number, (method, (points, _)) in enumerate(curves.items())
+    ]
+    chart = Chart(
+        title=f"Held-out loss {where} against tokens",
+        across="tokens, calibration included",
+        upward="loss, nats per token",
+        lines=tuple(line for line in lines if line.drawn),
+        write=loss_text,
+        notes=tuple(left_out(curves)),
+        level=None if limit is None or not math.isfinite(limit) else ("limit", float(limit)),
     )
+    ends = ", ".join(text for text, _, _ in chart.labels)
+    return worth_drawing(replace(chart, summary=f"At the end: {ends}"))
 
 
-def _unbroken(
-    points: Sequence[tuple[float, Spread | None]],
-) -> list[list[tuple[float, Spread]]]:
-    """The runs of points that are there."""
-    runs: list[list[tuple[float, Spread]]] = [[]]
-    for tokens, found in points:
-        if found:
-            runs[-1].append((tokens, found))
-        else:
-            runs.append([])
-    return [run for run in runs if run]
+def _point(tokens: float, found: Spread, title: str) -> Point:
+    if found.num == 1:
+        return Point(tokens, found.mean, title=title)
+    return Point(tokens, found.mean, found.low, found.high, title)
 
 
 def _point_title(method: str, tokens: float, found: Spread) -> str:
@@ -688,27 +557,3 @@ def left_out(curves: Mapping[str, tuple[Sequence[tuple[float, Spread | None]], i
                 f"{method}: {num_apart} point(s) not drawn, which were not measured for every seed."
             )
     return sentences
-
-
-def apart(positions: Sequence[Number], gap: Number, low: Number, high: Number) -> list[float]:
-    """Positions moved as little as it takes to stand `gap` apart between `low` and `high`, in the
-    order that they had."""
-    # Neighbours that are too close become one group, whose middle is where their own mean is.
-    groups: list[list[int]] = []
-
-    def middle(group: Sequence[int]) -> float:
-        half = gap * (len(group) - 1) / 2
-        return max(low + half, min(high - half, _mean([positions[index] for index in group])))
-
-    for index in sorted(range(len(positions)), key=lambda index: positions[index]):
-        groups.append([index])
-        while len(groups) > 1:
-            upper, lower = groups[-2:]
-            if middle(lower) - middle(upper) >= gap * (len(upper) + len(lower)) / 2 - 1e-9:
-                break
-            groups[-2:] = [upper + lower]
-    places = [0.0] * len(positions)
-    for group in groups:
-        for place, index in enumerate(group):
-            places[index] = middle(group) + gap * (place - (len(group) - 1) / 2)
-    return places

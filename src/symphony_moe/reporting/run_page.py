@@ -13,11 +13,20 @@ from importlib import resources
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
-from symphony_moe.reporting.numbers import Number, compact, count, duration, in_words, size
-
-MISSING = "\N{EN DASH}"
-"""Shown where nothing was measured."""
-
+from symphony_moe.reporting.charts import Chart, Drawing, Line, Point, drawing, worth_drawing
+from symphony_moe.reporting.numbers import (
+    MISSING,
+    Number,
+    count,
+    duration,
+    error_text,
+    in_words,
+    loss_text,
+    mean,
+    mean_of_all,
+    perplexity_text,
+    size,
+)
 
 _MODELS = ("built", "trained")
 
@@ -63,21 +72,6 @@ _SHARE = "share/"
 """Before an expert's name, in the points of the training's curve."""
 
 
-_NUM_COLOURS = 8
-"""`--c0` and on in `page.css`."""
-
-
-_MARKERS = (
-    "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0",
-    "M-3.6,-3.6h7.2v7.2h-7.2z",
-    "M0,-5.2L5,3.6h-10z",
-    "M0,-5.2L5.2,0L0,5.2L-5.2,0z",
-    "M0,5.2L5,-3.6h-10z",
-    "M-1.6,-5h3.2v3.4h3.4v3.2h-3.4v3.4h-3.2v-3.4h-3.4v-3.2h3.4z",
-)
-"""SVG paths in pixels around the point. Colour and marker repeat together after 24 lines."""
-
-
 _SOFTENED = "temperature_scaling"
 """The last step of the head. It is the one that may raise the error, so it is never struck out."""
 
@@ -121,45 +115,6 @@ class LossTable:
 
 
 @dataclass(frozen=True)
-class Numbered:
-    """A line's place among those of its chart, which says how it looks."""
-
-    number: int
-
-    @property
-    def colour(self) -> int:
-        return self.number % _NUM_COLOURS
-
-    @property
-    def marker(self) -> str:
-        return _MARKERS[self.number % len(_MARKERS)]
-
-
-@dataclass(frozen=True)
-class Line(Numbered):
-    """A line of a chart. Its parts are SVG points in thousandths of the plot."""
-
-    name: str
-    parts: list[str]
-    ends: list[tuple[float, float, str]]
-    """Its first and its last point, per cent from the left and from the top, and the values."""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A line chart. Positions are per cent of the plot, from the left and from the top."""
-
-    lines: list[Line]
-    even: tuple[float, str] | None
-    """(per cent from the top, value)"""
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    summary: str
-    not_finite: int
-    """Values that cannot be drawn."""
-
-
-@dataclass(frozen=True)
 class RoutingGrid:
     """Shares of the routed tokens of one domain, in per cent."""
 
@@ -199,12 +154,8 @@ class Dynamic:
     rows: list[tuple[str, list[str]]]
     """(fixed number or threshold; experts per token, its range over layers, loss in domain, how
     far that is from the same number for all, loss out of domain)"""
-    lines: list[tuple[str, str, list[tuple[float, float]]]]
-    """(kind: fixed or threshold; SVG points in thousandths of the plot; the same in per cent)"""
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
+    chart: Chart | None
     out_of_domain: bool
-    summary: str
 
 
 @dataclass(frozen=True)
@@ -318,8 +269,8 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
         losses=loss_table(metrics, recipe),
         tasks=task_table(metrics.get("tasks") or {}, list(recipe["sources"])),
         training=training_facts(training),
-        losses_in_training=loss_chart(training.get("curve") or []),
-        shares_in_training=share_chart(training.get("curve") or [], recipe),
+        losses_in_training=_drawn(loss_chart(training.get("curve") or [])),
+        shares_in_training=_drawn(share_chart(training.get("curve") or [], recipe)),
         routing=[
             (model, routing[model]["experts"], routing_grids(routing[model], top_k))
             for model in _MODELS
@@ -329,9 +280,10 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
             model: routing_table(routing[model], recipe) for model in _MODELS if routing.get(model)
         },
         dynamic=[
-            (model, dynamic_curve(found, recipe))
+            (model, curve, _drawn(curve.chart))
             for model in _MODELS
             if (found := (metrics.get("dynamic") or {}).get(model))
+            for curve in [dynamic_curve(found, recipe)]
         ],
         likeness=likeness_tables(metrics.get("cka") or {}),
         alignment=alignment_tables(metrics.get("alignment") or {}, recipe),
@@ -345,17 +297,26 @@ def render(metrics: Mapping[str, Any], plan: Mapping[str, Any], recipe: Mapping[
     )
 
 
+def _drawn(chart: Chart | None) -> Drawing | None:
+    return None if chart is None else drawing(chart)
+
+
 def fill(template: str, **values: Any) -> str:
     """A page out of one of this package's templates, in the style that all pages share."""
     import jinja2
 
+    def read(name: str) -> str:
+        return resources.files("symphony_moe.reporting").joinpath(name).read_text("utf-8")
+
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(read),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    package = resources.files("symphony_moe.reporting")
-    style = textwrap.indent(package.joinpath("page.css").read_text("utf-8"), "  ")
-    page = environment.from_string(package.joinpath(template).read_text("utf-8"))
-    return page.render(style=style, **values)
+    style = textwrap.indent(read("page.css"), "  ")
+    return environment.get_template(template).render(style=style, **values)
 
 
 def title(sources: Iterable[str]) -> str:
@@ -474,27 +435,6 @@ def loss_table(metrics: Mapping[str, Any], recipe: Mapping[str, Any]) -> LossTab
     return LossTable(in_domain, out_of_domain, rows, distances, diverged)
 
 
-def mean_loss(losses: Sequence[float | None]) -> float | None:
-    """Mean in nats per token. None where a loss is missing: a mean over fewer domains would not be
-    comparable with the others of its column."""
-    present = [loss for loss in losses if loss is not None]
-    if not present or len(present) < len(losses):
-        return None
-    return sum(present) / len(present)
-
-
-def loss_text(loss: float | None) -> str:
-    """Nats per token with three decimals."""
-    return MISSING if loss is None else f"{loss:z.3f}".replace("nan", "NaN")
-
-
-def perplexity_text(loss: float | None) -> str:
-    if loss is None:
-        return "not measured"
-    # Beyond 700 nats the exponential leaves float64.
-    return f"perplexity {math.exp(loss):,.2f}" if loss < 700 else "perplexity is not finite"
-
-
 def distance_text(model: str, loss: float | None, reference: float | None) -> str:
     """How far a model's mean loss is from the specialists', nats per token."""
     if loss is None or reference is None:
@@ -529,7 +469,7 @@ def _row(
         [_number(losses[domain]) if domain in losses else None for domain in domains]
         for domains in (in_domain, out_of_domain)
     )
-    means = [mean_loss(inside)] + ([mean_loss(outside)] if out_of_domain else [])
+    means = [mean_of_all(inside)] + ([mean_of_all(outside)] if out_of_domain else [])
     return [*inside, *outside, *means]
 
 
@@ -638,7 +578,17 @@ def trained_softening(note: Mapping[str, Any]) -> str:
 def loss_chart(curve: Sequence[Mapping[str, Any]]) -> Chart | None:
     """Loss (nats per token) against tokens. None where no point can be drawn."""
     losses = _points(curve, "loss")
-    return line_chart({"loss": losses}, loss_text, first_and_last("Loss", losses))
+    return worth_drawing(
+        Chart(
+            title="Training loss against tokens",
+            across="tokens",
+            upward="loss, nats per token",
+            lines=(Line(0, "loss", losses),),
+            write=loss_text,
+            summary=first_and_last("Loss", losses),
+            notes=gaps_text([losses]),
+        )
+    )
 
 
 def share_chart(curve: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> Chart | None:
@@ -650,87 +600,46 @@ def share_chart(curve: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -
         return None
     shares = {name: _points(curve, f"{_SHARE}{name}", 100) for name in experts}
     balance = _points([point for point in curve if "balance" in point], "balance")
-    summary = first_and_last("Balance", balance)
-    return line_chart(shares, lambda share: f"{share:.1f} %", summary, even=100 / len(experts))
+    return worth_drawing(
+        Chart(
+            title="Every expert's share of the choices against tokens",
+            across="tokens",
+            upward="share of the choices, %",
+            lines=tuple(Line(n, name, points) for n, (name, points) in enumerate(shares.items())),
+            write=_per_cent_text,
+            summary=first_and_last("Balance", balance),
+            notes=gaps_text(shares.values()),
+            level=("even", 100 / len(experts)),
+            from_zero=True,
+        )
+    )
 
 
-def _points(
-    curve: Sequence[Mapping[str, Any]], key: str, factor: Number = 1
-) -> list[tuple[float, float]]:
+def _points(curve: Sequence[Mapping[str, Any]], key: str, factor: Number = 1) -> tuple[Point, ...]:
     """(tokens, value): NaN where a point has none."""
-    return [(float(point["tokens"]), factor * _number(point.get(key))) for point in curve]
+    return tuple(Point(float(point["tokens"]), factor * _number(point.get(key))) for point in curve)
 
 
-def first_and_last(what: str, points: Sequence[tuple[float, float]]) -> str:
+def _per_cent_text(share: Number) -> str:
+    return f"{share:.1f} %"
+
+
+def first_and_last(what: str, points: Sequence[Point]) -> str:
     """What is finite at the first and at the last of the points, in words."""
-    finite = [(tokens, value) for tokens, value in points if math.isfinite(value)]
+    finite = [point for point in points if point.is_drawn]
     if not finite:
         return ""
-    (start, first), (end, last) = finite[0], finite[-1]
+    start, end = finite[0], finite[-1]
     return (
-        f"{what} {loss_text(first)} at {count(start)} tokens, "
-        f"{loss_text(last)} at {count(end)} tokens"
+        f"{what} {loss_text(start.y)} at {count(start.x)} tokens, "
+        f"{loss_text(end.y)} at {count(end.x)} tokens"
     )
 
 
-def line_chart(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    write: Callable[[float], str],
-    summary: str,
-    *,
-    even: float | None = None,
-) -> Chart | None:
-    """A line for each name's points, which are (tokens, value). One that is not finite breaks its
-    line. With an `even` value, which is drawn too, heights count from 0. None where no point can be
-    drawn."""
-    drawn = {
-        name: [(tokens, value) for tokens, value in points if math.isfinite(value)]
-        for name, points in series.items()
-    }
-    everything = [point for points in drawn.values() for point in points]
-    if not everything:
-        return None
-    right = max(tokens for tokens, _ in everything) or 1.0
-    values = [value for _, value in everything] + ([] if even is None else [0.0, even])
-    y_ticks = ticks(min(values), max(values))
-    bottom, top = y_ticks[0], y_ticks[-1]
-
-    def across(tokens: float) -> float:
-        return 100 * tokens / right
-
-    def down(value: float) -> float:
-        return 100 * (top - value) / (top - bottom)
-
-    lines = []
-    for number, (name, points) in enumerate(series.items()):
-        parts: list[list[str]] = [[]]
-        for tokens, value in points:
-            if math.isfinite(value):
-                parts[-1].append(f"{10 * across(tokens):.1f},{10 * down(value):.1f}")
-            else:
-                parts.append([])
-        if drawn[name]:
-            ends = [(across(x), down(y), write(y)) for x, y in (drawn[name][0], drawn[name][-1])]
-            lines.append(Line(number, name, [" ".join(part) for part in parts if part], ends))
-    decimals = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
-    return Chart(
-        lines=lines,
-        even=None if even is None else (down(even), write(even)),
-        x_ticks=[(across(x), compact(x)) for x in ticks(0, right) if x <= 1.01 * right],
-        y_ticks=[(down(value), f"{value:.{decimals}f}") for value in y_ticks],
-        summary=summary,
-        not_finite=sum(map(len, series.values())) - len(everything),
-    )
-
-
-def ticks(low: Number, high: Number) -> list[float]:
-    """About five round values that span `low` to `high`, at least two."""
-    span = high - low or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / 5))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / 5 * 0.999)
-    first = math.floor(low / step)
-    last = max(math.ceil(high / step), first + 1)
-    return [index * step for index in range(first, last + 1)]
+def gaps_text(lines: Iterable[Sequence[Point]]) -> tuple[str, ...]:
+    """How many points are not drawn, in a sentence; nothing where all are."""
+    gaps = sum(not point.is_drawn for points in lines for point in points)
+    return (f"{gaps} point(s) are NaN or infinite and not drawn.",) if gaps else ()
 
 
 # Routing
@@ -788,7 +697,7 @@ def routing_table(routing: Mapping[str, Any], recipe: Mapping[str, Any]) -> Rout
     ]
     table = [[_number(value) for value in column] for column in columns]
     named = [(str(layer), list(row)) for layer, row in enumerate(zip(*table, strict=True))]
-    named.append(("mean", [_mean(column) for column in table]))
+    named.append(("mean", [mean(column) for column in table]))
     return RoutingTable(
         domains,
         [
@@ -803,10 +712,6 @@ def routing_table(routing: Mapping[str, Any], recipe: Mapping[str, Any]) -> Rout
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
 def dynamic_curve(found: Mapping[str, Any], recipe: Mapping[str, Any]) -> Dynamic:
     """In-domain loss (nats per token, mean of the domains) against experts per token on the same
     text. What a threshold is worth is its distance from the straight line between the two nearest
@@ -818,7 +723,7 @@ def dynamic_curve(found: Mapping[str, Any], recipe: Mapping[str, Any]) -> Dynami
     def losses(row: Mapping[str, Any]) -> tuple[float, float]:
         """In domain, out of domain."""
         means = (
-            _mean([_number(row["losses"][name]) for name in part]) for part in (inside, outside)
+            mean([_number(row["losses"][name]) for name in part]) for part in (inside, outside)
         )
         return next(means), next(means)
 
@@ -830,7 +735,7 @@ def dynamic_curve(found: Mapping[str, Any], recipe: Mapping[str, Any]) -> Dynami
         rows.append((str(row["experts"]), texts))
     for row in found["threshold"]:
         loss, other = losses(row)
-        experts = _mean([_number(row["experts_by_domain"][name]) for name in inside])
+        experts = mean([_number(row["experts_by_domain"][name]) for name in inside])
         by_threshold.append((experts, loss))
         layers = [_number(count) for count in row["experts_by_layer"]]
         spread = f"{min(layers):.2f} to {max(layers):.2f}"
@@ -838,29 +743,26 @@ def dynamic_curve(found: Mapping[str, Any], recipe: Mapping[str, Any]) -> Dynami
         texts = [f"{experts:.2f}", spread, loss_text(loss), beside, loss_text(other)]
         rows.append((f"p \N{GREATER-THAN OR EQUAL TO} {row['threshold']:g}", texts))
 
-    finite = [loss for _, loss in fixed + by_threshold if math.isfinite(loss)]
-    y_ticks = ticks(min(finite, default=0), max(finite, default=1))
-
-    def across(experts: float) -> float:
-        return 100 * (experts - 1) / (len(fixed) - 1)
-
-    def down(loss: float) -> float:
-        return 100 * (y_ticks[-1] - loss) / (y_ticks[-1] - y_ticks[0])
-
-    lines = []
-    for kind, points in (("fixed", fixed), ("threshold", sorted(by_threshold))):
-        placed = [(across(x), down(y)) for x, y in points if math.isfinite(x + y)]
-        lines.append((kind, " ".join(f"{10 * x:.1f},{10 * y:.1f}" for x, y in placed), placed))
-    decimals = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
-    return Dynamic(
-        rows,
-        lines,
-        [(across(experts), f"{experts:.0f}") for experts, _ in fixed],
-        [(down(loss), f"{loss:.{decimals}f}") for loss in y_ticks],
-        bool(outside),
-        f"Loss {loss_text(fixed[0][1])} with 1 expert per token, {loss_text(fixed[-1][1])} with "
-        f"{len(fixed)}",
+    kinds = {"same number for all": fixed, "by threshold": sorted(by_threshold)}
+    lines = tuple(
+        Line(number, kind, tuple(Point(x, y, title=_dynamic_title(kind, x, y)) for x, y in points))
+        for number, (kind, points) in enumerate(kinds.items())
     )
+    chart = Chart(
+        title="Held-out loss in domain against experts per token",
+        across="experts per token",
+        upward="loss in domain, nats per token",
+        lines=lines,
+        write=loss_text,
+        summary=f"Loss {loss_text(fixed[0][1])} with 1 expert per token, "
+        f"{loss_text(fixed[-1][1])} with {len(fixed)}",
+        whole=True,
+    )
+    return Dynamic(rows, worth_drawing(chart), bool(outside))
+
+
+def _dynamic_title(kind: str, experts: float, loss: float) -> str:
+    return f"{kind}, {experts:.2f} experts per token: {loss_text(loss)}"
 
 
 def _between(points: Sequence[tuple[float, float]], x: float) -> float:
@@ -881,14 +783,14 @@ def likeness_tables(cka: Mapping[str, Any]) -> Likeness | None:
     for name in models:
         experts, layers = cka[name]["experts"], cka[name]["layers"]
         pairs = [(i, j) for i in range(len(experts)) for j in range(i)]
-        columns.append([_mean([_number(layer[i][j]) for i, j in pairs]) for layer in layers])
+        columns.append([mean([_number(layer[i][j]) for i, j in pairs]) for layer in layers])
         means = [
-            [_mean([_number(layer[i][j]) for layer in layers]) for j in range(len(experts))]
+            [mean([_number(layer[i][j]) for layer in layers]) for j in range(len(experts))]
             for i in range(len(experts))
         ]
         grids.append((name, experts, [[likeness_shade(value) for value in row] for row in means]))
     rows = [(str(layer), list(row)) for layer, row in enumerate(zip(*columns, strict=True))]
-    rows.append(("mean", [_mean(column) for column in columns]))
+    rows.append(("mean", [mean(column) for column in columns]))
     texts = [(label, [loss_text(value) for value in row]) for label, row in rows]
     return Likeness(texts, grids, cka[models[0]]["tokens"])
 
@@ -923,7 +825,7 @@ def alignment_tables(
         # A layer that one source lacks leaves its cells empty, and the mean with them.
         padded = [column + [None] * (layers - len(column)) for column in columns]
         rows = [(str(layer), list(row)) for layer, row in enumerate(zip(*padded, strict=True))]
-        rows.append(("mean", [mean_loss(column) for column in padded]))
+        rows.append(("mean", [mean_of_all(column) for column in padded]))
         texts = [(label, [loss_text(value) for value in row]) for label, row in rows]
         tables.append(
             AlignmentTable(
@@ -957,9 +859,9 @@ def fit_tables(fit: Mapping[str, Any], recipe: Mapping[str, Any]) -> FitTable | 
             (
                 "mean",
                 _fit_row(
-                    [mean_loss([step.before for step in column]) for column in columns],
+                    [mean_of_all([step.before for step in column]) for column in columns],
                     [
-                        Cell(error_text(mean_loss([step.left for step in column])))
+                        Cell(error_text(mean_of_all([step.left for step in column])))
                         for column in columns
                     ],
                 ),
@@ -1019,13 +921,6 @@ def _fit_row(before: Sequence[float | None], after: Sequence[Cell]) -> list[Cell
     """Cells of attention, before and after; then of the layer before its experts are fitted and
     after each further step."""
     return [Cell(error_text(before[0])), after[0], Cell(error_text(before[1])), *after[1:]]
-
-
-def error_text(error: float | None) -> str:
-    """A relative error or a divergence with four decimals."""
-    if error is None:
-        return MISSING
-    return f"{error:.4f}" if abs(error) < 1000 else f"{error:.2e}".replace("nan", "NaN")
 
 
 def losses_kept_aside(
