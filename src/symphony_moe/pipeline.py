@@ -245,7 +245,7 @@ def evaluate(
     with log_to(folder):
         sources = open_sources(recipe)
         _warn_beyond_context(recipe, sources, "evaluation")
-        return evaluate_run(folder, recipe, sources, like)
+        return evaluate_run(folder, recipe, sources, like).to_json()
 
 
 def evaluate_tasks(
