@@ -16,7 +16,7 @@ from pathlib import Path
 
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.reporting.charts import draw
-from symphony_moe.reporting.comparison_page import line_chart
+from symphony_moe.reporting.comparison_chart import line_chart
 from symphony_moe.reporting.comparison_table import (
     Entry,
     limits_of,
@@ -25,10 +25,10 @@ from symphony_moe.reporting.comparison_table import (
     spread_text,
 )
 from symphony_moe.reporting.numbers import mean
+from symphony_moe.reporting.over_seeds import PLACES
 from symphony_moe.runs.comparison_folder import CompareFolder
 from symphony_moe.runs.metrics import Metrics, read_metrics
 
-PLACES = ("in domain", "out of domain")
 COLUMNS = [(stage, where) for stage in ("built", "trained") for where in PLACES]
 
 

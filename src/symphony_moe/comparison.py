@@ -23,7 +23,7 @@ from symphony_moe.reporting.comparison_table import (
     mark_reached,
     refuse_different,
 )
-from symphony_moe.reporting.run_page import title
+from symphony_moe.reporting.page import title
 from symphony_moe.runs.comparison_folder import CompareFolder, start_comparison
 from symphony_moe.runs.folder import RunFolder, adopt_build
 from symphony_moe.runs.metrics import Metrics, read_metrics
@@ -80,7 +80,7 @@ def compare(
         entries,
         limits,
         reference,
-        comparison_facts([one.model_dump(mode="json") for one in recipes.values()]),
+        comparison_facts(list(recipes.values())),
         settings,
         in_domain=list(recipe.sources),
     )

@@ -55,7 +55,7 @@ from symphony_moe.machine import (
     versions,
 )
 from symphony_moe.model.checkpoint import CheckpointWriter
-from symphony_moe.recipe.settings import Recipe
+from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.reporting.run_page import render
 from symphony_moe.runs.folder import (
     RunFolder,
@@ -65,6 +65,7 @@ from symphony_moe.runs.folder import (
     require_room,
     start_run,
 )
+from symphony_moe.runs.metrics import Metrics, read_metrics
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.source import Source, experts_of, remarks
 from symphony_moe.text.documents import check_data_exists
@@ -287,14 +288,19 @@ def generate(folder: RunFolder) -> list[tuple[str, str, str]]:
 
 def report(folder: RunFolder) -> Path:
     """`metrics.json` to one self-contained `report.html`."""
-    recipe = folder.read_recipe().model_dump(mode="json")
+    recipe = folder.read_recipe()
     folder.require_checkpoint()
-    metrics = folder.read_json(folder.metrics)
-    # A training may have had settings of its own.
-    recipe["train"] |= metrics.get("training", {}).get("settings", {})
-    html = render(metrics, folder.read_json(folder.plan), recipe)
+    metrics = read_metrics(folder)
+    html = render(metrics, folder.read_json(folder.plan), _as_trained(recipe, metrics))
     write_text(folder.report, html)
     return folder.report
+
+
+def _as_trained(recipe: Recipe, metrics: Metrics) -> Recipe:
+    """The recipe with the settings that the training had: it may have had some of its own."""
+    settings = metrics.training.settings if metrics.training else {}
+    known = {name: value for name, value in settings.items() if name in Train.model_fields}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=known)})
 
 
 def _warn_beyond_context(recipe: Recipe, sources: Sequence[Source], section: str) -> None:

@@ -7,53 +7,21 @@ scheme. Equal numbers give equal bytes.
 
 import io
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
-from xml.etree.ElementTree import Element, fromstring, tostring
 
 from symphony_moe.errors import shortened
 from symphony_moe.reporting.numbers import MISSING, Number, compact, count
+from symphony_moe.reporting.svg import COLOURS, PLACEHOLDERS, part_of_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NUM_COLOURS = 8
-"""`--c0` and on in `page.css`."""
-
-
 MARKERS = "os^DvP"
 """Colour and marker repeat together after 24 lines."""
-
-
-_COLOURS = [f"c{number}" for number in range(NUM_COLOURS)]
-
-
-_PLACEHOLDERS = {
-    name: f"#c0de{number:02x}"
-    for number, name in enumerate([*_COLOURS, "ink", "quiet", "line", "page"])
-}
-"""Colour of a page -> what matplotlib is told in its place."""
-
-
-_PAPER = {
-    "c0": "#0072b2",
-    "c1": "#d55e00",
-    "c2": "#009e73",
-    "c3": "#cc79a7",
-    "c4": "#56b4e9",
-    "c5": "#a87b00",
-    "c6": "#000000",
-    "c7": "#777777",
-    "ink": "#14140f",
-    "quiet": "#5b5a55",
-    "line": "#dddcd4",
-    "page": "#ffffff",
-}
-"""Colours of a chart that is a file of its own."""
 
 
 _WIDTH, _LEFT, _TOP, _BOTTOM = 740.0, 48.0, 30.0, 44.0
@@ -105,7 +73,7 @@ class Line:
 
     @property
     def colour(self) -> int:
-        return self.number % NUM_COLOURS
+        return self.number % len(COLOURS)
 
     @property
     def marker(self) -> str:
@@ -269,7 +237,7 @@ def draw(chart: Chart, *, on_paper: bool = False) -> str:
         size = _WIDTH, _TOP + high + _BOTTOM
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
         FigureCanvasSVG(figure)
-        figure.patch.set_facecolor(_PLACEHOLDERS["page"])
+        figure.patch.set_facecolor(PLACEHOLDERS["page"])
         figure.patch.set_visible(on_paper)
         axes = figure.add_axes(
             (
@@ -286,7 +254,7 @@ def draw(chart: Chart, *, on_paper: bool = False) -> str:
         _draw_labels(figure, axes, chart)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return _cleaned(file.getvalue(), chart.description, titles, on_paper=on_paper)
+    return part_of_page(file.getvalue(), chart.description, titles, on_paper=on_paper)
 
 
 def _draw_axes(axes: "Axes", chart: Chart) -> None:
@@ -306,19 +274,19 @@ def _draw_axes(axes: "Axes", chart: Chart) -> None:
     axes.set_ylim(rows[0], rows[-1])
     axes.set_xticks(columns, [compact(x) for x in columns])
     axes.set_yticks(rows, [f"{y:.{decimals}f}" for y in rows])
-    axes.tick_params(length=0, pad=6, labelcolor=_PLACEHOLDERS["quiet"])
-    axes.grid(axis="y", color=_PLACEHOLDERS["line"], linewidth=0.8, clip_on=False)
+    axes.tick_params(length=0, pad=6, labelcolor=PLACEHOLDERS["quiet"])
+    axes.grid(axis="y", color=PLACEHOLDERS["line"], linewidth=0.8, clip_on=False)
     axes.patch.set_visible(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_xlabel(chart.across, color=_PLACEHOLDERS["quiet"], labelpad=6)
+    axes.set_xlabel(chart.across, color=PLACEHOLDERS["quiet"], labelpad=6)
     axes.set_title(
-        chart.upward, loc="left", pad=12, fontsize=_FONT, color=_PLACEHOLDERS["quiet"], x=0
+        chart.upward, loc="left", pad=12, fontsize=_FONT, color=PLACEHOLDERS["quiet"], x=0
     )
     if chart.level is not None:
         axes.axhline(
             chart.level[1],
-            color=_PLACEHOLDERS["quiet"],
+            color=PLACEHOLDERS["quiet"],
             linewidth=1.2,
             linestyle=(0, (5, 3)),
             clip_on=False,
@@ -327,7 +295,7 @@ def _draw_axes(axes: "Axes", chart: Chart) -> None:
 
 def _draw_line(axes: "Axes", line: Line, write: Callable[[Number], str]) -> set[str]:
     """A line and the band around it. The titles of its marks."""
-    colour, titles = _PLACEHOLDERS[_COLOURS[line.colour]], {line.name}
+    colour, titles = PLACEHOLDERS[COLOURS[line.colour]], {line.name}
     for part in line.parts:
         x = [point.x for point in part]
         low = [point.y if point.low is None else point.low for point in part]
@@ -356,7 +324,7 @@ def _draw_line(axes: "Axes", line: Line, write: Callable[[Number], str]) -> set[
             color=colour,
             markersize=6.5 if point in ends else 4.5,
             markerfacecolor=colour,
-            markeredgecolor=_PLACEHOLDERS["page"],
+            markeredgecolor=PLACEHOLDERS["page"],
             markeredgewidth=0.8,
             clip_on=False,
             zorder=3,
@@ -377,7 +345,7 @@ def _draw_labels(figure: "Figure", axes: "Axes", chart: Chart) -> None:
     for (text, _, line), y, at in zip(
         chart.labels, heights, label_places(heights, box.y0, box.y1), strict=True
     ):
-        colour = _PLACEHOLDERS["quiet" if line is None else _COLOURS[line.colour]]
+        colour = PLACEHOLDERS["quiet" if line is None else COLOURS[line.colour]]
         end = box.x1 if line is None else float(place((line.drawn[-1].x, 0))[0])
         figure.add_artist(
             Line2D(
@@ -397,7 +365,7 @@ def _draw_labels(figure: "Figure", axes: "Axes", chart: Chart) -> None:
                     color=colour,
                     markersize=6,
                     markerfacecolor=colour,
-                    markeredgecolor=_PLACEHOLDERS["page"],
+                    markeredgecolor=PLACEHOLDERS["page"],
                     markeredgewidth=0.8,
                     transform=IdentityTransform(),
                 )
@@ -407,7 +375,7 @@ def _draw_labels(figure: "Figure", axes: "Axes", chart: Chart) -> None:
             at,
             shortened(text, _LABEL_LENGTH),
             transform=IdentityTransform(),
-            color=_PLACEHOLDERS["quiet" if line is None else "ink"],
+            color=PLACEHOLDERS["quiet" if line is None else "ink"],
             verticalalignment="center_baseline",
             parse_math=False,
         )
@@ -416,71 +384,3 @@ def _draw_labels(figure: "Figure", axes: "Axes", chart: Chart) -> None:
 def label_places(heights: Sequence[Number], low: Number, high: Number) -> list[float]:
     """Where the labels of lines that end at these heights stand, in points."""
     return apart(heights, _LABEL_HEIGHT, low, high)
-
-
-# What matplotlib wrote, as a part of a page
-
-
-_SVG = "http://www.w3.org/2000/svg"
-
-
-def _cleaned(svg: str, title: str, titles: set[str], *, on_paper: bool) -> str:
-    """The SVG without what would reach beyond it in a page: style rules, ids, links, metadata."""
-    root = fromstring(svg)
-    shapes = {name: part for part in root.iter() if (name := part.get("id"))}
-    kept = {"viewBox": root.get("viewBox", ""), "role": "img", "aria-label": title}
-    if on_paper:
-        kept |= {"xmlns": _SVG, "font-family": "sans-serif"}
-    clean = Element("svg", kept)
-    clean.append(_title(title))
-    for part in root:
-        clean.extend(_parts(part, shapes, titles))
-    text = tostring(clean, encoding="unicode")
-    names = {colour: name for name, colour in _PLACEHOLDERS.items()}
-    return re.sub(
-        "|".join(names),
-        lambda found: _PAPER[names[found[0]]] if on_paper else f"var(--{names[found[0]]})",
-        text,
-    )
-
-
-def _parts(part: Element, shapes: Mapping[str, Element], titles: set[str]) -> Iterator[Element]:
-    """What is shown of an element, with as few elements as that takes."""
-    tag = part.tag.rpartition("}")[2]
-    if tag in ("metadata", "defs"):
-        return
-    if tag == "g":
-        inside = [shown for child in part for shown in _parts(child, shapes, titles)]
-        if (name := part.get("id", "")) not in titles:
-            yield from inside
-            return
-        group = Element("g")
-        group.append(_title(name))
-        group.extend(inside)
-        yield group
-        return
-    style = part.get("style", "")
-    if tag == "use":  # a marker: the shape itself, where it is used
-        reference = next(value for key, value in part.items() if key.endswith("href"))
-        shape = shapes[reference.removeprefix("#")]
-        move = f"translate({part.get('x', '0')} {part.get('y', '0')})"
-        style = "; ".join(filter(None, (style, shape.get("style", ""))))
-        shown = Element("path", {"d": shape.get("d", ""), "transform": move})
-    else:
-        names = ("d", "x", "y")
-        shown = Element(tag, {name: part.get(name, "") for name in names if part.get(name)})
-        shown.text = part.text if tag == "text" else None
-    shown.set("style", re.sub(r"font-family: [^;]*;? ?", "", style))
-    for name in ("d", "x", "y", "transform"):
-        if name in shown.attrib:
-            rounded = re.sub(
-                r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}", shown.get(name, "")
-            )
-            shown.set(name, " ".join(rounded.split()))
-    yield shown
-
-
-def _title(text: str) -> Element:
-    title = Element("title")
-    title.text = text
-    return title

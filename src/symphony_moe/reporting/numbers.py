@@ -72,6 +72,11 @@ def percent(share: Number) -> str:
     return f"{100 * share:.1f} %"
 
 
+def or_nan(value: Number | None) -> float:
+    """JSON has no NaN: null stands there for it."""
+    return math.nan if value is None else float(value)
+
+
 def is_number(value: Number | None) -> bool:
     """Whether a value was measured and is neither NaN nor infinite."""
     return value is not None and math.isfinite(value)
