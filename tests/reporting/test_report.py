@@ -1001,7 +1001,7 @@ def test_the_fit_shows_where_a_ridge_was_raised_above_the_recipe_s() -> None:
         "input map of code: none was enough, left as it was",
         "output head: 1",
     ]
-    assert rows[4][1:3] == ["not finite", "input map of code"]
+    assert rows[4][1:3] == ["infinite", "input map of code"]
     assert "in 4 of 33 regressions it was raised tenfold" in page.words
     # Beside a recipe that asks for as much, none of these was raised.
     recipe = changed(sample_recipe(), fit__ridge=0.1)

@@ -141,9 +141,8 @@ def _digest_of_domains(windows: Mapping[str, Pieces]) -> str:
 def _known_of_sources(
     run: RunFolder, like: RunFolder, recipe: Recipe, held_out: HeldOut
 ) -> tuple[dict[str, dict[str, float]], Cka] | None:
-    """What `_evaluate_sources` has given in another run (NaN for a loss that was no number); None
-    unless that run's weights, settings of the sources, anchor (whose vocabulary is used), text and
-    software are this one's."""
+    """What `_evaluate_sources` has given in another run. None unless that run's weights, settings
+    of the sources, anchor (whose vocabulary is used), text and software are this one's."""
     theirs, found = like.read_recipe(), read_metrics(like)
     one, other = (folder.read_json(folder.manifest) for folder in (run, like))
     same = (

@@ -132,7 +132,7 @@ def reach_cells(entries: Entries, reference: str) -> dict[str, Cell]:
         reached = {
             seed: entry["reaches"]
             for seed, entry in of_stage(entries, method, "trained").items()
-            # Nobody can reach a loss that is not a number, and nobody knows where nothing was
+            # Nobody can reach a loss that is NaN or infinite, nor know of one where nothing was
             # measured on the way.
             if entry.get("reaches")
             and (entry["reaches"]["tokens"] is not None or entry.get("curve"))

@@ -85,7 +85,7 @@ def fit_tables(fit: Fit | None, recipe: Recipe) -> FitTable | None:
     dropped += [f"{name} of the head" for name, step in head.items() if step.cell.dropped]
     return FitTable(
         verdict=fit_verdict(fit),
-        # Builds that did not note the loss per source kept windows of the fitted documents aside.
+        # Builds that did not note the loss per source validated on windows of the fitted documents.
         documents=bool(fit.loss_by_source) or not recipe.fits_layers,
         losses=validation_losses(fit, recipe.sources),
         groups=[
@@ -205,7 +205,7 @@ def _or_infinite(value: float) -> float:
 def condition_text(condition: Number) -> str:
     """A condition number to its leading digits."""
     if not math.isfinite(condition):
-        return "not finite"
+        return "infinite"
     return count(condition) if condition < 1e6 else f"{condition:.1e}"
 
 

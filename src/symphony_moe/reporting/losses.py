@@ -21,7 +21,7 @@ class LossTable:
     distances: list[str]
     """How far the models are from the mean of the specialists, in words."""
     diverged: bool
-    """Whether a loss is not finite."""
+    """Whether a loss is NaN or infinite."""
 
 
 def loss_table(metrics: Metrics, recipe: Recipe) -> LossTable | None:

@@ -57,7 +57,7 @@ def perplexity_text(loss: Number | None) -> str:
     if loss is None:
         return "not measured"
     # Beyond 700 nats the exponential leaves float64.
-    return f"perplexity {math.exp(loss):,.2f}" if loss < 700 else "perplexity is not finite"
+    return f"perplexity {math.exp(loss):,.2f}" if loss < 700 else "perplexity is NaN or infinite"
 
 
 def error_text(error: Number | None) -> str:

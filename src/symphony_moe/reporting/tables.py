@@ -30,7 +30,7 @@ class Shade:
 
     text: str
     side: str
-    """`less` or `more` than the middle; empty where there is no number."""
+    """`less` or `more` than the middle; empty where the number is NaN."""
     strength: int
     """Of the colour, from 0 to 100."""
 

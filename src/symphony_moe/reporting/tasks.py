@@ -8,7 +8,7 @@ from symphony_moe.reporting.numbers import MISSING, count, loss_text, or_nan
 from symphony_moe.runs.metrics import STAGES, TaskResult, tasks_of
 
 Score = tuple[float | None, float | None]
-"""A metric's value and its standard error, None where it is not a number or not known."""
+"""A metric's value and its standard error, None where it is NaN or not known."""
 
 
 Model = TypeVar("Model")
