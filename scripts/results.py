@@ -12,21 +12,27 @@ files beside it: held-out loss against tokens, in domain and out of domain.
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
 
 from symphony_moe.recipe.load import load_recipe
-from symphony_moe.reporting.comparison_page import line_chart
-from symphony_moe.reporting.comparison_table import limits_of, mark_reached, spread_text
+from symphony_moe.reporting.charts import draw
+from symphony_moe.reporting.comparison_chart import line_chart
+from symphony_moe.reporting.comparison_table import (
+    Entry,
+    limits_of,
+    mark_reached,
+    mean_of,
+    spread_text,
+)
+from symphony_moe.reporting.numbers import mean
+from symphony_moe.reporting.over_seeds import PLACES
 from symphony_moe.runs.comparison_folder import CompareFolder
+from symphony_moe.runs.metrics import Metrics, read_metrics
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 920, 480, 60, 40, 250, 40
-COLUMNS = [(stage, where) for stage in ("built", "trained") for where in ("in", "out_of")]
+COLUMNS = [(stage, where) for stage in ("built", "trained") for where in PLACES]
 
 
-def table(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | None]) -> str:
+def table(entries: Sequence[Entry], limits: Mapping[str, float | None]) -> str:
     lines = [
         "| | built, in domain | out of domain | trained, in domain | out of domain | reaches |",
         "|---" * 6 + "|",
@@ -34,82 +40,40 @@ def table(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | Non
     for method in dict.fromkeys(entry["method"] for entry in entries):
         own = [entry for entry in entries if entry["method"] == method]
         cells = [
-            spread_text([e[f"mean_{where}_domain"] for e in own if e["stage"] == stage])
+            spread_text([mean_of(e, where) for e in own if e["stage"] == stage])
             for stage, where in COLUMNS
         ]
         shares = [e["reaches"]["share"] for e in own if e["stage"] == "trained"]
         percent = [None if share is None else 100 * share for share in shares]
         lines.append(f"| {method} | {' | '.join(cells)} | {spread_text(percent, 1)} |")
-    inside, outside = (spread_text([limits[where]]) for where in ("in domain", "out of domain"))
+    inside, outside = (spread_text([limits[where]]) for where in PLACES)
     lines.append(f"| specialists | | | {inside} | {outside} | |")
     return "\n".join(lines)
 
 
-def specialization(metrics: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
+def specialization(metrics: Mapping[tuple[str, int], Metrics]) -> str:
     """CKA of every two experts, mean over pairs and layers, of the dense sources, the built and the
     trained model; and of the trained model's routers on the text of all sources alike, mean over
     layers: entropy in nats, the load's balance (1: even), the share of the busiest expert."""
     lines = ["| | CKA, built | trained | entropy | balance | busiest |", "|---" * 6 + "|"]
-    sources = [of["cka"]["sources"]["mean"] for of in metrics.values()]
+    sources = [of.cka["sources"].mean for of in metrics.values()]
     lines.append(f"| the dense sources | {spread_text(sources)} | | | | |")
     for method in dict.fromkeys(method for method, _ in metrics):
         own = [of for (name, _), of in metrics.items() if name == method]
-        cells = [
-            spread_text([of["cka"][stage]["mean"] for of in own]) for stage in ("built", "trained")
-        ]
-        routing = [of["routing"]["trained"]["mixed"] for of in own]
+        cells = [spread_text([of.cka[stage].mean for of in own]) for stage in ("built", "trained")]
+        routing = [mixed for of in own if (mixed := of.routing["trained"].mixed)]
         for measure in ("entropy", "balance", "max_share"):
-            cells.append(spread_text([sum(of[measure]) / len(of[measure]) for of in routing]))
+            cells.append(spread_text([mean(getattr(of, measure)) for of in routing]))
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(entries: Sequence[Mapping[str, Any]], where: str, limit: float | None) -> str:
+def plot(entries: Sequence[Entry], where: str, limit: float | None) -> str:
     """A standalone SVG."""
     chart = line_chart(entries, where, limit)
     if chart is None:
         raise SystemExit(f"no loss {where} to plot")
-    wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-
-    def place(pair: str) -> str:
-        x, y = (float(value) for value in pair.split(","))
-        return f"{LEFT + x / 1000 * wide:.1f},{TOP + y / 1000 * high:.1f}"
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/>',
-        f'<text x="{LEFT}" y="22">Held-out loss {where}, nats per token, against tokens '
-        "(calibration included)</text>",
-    ]
-    for at, text in chart.y_ticks:
-        y = TOP + at / 100 * high
-        parts.append(f'<path d="M{LEFT},{y:.1f}h{wide}" stroke="#ddd"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    for at, text in chart.x_ticks:
-        x = LEFT + at / 100 * wide
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 14}" text-anchor="middle">{text}</text>')
-    if chart.limit:
-        y = TOP + chart.limit[0] / 100 * high
-        parts.append(f'<path d="M{LEFT},{y:.1f}h{wide}" stroke="#555" stroke-dasharray="6 4"/>')
-    colours = {line.method: COLOURS[n % len(COLOURS)] for n, line in enumerate(chart.lines)}
-    for line in chart.lines:
-        colour = colours[line.method]
-        for band in line.bands:
-            points = " ".join(map(place, band.split()))
-            parts.append(f'<polygon points="{points}" fill="{colour}" opacity=".15"/>')
-        for segment in line.lines:
-            points = " ".join(map(place, segment.split()))
-            parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-            )
-    for label in chart.labels:
-        y = TOP + label.at / 100 * high
-        colour = colours[label.line.method] if label.line else "#555"
-        parts.append(
-            f'<text x="{WIDTH - RIGHT + 12}" y="{y + 4:.1f}" fill="{colour}">'
-            f"{escape(label.text)}</text>"
-        )
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return draw(chart, on_paper=True) + "\n"
 
 
 def main() -> None:
@@ -125,7 +89,7 @@ def main() -> None:
     entries = json.loads(folder.comparison.read_text(encoding="utf-8"))
     runs = {(e["method"], e["seed"]): folder.run(e["method"], e["seed"]) for e in entries}
     recipe = load_recipe(next(iter(runs.values())).recipe)
-    metrics = {name: run.read_json(run.metrics) for name, run in runs.items()}
+    metrics = {name: read_metrics(run) for name, run in runs.items()}
     limits = limits_of(metrics, list(recipe.sources))
     mark_reached(entries, options.reference)
     chosen = [

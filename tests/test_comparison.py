@@ -32,6 +32,7 @@ from symphony_moe.reporting.comparison_table import (
 )
 from symphony_moe.runs.comparison_folder import CompareFolder
 from symphony_moe.runs.folder import RunFolder
+from symphony_moe.runs.metrics import Metrics
 
 VARIANTS = {"btx+teachers": {"method": "btx", "train": {"teacher": "sources"}}}
 
@@ -48,8 +49,12 @@ def recipe(recipes: Callable[[str], Path]) -> Path:
 # Pure functions
 
 
-def metrics(**changes: Any) -> dict[str, Any]:
+def metrics(**changes: Any) -> Metrics:
     """A finished run's, as `pipeline` writes them."""
+    return Metrics.model_validate(content() | changes)
+
+
+def content() -> dict[str, Any]:
     return {
         "sources": {"a": {"a": 1.0, "b": 3.0, "x": 5.0}, "b": {"a": 4.0, "b": 2.0, "x": 4.0}},
         "built": {"a": 3.0, "b": 4.0, "x": 6.0},
@@ -68,7 +73,7 @@ def metrics(**changes: Any) -> dict[str, Any]:
             "build_peak_rss_bytes": 7,
             "train_peak_rss_bytes": 8,
         },
-    } | changes
+    }
 
 
 def test_two_rows_a_run() -> None:
@@ -90,6 +95,11 @@ def test_two_rows_a_run() -> None:
     assert trained["curve"] == [point]
 
 
+def test_a_run_that_is_not_finished_is_named() -> None:
+    with pytest.raises(RunFolderError, match=r"btx \(seed 4\): .* no training; .* --resume"):
+        entries_of({("btx", 4): metrics(training={})}, ["a", "b"])
+
+
 def test_benchmarks_stand_beside_the_losses() -> None:
     scores = {"arc": {"acc": 0.5}}
     built, trained = entries_of({("btx", 4): metrics(tasks={"trained": scores})}, ["a", "b"])
@@ -107,12 +117,12 @@ def test_the_specialists_are_each_on_its_own() -> None:
         "in domain": 1.5,
         "out of domain": 4.0,
     }
-    unasked = metrics()
-    unasked["sources"]["a"]["x"] = None
-    best = unasked["sources"]["b"]["x"]
-    assert limits_of({("btx", 4): unasked}, ["a", "b"])["out of domain"] == best
-    unasked["sources"]["b"] = {domain: None for domain in unasked["sources"]["b"]}
-    assert limits_of({("btx", 4): unasked}, ["a", "b"]) == {
+    sources: dict[str, dict[str, float | None]] = content()["sources"]
+    sources["a"]["x"] = None
+    best = sources["b"]["x"]
+    assert limits_of({("btx", 4): metrics(sources=sources)}, ["a", "b"])["out of domain"] == best
+    sources["b"] = dict.fromkeys(sources["b"], None)
+    assert limits_of({("btx", 4): metrics(sources=sources)}, ["a", "b"]) == {
         "in domain": None,
         "out of domain": None,
     }
@@ -156,7 +166,7 @@ def test_every_method_is_measured_by_the_reference_of_its_seed() -> None:
 
 def test_the_way_to_a_loss_that_nobody_measured_is_not_invented() -> None:
     """Between the built and the trained model a straight line would say much too many tokens."""
-    unmeasured = metrics()["training"] | {"held_out": []}
+    unmeasured = content()["training"] | {"held_out": []}
     runs = {
         ("symphony", 1): metrics(trained={"a": 2.5, "b": 3.5, "x": 5.0}),
         ("btx", 1): metrics(training=unmeasured),
@@ -171,26 +181,24 @@ def test_the_way_to_a_loss_that_nobody_measured_is_not_invented() -> None:
 def test_the_way_to_a_loss_is_that_of_the_models_as_they_were_trained() -> None:
     """`train.temperature_scaling` changes the trained model only, not those on the way to it."""
 
-    def softened(end: float | None, final: float) -> dict[str, Any]:
+    def scaled(end: float | None, final: float) -> Metrics:
         points = [(500, 3.0)] + ([] if end is None else [(1000, end)])
-        training = metrics()["training"] | {
+        training = content()["training"] | {
             "temperature_scaling": {"temperature": 1.2},
             "held_out": [{"tokens": t, "losses": {"a": x, "b": x, "x": 5.0}} for t, x in points],
         }
         return metrics(training=training, trained={"a": final, "b": final, "x": 4.0})
 
-    def reached(reference: dict[str, Any]) -> int | None:
-        entries = entries_of(
-            {("symphony", 1): reference, ("btx", 1): softened(2.0, 2.3)}, ["a", "b"]
-        )
+    def reached(reference: Metrics) -> int | None:
+        entries = entries_of({("symphony", 1): reference, ("btx", 1): scaled(2.0, 2.3)}, ["a", "b"])
         mark_reached(entries, "symphony")
         assert [entry.get("temperature") for entry in entries] == [None, 1.2, None, 1.2]
         tokens: int | None = entries[3]["reaches"]["tokens"]
         return tokens
 
     # 2.5 is half way from 3.0 at 700 tokens to 2.0 at 1200.
-    assert reached(softened(2.5, 2.9)) == 950
-    assert reached(softened(None, 2.9)) is None
+    assert reached(scaled(2.5, 2.9)) == 950
+    assert reached(scaled(None, 2.9)) is None
 
 
 def manifest(**sources: str) -> dict[str, Any]:
@@ -200,9 +208,9 @@ def manifest(**sources: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("what", "second"),
     [
-        ("training text, or its order", {"training": metrics()["training"] | {"text": "u"}}),
-        ("number of trained tokens", {"training": metrics()["training"] | {"tokens": 999}}),
-        ("number of steps", {"training": metrics()["training"] | {"steps": 11}}),
+        ("training text, or its order", {"training": content()["training"] | {"text": "u"}}),
+        ("number of trained tokens", {"training": content()["training"] | {"tokens": 999}}),
+        ("number of steps", {"training": content()["training"] | {"steps": 11}}),
         ("held-out text", {"held_out": {"text": "other"}}),
         ("held-out text", {"held_out": None}),
     ],
@@ -224,7 +232,7 @@ def test_other_sources_cannot_stand_side_by_side() -> None:
 def test_seeds_may_differ_in_their_training_text() -> None:
     runs = {
         ("symphony", 1): metrics(),
-        ("symphony", 2): metrics(training=metrics()["training"] | {"text": "u"}),
+        ("symphony", 2): metrics(training=content()["training"] | {"text": "u"}),
     }
     refuse_different(runs, dict.fromkeys(runs, manifest()))
     # As one seed's, the same two may not.

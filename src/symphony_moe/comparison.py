@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from symphony_moe.errors import RunFolderError, SymphonyError
 from symphony_moe.files import to_json, write_text
@@ -18,14 +18,16 @@ from symphony_moe.progress import Listener, Progress, ignore
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.reporting.comparison_page import comparison_facts, render_comparison
 from symphony_moe.reporting.comparison_table import (
+    Entry,
     entries_of,
     limits_of,
     mark_reached,
     refuse_different,
 )
-from symphony_moe.reporting.run_page import title
+from symphony_moe.reporting.page import title
 from symphony_moe.runs.comparison_folder import CompareFolder, start_comparison
 from symphony_moe.runs.folder import RunFolder, adopt_build
+from symphony_moe.runs.metrics import Metrics, read_metrics
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.text.texts import Texts
 from symphony_moe.training.run import refuse_untrainable
@@ -37,7 +39,7 @@ class Comparison(NamedTuple):
     """A finished comparison."""
 
     folder: CompareFolder
-    entries: list[dict[str, Any]]
+    entries: list[Entry]
     """The rows of `comparison.json`."""
     limits: dict[str, float | None]
     """The specialists' losses in and out of domain."""
@@ -80,10 +82,10 @@ def compare(
         _run_apart(folder.run(*name), folder.recipe(*name), folder.run(*names[0]))
         progress(Progress("compare", number, len(names)))
     runs = {name: folder.run(*name) for name in names}
-    metrics = {name: run.read_json(run.metrics) for name, run in runs.items()}
+    metrics = {name: read_metrics(run) for name, run in runs.items()}
     manifests = {name: run.read_json(run.manifest) for name, run in runs.items()}
     for name, of_run in metrics.items():
-        _refuse_other_training(runs[name], of_run["training"], recipes[name].train)
+        _refuse_other_training(runs[name], of_run, recipes[name].train)
     refuse_different(metrics, manifests)
     entries = entries_of(metrics, list(recipe.sources))
     reference = recipe.compare.reference
@@ -99,7 +101,7 @@ def compare(
         entries,
         limits,
         reference,
-        comparison_facts([one.model_dump(mode="json") for one in recipes.values()]),
+        comparison_facts(list(recipes.values())),
         settings,
         in_domain=list(recipe.sources),
     )
@@ -189,7 +191,7 @@ def _adopt_build(
 def _run_apart(run: RunFolder, recipe: Path, like: RunFolder) -> None:
     """The whole way in a process of its own, so that its peak of memory is its own and what kills
     it kills nothing else. `like`: the comparison's first run."""
-    if run.report.is_file() and "trained" in run.read_json(run.metrics):
+    if run.report.is_file() and read_metrics(run).trained:
         return  # the report comes last; what is trained again has no losses yet
     same = [] if like == run else ["--sources-from", str(like.root)]
     command = [sys.executable, "-m", "symphony_moe", "run", str(recipe), "--out", str(run.root)]
@@ -216,11 +218,11 @@ _OF_A_MACHINE = {
 }
 
 
-def _refuse_other_training(run: RunFolder, training: Mapping[str, Any], settings: Train) -> None:
+def _refuse_other_training(run: RunFolder, metrics: Metrics, settings: Train) -> None:
     """RunFolderError for a run that was trained with other settings than its recipe's, but for
     those that say how to compute and not what (a machine of several GPUs has its own)."""
     wanted = settings.model_dump(exclude=_OF_A_MACHINE)
-    found = training.get("settings", {})
+    found = metrics.training.settings if metrics.training else {}
     for name in wanted.keys() & found.keys():
         if (value := found[name]) != wanted[name]:
             raise RunFolderError(

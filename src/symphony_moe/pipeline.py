@@ -33,7 +33,7 @@ from symphony_moe.machine import (
     versions,
 )
 from symphony_moe.progress import Listener, ignore
-from symphony_moe.recipe.settings import Recipe
+from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.reporting.run_page import render
 from symphony_moe.runs.folder import (
     RunFolder,
@@ -43,6 +43,7 @@ from symphony_moe.runs.folder import (
     require_room,
     start_run,
 )
+from symphony_moe.runs.metrics import Metrics, read_metrics
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.source import Source, experts_of, remarks
 from symphony_moe.text.documents import check_data_exists
@@ -275,7 +276,7 @@ def evaluate(
     with log_to(folder):
         sources = open_sources(recipe)
         _warn_beyond_context(recipe, sources, "evaluation")
-        return evaluate_run(folder, recipe, sources, like, texts, progress)
+        return evaluate_run(folder, recipe, sources, like, texts, progress).to_json()
 
 
 def evaluate_tasks(  # noqa: PLR0913 (all but two are keywords, as the command has them)
@@ -318,14 +319,19 @@ def report(folder: RunFolder) -> Path:
     >>> report(RunFolder(Path("run"))).name
     'report.html'
     """
-    recipe = folder.read_recipe().model_dump(mode="json")
+    recipe = folder.read_recipe()
     folder.require_checkpoint()
-    metrics = folder.read_json(folder.metrics)
-    # A training may have had settings of its own.
-    recipe["train"] |= metrics.get("training", {}).get("settings", {})
-    html = render(metrics, folder.read_json(folder.plan), recipe)
+    metrics = read_metrics(folder)
+    html = render(metrics, folder.read_json(folder.plan), _as_trained(recipe, metrics))
     write_text(folder.report, html)
     return folder.report
+
+
+def _as_trained(recipe: Recipe, metrics: Metrics) -> Recipe:
+    """The recipe with the settings that the training had: it may have had some of its own."""
+    settings = metrics.training.settings if metrics.training else {}
+    known = {name: value for name, value in settings.items() if name in Train.model_fields}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=known)})
 
 
 def _warn_beyond_context(recipe: Recipe, sources: Sequence[Source], section: str) -> None:

@@ -20,8 +20,8 @@ from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError
 from symphony_moe.evaluation import benchmarks
 from symphony_moe.recipe.load import load_recipe
-from symphony_moe.reporting.run_page import TASK_SETTINGS
 from symphony_moe.runs.folder import RunFolder
+from symphony_moe.runs.metrics import TaskResult
 
 harness = pytest.importorskip("lm_eval.tasks", reason="needs the extra lm-eval")
 
@@ -94,7 +94,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def metrics_of(values: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if name not in TASK_SETTINGS}
+    return {name: value for name, value in values.items() if name not in TaskResult.model_fields}
 
 
 # Scores
@@ -291,7 +291,7 @@ def test_results_are_merged_and_forgotten_with_their_model(run: RunFolder, own: 
     assert set(metrics["tasks"]["trained"]["own_words"]) == {
         "exact_match",
         "exact_match_stderr",
-        *TASK_SETTINGS,
+        *TaskResult.model_fields,
     }
     assert metrics["alignment"] == before["alignment"]
     pipeline.evaluate(run)

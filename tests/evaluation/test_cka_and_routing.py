@@ -490,18 +490,18 @@ def test_the_ends_of_the_threshold_are_all_experts_and_one(
     before = [router.top_k for router in routers(model)]
     windows = {"x": random_windows(6, 4), "y": random_windows(7, 3)}
     found = dynamic_routing(model, windows, [0.0, 0.1, 0.3, 0.999])
-    assert [row["experts"] for row in found["fixed"]] == [1, 2, 3]
-    everything, some, fewer, one = found["threshold"]
-    assert everything["mean_experts"] == 3 and one["mean_experts"] == 1
-    assert everything["losses"] == pytest.approx(found["fixed"][2]["losses"], abs=1e-6)
-    assert one["losses"] == pytest.approx(found["fixed"][0]["losses"], abs=1e-6)
-    assert 3 > some["mean_experts"] > fewer["mean_experts"] > 1
-    assert len(some["experts_by_layer"]) == 2
-    for mean in (some["experts_by_layer"], list(some["experts_by_domain"].values())):
-        assert sum(mean) / 2 == pytest.approx(some["mean_experts"], abs=1e-5)
+    assert [row.experts for row in found.fixed] == [1, 2, 3]
+    everything, some, fewer, one = found.threshold
+    assert everything.mean_experts == 3 and one.mean_experts == 1
+    assert everything.losses == pytest.approx(found.fixed[2].losses, abs=1e-6)
+    assert one.losses == pytest.approx(found.fixed[0].losses, abs=1e-6)
+    assert 3 > some.mean_experts > fewer.mean_experts > 1
+    assert len(some.experts_by_layer) == 2
+    for mean in (some.experts_by_layer, list(some.experts_by_domain.values())):
+        assert sum(mean) / 2 == pytest.approx(some.mean_experts, abs=1e-5)
     assert [router.top_k for router in routers(model)] == before
     again, routing = losses_and_routing(model, windows)
-    assert again == found["fixed"][1]["losses"], "the model is as it was"
+    assert again == found.fixed[1].losses, "the model is as it was"
     assert routing["x"].used.sum(dim=1).tolist() == pytest.approx([2, 2])
 
 

@@ -9,25 +9,20 @@ import sys
 from typing import Any
 
 import pytest
-from test_report import sample_recipe
+from plots import Plot
+from test_report import changed, sample_recipe
 
 from checks import Page
-from symphony_moe.reporting.comparison_page import (
-    Chart,
-    apart,
-    comparison_facts,
-    line_chart,
-    loss_cells,
-    main_table,
-    render_comparison,
-    spread,
-    task_table,
-)
-from symphony_moe.reporting.run_page import MISSING, TASK_SETTINGS, loss_text
+from symphony_moe.reporting.charts import Chart, draw
+from symphony_moe.reporting.comparison_chart import line_chart
+from symphony_moe.reporting.comparison_losses import loss_cells, main_table, task_table
+from symphony_moe.reporting.comparison_page import comparison_facts, render_comparison
+from symphony_moe.reporting.numbers import MISSING, loss_text
+from symphony_moe.reporting.over_seeds import spread
 
 LIMITS: dict[str, float | None] = {"in domain": 2.351, "out of domain": 3.08}
 DOMAINS = ["general", "maths", "medicine"]
-Entries = list[dict[str, Any]]
+Entries = list[Any]
 
 FINAL = {"paper": (2.9, 3.5), "ours": (2.4, 3.2), "btx": (2.85, 3.6)}
 """Method -> mean in and out of domain of seed 0; seed n has 0.01 n more."""
@@ -133,7 +128,7 @@ def test_every_mean_and_range_is_on_the_page() -> None:
 def test_the_page_says_what_a_method_costs_and_when_it_reaches_the_reference() -> None:
     entries = sample_entries()
     page = rendered(entries)
-    cost = ["1 min 41 s (build 41.0 s)", "2.0 GB (build 1.0 GB)"]
+    cost = ["1 minute and 41 seconds (build 41 seconds)", "2.0 GB (build 1.0 GB)"]
     assert cells(page, "Held-out loss", "ours")[4:] == ["40.1 % (40.0 to 40.2 %)", *cost]
     assert cells(page, "Held-out loss", "paper")[4:] == ["reference", *cost]
     assert cells(page, "Held-out loss", "btx")[4:] == ["not reached", *cost]
@@ -169,7 +164,8 @@ def test_one_seed_has_no_range() -> None:
     assert "A method with one seed has no range" in page.words
     assert "in nats per token, one seed;" in page.words
     assert "overlap" not in page.words
-    assert not any(line.bands for line in chart_of(entries).lines)
+    plot = Plot(draw(chart_of(entries)))
+    assert not any(plot.bands(number) for number in range(3))
 
 
 def test_the_lowest_mean_of_every_column_is_bold() -> None:
@@ -238,7 +234,7 @@ def test_without_domains_of_no_source_there_is_no_column_and_no_chart_of_them() 
     assert [len(row) for row in page.table("Held-out loss")[1:]] == [6] * 5
     assert "Out of domain" not in page.text
     assert "No loss was measured out of domain." in page.words
-    assert "Not a number" not in page.words
+    assert "NaN or infinite" not in page.words
 
 
 def test_trained_losses_by_domain_are_means_over_seeds() -> None:
@@ -262,8 +258,7 @@ def test_the_header_says_what_all_runs_have_in_common() -> None:
     assert facts["Calibration"] == "262,144 tokens" and facts["Dtype"] == "bfloat16"
     assert facts["Training"] == "10,000,000 tokens" and facts["Trained"] == "all"
     assert facts["Held-out text"] == "65,536 tokens a domain"
-    other = sample_recipe()
-    other |= {"anchor": "code", "train": other["train"] | {"scope": "router"}}
+    other = changed(sample_recipe(), anchor="code", train__scope="router")
     fewer = comparison_facts([sample_recipe(), other])
     assert fewer == [fact for fact in facts.items() if fact[0] not in ("Anchor", "Trained")]
 
@@ -275,29 +270,30 @@ def test_points_are_where_tokens_and_losses_put_them() -> None:
     entries = sample_entries(seeds=(0, 1))
     # Positions 0 to 1000 tokens; losses 2.4 to 4.91, so the axis goes from 2 to 5.
     chart = chart_of(entries)
-    assert [label for _, label in chart.y_ticks] == ["2", "3", "4", "5"]
-    assert [label for _, label in chart.x_ticks] == ["0", "200", "400", "600", "800", "1k"]
+    plot = Plot(draw(chart))
+    assert list(plot.upward) == [2, 3, 4, 5]
+    assert list(plot.across) == [0, 200, 400, 600, 800, 1000]
+    assert {"2", "5", "0", "800", "1k"} <= {text for text, _ in plot.texts}
     ours = chart.lines[1]
-    assert ours.method == "ours"
+    assert ours.name == "ours"
 
-    def points(above: float) -> list[str]:
-        found = (
-            (tokens, 2.4 + above + 2 * (1000 - tokens) / 800) for tokens in (200, 400, 600, 1000)
-        )
-        return [f"{tokens:.1f},{1000 * (5 - loss) / 3:.1f}" for tokens, loss in found]
+    def losses(above: float) -> list[Any]:
+        found = (2.4 + above + 2 * (1000 - tokens) / 800 for tokens in (200, 400, 600, 1000))
+        return [pytest.approx(loss, abs=2e-3) for loss in found]
 
     # The curve's last point is the trained model.
-    assert ours.lines == [" ".join(points(0.005))]
-    assert ours.bands == [" ".join([*points(0.01), *reversed(points(0.0))])]
-    assert [(round(p.x, 6), p.end) for p in ours.points] == [
-        (20, True),
-        (40, False),
-        (60, False),
-        (100, True),
-    ]
+    (placed,) = plot.line("ours")
+    assert [x for x, _ in placed] == [pytest.approx(x, abs=0.5) for x in (200, 400, 600, 1000)]
+    assert [y for _, y in placed] == losses(0.005)
+    assert [p.y for p in ours.points] == losses(0.005)
+    assert [p.high for p in ours.points] == losses(0.01)
+    assert [p.low for p in ours.points] == losses(0.0)
+    (band,) = plot.bands(1)
+    assert {round(y, 2) for x, y in band if abs(x - 1000) < 1} == {2.4, 2.41}
+    assert [round(p.x, 6) for p in ours.points] == [200, 400, 600, 1000]
     assert ours.points[-1].title == "ours, 1,000 tokens: 2.405 (2.400 to 2.410, 2 seeds)"
-    assert chart.limit is not None
-    assert chart.limit == (pytest.approx(100 * (5 - 2.4) / 3), "2.400")
+    assert ours.points[-1].title in plot.titles
+    assert chart.level == ("limit", 2.4) and plot.labels[-1] == "limit 2.400"
 
 
 def test_a_method_without_a_curve_is_a_line_of_two_points() -> None:
@@ -311,8 +307,8 @@ def test_only_positions_that_all_seeds_have_are_drawn() -> None:
     curve = entry(entries, "ours", 1, "trained")["curve"]
     curve[0]["tokens"] = 500
     chart = chart_of(entries)
-    assert [round(point.x) for point in chart.lines[1].points] == [20, 60, 100]
-    assert chart.left_out == ["ours: 2 point(s) not drawn, which were not measured for every seed."]
+    assert [round(point.x) for point in chart.lines[1].points] == [200, 600, 1000]
+    assert chart.notes == ("ours: 2 point(s) not drawn, which were not measured for every seed.",)
 
 
 @pytest.mark.parametrize("loss", [None, math.nan])
@@ -320,16 +316,17 @@ def test_a_point_that_is_not_a_number_breaks_its_line_and_is_said(loss: float | 
     entries = sample_entries(seeds=(0, 1))
     entry(entries, "ours", 1, "trained")["curve"][0]["mean_in_domain"] = loss
     chart = chart_of(entries)
-    assert [len(line.split()) for line in chart.lines[1].lines] == [1, 2]
-    assert len(chart.lines[1].bands) == 1
-    assert len(chart.left_out) == 1 and chart.left_out[0].startswith("ours: 1 of 4 point(s)")
-    assert chart.left_out[0] in rendered(entries).words
-    assert not chart_of(entries, "out of domain").left_out
+    plot = Plot(draw(chart))
+    assert [len(part) for part in plot.line("ours")] == [1, 2]
+    assert len(plot.bands(1)) == 1
+    assert len(chart.notes) == 1 and chart.notes[0].startswith("ours: 1 of 4 point(s)")
+    assert chart.notes[0] in rendered(entries).words
+    assert not chart_of(entries, "out of domain").notes
 
 
 def test_a_method_without_a_number_has_no_line_and_keeps_the_others_colours() -> None:
     entries = sample_entries()
-    colours = {line.method: (line.colour, line.marker) for line in chart_of(entries).lines}
+    colours = {line.name: (line.colour, line.marker) for line in chart_of(entries).lines}
     assert len(set(colours.values())) == 3
     for row in entries:
         if row["method"] == "paper":
@@ -337,9 +334,9 @@ def test_a_method_without_a_number_has_no_line_and_keeps_the_others_colours() ->
             for point in row.get("curve", []):
                 point["mean_in_domain"] = None
     chart = chart_of(entries, limit=None)
-    assert [line.method for line in chart.lines] == ["ours", "btx"]
-    assert all(colours[line.method] == (line.colour, line.marker) for line in chart.lines)
-    assert chart.limit is None and len(chart.labels) == 2
+    assert [line.name for line in chart.lines] == ["ours", "btx"]
+    assert all(colours[line.name] == (line.colour, line.marker) for line in chart.lines)
+    assert chart.level is None and len(chart.labels) == 2
     rendered(entries)
 
 
@@ -351,27 +348,18 @@ def test_a_chart_without_a_number_says_so() -> None:
     assert "No curve in domain" in rendered(entries).words
 
 
-def test_labels_stand_apart_within_the_plot_and_in_order() -> None:
-    places = apart([50, 50.5, 10, 51, 99, 100, 98], 5, 0, 100)
-    order = sorted(range(7), key=lambda index: [50, 50.5, 10, 51, 99, 100, 98][index])
-    ordered = [places[index] for index in order]
-    gaps = [after - before for before, after in itertools.pairwise(ordered)]
-    assert min(gaps) >= 5 - 1e-6
-    assert min(places) >= 0 and max(places) <= 100
-    assert places[2] == 10 and places[1] == pytest.approx(50.5)
-    assert apart([], 5, 0, 100) == []
-
-
 @pytest.mark.parametrize("number", [1, 3, 30, 60])
 def test_labels_of_many_methods_do_not_overlap(number: int) -> None:
     entries = [
         row | {"method": f"{row['method']} {k}"} for k in range(number) for row in sample_entries()
     ]
-    chart = chart_of(entries)
-    places = sorted(label.at for label in chart.labels)
-    rem = [(after - before) * chart.height / 100 for before, after in itertools.pairwise(places)]
-    assert min(rem) >= 1.0
-    assert places[0] >= -1e-6 and places[-1] <= 100 + 1e-6
+    plot = Plot(draw(chart_of(entries)))
+    places = sorted(plot.label_heights)
+    assert len(places) == 3 * number + 1
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    assert min(gaps) >= 13.9
+    top, bottom = min(plot.upward.values()), max(plot.upward.values())
+    assert places[0] >= top - 1 and places[-1] <= bottom + 8
 
 
 # Benchmarks
@@ -442,12 +430,22 @@ def test_without_benchmarks_there_is_no_section_of_them() -> None:
 # The page
 
 
+def test_every_chart_has_its_numbers_as_a_table() -> None:
+    page = rendered(sample_entries(seeds=(0, 1)))
+    rows = page.table("Held-out loss in domain against tokens")
+    assert rows[0] == ["tokens, calibration included", *FINAL]
+    assert [row[0] for row in rows[1:]] == ["200", "400", "600", "1,000"]
+    assert rows[-1][2] == "2.405 (2.400 to 2.410)"
+    assert "Held-out loss out of domain against tokens: loss, nats per token" in page.tables
+
+
 def test_names_are_escaped() -> None:
     evil = "<script>alert('x')</script>&\"--x"
     entries = sample_entries()
+    way = {"samples": 0, "documents": 0, "chat_template": False}
     for row in entries:
         row["losses"][evil] = 1.0
-        row["tasks"] = {evil: {evil: 0.5, **dict.fromkeys(TASK_SETTINGS, 0), "lm_eval": evil}}
+        row["tasks"] = {evil: {evil: 0.5, **way, "fewshot": 0, "lm_eval": evil}}
     entries += [row | {"method": evil} for row in entries if row["method"] == "ours"]
     page = Page(
         render_comparison(evil, entries, LIMITS, evil, [(evil, evil)], {evil: {evil: evil}})
@@ -470,7 +468,7 @@ def test_the_page_loads_nothing() -> None:
 
 def test_every_colour_and_part_of_the_style_that_is_used_is_there() -> None:
     page = rendered(sample_entries())
-    for name in set(re.findall(r"var\((--[\w]+)\)", page.html)) - {"--colour", "--by"}:
+    for name in set(re.findall(r"var\((--[\w]+)\)", page.html)) - {"--by"}:
         assert re.search(rf"{name}:", page.html), name
     # Both colour schemes have all of them.
     assert len(re.findall(r"--c7: #", page.html)) == 2
@@ -480,9 +478,10 @@ def test_settings_are_shown_as_yaml() -> None:
     page = rendered(sample_entries())
     assert any("method: harmonized\ntrain:\n  teacher: sources\n" in text for text in page.text)
     assert "The recipe as it is." in page.words
-    assert [tag for tag, _ in page.tags].count("details") == 1
+    charts = 2  # each with its numbers
+    assert [tag for tag, _ in page.tags].count("details") == 1 + charts
     without = Page(render_comparison("Title", sample_entries(), LIMITS, "paper", [], {}))
-    assert "details" not in [tag for tag, _ in without.tags]
+    assert [tag for tag, _ in without.tags].count("details") == charts
 
 
 def test_a_run_that_was_not_trained_and_no_run_at_all_render() -> None:
@@ -502,7 +501,8 @@ def test_rendering_is_pure() -> None:
 def test_importing_the_module_is_cheap() -> None:
     program = (
         "import sys; import symphony_moe.reporting.comparison_page;"
-        "sys.exit(str(sorted({'jinja2', 'torch', 'yaml'} & sys.modules.keys())))"
+        "heavy = {'humanize', 'jinja2', 'matplotlib', 'torch', 'transformers'};"
+        "sys.exit(str(sorted(heavy & sys.modules.keys())))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr.strip() == "[]"

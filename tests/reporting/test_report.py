@@ -9,26 +9,28 @@ import sys
 from typing import Any
 
 import pytest
+from plots import Plot
 
 from checks import Page
 from symphony_moe.recipe.settings import Recipe
-from symphony_moe.reporting.numbers import compact, duration, in_words, size
-from symphony_moe.reporting.run_page import (
+from symphony_moe.reporting.charts import draw
+from symphony_moe.reporting.losses import loss_table
+from symphony_moe.reporting.numbers import (
     MISSING,
-    ceiling_share,
-    dynamic_curve,
+    compact,
+    duration,
     error_text,
-    loss_chart,
-    loss_table,
+    in_words,
     loss_text,
-    mean_loss,
-    other_notes,
-    render,
-    shade,
-    share_chart,
-    task_table,
-    ticks,
+    mean_of_all,
+    size,
 )
+from symphony_moe.reporting.routing import dynamic_curve
+from symphony_moe.reporting.run_page import other_notes, render
+from symphony_moe.reporting.tables import Shade, ceiling_share, shade
+from symphony_moe.reporting.tasks import task_table
+from symphony_moe.reporting.training import loss_chart, share_chart
+from symphony_moe.runs.metrics import CurvePoint, DynamicRouting, Metrics
 
 SOURCES = ["general", "maths", "code"]
 DOMAINS = [*SOURCES, "medicine"]
@@ -47,7 +49,7 @@ KEYS = [
 BUILD = "symphony build RECIPE --out DIR"
 
 
-def sample_recipe() -> dict[str, Any]:
+def sample_recipe() -> Recipe:
     return Recipe.model_validate(
         {
             "sources": {
@@ -59,7 +61,17 @@ def sample_recipe() -> dict[str, Any]:
             "align": {"residual": "orthogonal", "heads": "all", "neurons": "activations"},
             "fit": {"method": "least-squares"},
         }
-    ).model_dump(mode="json")
+    )
+
+
+def changed(recipe: Recipe, **settings: Any) -> Recipe:
+    """With other settings (`fit__method` for `fit.method`), whatever the rules are."""
+    for path, value in settings.items():
+        section, _, name = path.partition("__")
+        if name:
+            value = getattr(recipe, section).model_copy(update={name: value})
+        recipe = recipe.model_copy(update={section: value})
+    return recipe
 
 
 def sample_plan() -> dict[str, Any]:
@@ -207,7 +219,7 @@ def sample_tasks() -> dict[str, Any]:
 
 
 def sample_fit() -> dict[str, Any]:
-    ridge = sample_recipe()["fit"]["ridge"]
+    ridge = sample_recipe().fit.ridge
     attention = {"q, k and v": 9.4, "o": 6.1}
     experts = {f"input map of {name}": 70.0 + i for i, name in enumerate(SOURCES)}
     experts |= {f"down_proj of {name}": 1069.3 - i for i, name in enumerate(SOURCES)}
@@ -267,17 +279,20 @@ def old_fit() -> dict[str, Any]:
     return fit
 
 
-def router_only() -> tuple[dict[str, Any], dict[str, Any]]:
+def router_only() -> tuple[dict[str, Any], Recipe]:
     """(metrics, recipe) of a build that fitted a router and nothing else."""
-    metrics, recipe = sample_metrics(), sample_recipe()
+    metrics = sample_metrics()
     layers = [{"routing": layer["routing"]} for layer in metrics["fit"]["layers"]]
     metrics["fit"] = {"layers": layers}
-    recipe["fit"]["method"], recipe["router"]["init"] = "none", "regression"
-    return metrics, recipe
+    return metrics, changed(sample_recipe(), fit__method="none", router__init="regression")
 
 
-def rendered(metrics: dict[str, Any]) -> str:
-    return render(metrics, sample_plan(), sample_recipe())
+def read(metrics: dict[str, Any]) -> Metrics:
+    return Metrics.model_validate(metrics)
+
+
+def rendered(metrics: dict[str, Any], recipe: Recipe | None = None) -> str:
+    return render(read(metrics), sample_plan(), recipe or sample_recipe())
 
 
 def without(*keys: str) -> dict[str, Any]:
@@ -374,10 +389,11 @@ def test_an_empty_part_is_a_missing_part(key: str) -> None:
 def test_an_alignment_is_missing_only_where_the_recipe_asks_for_it(
     settings: dict[str, str], lacking: str | None
 ) -> None:
-    recipe = sample_recipe()
-    for key, value in settings.items():
-        recipe["experts" if key == "init" else "align"][key] = value
-    words = Page(render(without("alignment"), sample_plan(), recipe)).words
+    sections = {"init": "experts"}
+    recipe = changed(
+        sample_recipe(), **{f"{sections.get(k, 'align')}__{k}": v for k, v in settings.items()}
+    )
+    words = Page(rendered(without("alignment"), recipe)).words
     assert ("No alignment" in words) == (lacking is not None)
     assert lacking is None or lacking in words
 
@@ -393,11 +409,10 @@ def test_a_kind_of_alignment_that_is_missing_beside_others_is_named() -> None:
 
 
 def test_no_fit_is_no_omission_where_the_recipe_asks_for_none() -> None:
-    recipe = sample_recipe()
-    recipe["fit"]["method"] = "none"
-    assert "Not in this report" not in render(without("fit"), sample_plan(), recipe)
-    recipe["router"]["init"] = "regression"
-    page = Page(render(without("fit"), sample_plan(), recipe))
+    recipe = changed(sample_recipe(), fit__method="none")
+    assert "Not in this report" not in rendered(without("fit"), recipe)
+    recipe = changed(recipe, router__init="regression")
+    page = Page(rendered(without("fit"), recipe))
     assert f"No balance of the fitted router; run  {BUILD}" in " ".join(page.text)
 
 
@@ -409,8 +424,8 @@ def test_names_are_escaped() -> None:
     metrics["timing"][evil] = evil
     plan["notes"].append(evil)
     plan["sources"][0]["model"] = evil
-    recipe["sources"][evil] = recipe["sources"]["code"]
-    recipe["anchor"] = evil
+    sources = recipe.sources | {evil: recipe.sources["code"]}
+    recipe = changed(recipe, sources=sources, anchor=evil)
     metrics["routing"]["built"]["share"][evil] = [[1.0, 0.0, 0.0]]
     metrics["cka"]["built"]["experts"] = [evil, *SOURCES[1:]]
     for kind in metrics["alignment"].values():
@@ -422,7 +437,7 @@ def test_names_are_escaped() -> None:
     metrics["fit"]["layers"][0]["experts"]["ridge"][evil] = 0.1
     metrics["training"]["curve"][0][f"share/{evil}"] = 0.1
     metrics["fit"]["head"][evil] = {"error": [1.0, 2.0], "kept": False}
-    page = Page(render(metrics, plan, recipe))
+    page = Page(render(read(metrics), plan, recipe))
     assert "script" not in [tag for tag, _ in page.tags]
     assert any(evil in row for row in page.rows)
     assert f"The {evil} model was written." in page.words
@@ -447,7 +462,7 @@ def test_bold_marks_the_lowest_model_of_every_column_but_not_the_reference() -> 
     metrics = sample_metrics()
     metrics["trained"]["maths"] = 1.0
     metrics["sources"]["general"]["code"] = 0.5
-    table = loss_table(metrics, sample_recipe())
+    table = loss_table(read(metrics), sample_recipe())
     assert table is not None
     best = [
         [label for label, _, cells in table.rows if cells[column].best]
@@ -461,7 +476,7 @@ def test_bold_marks_the_lowest_model_of_every_column_but_not_the_reference() -> 
 def test_losses_that_look_equal_are_marked_alike() -> None:
     metrics = sample_metrics()
     metrics["built"]["code"], metrics["trained"]["code"] = 1.00004, 1.00001
-    table = loss_table(metrics, sample_recipe())
+    table = loss_table(read(metrics), sample_recipe())
     assert table is not None
     assert [label for label, _, cells in table.rows if cells[2].best] == ["built", "trained"]
 
@@ -476,7 +491,7 @@ def test_own_specialist_is_each_domain_by_its_own_source() -> None:
         loss_text(sum(own) / 3),
         MISSING,
     ]
-    table = loss_table(metrics, sample_recipe())
+    table = loss_table(read(metrics), sample_recipe())
     assert table is not None
     marked = [(row[0], i) for row in table.rows for i, cell in enumerate(row[2]) if cell.own]
     assert marked == [(name, index) for index, name in enumerate(SOURCES)]
@@ -501,8 +516,8 @@ def test_a_diverged_model_renders_and_is_never_the_best(loss: float | None, show
     page = Page(rendered(metrics))
     # The maths column and the mean in domain; the other domains are as they were.
     assert [i for i, text in enumerate(page.row("trained")) if text == shown] == [1, 4]
-    assert "1 point(s) are not finite" in " ".join(page.text)
-    table = loss_table(metrics, sample_recipe())
+    assert "1 point(s) are NaN or infinite" in " ".join(page.text)
+    table = loss_table(read(metrics), sample_recipe())
     assert table is not None
     assert table.diverged
     assert not table.rows[-1][2][1].best
@@ -511,11 +526,11 @@ def test_a_diverged_model_renders_and_is_never_the_best(loss: float | None, show
 def test_a_source_that_is_asked_nothing_of_a_domain_is_not_measured_on_it() -> None:
     """And it has not diverged."""
     metrics = sample_metrics()
-    name = next(iter(sample_recipe()["sources"]))
+    name = next(iter(sample_recipe().sources))
     metrics["sources"][name]["maths"] = None
     row = Page(rendered(metrics)).row(name)
     assert [i for i, text in enumerate(row) if text == MISSING] == [1, 4]
-    table = loss_table(metrics, sample_recipe())
+    table = loss_table(read(metrics), sample_recipe())
     assert table is not None and not table.diverged
 
 
@@ -535,9 +550,9 @@ def test_a_curve_without_a_finite_loss_renders() -> None:
 
 
 def test_a_mean_over_fewer_domains_is_no_mean() -> None:
-    assert mean_loss([1.0, 2.0]) == 1.5
-    assert mean_loss([1.0, None]) is None
-    assert mean_loss([]) is None
+    assert mean_of_all([1.0, 2.0]) == 1.5
+    assert mean_of_all([1.0, None]) is None
+    assert mean_of_all([]) is None
 
 
 def test_the_page_loads_nothing() -> None:
@@ -551,7 +566,7 @@ def test_the_page_loads_nothing() -> None:
 
 
 def test_rendering_is_pure() -> None:
-    metrics, plan, recipe = sample_metrics(), sample_plan(), sample_recipe()
+    metrics, plan, recipe = read(sample_metrics()), sample_plan(), sample_recipe()
     before = copy.deepcopy((metrics, plan, recipe))
     assert render(metrics, plan, recipe) == render(metrics, plan, recipe)
     assert (metrics, plan, recipe) == before
@@ -560,7 +575,8 @@ def test_rendering_is_pure() -> None:
 def test_importing_the_module_is_cheap() -> None:
     program = (
         "import sys; import symphony_moe.reporting.run_page;"
-        "sys.exit(str(sorted({'jinja2', 'torch', 'yaml'} & sys.modules.keys())))"
+        "heavy = {'humanize', 'jinja2', 'matplotlib', 'torch', 'transformers'};"
+        "sys.exit(str(sorted(heavy & sys.modules.keys())))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr.strip() == "[]"
@@ -568,43 +584,61 @@ def test_importing_the_module_is_cheap() -> None:
 
 def test_the_chart_places_points_within_the_plot_and_breaks_at_gaps() -> None:
     losses = [5.0, math.nan, 3.0, 2.5]
-    chart = loss_chart([{"tokens": 100 * i, "loss": loss} for i, loss in enumerate(losses)])
+    chart = loss_chart(curve([{"tokens": 100 * i, "loss": loss} for i, loss in enumerate(losses)]))
     assert chart is not None
     (line,) = chart.lines
-    assert [len(part.split()) for part in line.parts] == [1, 2]
-    numbers = [float(n) for part in line.parts for n in re.findall(r"[-\d.]+", part)]
-    assert all(0 <= number <= 1000 for number in numbers)
-    assert chart.not_finite == 1
-    assert [(x, value) for x, _, value in line.ends] == [(0, "5.000"), (100, "2.500")]
-    assert loss_chart([{"tokens": 7, "loss": 2.0}]) is not None
+    assert [len(part) for part in line.parts] == [1, 2]
+    plot = Plot(draw(chart))
+    assert [len(part) for part in plot.line("loss")] == [1, 2]
+    low, high = min(plot.upward), max(plot.upward)
+    assert all(
+        -0.1 <= x <= 300.1 and low - 0.01 <= y <= high + 0.01
+        for p in plot.line("loss")
+        for x, y in p
+    )
+    assert chart.notes == ("1 point(s) are NaN or infinite and not drawn.",)
+    ends = [(point.x, chart.write(point.y)) for point in (line.drawn[0], line.drawn[-1])]
+    assert ends == [(0, "5.000"), (300, "2.500")]
+    assert loss_chart(curve([{"tokens": 7, "loss": 2.0}])) is not None
 
 
-def load_curve(*shares: tuple[float | None, ...]) -> list[dict[str, Any]]:
+def curve(points: list[dict[str, Any]]) -> list[CurvePoint]:
+    return [CurvePoint.model_validate(point) for point in points]
+
+
+def load_curve(*shares: tuple[float | None, ...]) -> list[CurvePoint]:
     """Shares of each point in the order of `SOURCES`; metrics.json is written by name."""
-    return [
-        {"tokens": 100 * (i + 1), "loss": 2.0, "balance": 1.25 - i / 8}
-        | {f"share/{name}": share for name, share in sorted(zip(SOURCES, row, strict=True))}
-        for i, row in enumerate(shares)
-    ]
+    return curve(
+        [
+            {"tokens": 100 * (i + 1), "loss": 2.0, "balance": 1.25 - i / 8}
+            | {f"share/{name}": share for name, share in sorted(zip(SOURCES, row, strict=True))}
+            for i, row in enumerate(shares)
+        ]
+    )
 
 
 def test_every_experts_share_of_the_choices_is_a_line_of_its_own() -> None:
     chart = share_chart(load_curve((0.5, 0.3, 0.2), (0.4, 0.32, 0.28)), sample_recipe())
     assert chart is not None
-    # In the recipe's order, whatever the curve's; heights count from 0, to 50 per cent here.
-    assert {line.name: line.parts for line in chart.lines} == {
-        "general": ["500.0,0.0 1000.0,200.0"],
-        "maths": ["500.0,400.0 1000.0,360.0"],
-        "code": ["500.0,600.0 1000.0,440.0"],
+    # In the recipe's order, whatever the curve's; heights are per cent and count from 0.
+    assert {line.name: [(p.x, p.y) for p in line.points] for line in chart.lines} == {
+        "general": [(100, 50), (200, 40)],
+        "maths": [(100, 30), (200, 32)],
+        "code": [(100, pytest.approx(20)), (200, pytest.approx(28))],
     }
+    plot = Plot(draw(chart))
+    assert min(plot.upward) == 0 and max(plot.upward) == 50
+    for line in chart.lines:
+        (placed,) = plot.line(line.name)
+        assert placed == [
+            (pytest.approx(p.x, abs=0.1), pytest.approx(p.y, abs=0.02)) for p in line.points
+        ]
     assert [line.name for line in chart.lines] == SOURCES
-    assert [line.ends for line in chart.lines] == [
-        [(50, 0, "50.0 %"), (100, pytest.approx(20), "40.0 %")],
-        [(50, pytest.approx(40), "30.0 %"), (100, pytest.approx(36), "32.0 %")],
-        [(50, pytest.approx(60), "20.0 %"), (100, pytest.approx(44), "28.0 %")],
-    ]
+    ends = [[chart.write(point.y) for point in line.points] for line in chart.lines]
+    assert ends == [["50.0 %", "40.0 %"], ["30.0 %", "32.0 %"], ["20.0 %", "28.0 %"]]
     assert len({(line.colour, line.marker) for line in chart.lines}) == 3
-    assert chart.even == (pytest.approx(100 / 3), "33.3 %")
+    assert chart.level == ("even", pytest.approx(100 / 3))
+    assert plot.labels[-1] == "even 33.3 %"
     assert chart.summary == "Balance 1.250 at 100 tokens, 1.125 at 200 tokens"
 
 
@@ -612,8 +646,8 @@ def test_every_experts_share_of_the_choices_is_a_line_of_its_own() -> None:
 def test_a_share_that_is_not_finite_breaks_its_line_alone(share: float | None) -> None:
     rows = [(0.5, 0.3, 0.2), (0.5, 0.3, share), (0.5, 0.3, 0.2), (0.5, 0.3, 0.2)]
     chart = share_chart(load_curve(*rows), sample_recipe())
-    assert chart is not None and chart.not_finite == 1
-    parts = [[len(part.split()) for part in line.parts] for line in chart.lines]
+    assert chart is not None and chart.notes[0].startswith("1 point(s) are NaN or infinite")
+    parts = [[len(part) for part in line.parts] for line in chart.lines]
     assert parts == [[4], [4], [1, 2]]
 
 
@@ -624,14 +658,16 @@ def test_the_report_draws_the_load_of_the_experts_below_the_loss() -> None:
         "Training loss",
         "Every expert's share of the choices",
     ]
-    lines = [a["style"] for tag, a in page.tags if tag == "polyline" and "style" in a]
-    assert lines == [f"--colour:var(--c{n})" for n in (0, 0, 1, 2)]
+    loss, shares = (Plot(svg) for svg in re.findall(r"<svg.*?</svg>", page.html, re.DOTALL)[:2])
+    for plot, names in ((loss, ["loss"]), (shares, SOURCES)):
+        for number, name in enumerate(names):
+            assert len(plot.line(name)) == 1 and plot.colours[name] == f"var(--c{number})"
     for name, share in (("general", "33.7 %"), ("maths", "33.2 %"), ("code", "33.1 %")):
-        assert f"{name}, {share} at the end" in page.text
-    assert "even, 33.3 %" in page.text
+        assert f"{name} {share}" in shares.labels
+    assert "even 33.3 %" in shares.labels
     balance = "Balance 1.197 at 4,096 tokens, 1.003 at 999,424 tokens; 1.0 is even."
     assert balance in page.words
-    for name in set(re.findall(r"var\((--\w+)\)", page.html)) - {"--colour", "--by"}:
+    for name in set(re.findall(r"var\((--\w+)\)", page.html)) - {"--by"}:
         assert len(re.findall(rf"{name}: #", page.html)) == 2, name  # light and dark
 
 
@@ -648,24 +684,14 @@ def test_a_curve_without_shares_has_no_chart_of_the_load() -> None:
     assert share_chart(bare, sample_recipe()) is None and share_chart([], sample_recipe()) is None
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (2.31, 2.32), (3, 3), (0, 0), (1.9, 11), (0, 3e9)]
-)
-def test_ticks_are_few_and_span_the_values(low: float, high: float) -> None:
-    values = ticks(low, high)
-    assert values[0] <= low and high <= values[-1]
-    assert 2 <= len(values) <= 8
-    assert values == sorted(set(values))
-
-
 def test_colour_is_neutral_at_the_uniform_share_and_full_at_the_ends() -> None:
     assert ceiling_share(num_experts=8, top_k=2) == 0.25
-    assert shade(0.125, 0.125, 0.25) == ("12.5", "more", 0)
-    assert shade(0.0, 0.125, 0.25) == ("0.0", "less", 100)
-    assert shade(0.4, 0.125, 0.25) == ("40.0", "more", 100)
+    assert shade(0.125, 0.125, 0.25) == Shade("12.5", "more", 0)
+    assert shade(0.0, 0.125, 0.25) == Shade("0.0", "less", 100)
+    assert shade(0.4, 0.125, 0.25) == Shade("40.0", "more", 100)
     # With two of three experts per token, none can have more than half.
     assert ceiling_share(num_experts=3, top_k=2) == 0.5
-    assert shade(0.5, 0.5, ceiling_share(num_experts=2, top_k=2)) == ("50.0", "more", 0)
+    assert shade(0.5, 0.5, ceiling_share(num_experts=2, top_k=2)) == Shade("50.0", "more", 0)
 
 
 def test_routing_marks_own_experts_and_ends_with_the_mean_over_layers() -> None:
@@ -718,14 +744,24 @@ def test_dynamic_routing_is_compared_with_the_same_number_of_experts_for_all() -
     assert rows[2] == ["2", "2.00", "", "2.500", "", "3.500"]
     assert rows[4] == ["p ≥ 0.1", "2.50", "2.25 to 2.75", "2.410", "-0.040", "3.410"]
     assert rows[5] == ["p ≥ 0.3", "1.50", "1.25 to 1.75", "2.700", "-0.050", "3.700"]
-    found = dynamic_curve(sample_dynamic(), sample_recipe())
-    assert [(kind, len(points)) for kind, _, points in found.lines] == [
-        ("fixed", 3),
-        ("threshold", 2),
+    chart = dynamic_curve(DynamicRouting.model_validate(sample_dynamic()), sample_recipe()).chart
+    assert chart is not None
+    assert [(line.name, len(line.drawn)) for line in chart.lines] == [
+        ("same number for all", 3),
+        ("by threshold", 2),
     ]
-    assert all(0 <= number <= 100 for _, _, points in found.lines for p in points for number in p)
-    assert [x for x, _ in found.x_ticks] == [0, 50, 100]
-    assert found.lines[1][2][0][0] == 25, "sorted by the number of experts"
+    plot = Plot(draw(chart))
+    assert list(plot.across) == [1, 2, 3]
+    parts = [plot.line(line.name) for line in chart.lines]
+    assert [len(part) for line in parts for part in line] == [3, 2]
+    low, high = min(plot.upward), max(plot.upward)
+    assert all(
+        0.99 <= x <= 3.01 and low - 0.01 <= y <= high + 0.01
+        for line in parts
+        for p in line
+        for x, y in p
+    )
+    assert chart.lines[1].points[0].x == 1.5, "sorted by the number of experts"
 
 
 @pytest.mark.parametrize("loss", [math.nan, None, math.inf])
@@ -735,16 +771,16 @@ def test_a_dynamic_curve_that_is_not_finite_renders(loss: float | None) -> None:
     for row in metrics["dynamic"]["built"]["fixed"][1:]:
         row["losses"] = dict.fromkeys(row["losses"], loss)
     Page(rendered(metrics))
-    found = dynamic_curve(metrics["dynamic"]["built"], sample_recipe())
-    assert [len(points) for _, _, points in found.lines] == [1, 2]
+    chart = dynamic_curve(read(metrics).dynamic["built"], sample_recipe()).chart
+    assert chart is not None
+    assert [len(line.drawn) for line in chart.lines] == [1, 2]
 
 
 def test_dynamic_routing_is_missing_only_where_the_recipe_asks_for_it() -> None:
     """It costs as much as several evaluations."""
-    recipe = sample_recipe()
-    assert "No dynamic routing" not in render(without("dynamic"), sample_plan(), recipe)
-    recipe["evaluation"]["thresholds"] = [0.1]
-    assert "No dynamic routing" in render(without("dynamic"), sample_plan(), recipe)
+    assert "No dynamic routing" not in rendered(without("dynamic"))
+    recipe = changed(sample_recipe(), evaluation__thresholds=[0.1])
+    assert "No dynamic routing" in rendered(without("dynamic"), recipe)
 
 
 def test_every_kind_of_alignment_has_a_table_in_the_order_of_the_recipe() -> None:
@@ -797,10 +833,10 @@ def test_the_fit_shows_every_error_and_their_means() -> None:
     assert rows[6] == ["mean", "0.4850", "0.4350", "0.3750", "0.2850", "0.1450"]
     head = page.table("Output head")
     assert head == [
-        ["before", "closed form", "refinement", "temperature_scaling"],
+        ["before", "closed form", "refinement", "temperature scaling"],
         ["1.7300", "1.3350", "0.5910", "0.6179"],
     ]
-    assert "kept aside, in nats per token: harmonized 2.494, plain mean 5.590." in page.words
+    assert "validation text, in nats per token: harmonized 2.494, plain mean 5.590." in page.words
     assert "The harmonized model was written." in page.words
     assert not page.struck and "Struck through" not in page.words
 
@@ -881,10 +917,10 @@ def test_every_table_of_a_fitted_model_that_was_not_written_says_so(table: str) 
     assert caption().endswith(UNWRITTEN)
 
 
-def test_the_fit_shows_the_loss_kept_aside_per_source_and_which_model_was_written() -> None:
+def test_the_fit_shows_the_validation_loss_per_source_and_which_model_was_written() -> None:
     metrics = sample_metrics()
     html = rendered(metrics)
-    assert Page(html).table("Text kept aside") == [
+    assert Page(html).table("Validation text") == [
         ["Model", *SOURCES],
         ["harmonized (written)", "3.500", "2.383", "1.600"],
         ["plain mean", "3.250", "7.421", "6.100"],
@@ -894,7 +930,7 @@ def test_the_fit_shows_the_loss_kept_aside_per_source_and_which_model_was_writte
     assert "<b>3.500</b>" not in html and "<b>6.100</b>" not in html
     metrics["fit"]["chosen"] = "plain mean"
     metrics["fit"]["loss_by_source"]["harmonized"] = {"general": None, "maths": 2.0}
-    assert Page(rendered(metrics)).table("Text kept aside")[1:] == [
+    assert Page(rendered(metrics)).table("Validation text")[1:] == [
         ["harmonized", "NaN", "2.000", MISSING],
         ["plain mean (written)", "3.250", "7.421", "6.100"],
     ]
@@ -913,13 +949,15 @@ def test_the_fit_shows_the_balance_between_experts_per_layer_and_its_mean() -> N
 
 def test_a_router_that_is_all_that_was_fitted_has_its_balance_and_nothing_else() -> None:
     metrics, recipe = router_only()
-    page = Page(render(metrics, sample_plan(), recipe))
+    page = Page(rendered(metrics, recipe))
     assert page.table("Balance")[-1] == ["mean", "48.5", "28.5", "23.0", "81.5"]
     captions = " ".join(page.tables)
-    for other in ("Layers:", "Regressions", "Output head", "Text kept aside"):
+    for other in ("Layers:", "Regressions", "Output head", "Validation text"):
         assert other not in captions
     assert "each layer's router was fitted" in page.words
-    assert "nothing else was fitted. Shares are measured on text kept aside" in page.words
+    assert (
+        "nothing else was fitted. Shares are measured on validation text: documents" in page.words
+    )
     assert "weights were fitted" not in page.words and "steps were kept" not in page.words
     assert "Not in this report" not in page.words
 
@@ -963,43 +1001,42 @@ def test_the_fit_shows_where_a_ridge_was_raised_above_the_recipe_s() -> None:
         "input map of code: none was enough, left as it was",
         "output head: 1",
     ]
-    assert rows[4][1:3] == ["not finite", "input map of code"]
+    assert rows[4][1:3] == ["infinite", "input map of code"]
     assert "in 4 of 33 regressions it was raised tenfold" in page.words
     # Beside a recipe that asks for as much, none of these was raised.
-    recipe = sample_recipe()
-    recipe["fit"]["ridge"] = 0.1
+    recipe = changed(sample_recipe(), fit__ridge=0.1)
     for note in (note for layer in layers for note in layer.values() if "ridge" in note):
         note["ridge"] = dict.fromkeys(note["ridge"], 0.1)
     metrics["fit"]["head"]["closed form"]["ridge"]["output head"] = 0.1
-    assert "none was raised" in Page(render(metrics, sample_plan(), recipe)).words
+    assert "none was raised" in Page(rendered(metrics, recipe)).words
 
 
 def test_the_fit_says_in_words_what_the_temperature_does() -> None:
     metrics = sample_metrics()
     words = Page(rendered(metrics)).words
-    assert "its logits are divided by 1.25, which is what sampling at temperature 1.25" in words
+    assert "logits are divided by 1.25. This is what sampling at temperature 1.25" in words
     # 100 ** (1 / 1.25)
     assert "A token that was 100 times as likely as another is now 40 times as likely." in words
     assert "The divergence may rise by 5 per cent for this" in words
     note = {"error": [0.591, 0.591], "kept": False, "temperature": 1.0}
     metrics["fit"]["head"]["temperature_scaling"] = note
     page = Page(rendered(metrics))
-    assert "The head was not softened" in page.words and "divided by" not in page.words
+    assert "No temperature scaling: the head" in page.words and "divided by" not in page.words
     # It did not fail: no other temperature was near enough.
     assert not page.struck and "Struck through" not in page.words
 
 
 def test_the_fit_says_what_text_it_was_judged_by() -> None:
-    documents = "text kept aside: documents of their own, on which no weight was fitted."
+    documents = "validation text: documents of its own, on which no weight was fitted."
     metrics = sample_metrics()
     words = Page(rendered(metrics)).words
     assert documents in words
-    assert "They decided which steps were kept and how much the head was softened." in words
+    assert "They decided which steps were kept and the temperature of the head." in words
     router, recipe = router_only()
-    assert documents in Page(render(router, sample_plan(), recipe)).words
+    assert documents in Page(rendered(router, recipe)).words
     words = Page(rendered(metrics | {"fit": old_fit()})).words
-    assert "windows of that text kept aside, on which no weight was fitted." in words
-    assert "documents of their own" not in words
+    assert "validation text: windows of that text, on which no weight was fitted." in words
+    assert "documents of its own" not in words
 
 
 def test_the_fit_of_an_older_build_renders_with_what_it_noted() -> None:
@@ -1011,9 +1048,20 @@ def test_the_fit_of_an_older_build_renders_with_what_it_noted() -> None:
     assert page.table("Output head")[0] == ["before", "closed form", "refinement"]
     assert page.table("Layers")[2] == ["0", "0.5000", "0.4500", "0.3900", "0.3000", "0.1600"]
     assert page.table("Balance")[-1][-1] == "81.5"
-    assert not any(caption.startswith("Text kept aside") for caption in page.tables)
-    for absent in ("was raised", "temperature_scaling"):
+    assert not any(caption.startswith("Validation text") for caption in page.tables)
+    for absent in ("was raised", "temperature scaling"):
         assert absent not in page.words.split("Recipe")[0]
+
+
+def test_metrics_of_version_0_1_give_the_same_page() -> None:
+    """With the names that they had then."""
+    note = {"temperature": 1.25, "loss": [2.1, 2.142], "tokens": 65_536}
+    current, old = sample_metrics(), sample_metrics()
+    current["training"]["temperature_scaling"] = note
+    old["training"]["softened"] = note
+    old["refit"] = old.pop("fit")
+    old["refit"]["head"]["softened"] = old["refit"]["head"].pop("temperature_scaling")
+    assert rendered(old) == rendered(current)
 
 
 @pytest.mark.parametrize(
@@ -1024,13 +1072,13 @@ def test_errors_in_words(error: float | None, text: str) -> None:
     assert error_text(error) == text
 
 
-def test_what_softening_after_the_training_cost() -> None:
+def test_what_temperature_scaling_after_the_training_cost() -> None:
     metrics = sample_metrics()
-    assert "Logits divided by" not in Page(rendered(metrics)).words
+    assert "Temperature scaling by" not in Page(rendered(metrics)).words
     note = {"temperature": 1.171660, "loss": [2.1, 2.142], "tokens": 65_536}
     metrics["training"]["temperature_scaling"] = note
     words = Page(rendered(metrics)).words
-    assert "Logits divided by 1.17 (loss on its own text from 2.100 to 2.142)" in words
+    assert "Temperature scaling by 1.17 (loss on its own text from 2.100 to 2.142)" in words
 
 
 def test_notes_do_not_repeat_the_table_of_differences() -> None:
@@ -1040,9 +1088,9 @@ def test_notes_do_not_repeat_the_table_of_differences() -> None:
 def test_numbers_in_words() -> None:
     assert [compact(0), compact(500_000), compact(2_500_000)] == ["0", "500k", "2.5M"]
     assert in_words(812_000) == "812,000"
-    assert [size(512), size(3.1e9)] == ["512 bytes", "3.1 GB"]
-    assert [duration(4.21), duration(185.2)] == ["4.2 s", "3 min 05 s"]
-    assert duration(7800) == "2 h 10 min"
+    assert [size(512), size(3.1e9)] == ["512 Bytes", "3.1 GB"]
+    assert [duration(4.21), duration(185.2)] == ["4.2 seconds", "3 minutes and 5 seconds"]
+    assert duration(7800) == "2 hours and 10 minutes"
 
 
 # Benchmarks
@@ -1065,8 +1113,7 @@ def test_benchmarks_are_compared_only_where_they_were_measured_alike() -> None:
 
 
 def test_benchmarks_are_in_the_report_where_there_are_any() -> None:
-    page = render(sample_metrics(), sample_plan(), sample_recipe())
-    assert "Benchmarks" not in page
-    page = render(sample_metrics() | {"tasks": sample_tasks()}, sample_plan(), sample_recipe())
+    assert "Benchmarks" not in rendered(sample_metrics())
+    page = rendered(sample_metrics() | {"tasks": sample_tasks()})
     assert "Benchmarks" in page and "0.451 ± 0.012" in page
     assert "&lt;b&gt;own&lt;/b&gt;" in page and "<b>own</b>" not in page

@@ -36,6 +36,17 @@ from symphony_moe.evaluation.routing import (
 from symphony_moe.progress import Listener, Progress, ignore
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
+from symphony_moe.runs.metrics import (
+    ByThreshold,
+    Cka,
+    DynamicRouting,
+    FixedExperts,
+    HeldOut,
+    Metrics,
+    StageRouting,
+    Timing,
+    read_metrics,
+)
 from symphony_moe.sources.source import Source, anchor_of
 from symphony_moe.sources.stock import load_source, load_stock
 from symphony_moe.text.texts import Texts
@@ -55,7 +66,7 @@ def evaluate_run(
     like: RunFolder | None = None,
     texts: Texts | None = None,
     progress: Listener = ignore,
-) -> dict[str, Any]:
+) -> Metrics:
     """Losses of the sources, the built and the trained model on every domain, their routing and the
     likeness of their experts, into `metrics.json`.
 
@@ -68,42 +79,48 @@ def evaluate_run(
     windows = Texts.of(recipe, sources, texts).held_out_text()
     shared = shared_text({name: text.windows for name, text in windows.items()})
     names = recipe.expert_names
-    held_out = {"text": _digest_of_domains(windows)}
+    held_out = HeldOut(text=_digest_of_domains(windows))
     known = _known_of_sources(run, like, recipe, held_out) if like else None
     done = len(sources)
     total = done + run.checkpoint.is_dir() + run.trained.is_dir()
     of_sources, cka = known or _evaluate_sources(sources, windows, shared, progress, total)
-    metrics: dict[str, Any] = {
-        "sources": of_sources,
-        "routing": {},
-        "cka": {"sources": cka},
-        "held_out": held_out,
-    }
+    losses: dict[str, dict[str, float]] = {}
+    routing: dict[str, StageRouting] = {}
+    alike: dict[str, Cka] = {"sources": cka}
+    dynamic: dict[str, DynamicRouting] = {}
     for stage, folder in (("built", run.checkpoint), ("trained", run.trained)):
         if not folder.is_dir():
             continue
-        losses, routing, dynamic = _evaluate_moe(folder, windows, recipe.evaluation.thresholds)
-        metrics[stage] = losses
-        metrics["routing"][stage] = {
-            "experts": names,
-            "routers": "ffn",
-            "tokens": {domain: len(text.tokens) for domain, text in windows.items()},
-            **describe_routing(routing, names),
-        }
-        if dynamic:
-            metrics.setdefault("dynamic", {})[stage] = dynamic
-        alike = cka_of_experts(
+        losses[stage], observed, with_others = _evaluate_moe(
+            folder, windows, recipe.evaluation.thresholds
+        )
+        routing[stage] = StageRouting.model_validate(
+            {
+                "experts": names,
+                "routers": "ffn",
+                "tokens": {domain: len(text.tokens) for domain, text in windows.items()},
+                **describe_routing(observed, names),
+            }
+        )
+        if with_others is not None:
+            dynamic[stage] = with_others
+        likeness = cka_of_experts(
             folder, anchor_of(recipe, sources), len(names), recipe.router.top_k, shared
         )
-        metrics["cka"][stage] = describe_cka(names, alike, shared.numel())
-        log.info("evaluated %s: %s", stage, _spell(losses))
+        alike[stage] = Cka.model_validate(describe_cka(names, likeness, shared.numel()))
+        log.info("evaluated %s: %s", stage, _spell(losses[stage]))
         done += 1
         progress(Progress("evaluate", done, total))
-    before = run.read_json(run.metrics) if run.metrics.is_file() else {}
-    seconds = {"evaluate_seconds": round(time.monotonic() - started, 2)}
+    found: dict[str, Any] = {"sources": of_sources, "routing": routing, "cka": alike, **losses}
+    if dynamic:
+        found["dynamic"] = dynamic
+    metrics = Metrics(held_out=held_out, **found)
+    before = read_metrics(run) if run.metrics.is_file() else Metrics()
+    seconds = round(time.monotonic() - started, 2)
+    timing = (before.timing or Timing()).model_copy(update={"evaluate_seconds": seconds})
     # What an earlier evaluation says of other text must not stand beside this one.
-    forget = [key for key in ("trained", "dynamic") if key not in metrics]
-    run.update_json(run.metrics, metrics | {"timing": before.get("timing", {}) | seconds}, forget)
+    forget = [key for key in ("trained", "dynamic") if key not in found]
+    run.update_json(run.metrics, metrics.to_json() | {"timing": timing.to_json()}, forget)
     return metrics
 
 
@@ -113,7 +130,7 @@ def _evaluate_sources(
     shared: Int[Tensor, "shared sequence"],
     progress: Listener,
     total: int,
-) -> tuple[Mapping[str, Mapping[str, float | None]], dict[str, Any]]:
+) -> tuple[dict[str, dict[str, float]], Cka]:
     """Source -> domain -> loss, and the likeness of their FFNs. `total`: models to evaluate."""
     losses = {}
     for done, source in enumerate(sources, start=1):
@@ -121,7 +138,8 @@ def _evaluate_sources(
         log.info("evaluated source %s: %s", source.name, _spell(losses[source.name]))
         progress(Progress("evaluate", done, total))
     alike = cka_of_sources(sources, shared)
-    return losses, describe_cka([source.name for source in sources], alike, shared.numel())
+    names = [source.name for source in sources]
+    return losses, Cka.model_validate(describe_cka(names, alike, shared.numel()))
 
 
 def _digest_of_domains(windows: Mapping[str, Pieces]) -> str:
@@ -134,15 +152,15 @@ def _digest_of_domains(windows: Mapping[str, Pieces]) -> str:
 
 
 def _known_of_sources(
-    run: RunFolder, like: RunFolder, recipe: Recipe, held_out: Mapping[str, str]
-) -> tuple[Mapping[str, Mapping[str, float | None]], dict[str, Any]] | None:
-    """What `_evaluate_sources` has given in another run (None for a loss that was no number); None
-    unless that run's weights, settings of the sources, anchor (whose vocabulary is used), text and
-    software are this one's."""
-    theirs, found = like.read_recipe(), like.read_json(like.metrics)
+    run: RunFolder, like: RunFolder, recipe: Recipe, held_out: HeldOut
+) -> tuple[dict[str, dict[str, float]], Cka] | None:
+    """What `_evaluate_sources` has given in another run. None unless that run's weights, settings
+    of the sources, anchor (whose vocabulary is used), text and software are this one's."""
+    theirs, found = like.read_recipe(), read_metrics(like)
     one, other = (folder.read_json(folder.manifest) for folder in (run, like))
     same = (
-        found.get("held_out") == held_out
+        found.held_out is not None
+        and found.held_out.text == held_out.text
         and (theirs.sources, theirs.anchor) == (recipe.sources, recipe.anchor)
         and all(one[key] == other[key] for key in ("versions", "sources"))
     )
@@ -150,19 +168,19 @@ def _known_of_sources(
         log.info("%s is not of the same sources and text: the sources are evaluated", like.root)
         return None
     log.info("the sources are evaluated in %s", like.root)
-    return found["sources"], found["cka"]["sources"]
+    return found.sources, found.cka["sources"]
 
 
 def _evaluate_moe(
     folder: Path,
     windows: Mapping[str, Pieces],
     thresholds: Sequence[float],
-) -> tuple[dict[str, float], dict[str, Routing], dict[str, Any]]:
-    """Losses and routing of a checkpoint, and its losses with other numbers of experts (nothing
+) -> tuple[dict[str, float], dict[str, Routing], DynamicRouting | None]:
+    """Losses and routing of a checkpoint, and its losses with other numbers of experts (None
     without thresholds). The model is out of memory afterwards."""
     model = load_stock(folder)
     losses, routing = losses_and_routing(model, windows)
-    return losses, routing, dynamic_routing(model, windows, thresholds) if thresholds else {}
+    return losses, routing, dynamic_routing(model, windows, thresholds) if thresholds else None
 
 
 def _at_once(model: PreTrainedModel, pieces: Pieces) -> int:
@@ -210,7 +228,7 @@ def dynamic_routing(
     model: PreTrainedModel,
     windows: Mapping[str, Pieces | Int[Tensor, "windows sequence"]],
     thresholds: Sequence[float],
-) -> dict[str, Any]:
+) -> DynamicRouting:
     """Losses of a stock MoE with 1 .. N experts per token, and with as many as reach each of the
     `thresholds` (shares of 1) in the router's probabilities, beside the number of experts that
     tokens then have: the mean over layers and domains alike, of each layer, of each domain."""
@@ -218,22 +236,22 @@ def dynamic_routing(
     for count in range(1, len(router_matrix(routers(model)[0])) + 1):
         with fixed_experts(model, count):
             losses, _ = losses_and_routing(model, windows)
-        fixed.append({"experts": count, "losses": losses})
+        fixed.append(FixedExperts(experts=count, losses=losses))
     for threshold in thresholds:
         with experts_by_rule(model, at_least(threshold)):
             losses, routing = losses_and_routing(model, windows)
         by_layer = mixed(list(routing.values())).used.sum(dim=1)
         by_domain = {name: float(found.used.sum(dim=1).mean()) for name, found in routing.items()}
         by_threshold.append(
-            {
-                "threshold": threshold,
-                "mean_experts": round(float(by_layer.mean()), 6),
-                "experts_by_layer": [round(count, 6) for count in by_layer.tolist()],
-                "experts_by_domain": {name: round(count, 6) for name, count in by_domain.items()},
-                "losses": losses,
-            }
+            ByThreshold(
+                threshold=threshold,
+                mean_experts=round(float(by_layer.mean()), 6),
+                experts_by_layer=[round(count, 6) for count in by_layer.tolist()],
+                experts_by_domain={name: round(count, 6) for name, count in by_domain.items()},
+                losses=losses,
+            )
         )
-    return {"fixed": fixed, "threshold": by_threshold}
+    return DynamicRouting(fixed=fixed, threshold=by_threshold)
 
 
 def negative_log_likelihood(

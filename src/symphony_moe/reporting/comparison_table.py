@@ -1,36 +1,74 @@
 """Several finished runs into one table: who may stand beside whom, and what each row says.
 
-Pure functions of the runs' `metrics.json` and `manifest.json`; `pipeline.compare` makes the runs.
+Pure functions of the runs' metrics and manifests; `comparison.compare` makes the runs.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from symphony_moe.errors import RunFolderError
+from symphony_moe.runs.metrics import Metrics, Timing, Training
 
 Name = tuple[str, int]
 """(method, seed)."""
 
 
+class Entry(TypedDict):
+    """A row of `comparison.json` (docs/training.md): a run as it was built, or as it was
+    trained."""
+
+    method: str
+    seed: int
+    stage: str
+    tokens: int
+    losses: dict[str, float | None]
+    mean_in_domain: float | None
+    mean_out_of_domain: float | None
+    seconds: float
+    peak_rss_bytes: int
+    calibration_tokens: NotRequired[int]
+    temperature: NotRequired[float]
+    curve: NotRequired[list["Mark"]]
+    reaches: NotRequired["Reach"]
+    tasks: NotRequired[dict[str, Any]]
+
+
+class Mark(TypedDict):
+    """A point of a run's curve."""
+
+    tokens: int
+    mean_in_domain: float | None
+    mean_out_of_domain: float | None
+
+
+class Reach(TypedDict):
+    """When a run is down to the reference's final loss."""
+
+    tokens: int | None
+    share: float | None
+
+
 def refuse_different(
-    metrics: Mapping[Name, Mapping[str, Any]], manifests: Mapping[Name, Mapping[str, Any]]
+    metrics: Mapping[Name, Metrics], manifests: Mapping[Name, Mapping[str, Any]]
 ) -> None:
     """RunFolderError unless all runs have the same sources and held-out text, and those of one seed
     the same training text in the same order, and the same number of trained tokens and steps."""
 
     def facts(name: Name) -> dict[str, Any]:
-        training = metrics[name].get("training", {})
+        training = metrics[name].training or Training()
         return {
-            "training text, or its order": training.get("text"),
-            "number of trained tokens": training.get("tokens"),
-            "number of steps": training.get("steps"),
+            "training text, or its order": training.text,
+            "number of trained tokens": training.tokens,
+            "number of steps": training.steps,
         }
 
     names = list(metrics)
     for name in names:
-        held_out = [metrics[one].get("held_out") for one in (names[0], name)]
+        found = [metrics[one].held_out for one in (names[0], name)]
+        held_out = [None if text is None else text.text for text in found]
         if manifests[name]["sources"] != manifests[names[0]]["sources"]:
             raise RunFolderError(_differ(names[0], name, "sources"))
         if None in held_out or held_out[0] != held_out[1]:
@@ -49,50 +87,122 @@ def _differ(first: Name, second: Name, what: str) -> str:
     )
 
 
-def entries_of(
-    metrics: Mapping[Name, Mapping[str, Any]], sources: Sequence[str]
-) -> list[dict[str, Any]]:
+def entries_of(metrics: Mapping[Name, Metrics], sources: Sequence[str]) -> list[Entry]:
     """The rows of `comparison.json` (docs/training.md), two per run: built and trained. `tokens` is
-    calibration tokens plus trained ones; means are None where a loss is no number; `tasks` are the
-    benchmarks that `symphony evaluate --tasks` has measured of the run."""
+    calibration tokens plus trained ones; means are None where a loss is NaN or infinite; `tasks`
+    are the benchmarks that `symphony evaluate --tasks` has measured of the run. Raises
+    RunFolderError for a run that is not finished."""
     entries = []
-    for (method, seed), of_run in metrics.items():
-        timing, training = of_run["timing"], of_run["training"]
-        calibration = timing["calibration_tokens"]
-        name = {"method": method, "seed": seed}
-        built = name | {
-            "stage": "built",
-            "tokens": calibration,
-            "losses": of_run["built"],
-            **_means(of_run["built"], sources),
-            "seconds": timing["build_seconds"],
-            "peak_rss_bytes": timing["build_peak_rss_bytes"],
-        }
-        trained = name | {
-            "stage": "trained",
-            "tokens": calibration + training["tokens"],
-            "losses": of_run["trained"],
-            **_means(of_run["trained"], sources),
-            "seconds": round(timing["build_seconds"] + training["seconds"], 2),
-            "peak_rss_bytes": timing["train_peak_rss_bytes"],
-            "calibration_tokens": calibration,
-            "temperature": training.get("temperature_scaling", {}).get("temperature", 1.0),
-            "curve": [
-                {"tokens": calibration + point["tokens"], **_means(point["losses"], sources)}
-                for point in training.get("held_out", [])
-            ],
-        }
-        for row in (built, trained):
-            if scores := of_run.get("tasks", {}).get(row["stage"]):
-                row["tasks"] = scores
-        entries += [built, trained]
+    for name, of_run in metrics.items():
+        finished = _finished(name, of_run)
+        entries += [_built_entry(finished, sources), _trained_entry(finished, sources)]
     return entries
 
 
-def _means(losses: Mapping[str, float | None], sources: Sequence[str]) -> dict[str, float | None]:
+@dataclass(frozen=True)
+class _Finished:
+    """What a run has measured when it is finished."""
+
+    name: Name
+    metrics: Metrics
+    training: Training
+    calibration_tokens: int
+    build_seconds: float
+    build_bytes: int
+    train_bytes: int
+
+    def tasks(self, stage: str) -> dict[str, Any]:
+        found = self.metrics.tasks.get(stage, {})
+        return {name: result.to_json() for name, result in found.items()}
+
+
+def _finished(name: Name, metrics: Metrics) -> _Finished:
+    timing = metrics.timing or Timing()
+    needed = {
+        "training": metrics.training,
+        "timing.calibration_tokens": timing.calibration_tokens,
+        "timing.build_seconds": timing.build_seconds,
+        "timing.build_peak_rss_bytes": timing.build_peak_rss_bytes,
+        "timing.train_peak_rss_bytes": timing.train_peak_rss_bytes,
+    }
+    lacking = [what for what, value in needed.items() if value is None]
+    if lacking:
+        raise RunFolderError(
+            f"{name[0]} (seed {name[1]}): its metrics.json has no {', '.join(lacking)}; the run is "
+            "not finished, or the file is damaged. --resume goes on with it"
+        )
+    assert metrics.training is not None
+    return _Finished(
+        name,
+        metrics,
+        metrics.training,
+        timing.calibration_tokens or 0,
+        timing.build_seconds or 0.0,
+        timing.build_peak_rss_bytes or 0,
+        timing.train_peak_rss_bytes or 0,
+    )
+
+
+def _built_entry(run: _Finished, sources: Sequence[str]) -> Entry:
+    inside, outside = _means(run.metrics.built, sources)
+    entry: Entry = {
+        "method": run.name[0],
+        "seed": run.name[1],
+        "stage": "built",
+        "tokens": run.calibration_tokens,
+        "losses": {**run.metrics.built},
+        "mean_in_domain": inside,
+        "mean_out_of_domain": outside,
+        "seconds": run.build_seconds,
+        "peak_rss_bytes": run.build_bytes,
+    }
+    if tasks := run.tasks("built"):
+        entry["tasks"] = tasks
+    return entry
+
+
+def _trained_entry(run: _Finished, sources: Sequence[str]) -> Entry:
+    training, calibration = run.training, run.calibration_tokens
+    inside, outside = _means(run.metrics.trained, sources)
+    scaling = training.temperature_scaling
+    entry: Entry = {
+        "method": run.name[0],
+        "seed": run.name[1],
+        "stage": "trained",
+        "tokens": calibration + (training.tokens or 0),
+        "losses": {**run.metrics.trained},
+        "mean_in_domain": inside,
+        "mean_out_of_domain": outside,
+        "seconds": round(run.build_seconds + (training.seconds or 0.0), 2),
+        "peak_rss_bytes": run.train_bytes,
+        "calibration_tokens": calibration,
+        "temperature": 1.0 if scaling is None else scaling.temperature,
+        "curve": [
+            _mark(calibration + point.tokens, point.losses, sources) for point in training.held_out
+        ],
+    }
+    if tasks := run.tasks("trained"):
+        entry["tasks"] = tasks
+    return entry
+
+
+def _mark(tokens: int, losses: Mapping[str, float], sources: Sequence[str]) -> Mark:
+    inside, outside = _means(losses, sources)
+    return {"tokens": tokens, "mean_in_domain": inside, "mean_out_of_domain": outside}
+
+
+def mean_of(row: Entry | Mark, where: str) -> float | None:
+    """A mean loss of a row, `in domain` or `out of domain`."""
+    return row["mean_in_domain"] if where == "in domain" else row["mean_out_of_domain"]
+
+
+def _means(
+    losses: Mapping[str, float | None], sources: Sequence[str]
+) -> tuple[float | None, float | None]:
+    """In domain, out of domain."""
     inside = [loss for domain, loss in losses.items() if domain in sources]
     outside = [loss for domain, loss in losses.items() if domain not in sources]
-    return {"mean_in_domain": _mean(inside), "mean_out_of_domain": _mean(outside)}
+    return _mean(inside), _mean(outside)
 
 
 def _mean(losses: Sequence[float | None]) -> float | None:
@@ -100,7 +210,7 @@ def _mean(losses: Sequence[float | None]) -> float | None:
     return sum(finite) / len(finite) if losses and len(finite) == len(losses) else None
 
 
-def mark_reached(entries: Sequence[dict[str, Any]], reference: str) -> None:
+def mark_reached(entries: Sequence[Entry], reference: str) -> None:
     """Say in every trained row when its in-domain mean is down to the final one of the reference
     method with the same seed: `reaches: {tokens, share of the reference's tokens}`, each None where
     it never is, where nothing was measured on the way there (`train.evaluations: 0`), and for the
@@ -110,21 +220,23 @@ def mark_reached(entries: Sequence[dict[str, Any]], reference: str) -> None:
         goal, tokens = final[trained["seed"]], None
         end = _as_trained(goal)
         if trained is not goal and end is not None:
-            points = [(e["tokens"], e["mean_in_domain"]) for e in (built, *trained["curve"])]
+            curve = trained.get("curve", [])
+            points = [(built["tokens"], built["mean_in_domain"])]
+            points += [(point["tokens"], point["mean_in_domain"]) for point in curve]
             last = _as_trained(trained)
-            if trained["curve"] and last is not None:
+            if curve and last is not None:
                 points.append((trained["tokens"], last))
             tokens = tokens_to_reach(points, end)
         share = None if tokens is None else round(tokens / goal["tokens"], 4)
         trained["reaches"] = {"tokens": tokens, "share": share}
 
 
-def _as_trained(row: Mapping[str, Any]) -> float | None:
-    """A trained row's mean in domain before the logits were softened; None where nobody measured
+def _as_trained(row: Entry) -> float | None:
+    """A trained row's mean in domain before temperature scaling; None where nobody measured
     that."""
     if row.get("temperature", 1) == 1:  # older tables do not say
         return row["mean_in_domain"]
-    last = row["curve"][-1:]
+    last = row.get("curve", [])[-1:]
     return last[0]["mean_in_domain"] if last and last[0]["tokens"] == row["tokens"] else None
 
 
@@ -140,37 +252,35 @@ def tokens_to_reach(points: Sequence[tuple[int, float | None]], goal: float) -> 
     return None
 
 
-def limits_of(
-    metrics: Mapping[Name, Mapping[str, Any]], sources: Sequence[str]
-) -> dict[str, float | None]:
+def limits_of(metrics: Mapping[Name, Metrics], sources: Sequence[str]) -> dict[str, float | None]:
     """What the dense sources lose, mean over the runs: `in domain` each on its own; `out of domain`
     the best of them on every domain."""
     inside, outside = [], []
     for of_run in metrics.values():
-        losses = of_run["sources"]
+        losses = of_run.sources
         inside.append(_mean([losses[name][name] for name in sources]))
         others = [domain for domain in next(iter(losses.values())) if domain not in sources]
         asked = [
-            [losses[name][domain] for name in sources if losses[name][domain] is not None]
+            [losses[name][domain] for name in sources if not math.isnan(losses[name][domain])]
             for domain in others
         ]
         outside.append(_mean([min(of, default=None) for of in asked]))
     return {"in domain": _mean(inside), "out of domain": _mean(outside)}
 
 
-def describe(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | None]) -> str:
+def describe(entries: Sequence[Entry], limits: Mapping[str, float | None]) -> str:
     """The table for people: a row per method, mean over seeds and range."""
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
     columns = [
-        (stage, where) for stage in ("built", "trained") for where in ("in_domain", "out_of_domain")
+        (stage, where) for stage in ("built", "trained") for where in ("in domain", "out of domain")
     ]
-    head = ["nats per token", *(f"{s}, {w.replace('_', ' ')}" for s, w in columns), "reaches"]
+    head = ["nats per token", *(f"{stage}, {where}" for stage, where in columns), "reaches"]
     rows = [head]
     for method in methods:
         cells = [method]
         for stage, where in columns:
             values = [
-                entry[f"mean_{where}"]
+                mean_of(entry, where)
                 for entry in entries
                 if (entry["method"], entry["stage"]) == (method, stage)
             ]
@@ -178,8 +288,9 @@ def describe(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | 
         shares = [
             e["reaches"]["share"] for e in entries if e["method"] == method and "reaches" in e
         ]
-        reached = None not in shares
-        cells.append(f"{100 * sum(shares) / len(shares):.0f} %" if reached else "-")
+        known = [share for share in shares if share is not None]
+        reached = len(known) == len(shares)
+        cells.append(f"{100 * sum(known) / len(known):.0f} %" if reached else "-")
         rows.append(cells)
     inside, outside = (limits[where] for where in ("in domain", "out of domain"))
     rows.append(["specialists", "", "", spread_text([inside]), spread_text([outside]), ""])
@@ -194,7 +305,8 @@ def describe(entries: Sequence[Mapping[str, Any]], limits: Mapping[str, float | 
 
 
 def spread_text(values: Sequence[float | None], digits: int = 3) -> str:
-    """The mean over seeds, and where there are several, the range; `-` where one is no number."""
+    """The mean over seeds, and where there are several, the range; `-` where one is None: NaN or
+    infinite."""
     finite = [value for value in values if value is not None]
     if len(finite) < len(values) or not values:
         return "-"

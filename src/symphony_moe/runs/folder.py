@@ -177,7 +177,7 @@ class RunFolder:
         content = read_table(path)
         for key, kind in _HOLDS.get(path.name, {}).items():
             if not isinstance(content.get(key), kind):
-                raise _damaged(path, f"no {key} in it")
+                raise damaged(path, f"no {key} in it")
         return content
 
     def update_json(
@@ -198,7 +198,7 @@ def read_table(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"expected a table, got {type(content).__name__}")
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from None
+        raise damaged(path, str(error)) from None
     return content
 
 
@@ -210,7 +210,8 @@ _HOLDS: dict[str, dict[str, type]] = {
 """What each of the files holds as soon as it is there."""
 
 
-def _damaged(path: Path, why: str) -> RunFolderError:
+def damaged(path: Path, why: str) -> RunFolderError:
+    """What is raised for a file that does not hold what a run has written there."""
     return RunFolderError(
         f"{path}: damaged, not the JSON of a run ({why}); put it back, or begin again with "
         "--overwrite"

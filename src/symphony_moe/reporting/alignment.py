@@ -1,0 +1,77 @@
+"""How alike the sources are to the anchor, before and after their maps, as tables."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from symphony_moe.recipe.settings import Recipe
+from symphony_moe.reporting.numbers import loss_text, mean_of_all
+from symphony_moe.reporting.tables import in_order
+from symphony_moe.runs.metrics import Agreement
+
+KINDS = {
+    "residual": (
+        "Residual stream",
+        "Mean cosine of a source's residual stream with the anchor's on the same tokens: in its "
+        "own coordinates (before), and under the one rotation, the same for all layers, that "
+        "brings it closest (after). The shared backbone mixes these coordinates.",
+    ),
+    "heads": (
+        "Attention heads",
+        "Correlation of a source's head outputs with the anchor's on the same tokens: heads paired "
+        "by position (before), and matched, each with its best value rotation (after). The shared "
+        "backbone mixes these too.",
+    ),
+    "neurons": (
+        "FFN neurons",
+        "Mean correlation of a source's FFN neurons with the anchor's on the same tokens: paired "
+        "by position (before), and by the best matching (after). The permutation by itself does "
+        "not change an MoE with separate experts; this is a measurement, not a gain.",
+    ),
+}
+"""Kind of alignment -> what is compared, how to read the numbers."""
+
+
+@dataclass(frozen=True)
+class AlignmentTable:
+    """How alike the sources are to the anchor in one respect."""
+
+    title: str
+    explanation: str
+    sources: list[tuple[str, bool]]
+    """(name, whether its maps are used)"""
+    rows: list[tuple[str, list[tuple[str, str]]]]
+    """(layer or "mean", before and after for every source)"""
+
+    @property
+    def unused(self) -> list[str]:
+        return [name for name, used in self.sources if not used]
+
+
+def alignment_tables(
+    alignment: Mapping[str, Mapping[str, Agreement]], recipe: Recipe
+) -> list[AlignmentTable]:
+    """One table for every kind that was measured, the sources in the recipe's order."""
+    tables = []
+    for kind, (what, explanation) in KINDS.items():
+        found = alignment.get(kind) or {}
+        names = in_order(recipe.sources, found)
+        columns: list[list[float | None]] = [
+            [*values] for name in names for values in (found[name].before, found[name].after)
+        ]
+        layers = max(map(len, columns), default=0)
+        if not layers:
+            continue
+        # A layer that one source lacks leaves its cells empty, and the mean with them.
+        padded = [column + [None] * (layers - len(column)) for column in columns]
+        rows = [(str(layer), list(row)) for layer, row in enumerate(zip(*padded, strict=True))]
+        rows.append(("mean", [mean_of_all(column) for column in padded]))
+        texts = [(label, [loss_text(value) for value in row]) for label, row in rows]
+        tables.append(
+            AlignmentTable(
+                what,
+                explanation,
+                [(name, found[name].used) for name in names],
+                [(label, list(zip(row[::2], row[1::2], strict=True))) for label, row in texts],
+            )
+        )
+    return tables
