@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 from xml.etree.ElementTree import fromstring
 
 import pytest
@@ -44,13 +45,15 @@ def test_every_line_is_where_its_numbers_put_it() -> None:
     plot = Plot(draw(chart([5.0, 4.0, 3.5], [2.0, math.nan, 3.0, 2.5], level=("even", 1.25))))
     assert plot.across.keys() == {0, 100, 200, 300}
     (first,) = plot.line("line 0")
-    assert first == [
+    places: Any = [
         (pytest.approx(x, abs=0.1), pytest.approx(y, abs=1e-3))
         for x, y in ((0, 5.0), (100, 4.0), (200, 3.5))
     ]
+    assert first == places
     parts = plot.line("line 1")
     assert [len(part) for part in parts] == [1, 2]
-    assert parts[1][1] == (pytest.approx(300, abs=0.1), pytest.approx(2.5, abs=1e-3))
+    end: Any = (pytest.approx(300, abs=0.1), pytest.approx(2.5, abs=1e-3))
+    assert parts[1][1] == end
     assert plot.labels == ["line 0 3.500", "line 1 2.500", "even 1.250"]
 
 

@@ -630,14 +630,16 @@ def test_every_experts_share_of_the_choices_is_a_line_of_its_own() -> None:
     assert min(plot.upward) == 0 and max(plot.upward) == 50
     for line in chart.lines:
         (placed,) = plot.line(line.name)
-        assert placed == [
+        points: Any = [
             (pytest.approx(p.x, abs=0.1), pytest.approx(p.y, abs=0.02)) for p in line.points
         ]
+        assert placed == points
     assert [line.name for line in chart.lines] == SOURCES
     ends = [[chart.write(point.y) for point in line.points] for line in chart.lines]
     assert ends == [["50.0 %", "40.0 %"], ["30.0 %", "32.0 %"], ["20.0 %", "28.0 %"]]
     assert len({(line.colour, line.marker) for line in chart.lines}) == 3
-    assert chart.level == ("even", pytest.approx(100 / 3))
+    level: Any = ("even", pytest.approx(100 / 3))
+    assert chart.level == level
     assert plot.labels[-1] == "even 33.3 %"
     assert chart.summary == "Balance 1.250 at 100 tokens, 1.125 at 200 tokens"
 

@@ -44,6 +44,7 @@ class AlignmentTable:
 
     @property
     def unused(self) -> list[str]:
+        """Sources that keep their own coordinates."""
         return [name for name, used in self.sources if not used]
 
 

@@ -59,6 +59,7 @@ class Point:
 
     @property
     def is_drawn(self) -> bool:
+        """Whether it has a place: a NaN or infinite value has none."""
         return math.isfinite(self.y)
 
 
@@ -73,14 +74,17 @@ class Line:
 
     @property
     def colour(self) -> int:
+        """Its number among COLOURS."""
         return self.number % len(COLOURS)
 
     @property
     def marker(self) -> str:
+        """Its sign among MARKERS."""
         return MARKERS[self.number % len(MARKERS)]
 
     @property
     def drawn(self) -> list[Point]:
+        """The points that have a place."""
         return [point for point in self.points if point.is_drawn]
 
     @property

@@ -43,7 +43,7 @@ def _facts(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def render_comparison(
+def render_comparison(  # noqa: PLR0913 (a page of several parts, each given once)
     title: str,
     entries: Entries,
     limits: Mapping[str, Number | None],

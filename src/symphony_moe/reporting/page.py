@@ -25,6 +25,7 @@ def fill(template: str, **values: Any) -> str:
 
 
 def title(sources: Iterable[str]) -> str:
+    """What a page of a model made of these sources is called."""
     names = list(sources)
     if len(names) > 6:
         return f"One model out of {len(names)} sources"

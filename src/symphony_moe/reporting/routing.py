@@ -179,6 +179,7 @@ def likeness_tables(cka: Mapping[str, Cka]) -> Likeness | None:
 
 
 def likeness_shade(value: float) -> Shade:
+    """A CKA as text, with how dark its cell is."""
     if not math.isfinite(value):
         return Shade(MISSING, "", 0)
     return Shade(f"{value:.3f}", "more", round(100 * min(max(value, 0.0), 1.0)))

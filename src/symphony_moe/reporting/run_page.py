@@ -95,22 +95,33 @@ def header_facts(plan: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str
 def missing_sections(metrics: Metrics, recipe: Recipe) -> list[tuple[str, str]]:
     """(what the report lacks, the command that makes up for it). What the recipe does not ask for
     is not missing."""
-    missing: list[tuple[str, str]] = []
     evaluate, build = "symphony evaluate DIR", "symphony build RECIPE --out DIR"
-    if metrics.training is None:
-        missing.append(("No training", "symphony train DIR"))
+    missing = [(what, evaluate) for what in _not_evaluated(metrics, recipe)]
+    missing += [(what, build) for what in _not_built(metrics, recipe)]
+    return [("No training", "symphony train DIR"), *missing] if not metrics.training else missing
+
+
+def _not_evaluated(metrics: Metrics, recipe: Recipe) -> list[str]:
+    """What `symphony evaluate` would measure."""
+    missing = []
     expected = {"sources": metrics.sources, "built": metrics.built}
     if metrics.training is not None:
         expected["trained"] = metrics.trained
     lacking = [name for name, losses in expected.items() if not losses]
     if lacking:
-        missing.append((f"No losses of: {', '.join(lacking)}", evaluate))
+        missing.append(f"No losses of: {', '.join(lacking)}")
     if not metrics.routing:
-        missing.append(("No routing", evaluate))
+        missing.append("No routing")
     if not metrics.cka:
-        missing.append(("No likeness of the experts (CKA)", evaluate))
+        missing.append("No likeness of the experts (CKA)")
     if recipe.evaluation.thresholds and not metrics.dynamic:
-        missing.append(("No dynamic routing", evaluate))
+        missing.append("No dynamic routing")
+    return missing
+
+
+def _not_built(metrics: Metrics, recipe: Recipe) -> list[str]:
+    """What a build notes and this one has not."""
+    missing = []
     asked = {
         "residual": recipe.align.residual != "none",
         "heads": recipe.align.heads != "none",
@@ -118,14 +129,14 @@ def missing_sections(metrics: Metrics, recipe: Recipe) -> list[tuple[str, str]]:
     }
     unaligned = [KINDS[kind][0] for kind in asked if asked[kind] and kind not in metrics.alignment]
     if unaligned:
-        missing.append((f"No alignment of: {', '.join(unaligned)}", build))
+        missing.append(f"No alignment of: {', '.join(unaligned)}")
     if metrics.fit is None:
         if recipe.fits_layers:
-            missing.append(("No errors of the fit", build))
+            missing.append("No errors of the fit")
         elif recipe.fits_router:
-            missing.append(("No balance of the fitted router", build))
+            missing.append("No balance of the fitted router")
     if metrics.timing is None:
-        missing.append(("No time and memory", build))
+        missing.append("No time and memory")
     return missing
 
 

@@ -43,6 +43,7 @@ class TaskTable(Generic[Value]):
 
     @property
     def models(self) -> list[str]:
+        """Those that were asked, in the order of the columns."""
         return [model for model, _ in self.columns]
 
     @property
