@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from symphony_moe.recipe.settings import Recipe
     from symphony_moe.recipe.variants import load_variants
     from symphony_moe.runs.folder import RunFolder
+    from symphony_moe.runs.metrics import Metrics
 
 __version__ = "0.2.0"
 
 __all__ = [
     "Comparison",
     "Listener",
+    "Metrics",
     "Plan",
     "Progress",
     "Recipe",
@@ -57,6 +59,7 @@ _MODULES = {
     "recipe.settings": ["Recipe"],
     "recipe.variants": ["load_variants"],
     "runs.folder": ["RunFolder"],
+    "runs.metrics": ["Metrics"],
 }
 """Where each public name is."""
 

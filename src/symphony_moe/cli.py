@@ -549,7 +549,8 @@ def evaluate(
             if value:
                 raise RecipeError(f"--{name}: has no effect without --tasks")
         like = _like(sources_from)
-        metrics = pipeline.evaluate(run, overrides or (), like=like, progress=progress)
+        found = pipeline.evaluate(run, overrides or (), like=like, progress=progress)
+        metrics = found.to_json()
         return metrics, loss_table(metrics)
     if sources_from:
         raise RecipeError("--sources-from: has no effect with --tasks")

@@ -48,7 +48,6 @@ def is_text(name: str) -> bool:
 LONGEST = 480
 """Characters of a message that a person is shown."""
 
-
 _UNSEEN = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200b-\u200f\u2028-\u202e\u2066-\u2069]"
 """Characters that steer a terminal, and halves of some, which cannot be written."""
 

@@ -249,7 +249,7 @@ def evaluate(
     like: RunFolder | None = None,
     texts: Texts | None = None,
     progress: Listener = ignore,
-) -> dict[str, Any]:
+) -> Metrics:
     """Held-out losses and routing of the sources, the built and the trained model, into
     `metrics.json`. `overrides` may change the recipe's `evaluation`. `like`: a run whose losses of
     the sources are taken over where they must be the same. `texts`: what the caller has read
@@ -262,7 +262,7 @@ def evaluate(
     >>> from pathlib import Path
     >>> from symphony_moe import RunFolder, evaluate
     >>> metrics = evaluate(RunFolder(Path("run")), ["evaluation.tokens=128"])
-    >>> sorted(metrics["trained"])
+    >>> sorted(metrics.trained)
     ['a', 'b', 'other']
     """
     built_with = folder.read_recipe()
@@ -276,7 +276,7 @@ def evaluate(
     with log_to(folder):
         sources = open_sources(recipe)
         _warn_beyond_context(recipe, sources, "evaluation")
-        return evaluate_run(folder, recipe, sources, like, texts, progress).to_json()
+        return evaluate_run(folder, recipe, sources, like, texts, progress)
 
 
 def evaluate_tasks(  # noqa: PLR0913 (all but two are keywords, as the command has them)

@@ -338,7 +338,7 @@ def test_what_another_run_says_of_the_sources(
     shutil.copytree(built("llama").root, tmp_path / "first")
     shutil.copytree(built("llama").root, tmp_path / "second")
     first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
-    own = pipeline.evaluate(first)
+    own = pipeline.evaluate(first).to_json()
     measured: list[str] = []
     real = losses_module._evaluate_sources
 
@@ -347,7 +347,7 @@ def test_what_another_run_says_of_the_sources(
         return real(*arguments)
 
     monkeypatch.setattr(losses_module, "_evaluate_sources", counted)
-    found = pipeline.evaluate(second, like=first)
+    found = pipeline.evaluate(second, like=first).to_json()
     assert measured == []
     assert (found["sources"], found["cka"]) == (own["sources"], own["cka"])
     # Other text.
@@ -359,7 +359,7 @@ def test_what_another_run_says_of_the_sources(
     other = first.read_recipe().evaluation.extra["other"]
     for extra in ({"renamed": other}, {"x": other, "y": data}, {"y": other, "x": data}):
         changed = [f"evaluation.extra={json.dumps(extra)}"]
-        found = pipeline.evaluate(second, changed, like=first)
+        found = pipeline.evaluate(second, changed, like=first).to_json()
         assert set(found["sources"]["a"]) == set(found["built"]) == {"a", "b", "c", *extra}
         shutil.copyfile(second.metrics, first.metrics)
     assert measured == ["again"] * 4

@@ -156,7 +156,7 @@ def test_a_run_with_an_adapter_is_a_run_with_the_merged_model(base: Path, tmp_pa
     expected, _ = losses_and_routing(merged, windows)
     runs.append(pipeline.build(recipe, tmp_path / "with-adapter"))
     pipeline.verify(runs[0])
-    found = pipeline.evaluate(runs[0])["sources"]["b"]
+    found = pipeline.evaluate(runs[0]).sources["b"]
     assert found == pytest.approx(expected, rel=1e-6)
     sha256 = runs[0].read_recipe().sources["b"].sha256
     assert sha256 is not None and "adapter/adapter_model.safetensors" in sha256

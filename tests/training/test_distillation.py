@@ -223,9 +223,9 @@ def test_held_out_losses_on_the_way(copied: Callable[[str], RunFolder]) -> None:
     pipeline.train(soft, ["train.evaluations=3", "train.temperature_scaling=0.5"])
     *before, last = soft.read_json(soft.metrics)["training"]["held_out"]
     assert before == points and last["tokens"] == 7 * 256
-    evaluated = pipeline.evaluate(whole)["trained"]
+    evaluated = pipeline.evaluate(whole).trained
     assert last["losses"] == pytest.approx(evaluated, abs=1e-5)
-    metrics = pipeline.evaluate(run)
+    metrics = pipeline.evaluate(run).to_json()
     for domain in ("a", "b", "c", "other"):
         values = [metrics["built"][domain], *(p["losses"][domain] for p in points)]
         values.append(metrics["trained"][domain])

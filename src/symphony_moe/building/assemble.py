@@ -135,9 +135,9 @@ def assemble_layer(
         shared[name] = mean(tensors, _shares(recipe, ordered, method))
     experts: dict[str, Mapping[str, Tensor]] = {}
     for source in sources:
-        origin = recipe.anchor if recipe.experts.init == "copy" else source.name
+        origin = recipe.anchor if recipe.copies_anchor else source.name
         expert = {name: aligned[origin][name] for name in family.expert}
-        if recipe.experts.init == "drop":
+        if recipe.redraws_neurons:
             key = f"{recipe.seed}/{layer}/{source.name}"
             expert = drop_neurons(expert, NEURON_AXIS, recipe.experts.drop_share, key)
         experts[source.name] = expert

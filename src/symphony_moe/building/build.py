@@ -108,10 +108,10 @@ def refuse_beyond(recipe: Recipe, sources: Sequence[Source]) -> None:
     """Raise RecipeError where an expert's matrix that is written as it is has a number that float16
     does not hold: found while it is written, that would be after hours."""
     dtype = recipe.output.dtype
-    changed = recipe.folds or recipe.fits_layers or recipe.experts.init == "drop"
+    changed = recipe.folds or recipe.fits_layers or recipe.redraws_neurons
     if dtype != "float16" or changed or sources[0].family.norm_eps is not None:
         return
-    copied = recipe.experts.init == "copy"
+    copied = recipe.copies_anchor
     for source in [anchor_of(recipe, sources)] if copied else sources:
         for layer in range(source.config.num_hidden_layers):
             for name in (f"model.layers.{layer}.{part}" for part in source.family.expert):

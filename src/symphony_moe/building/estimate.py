@@ -21,7 +21,6 @@ from symphony_moe.sources.source import TABLE_ROWS, Source
 STREAMS_IN_MEMORY = 2 * 1024**3
 """Residual streams of the calibration text larger than this (bytes) wait in memory-mapped files."""
 
-
 _PROCESS = 600 * 1024**2
 """Memory of the interpreter and the libraries, in bytes."""
 

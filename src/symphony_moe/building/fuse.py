@@ -14,10 +14,8 @@ from symphony_moe.building.draws import generator_for
 
 _MAX_ITERATIONS = 100
 
-
 _TOLERANCE = 1e-14
 """The Karcher iteration stops when its step is shorter than this angle (radians)."""
-
 
 _SETTLED = 1e-9
 """A step that is still longer than this at the end (radians) has found no mean."""

@@ -16,7 +16,6 @@ from torch import Tensor
 MAX_CONDITION = 1e12
 """Above this the ridge is raised: float64 has 16 digits, and the result shall have four."""
 
-
 _ESCALATIONS = 12
 
 

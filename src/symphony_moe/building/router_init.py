@@ -10,14 +10,10 @@ from symphony_moe.building.draws import generator_for
 
 STANDARD_DEVIATION = 0.02
 
-
 ROUTER_TOKENS = 32768
 """Router inputs that a calibrated router is fitted on, of all sources together."""
 
-
 _ITERATIONS = 60
-
-
 _DECAY = 1e-4
 
 

@@ -98,20 +98,20 @@ class Sweep:
 
     def _blank(self, source: Source) -> Comparison:
         """Statistics of nothing yet. Neurons' order is used in any case, and not judged."""
-        config, align = source.config, self._recipe.align
+        config = source.config
 
         def blank() -> Comparison:
             comparison = Comparison()
-            if align.residual == "orthogonal":
+            if self._recipe.aligns_residual:
                 comparison.residual = ResidualCovariance(config.hidden_size, device())
-            if align.heads == "all":
+            if self._recipe.aligns_heads:
                 comparison.heads = HeadCorrelation(config, device())
             return comparison
 
         comparison = blank()
         if self._recipe.aligns_neurons:
             comparison.neurons = NeuronCorrelation(config.intermediate_size, device())
-            comparison.neuron_share = align.neuron_share
+            comparison.neuron_share = self._recipe.align.neuron_share
         if self._validation:
             comparison.validation = blank()
         return comparison

@@ -47,10 +47,8 @@ log = logging.getLogger(__name__)
 LOGITS_TOLERANCE = 1e-4
 """max |stock - pipeline| over max |pipeline|, both in float32 from the same rounded weights."""
 
-
 _PROBE = (2, 48)
 """Windows and tokens per window of the random probe for logits."""
-
 
 _PROBE_OF_SOURCE = (2, 24)
 """The same for a source against stock loading of it."""
@@ -171,8 +169,8 @@ def _check_maps(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> st
     has_neurons = recipe.aligns_neurons and not _is_plain_mean(run, recipe)
     wrong = alignment.misplaced(
         num_layers,
-        residual=others if recipe.align.residual != "none" else [],
-        heads=others if recipe.align.heads != "none" else [],
+        residual=others if recipe.aligns_residual else [],
+        heads=others if recipe.aligns_heads else [],
         neurons=others if has_neurons else [],
     )
     if wrong:

@@ -42,13 +42,10 @@ PAPER_SHOTS = {
 """Examples in the prompt, as in the paper. It has 8 for BBH too, but the harness's BBH comes with
 three, so that one stays at the task's own number."""
 
-
 _SEED = 1234
 """The harness's own, for the choice of examples: results compare with everyone's."""
 
-
 _CPU_BATCH = 4
-
 
 _NO_DATA = (ConnectionError, FileNotFoundError)
 """What `datasets` raises where it cannot find a dataset."""

@@ -24,7 +24,6 @@ from symphony_moe.files import CHUNK, reserve, write_text
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Output dtype -> bytes of a number."""
 
-
 SPELLED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Output dtype -> its name in safetensors files."""
 

@@ -17,7 +17,6 @@ TRIED = {
 }
 """Program -> the versions that were asked."""
 
-
 Verdict = Literal["exact", "other", "refused", "untried"]
 """`exact`: the same tokens. `other`: it loads the model, says nothing, and answers otherwise.
 `refused`: it does not load the model. `untried`: nobody has asked it."""
@@ -68,7 +67,6 @@ _TRIED_ROPE = {
     ("granitemoe", "llama3"),
 }
 """Architecture and type of RoPE of the models that were asked about."""
-
 
 _EXACT: tuple[Verdict, str] = ("exact", "")
 

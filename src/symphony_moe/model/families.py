@@ -19,43 +19,28 @@ from symphony_moe.errors import RecipeError, shortened
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
-
 HEAD_BIAS = "lm_head.bias"
 """A tensor of zeros. Without it transformers reports a missing tensor (and fills in zeros); with it
 llama.cpp's converter and MLX refuse the checkpoint. `output.head_bias` decides."""
 
-
 GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
-
 
 NEURON_AXIS = {GATE: 0, UP: 0, DOWN: 1}
 """The axis of each FFN matrix (stored out x in) that counts hidden neurons."""
 
-
 _ATTENTION = tuple(f"self_attn.{part}_proj.weight" for part in "qkvo")
-
-
 Q_PROJ, K_PROJ, V_PROJ, O_PROJ = _ATTENTION
-
-
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
-
-
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-
-
 _JETMOE_EPS = 1e-6
-
 
 BY_TOKEN = ("logits", "weights", "experts")
 """What most stock router modules put out: logits (tokens x experts), then the weights and the
 numbers of the experts that each token goes to (both tokens x places)."""
 
-
 BY_EXPERT = ("order", "tokens", "weights", "sizes", "logits")
 """What JetMoE's puts out, where `weights` are sorted by expert: for each of them, its place in
 tokens x places and its token; how many each expert has; and the logits."""
-
 
 _SAME_IN_EVERY_TARGET = [
     "vocab_size",
@@ -278,10 +263,7 @@ def _has_own_head_size(config: PreTrainedConfig) -> bool:
 
 
 _NO_FFN_BIASES = ("no stock MoE has FFN biases", lambda config: config.mlp_bias)
-
-
 _SLIDING = "the target has no layers with a sliding window beside layers without one"
-
 
 _PRE_NORM = Symmetries(
     gains={_NORMS[0]: _ATTENTION[:3], _NORMS[1]: (GATE, UP)},
@@ -290,12 +272,8 @@ _PRE_NORM = Symmetries(
     phases="any",
 )
 
-
 _MIXTRAL_EXPERTS = _per_expert("block_sparse_moe.experts", "w1", "w3", "w2")
-
-
 _QWEN_EXPERTS = _per_expert("mlp.experts", "gate_proj", "up_proj", "down_proj")
-
 
 FAMILIES: dict[str, Family] = {
     family.dense: family
@@ -423,10 +401,7 @@ def _always(config: PreTrainedConfig) -> bool:
 
 
 _ATTENTION_BIASES = ("attention biases are not in this table", lambda c: c.attention_bias)
-
-
 _NO_WINDOW = ("GraniteMoe has no sliding window; use mixtral", _has_window)
-
 
 TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
     "shared": {

@@ -21,10 +21,8 @@ from symphony_moe.model.moe_layer import MoELayer, router_matrix
 
 _ATTENTION = "self_attn."
 
-
 WINDOWS_TOKENS = 4096
 """Tokens run through a layer at once (whole windows, at least one)."""
-
 
 LOGITS_AT_ONCE = 2**25
 """Logits of one model that are in memory at once."""

@@ -21,14 +21,8 @@ from transformers import PreTrainedConfig
 from symphony_moe.model.families import DOWN, GATE, NEURON_AXIS, UP, Family, head_dim
 
 _Q, _K, _V, _O = (f"self_attn.{part}_proj" for part in "qkvo")
-
-
 _READERS = (f"{_Q}.weight", f"{_K}.weight", f"{_V}.weight", GATE, UP)
-
-
 _WRITERS = (f"{_O}.weight", DOWN)
-
-
 _HEAD_GAINS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 

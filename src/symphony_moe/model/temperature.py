@@ -15,7 +15,6 @@ from torch import Tensor, nn
 TEMPERATURES = [1.02**power for power in range(36)]
 """What the logits may be divided by: 1 to 2."""
 
-
 TRAINED_TOKENS = 65_536
 """Tokens that the temperature after a training is found on, at most."""
 

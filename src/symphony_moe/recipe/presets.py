@@ -8,7 +8,6 @@ _PLAIN_MEAN: dict[str, dict[str, str]] = {
     "router": {"init": "random"},
 }
 
-
 PRESETS: dict[str, dict[str, dict[str, str]]] = {
     "symphony": {
         "backbone": {"attention": "slerp", "embeddings": "selective-linear", "norms": "linear"},

@@ -109,7 +109,6 @@ def _not_with_copies(setting: str, is_set: Callable[[Recipe], bool]) -> Rule:
 
 _SHARED_ATTENTION_ONLY = "a fit knows only attention that all experts share"
 
-
 RULES = (
     Rule("anchor", lambda r: _no_source([r.anchor], r.sources)),
     Rule("output.chat", _chat_is_no_source),

@@ -34,35 +34,24 @@ def _number(value: Any) -> Any:
 Name = Annotated[str, BeforeValidator(spelled)]
 """Text. A number of YAML is taken as it was written."""
 
-
 Whole = Annotated[int, BeforeValidator(_number)]
-
-
 Real = Annotated[float, BeforeValidator(_number)]
-
-
 Share = Annotated[Real, Field(ge=0, le=1e6, allow_inf_nan=False)]
-
 
 Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 """The range that every random generator takes."""
 
-
 TEMPLATE_DATE = date(2025, 1, 1)
 """Today's date for chat templates, unless the recipe gives another."""
-
 
 MOST_TOKENS = 10**15
 """More text than there is."""
 
-
 LONGEST = 2**24
 """Tokens per window: more than any machine holds."""
 
-
 MOST_STEPS = 10**6
 """Upper bound of steps, batches, checkpoints and evaluations."""
-
 
 BUNDLED = "bundled:"
 """Prefix of models and texts that come with the package: `bundled:strangers/python`."""

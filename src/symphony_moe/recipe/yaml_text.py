@@ -22,16 +22,12 @@ from symphony_moe.errors import shortened
 MOST_VALUES = 1_000_000
 """Values in a text at most, aliases unfolded: a few lines of them could unfold without end."""
 
-
 _DEEPEST = 100
-
-
 _TAG = "tag:yaml.org,2002:"
 
 
 # Underscores between digits are no part of the schema, but of many recipes.
 _DIGITS = "[0-9]+(?:_[0-9]+)*"
-
 
 _PLAIN: dict[str, tuple[re.Pattern[str], str]] = {
     "null": (re.compile(r"(?:~|null|Null|NULL|)\Z"), "~nN"),

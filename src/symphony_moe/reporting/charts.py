@@ -23,22 +23,17 @@ if TYPE_CHECKING:
 MARKERS = "os^DvP"
 """Colour and marker repeat together after 24 lines."""
 
-
 _WIDTH, _LEFT, _TOP, _BOTTOM = 740.0, 48.0, 30.0, 44.0
 """Of the whole chart and of what surrounds the plot, in points (1/72 inch)."""
-
 
 _FONT, _LETTER = 10.5, 6.0
 """Size of the text, and room for one letter of a label, in points."""
 
-
 _PLOT_HEIGHT = 220.0
 """In points. A chart whose labels need more is higher."""
 
-
 _LABEL_HEIGHT = 14.0
 """From one label of a line to the next, in points."""
-
 
 _LABEL_LENGTH = 34
 """Letters of a label. The table of the chart's numbers has the whole name."""

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 Number = int | float
 
-
 MISSING = "\N{EN DASH}"
 """Shown where nothing was measured."""
 

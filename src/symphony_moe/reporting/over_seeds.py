@@ -9,13 +9,10 @@ from symphony_moe.reporting.numbers import Number, is_number, loss_text, mean
 
 IN_DOMAIN, OUT_OF_DOMAIN = "in domain", "out of domain"
 
-
 PLACES = (IN_DOMAIN, OUT_OF_DOMAIN)
 """Where a loss is measured."""
 
-
 Entries = Sequence[Entry]
-
 
 Column = Mapping[str, Mapping[int, Number | None]]
 """Method -> seed -> what was measured, None where it is NaN or infinite."""

@@ -123,8 +123,8 @@ def _not_built(metrics: Metrics, recipe: Recipe) -> list[str]:
     """What a build notes and this one has not."""
     missing = []
     asked = {
-        "residual": recipe.align.residual != "none",
-        "heads": recipe.align.heads != "none",
+        "residual": recipe.aligns_residual,
+        "heads": recipe.aligns_heads,
         "neurons": recipe.aligns_neurons,
     }
     unaligned = [KINDS[kind][0] for kind in asked if asked[kind] and kind not in metrics.alignment]

@@ -8,13 +8,11 @@ from xml.etree.ElementTree import Element, fromstring, tostring
 COLOURS = [f"c{number}" for number in range(8)]
 """Of lines: `--c0` and on in `page.css`."""
 
-
 PLACEHOLDERS = {
     name: f"#c0de{number:02x}"
     for number, name in enumerate([*COLOURS, "ink", "quiet", "line", "page"])
 }
 """Colour of a page -> what matplotlib is told in its place."""
-
 
 _PAPER = {
     "c0": "#0072b2",
@@ -31,7 +29,6 @@ _PAPER = {
     "page": "#ffffff",
 }
 """Colours of a chart that is a file of its own."""
-
 
 _SVG = "http://www.w3.org/2000/svg"
 

@@ -10,10 +10,7 @@ from symphony_moe.runs.metrics import STAGES, TaskResult, tasks_of
 Score = tuple[float | None, float | None]
 """A metric's value and its standard error, None where it is NaN or not known."""
 
-
 Model = TypeVar("Model")
-
-
 Value = TypeVar("Value")
 
 

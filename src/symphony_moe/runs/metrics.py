@@ -27,10 +27,8 @@ from symphony_moe.runs.folder import RunFolder, damaged
 STAGES = ("built", "trained")
 """The two models of a run: before the training and after it."""
 
-
 PLAIN_MEAN = "plain mean"
 """What `Fit.chosen` says where the fit does not pay, and the sources' mean was written."""
-
 
 TEMPERATURE_SCALING = "temperature_scaling"
 """The last step of the head's fit. It is the one that may raise the error."""
@@ -49,7 +47,6 @@ def _or_empty(value: Any) -> Any:
 
 Real = Annotated[float, BeforeValidator(_or_nan)]
 """A number; NaN where the file has null."""
-
 
 Losses = Annotated[dict[str, Real], BeforeValidator(lambda value: value or {})]
 """Domain -> loss."""

@@ -23,17 +23,11 @@ from symphony_moe.errors import SourceError, first_line, shortened
 from symphony_moe.model.families import EMBEDDING, HEAD
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
 _PREFIX = "base_model.model."
-
-
 _TABLES = (EMBEDDING, HEAD)
-
 
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 """What peft calls the rows of a table that were trained as `trainable_token_indices`."""
-
 
 _BLOCK = 8192
 """Rows of a table that are compared at once."""
@@ -52,20 +46,16 @@ def _merging(*between: str) -> str:
 
 _MERGE_IT = f"; merge it into its model and use that:{_merging()}"
 
-
 _CONVERT = (
     "; save it where it was trained as a plain LoRA: save_pretrained(FOLDER, "
     "path_initial_model_for_weight_conversion=...), or merge it there"
 )
 
-
 _PLAIN = (False, True, "gaussian", "eva", "orthogonal", "lora_ga", "mica")
 """Beginnings that leave the model's weights as they are when an adapter is loaded."""
 
-
 _DECOMPOSED = ("pissa", "olora")
 """Beginnings that take a part out of the model's weights, the same one whenever peft does it."""
-
 
 _REFUSED_BEGINNINGS = {
     "corda": "began with a decomposition (CorDA) that peft cannot repeat without the data that it "
@@ -75,7 +65,6 @@ _REFUSED_BEGINNINGS = {
     "pissa_niter": "began with a decomposition (a fast SVD) that peft draws at random whenever it "
     "loads it, so that what it was trained on is in none of its files" + _CONVERT,
 }
-
 
 _REFUSED_SETTINGS = {
     "alora_invocation_tokens": "is an activated LoRA: it works only behind its invocation tokens, "

@@ -31,17 +31,12 @@ from symphony_moe.sources.pretrained import LOCAL, load_config, load_tokenizer
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """What transformers looks for in a model folder, in this order."""
 
-
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
-
-
 _SMALL = (".json", ".jinja", ".model", ".txt")
-
 
 _FORMAT = 2
 """What conversion makes of a file: raised where that changes, so that older entries are not
 read."""
-
 
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

@@ -24,7 +24,6 @@ from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, head_dim
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """llama.cpp keeps a Mistral as a `llama`."""
 
-
 _NAMES = {
     "token_embd": EMBEDDING.removesuffix(".weight"),
     "output_norm": FINAL_NORM.removesuffix(".weight"),
@@ -43,13 +42,10 @@ _NAMES = {
 }
 """llama.cpp's name of a tensor -> transformers', for the architectures of above."""
 
-
 _ROPE_FACTORS = "rope_freqs.weight"
-
 
 _PASSED_OVER = r"blk\.\d+\.attn_rot_embd\.weight"
 """RoPE's own frequencies in old files: llama.cpp passes over them too."""
-
 
 _NEEDED = (
     "context_length",
@@ -60,7 +56,6 @@ _NEEDED = (
     "attention.layer_norm_rms_epsilon",
 )
 """Settings that transformers would fill in with its own defaults."""
-
 
 _READ = (
     "vocab_size",
@@ -74,7 +69,6 @@ _READ = (
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
 )
-
 
 _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
     "attention.causal": (True,),
@@ -95,10 +89,8 @@ _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
 }
 """Other settings -> the values with which they change nothing; None where none of them does."""
 
-
 _RATIO = 4.0
 """high_freq_factor over low_freq_factor in every Llama 3."""
-
 
 _CLOSE = 5e-6
 """Two frequencies are the same where they differ by this, relatively: rounding to float32."""
@@ -332,10 +324,8 @@ def _read_factors(file: BinaryIO, begin: int, place: _Place | None) -> tuple[flo
 
 _VERSIONS = (2, 3)
 
-
 _KINDS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Kind of a setting -> its letter in `struct`; words are of kind 8, lists of 9."""
-
 
 _LONG = 1024
 """Of lists that are longer than this (vocabularies) the length alone is kept."""

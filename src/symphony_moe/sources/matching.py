@@ -45,10 +45,7 @@ class Difference:
 
 
 _EXPERTS_ALIKE = "experts of one model must have the same shapes; use checkpoints of one size"
-
-
 _ANCHOR_WINS = "the anchor's is used for the whole model"
-
 
 _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
     ("model_type", "error", "sources must be of one family"),
@@ -120,7 +117,6 @@ _READ: dict[str, Callable[[PreTrainedConfig], Any]] = {
     "sliding_window": attention_window,
 }
 """Config field -> what it amounts to, where that is not what it says."""
-
 
 _SAME: dict[str, Callable[[PreTrainedConfig, PreTrainedConfig], bool]] = {
     "hidden_act": _is_one_activation,

@@ -24,7 +24,6 @@ SETTINGS = {
 """Public settings of a tokenizer that its files may name -> what it has where they do not and its
 class has no mind of its own."""
 
-
 TEXTS = (
     "Two  spaces,\ttabs\n\n  and lines.",
     " a space before",
@@ -39,7 +38,6 @@ TEXTS = (
     "",
 )
 """What tokenizers cut differently, beside text of random tokens."""
-
 
 _TOKENS_TRIED = 64
 """Added tokens that are written into text; tokenizers may have thousands."""

@@ -36,21 +36,14 @@ from symphony_moe.sources.vocabulary import Vocabulary
 from symphony_moe.text.windows import Encoder
 
 GENERATION = "generation_config.json"
-
-
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
 TOKENIZER_CONFIG = "tokenizer_config.json"
-
 
 CODE = ("auto_map", "custom_generate")
 """What a generation config says of code: it is neither run nor carried on."""
 
-
 TABLE_ROWS = 8192
 """Rows of an embedding table that are read at once."""
-
 
 FLOAT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 

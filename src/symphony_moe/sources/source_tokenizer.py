@@ -27,14 +27,11 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 
-
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Those that hold a vocabulary: without one of them there is no tokenizer."""
 
-
 CHAT_TEMPLATES = "additional_chat_templates"
 """A folder with the chat templates that have other names than the default."""
-
 
 _WITH_TOKENS = (
     "tokenizer.json",
@@ -44,18 +41,14 @@ _WITH_TOKENS = (
 )
 """The JSON files with rules and tokens."""
 
-
 GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes that do what tokenizer.json says."""
-
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """What tokenizer.json says of an added token."""
 
-
 _ROLES = {f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 """Special tokens that a tokenizer of any class may have."""
-
 
 EXTRA = ("additional_special_tokens", "extra_special_tokens")
 """Where files list special tokens without a role."""

@@ -28,11 +28,9 @@ from symphony_moe.sources.source_tokenizer import (
 _CHAT_TEMPLATE = "chat_template.jinja"
 """The file with the default chat template."""
 
-
 _NEWEST, _ANY = GENERIC
 """Names of one class: what transformers 5 writes, and what every version and llama.cpp's converter
 know."""
-
 
 _STAGES = ("normalizer", "pre_tokenizer", "decoder")
 """What tokenizer.json says of text on its way to tokens and back, and some classes build anew."""

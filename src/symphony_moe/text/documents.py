@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 _SHUFFLE_BUFFER = 10_000
 """Documents that a stream is shuffled among: what it holds in memory."""
 
-
 PATIENCE = 1_000_000
 """A stream is given up after so many documents in a row that are of no use."""
 

@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 VALIDATION_SHARE = 1 / 8
 """Share of a source's documents that a fit is validated by."""
 
-
 _PER_DOCUMENT = 256
 """Bytes that Python takes for a document's places in lists and tables, about."""
 

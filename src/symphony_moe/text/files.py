@@ -40,17 +40,12 @@ log = logging.getLogger(__name__)
 _IN_MEMORY = 2**28
 """Bytes of tokens and positions up to which text stays in memory."""
 
-
 _BYTES_PER_TOKEN = 8
-
 
 _BLOCK = 2**22
 """Tokens that are copied at once."""
 
-
 _POOL = ("pool-tokens.bin", "pool-places.bin")
-
-
 _DRAWN = ("tokens.bin", "positions.bin")
 
 

@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 """Columns that hold chats, in the order in which they are looked for beside a missing text."""
 
-
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -45,7 +44,6 @@ _ROLES = {
 }
 """ShareGPT's roles -> those of chat templates."""
 
-
 _INSTEAD_OF_CONTENT = (
     "tool_calls",
     "function_call",
@@ -55,10 +53,8 @@ _INSTEAD_OF_CONTENT = (
 )
 """What a message may have without content."""
 
-
 _SHOWN = 60
 """Characters of a value that an error repeats."""
-
 
 MESSAGES = ChatRules()
 """The rules where nobody says otherwise."""

@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 _POOL = 4
 """Windows are drawn from this many times the tokens asked for (or from all there is)."""
 
-
 _STREAM_SPARE = 2**24
 """But from no more tokens of a stream than this, beyond those asked for."""
 

@@ -200,7 +200,7 @@ def _refuse_loggers(settings: Train) -> None:
 
 def _refuse_architecture(recipe: Recipe) -> None:
     """RecipeError for an architecture that this version of transformers does not train."""
-    target = "jetmoe" if recipe.experts.attention == "source" else recipe.output.architecture
+    target = "jetmoe" if recipe.has_attention_experts else recipe.output.architecture
     too_old = Version(transformers.__version__) < STACKED_TRAIN
     if target in ("jetmoe", "granitemoe") and too_old:
         raise RecipeError(

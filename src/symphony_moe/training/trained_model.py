@@ -17,8 +17,6 @@ from symphony_moe.training.resuming import is_sharded, reading
 log = logging.getLogger(__name__)
 
 _ROUTER = re.compile(r"\.(gate|router|router\.layer)\.weight$")
-
-
 _EXPERT = re.compile(r"\.experts\.|\.(input|output)_linear\.weight$")
 
 
