@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,14 @@ def make_adapter(
     own = loaded(base)
     if rows is not None:
         own.resize_token_embeddings(rows)
-    model = peft.get_peft_model(own, peft.LoraConfig(**config))
+    with warnings.catch_warnings(action="ignore"):  # peft's, of adapters that are unusual
+        model = peft.get_peft_model(own, peft.LoraConfig(**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and ("lora_" not in name or config["init_lora_weights"]):
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(str(folder), save_embedding_layers=save)
+    with warnings.catch_warnings(action="ignore"):
+        model.save_pretrained(str(folder), save_embedding_layers=save)
     return folder
 
 
