@@ -127,7 +127,7 @@ def test_each_source_knows_its_own_domain_best(family: str) -> None:
 
 def test_strangers_are_usable_before_any_training(tmp_path: Path) -> None:
     """The reason to exist, at a small budget: measured 3.76 against the plain mean's 5.26 nats on
-    text kept aside, the sources' own losses being 1.9."""
+    validation text, the sources' own losses being 1.9."""
     recipe = load_recipe(
         demo_recipe(), ["calibration.tokens=16384", "fit.epochs=1", "train.tokens=2048"]
     )

@@ -14,7 +14,7 @@ import symphony_moe
 from symphony_moe import cli, pipeline
 from symphony_moe.bundled import demo_recipe
 from symphony_moe.recipe.load import load_recipe, resolve_recipe
-from symphony_moe.recipe.settings import BUNDLED
+from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.recipe.variants import load_variants
 from symphony_moe.recipe.yaml_text import read_yaml
 
@@ -192,3 +192,24 @@ def test_one_version() -> None:
     (stated,) = re.findall(r'^__version__ = "(.+)"$', place.read_text("utf-8"), re.MULTILINE)
     assert stated == symphony_moe.__version__
     assert project["scripts"] == {"symphony": "symphony_moe.cli:main"}
+
+
+def test_the_paper_map_names_code_that_is_there() -> None:
+    text = (ROOT / "docs" / "paper-map.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("|")]
+    named = [name for row in rows for name in re.findall(r"`([a-z_]+)\.([A-Za-z_]+)`", row)]
+    assert len(named) > 15
+    for module, name in named:
+        homes = [known for known in MODULES if known.rpartition(".")[2] == module]
+        found = [importlib.import_module(f"symphony_moe.{home}") for home in homes]
+        settings = module in Recipe.model_fields  # a setting, and no code
+        assert settings or any(hasattr(one, name) for one in found), f"{module}.{name}"
+
+
+def test_contributing_names_files_that_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("## Ten changes")[2].partition("\n## ")[0]
+    named = re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]*(?:\.[a-z0-9.]+)?|[a-z]+\.py)`", table)
+    assert len(named) >= 20 and table.count("\n| a") >= 10
+    for name in named:
+        assert (PACKAGE / name).exists() or (ROOT / name).exists(), name

@@ -206,7 +206,7 @@ def describe_build(metrics: Mapping[str, Any]) -> str:
     if "loss" in metrics.get("fit", {}):
         losses = ", ".join(f"{name} {loss:.3f}" for name, loss in metrics["fit"]["loss"].items())
         chosen = metrics["fit"]["chosen"]
-        lines.append(f"{losses} nats per token on text kept aside; wrote the {chosen} model")
+        lines.append(f"{losses} nats per token on validation text; wrote the {chosen} model")
     return "\n".join(lines)
 
 

@@ -856,7 +856,7 @@ def test_what_is_settled_from_is_read_when_asked_for_and_keeps_no_file_mapped(
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_streams_are_compared_at_every_place(layer: int, recipes: Callable[[str], Path]) -> None:
-    """Before the layer, between attention and FFN, and after the last layer; the text kept aside
+    """Before the layer, between attention and FFN, and after the last layer; the validation text
     apart from the rest."""
     recipe = load_recipe(recipes("llama"), ["method=harmonized"])
     sources = open_sources(recipe)

@@ -60,7 +60,7 @@ FITTED = ["llama", "qwen2", "qwen3", "mistral"]
 """No biases and no QK-norm; biases; QK-norm; a sliding window."""
 RIDGE = 1e-2
 ASIDE, TO_FIT = slice(0, 2), slice(2, 8)
-"""Of the eight windows of each stranger: what is kept aside, and what is fitted on."""
+"""Of the eight windows of each stranger: what validates, and what is fitted on."""
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +168,7 @@ def assert_same(found: MoELayer, expected: MoELayer, tolerance: float = 0.0) -> 
 
 
 def error_of(begun: Begun, layer: int, moe: MoELayer) -> float:
-    """Mean over sources of the error on the text kept aside, of the layer as `load_moe_layer` runs
+    """Mean over sources of the error on the validation text, of the layer as `load_moe_layer` runs
     it, against the sources' streams after it. To be asked after `fit_layer`."""
     state = begun.state
     model = load_moe_layer(state.config, layer, moe, state.recipe.router.top_k)
@@ -575,7 +575,7 @@ def test_nothing_is_kept_where_the_error_is_no_number() -> None:
 def test_validation_text_is_never_fitted_on(
     harmonized: Callable[[str], Path], everything_is_kept: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other text in the windows kept aside changes what is measured, and not one weight: of the
+    """Other text in the validation windows changes what is measured, and not one weight: of the
     layer, its router, the plain mean's router, and the head."""
     small_steps(monkeypatch)
     fits = []
@@ -634,7 +634,7 @@ def test_the_plain_mean_gets_a_router_of_its_own(
     harmonized: Callable[[str], Path], seen: Routed
 ) -> None:
     """Of the kind that the recipe asks for: as drawn, or from its own router inputs, on windows
-    that are not kept aside."""
+    that are not for validation."""
     drawn = begin(load_recipe(harmonized("qwen2"), ["router.init=random"]))
     plain = drawn.starts[0]
     assert calibrate_plain(drawn.state, 0, plain) == plain.router and not seen
@@ -701,7 +701,7 @@ def test_the_plain_mean_runs_on_validation_text_and_what_its_router_needs(
 def test_a_step_takes_as_much_of_every_source_and_every_window_once_an_epoch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sources with 20, 9 and 2 windows, 1 of each kept aside: two windows of each in a step, input
+    """Sources with 20, 9 and 2 windows, 1 of each for validation: two windows of each in a step, input
     and target of the same window, each window as often as every other of its source to within one;
     as many epochs as asked for of the mean text. Another seed is another order."""
     monkeypatch.setattr(fitting, "WINDOWS_TOKENS", 3 * 8 * 2)
@@ -932,7 +932,7 @@ def test_the_heads_gradient_is_that_of_the_divergence(
 def test_the_divergence_is_the_mean_over_tokens_then_sources(
     pieces: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """KL from each source's distribution to the new model's, on the text kept aside, by torch's
+    """KL from each source's distribution to the new model's, on the validation text, by torch's
     kl_div; the closed form and the refinement lower it, or are not kept."""
     if pieces:
         monkeypatch.setattr(fit_head_module, "LOGITS_AT_ONCE", 20 * 7)
@@ -1011,7 +1011,7 @@ def test_a_head_that_does_harm_is_not_kept(
 def test_the_loss_is_the_stock_models(
     pieces: bool, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nats per token on the text kept aside, of every source by itself through stock transformers:
+    """Nats per token on the validation text, of every source by itself through stock transformers:
     from its last stream and its head with the final norm folded in."""
     begun = begin(load_recipe(harmonized("llama"), ["calibration.tokens=6144"]))
     state = begun.state
@@ -1168,7 +1168,7 @@ def test_a_head_gain_of_zero_leaves_finite_targets(harmonized: Callable[[str], P
 def test_router_inputs_are_spread_over_the_text(
     harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every third of six windows that are fitted on, and no window that is kept aside."""
+    """Every third of six windows that are fitted on, and no validation window."""
     monkeypatch.setattr(router_init, "ROUTER_TOKENS", 3 * 64 * 2)
     begun = begin(load_recipe(harmonized("llama"), ["fit.method=none"]))
     c = begun.state

@@ -429,7 +429,7 @@ def test_the_checkpoint_computes_what_the_build_says(
     variant: str, dtype: str, recipes: Recipes, fitted: Runs, tmp_path: Path
 ) -> None:
     """Law 6: `verify` passes, stock transformers finds every tensor, norms are neutral and the head
-    untied, and the loss that was reported on the text kept aside is the checkpoint's own (1e-4)."""
+    untied, and the loss that was reported on the validation text is the checkpoint's own (1e-4)."""
     if dtype == "float32":
         run = fitted(variant)
     else:
@@ -455,7 +455,7 @@ def test_the_checkpoint_computes_what_the_build_says(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_step_says_what_it_did(variant: str, fitted: Runs) -> None:
-    """For each layer and for the head: the error on the text kept aside, before and after, and
+    """For each layer and for the head: the error on the validation text, before and after, and
     whether the step was kept, which is whether it was lowered."""
     fit = fitted(variant).read_json(fitted(variant).metrics)["fit"]
     steps = [
@@ -721,8 +721,8 @@ def test_a_single_document_cannot_be_judged_by(recipes: Recipes, tmp_path: Path)
 @pytest.mark.parametrize("windows", [2, 8])
 def test_branches_with_little_text_are_not_made_worse(windows: int, tmp_path: Path) -> None:
     """Bundled models of one base, and so little text that a fit can only learn it by heart: the one
-    that loses less on the documents kept aside is written, and held-out text agrees to within 0.1
-    nats (the text kept aside is that short)."""
+    that loses less on the validation documents is written, and held-out text agrees to within 0.1
+    nats (the validation text is that short)."""
     names = ("english", "python", "arithmetic", "records")
     content: dict[str, Any] = {
         "sources": {
@@ -874,7 +874,7 @@ def test_regression_routers_are_the_minimum_on_the_stock_models_inputs(
 ) -> None:
     """Without a fit: the gradient of the mean cross-entropy plus 1e-4 times the squared weights is
     nothing there, worked out in numpy. Every other tensor is what `symphony` gives, bit for bit
-    (but for the order of neurons, which is found on the text that is not kept aside)."""
+    (but for the order of neurons, which is found on the text that is no validation text)."""
     runs = {}
     for init in ("random", "regression"):
         given = [f"router.init={init}", "align.neurons=none"]
@@ -1102,7 +1102,7 @@ def finite(run: RunFolder) -> bool:
 def test_one_short_window_per_source_is_fitted_with_a_warning(
     variant: str, recipes: Recipes, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """Fewer tokens (16) than unknowns (32 and 48), besides the window that is kept aside: said once
+    """Fewer tokens (16) than unknowns (32 and 48), besides the validation window: said once
     of each fit, and what the text leaves open stays finite."""
     given = ("calibration.tokens=48", "calibration.sequence_length=16")
     with caplog.at_level(logging.WARNING, logger="symphony_moe"):

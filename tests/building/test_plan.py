@@ -176,7 +176,7 @@ def test_plans_are_printed_and_written(
 
 def test_the_peak_counts_the_statistics_of_both_texts(recipes: Recipes) -> None:
     """Of two sources beside the anchor, a matrix (heads x head_dim) squared of float64; of the text
-    kept aside another, where something is fitted."""
+    for validation another, where something is fitted."""
 
     def peak(*settings: str) -> int:
         recipe = load_recipe(recipes("llama"), ["method=harmonized", *settings])

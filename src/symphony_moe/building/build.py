@@ -224,7 +224,7 @@ class Build:
                     }
                     write_comparison(path, tensors, self.digest)
                 log.info("compared layer %d of %d", layer + 1, self.num_layers)
-                listen(Progress("compare", layer + 1, self.num_layers))
+                listen(Progress("align", layer + 1, self.num_layers))
                 release_freed_memory()
             streams.release()
         findings = Findings(paths)
