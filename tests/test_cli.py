@@ -834,7 +834,7 @@ def test_no_memory_is_nobodys_bug(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("symphony_moe.building.build.fused_tables", fail)
+    monkeypatch.setattr("symphony_moe.building.candidate.fused_tables", fail)
     assert main(["build", str(recipes("llama")), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "symphony: error: out of memory: " in said and "Traceback" not in said
