@@ -702,8 +702,8 @@ def test_a_step_takes_as_much_of_every_source_and_every_window_once_an_epoch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sources with 20, 9 and 2 windows, 1 of each for validation: two windows of each in a step,
-    input and target of the same window, each window as often as every other of its source to within one;
-    as many epochs as asked for of the mean text. Another seed is another order."""
+    input and target of the same window, each window as often as every other of its source to within
+    one; as many epochs as asked for of the mean text. Another seed is another order."""
     monkeypatch.setattr(fitting, "WINDOWS_TOKENS", 3 * 8 * 2)
     state = by_hand({"c": 20, "a": 9, "b": 2}, epochs=3.5)
     for name in "abc":
