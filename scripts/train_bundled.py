@@ -48,7 +48,7 @@ from symphony_moe import bundled
 from symphony_moe.bundled.corpus import DOMAINS, OUT_OF_DOMAIN, documents
 from symphony_moe.evaluation.losses import losses_and_routing
 from symphony_moe.text.documents import is_held_out
-from symphony_moe.text.windows import Drawing, Encoder, Packed, Pieces, draw_pieces, pack_windows
+from symphony_moe.text.windows import Encoder, Packed, Pieces, WindowDraw, draw_pieces, pack_windows
 
 logger = logging.getLogger("train_bundled")
 
@@ -145,7 +145,7 @@ def training_documents(domain: str) -> list[str]:
 def held_out_text(domain: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Pieces:
     """At most so many tokens of held-out text, documents of at most `SEQUENCE_LENGTH` tokens."""
     held_out = [text for text in documents(domain) if is_held_out(text, HOLDOUT)]
-    drawing = Drawing(tokens, SEQUENCE_LENGTH, seed=0)
+    drawing = WindowDraw(tokens, SEQUENCE_LENGTH, seed=0)
     return draw_pieces(domain, held_out, Encoder.of(tokenizer), drawing)
 
 

@@ -1134,7 +1134,7 @@ def test_losses_that_are_no_numbers_are_json_and_a_table(
     metrics = {"sources": {"a": {"a": 1.0, "x": float("nan")}}, "built": {"a": None, "x": 2.0}}
     print(cli._json(metrics))
     assert json.loads(capsys.readouterr().out)["sources"]["a"] == {"a": 1.0, "x": None}
-    rows = console.loss_table(metrics).splitlines()
+    rows = console.losses_as_table(metrics).splitlines()
     assert rows[1].split() == ["a", "1.000", "nan", "1.000", "nan"]
     assert rows[2].split() == ["built", "nan", "2.000", "nan", "2.000"]
 

@@ -23,7 +23,7 @@ from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.variants import load_variants
 from symphony_moe.reporting.comparison_table import (
-    describe,
+    comparison_as_text,
     entries_of,
     limits_of,
     mark_reached,
@@ -160,7 +160,7 @@ def test_every_method_is_measured_by_the_reference_of_its_seed() -> None:
     # From 3.0 at 700 tokens to 1.5 at 1200: 2.5 after a third of the way, 3.0 at once.
     assert reached["btx", 1] == {"tokens": 867, "share": round(867 / 1200, 4)}
     assert reached["btx", 2] == {"tokens": 700, "share": round(700 / 1200, 4)}
-    text = describe(entries, limits_of(runs, ["a", "b"]))
+    text = comparison_as_text(entries, limits_of(runs, ["a", "b"]))
     assert "2.750 (2.500 to 3.000)" in text and "65 %" in text
 
 

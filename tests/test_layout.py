@@ -95,6 +95,41 @@ def test_stages_do_not_import_one_another(stage: str) -> None:
     assert not found & STAGES
 
 
+@pytest.mark.parametrize("folder", ["building", "training", "evaluation", "reporting"])
+def test_what_a_command_does_knows_no_other_command(folder: str) -> None:
+    """Each can be read without the others; a module at the top calls them in turn."""
+    others = {"building", "training", "evaluation", "reporting"} - {folder}
+    for module in MODULES:
+        if folder_of(module) == folder:
+            assert not {folder_of(other) for other in imports(module)} & others, module
+
+
+def test_only_the_command_knows_the_main_path() -> None:
+    assert {module for module in MODULES if "pipeline" in imports(module)} == {"cli", "comparison"}
+    assert {module for module in MODULES if "cli" in imports(module)} == {"__main__"}
+
+
+def test_no_public_name_stands_for_two_things() -> None:
+    """But the functions of the public API, which the command has by the same names."""
+    homes: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, set()).add(module)
+    twice = {name: modules for name, modules in homes.items() if len(modules - {"cli"}) > 1}
+    assert not twice
+
+
+def test_a_private_function_has_five_parameters_at_most() -> None:
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
+                taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                named = [argument for argument in taken if argument.arg not in ("self", "cls")]
+                special = node.name.startswith("__")  # a class has as many parts as it has
+                assert special or len(named) <= 5, f"{module}.{node.name}"
+
+
 def test_imports_have_a_direction() -> None:
     graph = {module: imports(module, top_level=True) for module in MODULES}
     while graph:

@@ -1063,3 +1063,39 @@ def test_the_recorded_recipe_pins_the_sources(
         assert spec.sha256 is not None
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= spec.sha256.keys()
         assert Path(spec.model) == models_of(recipes("llama")) / name
+
+
+def in_old_words(run: RunFolder) -> None:
+    """Spell a run's files as version 0.1 did."""
+    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    recipe["refit"] = recipe.pop("fit")
+    for section in ("refit", "train"):
+        recipe[section]["soften"] = recipe[section].pop("temperature_scaling")
+    run.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    metrics = run.read_json(run.metrics)
+    settings = metrics["training"]["settings"]
+    settings["soften"] = settings.pop("temperature_scaling")
+    run.metrics.write_text(json.dumps(metrics))
+
+
+def test_a_finished_run_of_version_0_1_is_still_read(
+    recipes: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By every command, and by `--resume`, which finds it finished. Nobody is told of old names in
+    a file that nobody wrote."""
+    recipe = load_recipe(recipes("llama"), ["train.tokens=512"])
+    run = pipeline.run(recipe, tmp_path / "run")
+    before = hash_folder(run.trained)
+    in_old_words(run)
+    caplog.clear()
+    pipeline.verify(run)
+    pipeline.report(run)
+    pipeline.train(run, resume=True)
+    assert pipeline.build(recipe, run.root, resume=True) == run
+    pipeline.evaluate(run)
+    pipeline.run(recipe, run.root, resume=True)
+    assert hash_folder(run.trained) == before
+    assert "is called" not in caplog.text
+    other = load_recipe(recipes("llama"), ["train.tokens=512", "seed=3"])
+    with pytest.raises(RunFolderError, match="another recipe"):
+        pipeline.build(other, run.root, resume=True)

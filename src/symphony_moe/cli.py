@@ -32,7 +32,7 @@ from symphony_moe.console import (
     describe_tasks,
     is_terminal,
     log_handler,
-    loss_table,
+    losses_as_table,
     progress_bar,
 )
 from symphony_moe.errors import (
@@ -420,7 +420,7 @@ def demo(
     losses = {stage: paper_metrics[stage] for stage in ("built", "trained")}
     texts = pipeline.generate(folder)
     lines = "\n".join(f"\n[{domain}] {prompt!r}\n    -> {text!r}" for domain, prompt, text in texts)
-    table = loss_table(metrics, {f"paper's, {stage}": of for stage, of in losses.items()})
+    table = losses_as_table(metrics, {f"paper's, {stage}": of for stage, of in losses.items()})
     return (
         metrics
         | {"paths": _paths(folder), "continuations": texts}
@@ -551,7 +551,7 @@ def evaluate(
         like = _like(sources_from)
         found = pipeline.evaluate(run, overrides or (), like=like, progress=progress)
         metrics = found.to_json()
-        return metrics, loss_table(metrics)
+        return metrics, losses_as_table(metrics)
     if sources_from:
         raise RecipeError("--sources-from: has no effect with --tasks")
     if overrides:
@@ -606,7 +606,7 @@ def run(
     metrics = folder.read_json(folder.metrics)
     return (
         metrics | {"paths": _paths(folder)},
-        f"{loss_table(metrics)}\n\nmodel:  {folder.trained}\nreport: {folder.report}",
+        f"{losses_as_table(metrics)}\n\nmodel:  {folder.trained}\nreport: {folder.report}",
     )
 
 
@@ -645,7 +645,7 @@ def compare(
 
     loaded, variants = load_variants(recipe, overrides or (), methods, seeds)
     from symphony_moe import comparison
-    from symphony_moe.reporting.comparison_table import describe
+    from symphony_moe.reporting.comparison_table import comparison_as_text
 
     if prepare:
         folder = comparison.prepare_comparison(
@@ -670,7 +670,7 @@ def compare(
         signal.signal(signal.SIGTERM, before)
     paths = {"comparison": str(folder.comparison), "page": str(folder.page)}
     return {"comparison": entries, "paths": paths}, (
-        f"{describe(entries, limits)}\n\ntable: {folder.comparison}\npage:  {folder.page}"
+        f"{comparison_as_text(entries, limits)}\n\ntable: {folder.comparison}\npage:  {folder.page}"
     )
 
 

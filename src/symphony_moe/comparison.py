@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from symphony_moe.errors import RunFolderError, SymphonyError
+from symphony_moe.errors import RunFolderError, SymphonyError, shortened
 from symphony_moe.files import to_json, write_text
 from symphony_moe.machine import (
     versions,
@@ -195,16 +195,25 @@ def _run_apart(run: RunFolder, recipe: Path, like: RunFolder) -> None:
         return  # the report comes last; what is trained again has no losses yet
     same = [] if like == run else ["--sources-from", str(like.root)]
     command = [sys.executable, "-m", "symphony_moe", "run", str(recipe), "--out", str(run.root)]
-    # It is heard where this process's log is; `run.log` has what it says anyway.
-    heard = None if log.hasHandlers() else subprocess.DEVNULL
-    code = subprocess.run(
-        [*command, "--resume", *same], stdout=subprocess.DEVNULL, stderr=heard, check=False
-    ).returncode
-    if code:
-        killed = f"was killed (signal {-code}; out of memory?)"
+    # Where nobody listens to this process's log, nobody wants to hear that one's: what it says last
+    # is quoted.
+    heard = None if log.hasHandlers() else subprocess.PIPE
+    done = subprocess.run(
+        [*command, "--resume", *same],
+        stdout=subprocess.DEVNULL,
+        stderr=heard,
+        check=False,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        code = done.returncode
+        how = f"was killed (signal {-code}; out of memory?)" if code < 0 else f"ended with {code}"
+        last = (done.stderr or "").strip().rpartition("\n")[2]
+        where = f"it said: {shortened(last, 200)}" if last else "what it said is above"
         raise RunFolderError(
-            f"{run.root}: {killed if code < 0 else f'ended with {code}'}; what it said is above "
-            f"and in {run.log.name}. Finished runs stay: --resume goes on from there"
+            f"{run.root}: {how}; {where}, and in {run.log.name}. Finished runs stay: --resume goes "
+            "on from there"
         )
 
 

@@ -128,7 +128,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int 
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def loss_table(
+def losses_as_table(
     metrics: Mapping[str, Any], others: Mapping[str, dict[str, float | None]] | None = None
 ) -> str:
     """Held-out losses: a row per model, a column per domain. `others`: further models' rows."""
@@ -163,7 +163,7 @@ def describe_tasks(tasks: Mapping[str, Any]) -> str:
 
 def describe_plan(plan: "Plan") -> str:
     """A plan as lines of text."""
-    from symphony_moe.building.plan import in_words
+    from symphony_moe.building.plan import source_in_words
 
     total, active = plan.total_parameters, plan.active_parameters
     lines = [
@@ -178,7 +178,7 @@ def describe_plan(plan: "Plan") -> str:
     for source in plan.sources:
         anchor = ", anchor" if source["anchor"] else ""
         lines.append(
-            f"  {source['name']}: {in_words(source)} ({source['parameters']:,} parameters, "
+            f"  {source['name']}: {source_in_words(source)} ({source['parameters']:,} parameters, "
             f"{source['dtype']}{anchor})"
         )
     lines += ["read by", *(f"  {reading}" for reading in plan.readers)]

@@ -3,9 +3,9 @@
     recipe -> sources -> plan -> calibrate -> align -> fuse -> fit -> route -> write
            -> train -> evaluate -> report
 
-Stages do not import one another (but for three exceptions that tests/test_layout.py names); only
-this module knows their order. Fusing and routing are called from assemble.py and fit_layer.py. The
-commands come first, then what a build is made of; `compare`, many runs, is at the end.
+A function for each command. The steps of a build are numbered in building/build.py, those of a
+training in training/run.py; `compare`, many runs, is in comparison.py. A folder knows only those
+before it (tests/test_layout.py).
 """
 
 import logging

@@ -35,9 +35,9 @@ from symphony_moe.building.align import (
 from symphony_moe.building.alignment import Alignment
 from symphony_moe.building.plan import make_plan
 from symphony_moe.building.statistics import (
-    Comparison,
     HeadActivity,
     HeadCorrelation,
+    LayerStatistics,
     NeuronCorrelation,
     ResidualCovariance,
 )
@@ -553,10 +553,10 @@ def test_heads_that_put_out_nothing_are_matched_all_the_same() -> None:
 
 
 @cache
-def a_comparison(*parts: str) -> tuple[Comparison, Family]:
+def a_comparison(*parts: str) -> tuple[LayerStatistics, Family]:
     """Two strangers' layers on the same tokens."""
     family, config = config_of("llama")
-    comparison = Comparison()
+    comparison = LayerStatistics()
     hidden = random_stream(config)
     if "residual" in parts:
         comparison.residual = ResidualCovariance(config.hidden_size)
@@ -593,10 +593,10 @@ def test_a_comparison_says_what_was_asked_for(parts: tuple[str, ...]) -> None:
     )
 
 
-def noise(config: PreTrainedConfig, seed: int, tokens: int) -> Comparison:
+def noise(config: PreTrainedConfig, seed: int, tokens: int) -> LayerStatistics:
     """Two models that have nothing to do with each other, on few tokens."""
     generator = torch.Generator().manual_seed(seed)
-    comparison = Comparison(
+    comparison = LayerStatistics(
         residual=ResidualCovariance(config.hidden_size), heads=HeadCorrelation(config)
     )
     assert comparison.residual is not None and comparison.heads is not None
@@ -659,7 +659,7 @@ def test_a_map_that_holds_on_other_text_is_used() -> None:
     layer = random_layer(config, 1)
     drawn = random_heads(family, config, torch.Generator().manual_seed(3))
     other = transform_layer(family, config, layer, heads=drawn)
-    comparison = Comparison(validation=Comparison())
+    comparison = LayerStatistics(validation=LayerStatistics())
     assert comparison.validation is not None
     for seed, part in enumerate((comparison, comparison.validation)):
         hidden = random_stream(config, seed)
@@ -683,7 +683,7 @@ def test_activations_that_are_not_finite_are_refused_by_name(kind: str, value: f
         for _ in range(2)
     ]
     rows[1, 3, 5] = value
-    comparison = Comparison()
+    comparison = LayerStatistics()
     if kind == "residual":
         comparison.residual = ResidualCovariance(32)
         comparison.residual.update(*rows)

@@ -34,7 +34,7 @@ from symphony_moe.evaluation.routing import (
     fixed_experts,
     observe_routing,
     router_logits,
-    router_matrix,
+    router_weight,
     routers,
 )
 from symphony_moe.model.families import DOWN, GATE, TARGETS, UP, Family, target_config
@@ -395,7 +395,7 @@ def test_every_row_says_what_its_router_puts_out(family: Family) -> None:
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     router, x = routers(model)[0], random(7, 32).float()
     with torch.inference_mode():
-        nn.init.normal_(router_matrix(router))
+        nn.init.normal_(router_weight(router))
         parts = _by_name(router(x), family.router_outputs)
         probability = router_logits(router, x).softmax(dim=1)
     gates, chosen = _gates_and_choices(parts)

@@ -27,7 +27,7 @@ from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.source import Source
 from symphony_moe.text.documents import is_held_out
 from symphony_moe.text.texts import Texts
-from symphony_moe.text.windows import Drawing, Encoder, Pieces, draw_pieces, joined
+from symphony_moe.text.windows import Encoder, Pieces, WindowDraw, draw_pieces, joined
 
 
 def load(folder: Path) -> Any:
@@ -261,7 +261,7 @@ def test_models_whose_positions_depend_on_the_length_read_one_document_at_a_time
     folder = make_model(tmp_path, "llama", 0, rope_parameters=rope, max_position_embeddings=16)
     encoder = Encoder.of(AutoTokenizer.from_pretrained(folder))
     documents = ["alpha beta", "gamma delta " * 12, "x" * 30]
-    text = draw_pieces("w", documents, encoder, Drawing(64, 32, seed=0))
+    text = draw_pieces("w", documents, encoder, WindowDraw(64, 32, seed=0))
     model = load(folder)
     losses, _ = losses_and_routing(model, {"x": text})
     assert losses["x"] == pytest.approx(loss_by_hand(load(folder), text), rel=1e-5)
@@ -272,7 +272,7 @@ def test_a_long_document_is_read_in_pieces(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
     encoder = Encoder.of(AutoTokenizer.from_pretrained(tmp_path))
     documents = ["0" * 20, "1" * 5, "2" * 30, "3"]
-    text = draw_pieces("w", documents, encoder, Drawing(64, 8, seed=0))
+    text = draw_pieces("w", documents, encoder, WindowDraw(64, 8, seed=0))
     assert len(text.tokens) == 64  # 22 + 7 + 32 + 3
     found = [piece.tolist() for piece in pieces_of(text)]
     assert max(map(len, found)) == 8

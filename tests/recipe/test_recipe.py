@@ -962,6 +962,7 @@ def test_settings_are_taken_by_their_old_names_with_a_note(
         "refit is called fit now; it is read as that",
         "fit.soften is called fit.temperature_scaling now; it is read as that",
         "train.soften is called train.temperature_scaling now; it is read as that",
+        "refit is called fit now; it is read as that",  # of --set
     ]
 
 
@@ -981,3 +982,22 @@ def test_variants_are_taken_by_old_names_too(tmp_path: Path) -> None:
 def test_an_old_name_beside_the_new_one_is_refused(both: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=said):
         load_recipe(write(tmp_path, yaml.safe_dump(BASE) + both))
+
+
+@pytest.mark.parametrize(
+    ("override", "noted"),
+    [
+        ("refit.epochs=1", "refit is called fit now"),
+        ("refit={epochs: 1}", "refit is called fit now"),
+        ("refit={epochs: 1, soften: 0.1}", "fit.soften is called fit.temperature_scaling now"),
+        ("compare.variants.short.refit.epochs=1", "refit is called fit now"),
+    ],
+)
+def test_old_names_in_overrides_are_noted_too(
+    override: str, noted: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, OLD.replace("refit", "fit").replace("soften", "temperature_scaling"))
+    recipe, found = load_variants(path, [override])
+    assert noted in caplog.text
+    (short,) = found["short"].values()
+    assert 1 in (recipe.fit.epochs, short.fit.epochs)

@@ -15,7 +15,7 @@ from test_report import changed, sample_recipe
 from checks import Page
 from symphony_moe.reporting.charts import Chart, draw
 from symphony_moe.reporting.comparison_chart import line_chart
-from symphony_moe.reporting.comparison_losses import loss_cells, main_table, task_table
+from symphony_moe.reporting.comparison_losses import loss_cells, main_table, task_table_of_methods
 from symphony_moe.reporting.comparison_page import comparison_facts, render_comparison
 from symphony_moe.reporting.numbers import MISSING, loss_text
 from symphony_moe.reporting.over_seeds import spread
@@ -404,7 +404,7 @@ def test_what_was_measured_in_another_way_stands_in_another_row(way: dict[str, A
     entries = with_tasks(sample_entries())
     for seed in range(3):
         entry(entries, "ours", seed, "built")["tasks"]["mmlu"].update(way)
-    table = task_table(entries)
+    table = task_table_of_methods(entries)
     assert table is not None
     rows = [[cell.text for cell in row.values] for row in table.rows if row.task == "mmlu"]
     assert rows == [["0.410", MISSING, "0.510"], [MISSING, "0.260", MISSING]]

@@ -44,7 +44,7 @@ from symphony_moe.text.documents import (
     split_validation,
 )
 from symphony_moe.text.texts import Texts
-from symphony_moe.text.windows import Drawing, Encoder, Packed
+from symphony_moe.text.windows import Encoder, Packed, WindowDraw
 
 CHAT = [{"role": "user", "content": "alpha?"}, {"role": "assistant", "content": "beta."}]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -79,7 +79,7 @@ def chatty(tmp_path: Path) -> PreTrainedTokenizerBase:
 def draw_packed(
     who: str, documents: Documents, tokenizer: PreTrainedTokenizerBase, **drawing: int
 ) -> Packed:
-    return windows_module.draw_packed(who, documents, Encoder.of(tokenizer), Drawing(**drawing))
+    return windows_module.draw_packed(who, documents, Encoder.of(tokenizer), WindowDraw(**drawing))
 
 
 def draw_windows(

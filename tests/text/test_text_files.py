@@ -17,9 +17,9 @@ from symphony_moe.recipe.settings import Data, HubData
 from symphony_moe.text import domain as domain_module
 from symphony_moe.text import files as files_module
 from symphony_moe.text.documents import read_documents, split_held_out
-from symphony_moe.text.domain import Domain, Reading, Room
+from symphony_moe.text.domain import Domain, DomainReading, Room
 from symphony_moe.text.files import read_packed, write_packed
-from symphony_moe.text.windows import Drawing, Encoder, Packed, draw_packed
+from symphony_moe.text.windows import Encoder, Packed, WindowDraw, draw_packed
 
 SETTINGS: dict[str, Any] = {"holdout": 0.1, "tokens": 3200, "sequence_length": 32, "seed": 3}
 
@@ -52,9 +52,9 @@ def get(
 ) -> Packed:
     settings = SETTINGS | changes
     holdout = settings.pop("holdout")
-    reading = Reading(data, column, tokenizer)
+    reading = DomainReading(data, column, tokenizer)
     domain = Domain(reading, Encoder.of(tokenizer), holdout, Room(0))
-    return domain.training_windows("text of b", Drawing(**settings), folder)
+    return domain.training_windows("text of b", WindowDraw(**settings), folder)
 
 
 def in_memory(data: Data, tokenizer: PreTrainedTokenizerBase) -> Packed:
@@ -62,7 +62,7 @@ def in_memory(data: Data, tokenizer: PreTrainedTokenizerBase) -> Packed:
         read_documents("text of b", data, "text", tokenizer), SETTINGS["holdout"]
     )
     drawing = {key: value for key, value in SETTINGS.items() if key != "holdout"}
-    return draw_packed("text of b", documents, Encoder.of(tokenizer), Drawing(**drawing))
+    return draw_packed("text of b", documents, Encoder.of(tokenizer), WindowDraw(**drawing))
 
 
 def same(one: Packed, other: Packed) -> bool:
@@ -246,7 +246,7 @@ def test_writing_takes_bounded_memory(
     peaks = []
     for tokens in (10_000, 80_000):
         tracemalloc.start()
-        drawing = Drawing(tokens, sequence_length=100, seed=0)
+        drawing = WindowDraw(tokens, sequence_length=100, seed=0)
         write_packed(tmp_path / str(tokens), "w", documents, Encoder.of(tokenizer), drawing)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

@@ -27,7 +27,7 @@ from symphony_moe.building.alignment import (
     layer_key,
     neurons_findings,
 )
-from symphony_moe.building.statistics import Comparison, HeadCorrelation
+from symphony_moe.building.statistics import HeadCorrelation, LayerStatistics
 from symphony_moe.errors import SourceError
 from symphony_moe.model.families import Family
 from symphony_moe.model.symmetry import HeadMap
@@ -124,14 +124,14 @@ def assign(scores: Float[Tensor, "source anchor"]) -> Int[Tensor, " anchor"]:
     return torch.from_numpy(order.astype("int64"))
 
 
-def match(comparison: Comparison, family: Family, who: str) -> dict[str, Tensor]:
+def match(comparison: LayerStatistics, family: Family, who: str) -> dict[str, Tensor]:
     """What one layer's statistics say, kind -> tensor (the kinds of `alignment.py`): covariances of
     the residual stream; maps of heads and neurons, and the agreement before and after them.
 
     Raises SourceError for activations that are not finite; `who` names the source in it.
     """
     found: dict[str, Tensor] = {}
-    validation = comparison.validation or Comparison()
+    validation = comparison.validation or LayerStatistics()
     residuals = {COVARIANCE: comparison.residual, VALIDATION_COVARIANCE: validation.residual}
     for kind, residual in residuals.items():
         if residual is not None:

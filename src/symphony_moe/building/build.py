@@ -209,20 +209,8 @@ class Build:
             streams = self._streams()
             text, validation = self.text.together(), self.text.num_validation
             sweep = Sweep(self.recipe, self.sources, streams, text, validation)
-            for layer, path in enumerate(paths):
-                weights = self._read_layer(layer)
-                found = sweep.advance(layer, weights, compare=not compared[layer])
-                if not compared[layer]:
-                    tensors = {
-                        layer_key(source, layer, kind): tensor
-                        for source, comparison in found.items()
-                        for kind, tensor in match(
-                            comparison,
-                            self.anchor.family,
-                            f"{source} (or the anchor, {self.recipe.anchor}): layer {layer}",
-                        ).items()
-                    }
-                    write_comparison(path, tensors, self.digest)
+            for layer in range(self.num_layers):
+                self._compare_layer(layer, sweep, known=compared[layer])
                 log.info("compared layer %d of %d", layer + 1, self.num_layers)
                 listen(Progress("align", layer + 1, self.num_layers))
                 release_freed_memory()
@@ -230,6 +218,19 @@ class Build:
         findings = Findings(paths)
         others = [name for name in self.names if name != self.recipe.anchor]
         return choose_maps(findings.names, findings.read, others, self.num_layers)
+
+    def _compare_layer(self, layer: int, sweep: Sweep, *, known: bool) -> None:
+        """Bring all sources past one layer; record how it compares with the anchor's, unless that
+        is `known`. (A function of its own: what it holds is freed before the next layer.)"""
+        found = sweep.advance(layer, self._read_layer(layer), compare=not known)
+        if known:
+            return
+        tensors = {}
+        for source, statistics in found.items():
+            who = f"{source} (or the anchor, {self.recipe.anchor}): layer {layer}"
+            for kind, tensor in match(statistics, self.anchor.family, who).items():
+                tensors[layer_key(source, layer, kind)] = tensor
+        write_comparison(self.folder.layer_compared(layer), tensors, self.digest)
 
     def _write_tables(self) -> None:
         """Token embeddings, output head and final norm, as fused. A head that is fitted is written

@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 
-from symphony_moe.building.plan import Plan, in_words
+from symphony_moe.building.plan import Plan, source_in_words
 from symphony_moe.files import sync_folder, write_bytes, write_text
 from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.recipe.yaml_text import write_yaml
@@ -80,7 +80,7 @@ def model_card(plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> str:
     }
     rows = "\n".join(
         f"| {number} | {source['name']}{' (anchor)' if source['anchor'] else ''} | "
-        f"{in_words(source)} |"
+        f"{source_in_words(source)} |"
         for number, source in enumerate(plan.sources)
     )
     shown = recipe.model_dump(mode="json", exclude={"train", "evaluation"})

@@ -72,7 +72,7 @@ Aligned = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Routing:
+class ValidationRouting:
     """Where a layer's router sends the validation text, all sources' together."""
 
     share: Mapping[str, float]
@@ -85,7 +85,7 @@ class Routing:
 class LayerFit:
     """What was measured while a layer was fitted. A step that was not taken is None."""
 
-    routing: Routing
+    routing: ValidationRouting
     attention: Step | None = None
     experts: Step | None = None
     refinement: Step | None = None
@@ -134,7 +134,7 @@ def fit_layer(
 
 
 @torch.no_grad()
-def _routing(state: FitState, layer: int, moe: MoELayer) -> Routing:
+def _routing(state: FitState, layer: int, moe: MoELayer) -> ValidationRouting:
     attention = load_attention(state.config, layer, moe.shared)
     router, top_k = router_matrix(moe.router, state.names), state.recipe.router.top_k
     chosen, right = torch.zeros(len(state.names)), 0.0
@@ -149,7 +149,7 @@ def _routing(state: FitState, layer: int, moe: MoELayer) -> Routing:
             own += int((choices[:, 0] == number).sum())
         chosen += counts / counts.sum() / len(chosen)
         right += own / (new.shape[0] * new.shape[1]) / len(chosen)
-    return Routing(dict(zip(state.names, chosen.tolist(), strict=True)), right)
+    return ValidationRouting(dict(zip(state.names, chosen.tolist(), strict=True)), right)
 
 
 def begin_streams(state: FitState) -> None:

@@ -142,7 +142,7 @@ def describe(source: Source, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def in_words(described: Mapping[str, Any]) -> str:
+def source_in_words(described: Mapping[str, Any]) -> str:
     """The model of a source that is described: which file of it, and the LoRA that is merged."""
     words = str(described["model"])
     if described["gguf_file"]:

@@ -167,7 +167,7 @@ def _complex(rows: Float[Tensor, "tokens heads head_dim"]) -> Complex[Tensor, "h
 
 
 @dataclass
-class Comparison:
+class LayerStatistics:
     """Statistics of one layer of a source against the anchor's; what the recipe does not ask for is
     None."""
 
@@ -176,6 +176,6 @@ class Comparison:
     neurons: NeuronCorrelation | None = None
     neuron_share: float = 1.0
     """Share of the neurons that are matched."""
-    validation: "Comparison | None" = None
+    validation: "LayerStatistics | None" = None
     """The same on validation text, which no map is found on: a map of residual stream or heads is
     judged there. None where there is no validation text."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from symphony_moe.building.statistics import (
-    Comparison,
     HeadActivity,
     HeadCorrelation,
+    LayerStatistics,
     NeuronCorrelation,
     ResidualCovariance,
 )
@@ -52,7 +52,7 @@ class Sweep:
     @torch.inference_mode()
     def advance(
         self, layer: int, weights: Mapping[str, Mapping[str, Tensor]], *, compare: bool
-    ) -> dict[str, Comparison]:
+    ) -> dict[str, LayerStatistics]:
         """Run one layer of every source over the whole text.
 
         Returns, for every source but the anchor, how it compares with the anchor on the same tokens
@@ -96,12 +96,12 @@ class Sweep:
             for first in range(begin, end, size)
         ]
 
-    def _blank(self, source: Source) -> Comparison:
+    def _blank(self, source: Source) -> LayerStatistics:
         """Statistics of nothing yet. Neurons' order is used in any case, and not judged."""
         config = source.config
 
-        def blank() -> Comparison:
-            comparison = Comparison()
+        def blank() -> LayerStatistics:
+            comparison = LayerStatistics()
             if self._recipe.aligns_residual:
                 comparison.residual = ResidualCovariance(config.hidden_size, device())
             if self._recipe.aligns_heads:
@@ -118,7 +118,7 @@ class Sweep:
 
 
 def _add(
-    comparison: Comparison,
+    comparison: LayerStatistics,
     anchor: Mapping[str, Tensor],
     source: Mapping[str, Tensor],
     places: Sequence[str],

@@ -30,7 +30,7 @@ from symphony_moe.evaluation.routing import (
     fixed_experts,
     mixed,
     observe_routing,
-    router_matrix,
+    router_weight,
     routers,
 )
 from symphony_moe.progress import Listener, Progress, ignore
@@ -75,6 +75,7 @@ def evaluate_run(
     Raises TextError for a domain without held-out text.
     """
     run.require_checkpoint()
+    before = read_metrics(run) if run.metrics.is_file() else Metrics()
     started = time.monotonic()
     windows = Texts.of(recipe, sources, texts).held_out_text()
     shared = shared_text({name: text.windows for name, text in windows.items()})
@@ -115,7 +116,6 @@ def evaluate_run(
     if dynamic:
         found["dynamic"] = dynamic
     metrics = Metrics(held_out=held_out, **found)
-    before = read_metrics(run) if run.metrics.is_file() else Metrics()
     seconds = round(time.monotonic() - started, 2)
     timing = (before.timing or Timing()).model_copy(update={"evaluate_seconds": seconds})
     # What an earlier evaluation says of other text must not stand beside this one.
@@ -233,7 +233,7 @@ def dynamic_routing(
     `thresholds` (shares of 1) in the router's probabilities, beside the number of experts that
     tokens then have: the mean over layers and domains alike, of each layer, of each domain."""
     fixed, by_threshold = [], []
-    for count in range(1, len(router_matrix(routers(model)[0])) + 1):
+    for count in range(1, len(router_weight(routers(model)[0])) + 1):
         with fixed_experts(model, count):
             losses, _ = losses_and_routing(model, windows)
         fixed.append(FixedExperts(experts=count, losses=losses))

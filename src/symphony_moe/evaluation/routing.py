@@ -104,7 +104,7 @@ def routers(model: PreTrainedModel) -> list[Any]:
     ]
 
 
-def router_matrix(router: Any) -> Float[Tensor, "experts hidden"]:
+def router_weight(router: Any) -> Float[Tensor, "experts hidden"]:
     """A stock router's weights."""
     weights: Tensor = getattr(router, "layer", router).weight
     return weights
@@ -116,7 +116,7 @@ def router_logits(
     """What a router thinks of its input (float32), from its matrix: what stock classes give out as
     `router_logits` are probabilities in some versions (transformers 5.0, Mixtral and Qwen3-MoE)
     and logits in others."""
-    return linear(hidden.reshape(-1, hidden.shape[-1]).float(), router_matrix(router).float())
+    return linear(hidden.reshape(-1, hidden.shape[-1]).float(), router_weight(router).float())
 
 
 class _Sums:
@@ -148,7 +148,7 @@ def observe_routing(model: PreTrainedModel) -> Iterator[Callable[[], Routing]]:
     """Inside the block, every run of a stock MoE adds to what the function that is given returns:
     the routing of all tokens so far."""
     gates, forms = routers(model), router_outputs_of(model.config.model_type)
-    sums = _Sums(len(gates), len(router_matrix(gates[0])))
+    sums = _Sums(len(gates), len(router_weight(gates[0])))
 
     def observe(layer: int) -> Any:
         def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:

@@ -14,7 +14,7 @@ from pydantic import (
 
 from symphony_moe.errors import RecipeError, is_text, shortened
 from symphony_moe.recipe.presets import PRESETS
-from symphony_moe.recipe.renamed import current_path, with_current_names
+from symphony_moe.recipe.renamed import with_current_names
 from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.recipe.yaml_text import read_yaml, spelled
 
@@ -55,7 +55,7 @@ def read_content(path: Path, overrides: Iterable[str], *, tell: bool = True) -> 
         raise RecipeError(f"{path}: expected settings such as `sources:`, got {_kind(content)}")
     content = with_current_names(content, str(path), tell=tell)
     for one in overrides:
-        override(content, one)
+        _override(content, one, tell=tell)
     return content
 
 
@@ -109,13 +109,20 @@ def _without_nulls(settings: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def override(content: dict[str, Any], spelled_out: str) -> None:
+def _override(content: dict[str, Any], spelled_out: str, *, tell: bool) -> None:
     """Apply one `a.b=c`; the value is read as YAML."""
     path, _, value = spelled_out.partition("=")
-    *parents, last = current_path(path.strip().split("."))
+    names = path.strip().split(".")
     who = f"--set {shortened(spelled_out, 100)}"
-    if not value.strip() or not all([*parents, last]):
+    if not value.strip() or not all(names):
         raise RecipeError(f"{who}: expected KEY=VALUE, such as train.tokens=1000000")
+    try:
+        setting: Any = read_yaml(value)
+    except ValueError as error:
+        raise RecipeError(f"{who}: the value is not YAML: {error}") from None
+    for name in reversed(names):
+        setting = {name: setting}
+    (*parents, last), setting = _unnested(with_current_names(setting, who, tell=tell), len(names))
     section = content
     for parent in parents:
         if section.get(parent) is None:
@@ -123,10 +130,16 @@ def override(content: dict[str, Any], spelled_out: str) -> None:
         section = section[parent]
         if not isinstance(section, dict):
             raise RecipeError(f"{who}: {shortened(parent, 40)} is a value, not a section")
-    try:
-        section[last] = read_yaml(value)
-    except ValueError as error:
-        raise RecipeError(f"{who}: the value is not YAML: {error}") from None
+    section[last] = setting
+
+
+def _unnested(nested: Any, depth: int) -> tuple[list[str], Any]:
+    """(the names that lead into a setting, one inside the other; the setting)"""
+    path: list[str] = []
+    for _ in range(depth):
+        ((name, nested),) = nested.items()
+        path.append(name)
+    return path, nested
 
 
 def _absolute_source(spec: Any, folder: Path, where: str) -> Any:

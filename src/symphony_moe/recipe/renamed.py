@@ -1,7 +1,7 @@
 """Settings that were called otherwise in an earlier version: taken, with a note of the new name."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from symphony_moe.errors import RecipeError
@@ -13,16 +13,8 @@ RENAMED = {
     ("fit", "soften"): "temperature_scaling",
     ("train", "soften"): "temperature_scaling",
 }
-"""Path of an old setting, its sections under their new names -> the last name's new one. Since
-0.2.0."""
-
-
-def current_path(path: Sequence[str]) -> list[str]:
-    """A setting's path in today's names."""
-    current: list[str] = []
-    for name in path:
-        current.append(RENAMED.get((*current, name), name))
-    return current
+"""Where an old name stood -> the new name, since 0.2.0. Sections on the way have their new names:
+what was `refit.soften` is ("fit", "soften") here."""
 
 
 def with_current_names(content: Mapping[Any, Any], who: str, *, tell: bool) -> dict[Any, Any]:
@@ -43,8 +35,7 @@ def with_current_names(content: Mapping[Any, Any], who: str, *, tell: bool) -> d
     if tell:
         for old, new in found.items():
             log.warning("%s: %s is called %s now; it is read as that", who, ".".join(old), new)
-    result: dict[Any, Any] = renamed
-    return result
+    return renamed
 
 
 def _renamed(

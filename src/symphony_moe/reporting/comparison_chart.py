@@ -83,7 +83,7 @@ def line_chart(entries: Entries, where: str, limit: Number | None) -> Chart | No
         upward="loss, nats per token",
         lines=tuple(line for line in lines if line.drawn),
         write=loss_text,
-        notes=tuple(left_out(curves)),
+        notes=tuple(lines_left_out(curves)),
         level=None if limit is None or not math.isfinite(limit) else ("limit", float(limit)),
     )
     ends = ", ".join(text for text, _, _ in chart.labels)
@@ -101,7 +101,9 @@ def _point_title(method: str, tokens: float, found: Spread) -> str:
     return f"{method}, {count(tokens)} tokens: {loss_text(found.mean)}{over}"
 
 
-def left_out(curves: Mapping[str, tuple[Sequence[tuple[float, Spread | None]], int]]) -> list[str]:
+def lines_left_out(
+    curves: Mapping[str, tuple[Sequence[tuple[float, Spread | None]], int]],
+) -> list[str]:
     """What a chart does not draw, in words."""
     sentences = []
     for method, (points, num_apart) in curves.items():

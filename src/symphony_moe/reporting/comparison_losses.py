@@ -213,7 +213,7 @@ def domain_table(
     ]
 
 
-def task_table(entries: Entries) -> TaskTable[Cell] | None:
+def task_table_of_methods(entries: Entries) -> TaskTable[Cell] | None:
     """Every method's benchmarks, as built and as trained. What was measured in different ways is
     never in one row. None where there are none."""
     measured = {

@@ -10,7 +10,7 @@ from typing import Any
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.reporting.charts import drawing
 from symphony_moe.reporting.comparison_chart import line_chart
-from symphony_moe.reporting.comparison_losses import domain_table, main_table, task_table
+from symphony_moe.reporting.comparison_losses import domain_table, main_table, task_table_of_methods
 from symphony_moe.reporting.numbers import Number, count
 from symphony_moe.reporting.over_seeds import (
     IN_DOMAIN,
@@ -80,7 +80,7 @@ def render_comparison(  # noqa: PLR0913 (a page of several parts, each given onc
         incomplete=incomplete_text(entries, known),
         table=main_table(entries, limits, reference, known),
         domains=domain_table(entries, in_domain),
-        tasks=task_table(entries),
+        tasks=task_table_of_methods(entries),
         charts=drawn,
         lacking=[where for where in PLACES if where not in known],
         settings=[

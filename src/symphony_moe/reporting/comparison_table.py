@@ -268,7 +268,7 @@ def limits_of(metrics: Mapping[Name, Metrics], sources: Sequence[str]) -> dict[s
     return {"in domain": _mean(inside), "out of domain": _mean(outside)}
 
 
-def describe(entries: Sequence[Entry], limits: Mapping[str, float | None]) -> str:
+def comparison_as_text(entries: Sequence[Entry], limits: Mapping[str, float | None]) -> str:
     """The table for people: a row per method, mean over seeds and range."""
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
     columns = [

@@ -16,7 +16,13 @@ from symphony_moe.reporting.numbers import (
     perplexity_text,
 )
 from symphony_moe.reporting.tables import Cell, Shade, ceiling_share, in_order, shade
-from symphony_moe.runs.metrics import PLAIN_MEAN, TEMPERATURE_SCALING, Fit, FitStep, LayerFit
+from symphony_moe.runs.metrics import (
+    PLAIN_MEAN,
+    TEMPERATURE_SCALING,
+    FitMetrics,
+    FitStep,
+    LayerFitMetrics,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class FitTable:
     """Steps that were not kept, in words."""
 
 
-def fit_tables(fit: Fit | None, recipe: Recipe) -> FitTable | None:
+def fit_tables(fit: FitMetrics | None, recipe: Recipe) -> FitTable | None:
     """What was measured of every layer and of the head, step by step; what is not there (the whole
     of it where only a router was fitted, some in an older build's metrics) is left out. None where
     nothing was fitted."""
@@ -142,7 +148,7 @@ def _error_row(before: Sequence[float | None], after: Sequence[Cell]) -> list[Ce
 
 
 def validation_losses(
-    fit: Fit, sources: Iterable[str]
+    fit: FitMetrics, sources: Iterable[str]
 ) -> tuple[list[str], list[tuple[str, bool, list[Cell]]]]:
     """(sources, rows: model, whether it was written, its loss on the validation text of each)"""
     names = in_order(sources, *fit.loss_by_source.values())
@@ -162,7 +168,7 @@ def validation_losses(
     return names, rows
 
 
-def fit_conditions(fit: Fit, ridge: Number) -> Conditions | None:
+def fit_conditions(fit: FitMetrics, ridge: Number) -> Conditions | None:
     """The worst-conditioned regression of each layer and of the head, and the ridges that are not
     `ridge`, the recipe's. None where no condition was noted."""
     rows, ridges, num_raised = [], 0, 0
@@ -209,7 +215,7 @@ def condition_text(condition: Number) -> str:
     return count(condition) if condition < 1e6 else f"{condition:.1e}"
 
 
-def fit_balance(layers: Sequence[LayerFit], recipe: Recipe) -> Balance | None:
+def fit_balance(layers: Sequence[LayerFitMetrics], recipe: Recipe) -> Balance | None:
     """Every layer's balance between the experts, and the mean over layers. None where none was
     measured."""
     notes = {
@@ -260,7 +266,7 @@ def scaling_text(step: FitStep | None, allowed: float) -> str:
     )
 
 
-def fit_verdict(fit: Fit) -> list[str]:
+def fit_verdict(fit: FitMetrics) -> list[str]:
     """Sentences: what the whole model loses beside the plain mean, and which was written."""
     verdict = []
     if fit.loss:

@@ -20,12 +20,12 @@ def training_facts(training: Training | None) -> list[tuple[str, str]]:
         ("Steps", None if training.steps is None else count(training.steps)),
         ("Time", None if training.seconds is None else duration(training.seconds)),
         ("Learning rate at its peak", None if rate is None else f"{rate:g}"),
-        ("Temperature scaling", None if scaling is None else scaling_text(scaling)),
+        ("Temperature scaling", None if scaling is None else trained_scaling_text(scaling)),
     ]
     return [(what, value) for what, value in facts if value is not None]
 
 
-def scaling_text(scaling: TemperatureScaling) -> str:
+def trained_scaling_text(scaling: TemperatureScaling) -> str:
     """The temperature after the training, and what it cost on the text of it."""
     before, after = (loss_text(loss) for loss in scaling.loss)
     return f"by {scaling.temperature:.2f} (loss on its own text from {before} to {after})"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from symphony_moe.errors import RecipeError, RunFolderError
+from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError
 from symphony_moe.files import locked, publish, sync_folder, to_json, write_text
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
@@ -274,6 +274,16 @@ def require_room(root: Path, needed: int, passing: int) -> None:
         )
 
 
+def _is_by(run: RunFolder, recipe: str) -> bool:
+    """Whether a run was begun by this recipe (YAML), perhaps in the names of an earlier version."""
+    if run.recipe.read_bytes() == recipe.encode():
+        return True
+    try:
+        return run.read_recipe().to_yaml() == recipe
+    except SymphonyError:  # not a recipe any more
+        return False
+
+
 def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     """Make the folder of a new build, or take up one that was cut short.
 
@@ -287,7 +297,7 @@ def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> R
     if run.overwriting.is_file() or (overwrite and run.recipe.is_file()):
         with locked(root):
             _clear(run)
-    elif run.recipe.is_file() and run.recipe.read_bytes() != text.encode():
+    elif run.recipe.is_file() and not _is_by(run, text):
         raise RunFolderError(
             f"{root}: holds a build of another recipe or of sources that have changed since; "
             "--overwrite it or choose another --out"

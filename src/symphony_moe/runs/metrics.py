@@ -28,7 +28,7 @@ STAGES = ("built", "trained")
 """The two models of a run: before the training and after it."""
 
 PLAIN_MEAN = "plain mean"
-"""What `Fit.chosen` says where the fit does not pay, and the sources' mean was written."""
+"""What `FitMetrics.chosen` says where the fit does not pay, and the sources' mean was written."""
 
 TEMPERATURE_SCALING = "temperature_scaling"
 """The last step of the head's fit. It is the one that may raise the error."""
@@ -96,7 +96,7 @@ class LayerRouting(Part):
     """Share of the tokens whose first choice is their own text's source."""
 
 
-class LayerFit(Part):
+class LayerFitMetrics(Part):
     """The fit of one layer."""
 
     attention: FitStep | None = None
@@ -140,10 +140,10 @@ def _head(steps: Any) -> Any:
     return {TEMPERATURE_SCALING if name == "softened" else name: s for name, s in named.items()}
 
 
-class Fit(Part):
+class FitMetrics(Part):
     """How the new model was fitted to its sources."""
 
-    layers: Annotated[list[LayerFit], BeforeValidator(lambda value: value or [])] = []
+    layers: Annotated[list[LayerFitMetrics], BeforeValidator(lambda value: value or [])] = []
     head: Annotated[dict[str, FitStep], BeforeValidator(_head)] = {}
     """Name of a step -> what it measured, in the order of the steps."""
     loss: Losses = {}
@@ -344,7 +344,7 @@ class Metrics(Part):
 
     alignment: Annotated[dict[str, dict[str, Agreement]], BeforeValidator(_or_empty)] = {}
     """Kind (`residual`, `heads`, `neurons`) -> source -> how alike it is to the anchor."""
-    fit: Annotated[Fit | None, BeforeValidator(_or_none)] = Field(
+    fit: Annotated[FitMetrics | None, BeforeValidator(_or_none)] = Field(
         None, validation_alias=AliasChoices("fit", "refit")
     )
     timing: Annotated[Timing | None, BeforeValidator(_or_none)] = None

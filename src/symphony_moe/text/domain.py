@@ -23,7 +23,7 @@ from symphony_moe.text.documents import (
 )
 from symphony_moe.text.files import draw_to_files, rules_of, stamp, stays_in_memory
 from symphony_moe.text.rows import MESSAGES, Document
-from symphony_moe.text.windows import Drawing, Encoder, Packed, draw_packed
+from symphony_moe.text.windows import Encoder, Packed, WindowDraw, draw_packed
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Reading:
+class DomainReading:
     """Where the documents of a domain are, and how they are read."""
 
     data: Data
@@ -82,7 +82,9 @@ class Domain:
     it. Documents that do not fit are read again each time, and so are those of a stream.
     """
 
-    def __init__(self, reading: Reading, encoder: Encoder, holdout: float, room: Room) -> None:
+    def __init__(
+        self, reading: DomainReading, encoder: Encoder, holdout: float, room: Room
+    ) -> None:
         """`holdout`: the share of the documents that is held out, a fraction of 1."""
         self._reading, self._encoder = reading, encoder
         self._holdout, self._room = holdout, room
@@ -116,7 +118,7 @@ class Domain:
                 self._tokens[key] = tokens
         return tokens
 
-    def training_windows(self, who: str, drawing: Drawing, folder: Path) -> Packed:
+    def training_windows(self, who: str, drawing: WindowDraw, folder: Path) -> Packed:
         """The windows that `draw_packed` draws from the documents to train on.
 
         Up to 256 MiB of them are int64 in memory. More are int32 in files under `folder`, which may
@@ -128,7 +130,7 @@ class Domain:
         final = folder / self._digest(drawing)[:16]
         return draw_to_files(who, lambda: self.sides(who).training, self, drawing, final)
 
-    def _digest(self, drawing: Drawing) -> str:
+    def _digest(self, drawing: WindowDraw) -> str:
         """SHA-256 of all that decides which text to train on is drawn."""
         reading, encoder = self._reading, self._encoder
         own = reading.tokenizer

@@ -25,12 +25,12 @@ from symphony_moe.files import publish
 from symphony_moe.recipe.settings import BUNDLED, Data, HubData
 from symphony_moe.text.documents import Documents
 from symphony_moe.text.windows import (
-    Drawing,
     Encodes,
     Packed,
+    WindowDraw,
     choose_windows,
-    cut,
     digest_of,
+    into_windows,
     packed,
     pooled,
 )
@@ -87,7 +87,7 @@ class TrainingText:
         return digest_of(self.tokens(block) for block in blocks)
 
 
-def stays_in_memory(drawing: Drawing) -> bool:
+def stays_in_memory(drawing: WindowDraw) -> bool:
     """Whether drawn text is small enough for memory: up to 256 MiB of tokens and positions."""
     return drawing.tokens * _BYTES_PER_TOKEN <= _IN_MEMORY
 
@@ -96,7 +96,7 @@ def draw_to_files(
     who: str,
     documents: Callable[[], Documents],
     encoder: Encodes,
-    drawing: Drawing,
+    drawing: WindowDraw,
     final: Path,
 ) -> Packed:
     """The windows that `draw_packed` draws from `documents`, as int32 in files in `final`.
@@ -119,7 +119,7 @@ def draw_to_files(
 
 
 def write_packed(
-    final: Path, who: str, documents: Documents, encoder: Encodes, drawing: Drawing
+    final: Path, who: str, documents: Documents, encoder: Encodes, drawing: WindowDraw
 ) -> None:
     """Write what `draw_packed` would return into the folder `final`, which appears when it is
     whole. Raises TextError as `draw_packed` does."""
@@ -134,7 +134,7 @@ def write_packed(
                 array("i", ids).tofile(stream)
                 array("i", range(len(ids))).tofile(places)
                 num_documents += 1
-        pool = [cut(_mapped(path), sequence_length) for path in pool_files]
+        pool = [into_windows(_mapped(path), sequence_length) for path in pool_files]
         chosen = choose_windows(who, num_documents, len(pool[0]), drawing)
         with drawn_files[0].open("wb") as windows, drawn_files[1].open("wb") as positions:
             for rows in chosen.split(max(1, _BLOCK // sequence_length)):
@@ -155,7 +155,7 @@ def write_packed(
 def read_packed(folder: Path, sequence_length: int) -> Packed:
     """What `write_packed` has written: int32, read from the disk when it is used. Changing the
     tensors does not change the files."""
-    return Packed(*(cut(_mapped(folder / name), sequence_length) for name in _DRAWN))
+    return Packed(*(into_windows(_mapped(folder / name), sequence_length) for name in _DRAWN))
 
 
 def _mapped(path: Path) -> Int[Tensor, " stream"]:

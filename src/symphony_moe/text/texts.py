@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from symphony_moe.errors import TextError
 from symphony_moe.recipe.settings import Recipe
-from symphony_moe.text.domain import Domain, Reading, Room
+from symphony_moe.text.domain import Domain, DomainReading, Room
 from symphony_moe.text.files import TrainingText
-from symphony_moe.text.windows import Drawing, Encoder, Packed, Pieces, draw_packed, draw_pieces
+from symphony_moe.text.windows import Encoder, Packed, Pieces, WindowDraw, draw_packed, draw_pieces
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Texts:
         """
         settings = self.recipe.evaluation
         seed = self.recipe.seed if settings.seed is None else settings.seed
-        drawing = Drawing(settings.tokens, settings.sequence_length, seed)
+        drawing = WindowDraw(settings.tokens, settings.sequence_length, seed)
         pieces = {}
         for name in (*self._sources, *settings.extra):
             who, domain = f"held-out text of {name}", self._domain(name)
@@ -141,7 +141,7 @@ class Texts:
         """
         recipe, length = self.recipe, self.recipe.train.sequence_length
         share = windows_per_source(recipe, len(self._sources))
-        drawing = Drawing(share * length, length, recipe.seed)
+        drawing = WindowDraw(share * length, length, recipe.seed)
         generator = torch.Generator().manual_seed(recipe.seed)
         parts, rows = [], []
         for name in self._sources:
@@ -162,13 +162,13 @@ class Texts:
         length = self.recipe.train.sequence_length
         for name in self._sources:
             who, domain = f"training text of {name}", self._domain(name)
-            drawing = Drawing(length, length, self.recipe.seed)
+            drawing = WindowDraw(length, length, self.recipe.seed)
             draw_packed(who, domain.sides(who).training, domain, drawing)
 
-    def _of_a_fit(self, windows: int) -> Drawing:
+    def _of_a_fit(self, windows: int) -> WindowDraw:
         settings = self.recipe.calibration
         length = settings.sequence_length
-        return Drawing(windows * length, length, settings.seed)
+        return WindowDraw(windows * length, length, settings.seed)
 
     def _domain(self, name: str) -> Domain:
         if name not in self._domains:
@@ -180,11 +180,11 @@ class Texts:
         rules = recipe.chat_rules(name)
         if name in self._sources:
             spec, source = recipe.sources[name], self._sources[name]
-            reading = Reading(spec.data, spec.column, source.own_tokenizer, rules)
+            reading = DomainReading(spec.data, spec.column, source.own_tokenizer, rules)
             return Domain(reading, source.encoder, recipe.evaluation.holdout, self._room)
         # Text of no source is spelled and begun as the anchor does it.
         anchor = self._sources[recipe.anchor]
-        reading = Reading(recipe.evaluation.extra[name], "text", anchor.tokenizer, rules)
+        reading = DomainReading(recipe.evaluation.extra[name], "text", anchor.tokenizer, rules)
         return Domain(reading, anchor.encoder, 1.0, self._room)
 
 

@@ -123,7 +123,7 @@ class Encodes(Protocol):
 
 
 @dataclass(frozen=True)
-class Drawing:
+class WindowDraw:
     """How much is drawn of a text, in windows of which length, and by which seed."""
 
     tokens: int
@@ -194,12 +194,15 @@ def _end_to_end(
         places.extend(range(len(ids)))
         num_documents += 1
     windows, of_documents = (
-        cut(torch.from_numpy(numpy.asarray(values)), sequence_length) for values in (stream, places)
+        into_windows(torch.from_numpy(numpy.asarray(values)), sequence_length)
+        for values in (stream, places)
     )
     return windows, of_documents, num_documents
 
 
-def cut(stream: Int[Tensor, " stream"], sequence_length: int) -> Int[Tensor, "windows sequence"]:
+def into_windows(
+    stream: Int[Tensor, " stream"], sequence_length: int
+) -> Int[Tensor, "windows sequence"]:
     """The whole windows of a stream, as a view; what is left over is dropped."""
     whole = len(stream) // sequence_length * sequence_length
     return stream[:whole].view(-1, sequence_length)
@@ -221,7 +224,7 @@ def digest_of(windows: Iterable[Int[Tensor, "_ _"]]) -> str:
     return digest.hexdigest()
 
 
-def draw_packed(who: str, documents: Documents, encoder: Encodes, drawing: Drawing) -> Packed:
+def draw_packed(who: str, documents: Documents, encoder: Encodes, drawing: WindowDraw) -> Packed:
     """Windows drawn at random over the whole text (int64, in memory).
 
     Documents are packed in an order drawn from the seed, up to four times the tokens asked for. Of
@@ -237,7 +240,7 @@ def draw_packed(who: str, documents: Documents, encoder: Encodes, drawing: Drawi
     return Packed(drawn.windows.long(), drawn.positions.long())
 
 
-def pooled(documents: Documents, encoder: Encodes, drawing: Drawing) -> Iterator[Sequence[int]]:
+def pooled(documents: Documents, encoder: Encodes, drawing: WindowDraw) -> Iterator[Sequence[int]]:
     """Token ids of one document after the other, in an order drawn from the seed, until there are
     enough to draw at random from."""
     enough = _POOL * drawing.whole
@@ -275,7 +278,7 @@ class Pieces:
     def windows(self) -> Int[Tensor, "windows sequence"]:
         """The same tokens in windows, across the ends of documents: for measurements that compare
         models on the same input, and no losses."""
-        return cut(self.tokens, self.sequence_length)
+        return into_windows(self.tokens, self.sequence_length)
 
     def batches(self, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(tokens, positions), each 1 x some: whole pieces, together no more than `at_once` tokens
@@ -298,7 +301,7 @@ def as_pieces(windows: Int[Tensor, "windows sequence"]) -> Pieces:
     return Pieces(windows.flatten(), torch.arange(length).repeat(count), length)
 
 
-def draw_pieces(who: str, documents: Documents, encoder: Encodes, drawing: Drawing) -> Pieces:
+def draw_pieces(who: str, documents: Documents, encoder: Encodes, drawing: WindowDraw) -> Pieces:
     """Whole documents in an order drawn from the seed, until there are the tokens asked for (whole
     windows of them). A document longer than `sequence_length` is several pieces.
 
@@ -343,7 +346,7 @@ def _say_less(who: str, wanted: int, found: int) -> None:
 
 
 def choose_windows(
-    who: str, num_documents: int, num_windows: int, drawing: Drawing
+    who: str, num_documents: int, num_windows: int, drawing: WindowDraw
 ) -> Int[Tensor, " chosen"]:
     """Which of a pool's windows are used: as many as are asked for, in an order drawn from the
     seed, or all that there are, with a warning. Raises TextError where there is none."""

@@ -24,6 +24,7 @@ from symphony_moe.files import write_text
 from symphony_moe.machine import is_out_of_memory, process_number, versions
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.runs.folder import RunFolder, note_versions, read_table, retire
+from symphony_moe.runs.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 # What is there already
 
 
-def is_finished(run: RunFolder, settings: Train, *, resume: bool, overwrite: bool) -> bool:
+def is_trained_already(run: RunFolder, settings: Train, *, resume: bool, overwrite: bool) -> bool:
     """Whether nothing is left to do: `resume` is asked for, and `trained/` was made with these
     settings. Removes what a kill has left of that training's work.
 
@@ -52,10 +53,10 @@ def is_finished(run: RunFolder, settings: Train, *, resume: bool, overwrite: boo
 def _is_trained_with(run: RunFolder, settings: Train) -> bool:
     """Whether the `trained/` that is there was made with these settings. (`metrics.json` tells of
     it: a new one's settings are written when the old folder is gone.)"""
-    training = run.read_json(run.metrics).get("training")
-    return isinstance(training, dict) and bool(
-        training.get("settings") == json.loads(json.dumps(settings.model_dump()))
-    )
+    training = read_metrics(run).training
+    if training is None:
+        return False
+    return bool(training.settings == json.loads(json.dumps(settings.model_dump())))
 
 
 def state_to_resume(run: RunFolder, *, resume: bool, overwrite: bool) -> Path | None:

@@ -35,7 +35,7 @@ from symphony_moe.training.job import TrainingJob, Validation
 from symphony_moe.training.publishing import describe_training, publish_trained, refuse_lost
 from symphony_moe.training.resuming import (
     begin,
-    is_finished,
+    is_trained_already,
     note,
     refuse_incomplete,
     seconds_until,
@@ -83,7 +83,7 @@ def train_run(  # noqa: PLR0913 (all but three are keywords)
     refuse_lost(run)
     refuse_untrainable(recipe)
     # 2. A finished training is left as it is. One that was cut short has a state to go on from.
-    if is_finished(run, recipe.train, resume=resume, overwrite=overwrite):
+    if is_trained_already(run, recipe.train, resume=resume, overwrite=overwrite):
         return
     saved = state_to_resume(run, resume=resume, overwrite=overwrite)
     # 3. The training's folder is made, or compared with what is asked for now.

@@ -51,7 +51,7 @@ def make_trainer(
     arguments = _arguments(job, schedule)
     _use_one_gpu(arguments)
     teachers = None
-    if job.settings.teacher == "sources":
+    if job.recipe.distills:
         teachers = _teachers(job, text, count_trained(model))
     trainer = MoETrainer(
         recipe=job.recipe,
