@@ -995,7 +995,7 @@ def test_help_answers_at_once() -> None:
         done = command("--help")
         times.append(time.perf_counter() - start)
         assert done.returncode == 0 and "build" in done.stdout and done.stderr == ""
-    assert min(times) < 0.5
+    assert min(times) < 1.0, "a second is what is promised"
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from symphony_moe.errors import RunFolderError
 from symphony_moe.progress import Listener, Progress
-from symphony_moe.training.job import Validation
+from symphony_moe.training.job import Measure
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +68,13 @@ class TrainingProgress(TrainerCallback):
         )
 
 
-class ValidationLosses(TrainerCallback):
+class HeldOutLosses(TrainerCallback):
     """Losses on held-out text at some steps, into the Trainer's history (`held_out`)."""
 
-    def __init__(self, validate: Validation, times: int, *, at_end: bool) -> None:
+    def __init__(self, measure: Measure, times: int, *, at_end: bool) -> None:
         """`times`: into how many equal parts they divide the training. `at_end`: after the last
         part too (else that is the trained model's own evaluation)."""
-        self.validate, self.times, self.at_end = validate, times, at_end
+        self.measure, self.times, self.at_end = measure, times, at_end
 
     def on_step_end(
         self,
@@ -93,7 +93,7 @@ class ValidationLosses(TrainerCallback):
         if before == now or (ended and not self.at_end):
             return
         model.eval()
-        losses = self.validate(model)
+        losses = self.measure(model)
         model.train()
         history: list[Any] = state.log_history
         history.append({"step": state.global_step, "held_out": losses})

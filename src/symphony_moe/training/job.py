@@ -11,7 +11,7 @@ from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.source import Source, anchor_of
 
-Validation = Callable[[PreTrainedModel], dict[str, float]]
+Measure = Callable[[PreTrainedModel], dict[str, float]]
 """Model -> domain -> loss on its held-out text, in nats per token."""
 
 
@@ -22,7 +22,7 @@ class TrainingJob:
     run: RunFolder
     recipe: Recipe
     sources: Sequence[Source]
-    validate: Validation | None = None
+    measure: Measure | None = None
     """For `train.evaluations`."""
     progress: Listener = ignore
     """Hears of every optimizer step."""

@@ -52,7 +52,7 @@ def describe_training(
         "text": digest,
         "settings": settings.model_dump(),
         "curve": _loss_curve(trainer),
-        "held_out": _validation_curve(trainer),
+        "held_out": _held_out_curve(trainer),
     }
     return training | ({"temperature_scaling": scaling} if scaling else {})
 
@@ -70,7 +70,7 @@ def _loss_curve(trainer: MoETrainer) -> list[dict[str, int | float]]:
     ]
 
 
-def _validation_curve(trainer: MoETrainer) -> list[dict[str, Any]]:
+def _held_out_curve(trainer: MoETrainer) -> list[dict[str, Any]]:
     """The losses on held-out text during the training (`train.evaluations`)."""
     return [
         {"tokens": entry["step"] * trainer.tokens_per_step, "losses": entry["held_out"]}

@@ -31,7 +31,7 @@ from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.source import Source
 from symphony_moe.text.files import TrainingText
 from symphony_moe.text.texts import Texts, windows_per_source
-from symphony_moe.training.job import TrainingJob, Validation
+from symphony_moe.training.job import Measure, TrainingJob
 from symphony_moe.training.publishing import describe_training, publish_trained, refuse_lost
 from symphony_moe.training.resuming import (
     begin,
@@ -63,7 +63,7 @@ def train_run(  # noqa: PLR0913 (all but three are keywords)
     *,
     resume: bool,
     overwrite: bool,
-    measure: Validation | None = None,
+    measure: Measure | None = None,
     texts: Texts | None = None,
     progress: Listener = ignore,
 ) -> None:

@@ -28,7 +28,7 @@ from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.sources.stock import balance_weight_name, ffn_routers
 from symphony_moe.text.files import TrainingText
 from symphony_moe.text.windows import Packed
-from symphony_moe.training.callbacks import TrainingProgress, ValidationLosses
+from symphony_moe.training.callbacks import HeldOutLosses, TrainingProgress
 from symphony_moe.training.distillation import Teachers, divergence, fit_in_memory
 from symphony_moe.training.job import TrainingJob
 from symphony_moe.training.resuming import is_sharded, reading
@@ -72,12 +72,10 @@ def make_trainer(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    if job.validate is not None and job.settings.evaluations:
+    if job.measure is not None and job.settings.evaluations:
         # Without temperature scaling, the last step's model is the trained one: `evaluate` does it.
         at_end = job.settings.temperature_scaling > 0
-        trainer.add_callback(
-            ValidationLosses(job.validate, job.settings.evaluations, at_end=at_end)
-        )
+        trainer.add_callback(HeldOutLosses(job.measure, job.settings.evaluations, at_end=at_end))
     return trainer
 
 
