@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 from symphony_moe.building.align import choose_maps, match
 from symphony_moe.building.alignment import Alignment, layer_key
 from symphony_moe.building.assemble import aligned_table, fused_final_norm
-from symphony_moe.building.candidate import HARMONIZED, PLAIN_MEAN, Candidate
+from symphony_moe.building.candidate import Candidate
 from symphony_moe.building.companions import write_companions
 from symphony_moe.building.estimate import streams_in_memory
-from symphony_moe.building.fit_head import fit_head
+from symphony_moe.building.fit_head import HeadFit, fit_head
 from symphony_moe.building.fit_layer import (
     advance_sources,
     begin_streams,
@@ -56,6 +56,7 @@ from symphony_moe.model.streams import Streams, Windows
 from symphony_moe.progress import Listener, Progress
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
+from symphony_moe.runs.metrics import HARMONIZED, PLAIN_MEAN
 from symphony_moe.sources.source import Source, anchor_of
 from symphony_moe.text.windows import Packed, digest_of, joined
 
@@ -122,6 +123,32 @@ def refuse_beyond(recipe: Recipe, sources: Sequence[Source]) -> None:
                     raise RecipeError(f"{source.name}: " + beyond(name, float(largest), dtype))
 
 
+@dataclass(frozen=True)
+class ModelFit:
+    """What was measured while the new model was fitted, and which model is written."""
+
+    layers: Sequence[Mapping[str, Any]]
+    """`LayerFit.to_json` of each layer: an interrupted build has left some of them so."""
+    head: HeadFit | None = None
+    """None, as what follows, where nothing but routers is fitted."""
+    losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Model (HARMONIZED, PLAIN_MEAN) -> source -> nats per token on its validation text."""
+    chosen: str | None = None
+    """The model that is written."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `metrics.json`."""
+        if self.head is None:
+            return {"layers": self.layers}
+        return {
+            "layers": self.layers,
+            "head": self.head.to_json(),
+            "loss": {model: _mean(losses) for model, losses in self.losses.items()},
+            "loss_by_source": self.losses,
+            "chosen": self.chosen,
+        }
+
+
 class Build:
     """One build, into a run folder that has been begun."""
 
@@ -173,8 +200,9 @@ class Build:
             listen(Progress("build", layer + 1, self.num_layers))
         # 5. Fit the head, and write the better of the two models.
         fit = self._finish_fit()
-        written = self.plain if fit.get("chosen") == PLAIN_MEAN else self.new
-        alignment = alignment if written is self.new else alignment.without_maps()
+        chosen = None if fit is None else fit.chosen
+        if chosen == PLAIN_MEAN:
+            alignment = alignment.without_maps()
         # 6. Write what stands beside the weights, and publish it all by one rename.
         tensor_hashes = self.writer.finish()
         staged = self.folder.staged_checkpoint
@@ -189,11 +217,11 @@ class Build:
             self.folder.metrics,
             {
                 "alignment": alignment.describe(),
-                **({"fit": fit} if fit else {}),
+                **({} if fit is None else {"fit": fit.to_json()}),
                 "timing": timing,
             },
         )
-        self._write_manifest(tensor_hashes, begun_with, fit.get("chosen"))
+        self._write_manifest(tensor_hashes, begun_with, chosen)
         publish(staged, self.folder.checkpoint)
         shutil.rmtree(self.folder.work)
         log.info("built %s", self.folder.checkpoint)
@@ -331,15 +359,15 @@ class Build:
         self.plain.advance(state, layer, replace(moe, router=by_name))
         return router
 
-    def _finish_fit(self) -> dict[str, Any]:
-        """What was measured, for `metrics.json`. Fits and writes the head; then, where the plain
-        mean loses less on the validation text, writes that instead."""
+    def _finish_fit(self) -> ModelFit | None:
+        """What was measured; None where nothing is fitted. Fits and writes the head; then, where
+        the plain mean loses less on the validation text, writes that instead."""
         if self.state is None:
-            return {}
+            return None
         records = [self.folder.layer_done(layer) for layer in range(self.num_layers)]
-        fit: dict[str, Any] = {"layers": [json.loads(read_note(record)) for record in records]}
+        layers = [json.loads(read_note(record)) for record in records]
         if not self.recipe.fits_layers:
-            return fit
+            return ModelFit(layers)
         own = {source.name: self.new.aligned_head(source) for source in self.sources}
         head, head_fit = fit_head(self.state, self.new.whole_head(), own)
         self.writer.write(HEAD, head)
@@ -352,12 +380,7 @@ class Build:
         chosen = _better(by_source)
         if chosen == PLAIN_MEAN:
             self._write_plain(self.state, plain_head)
-        return fit | {
-            "head": head_fit.to_json(),
-            "loss": {model: _mean(losses) for model, losses in by_source.items()},
-            "loss_by_source": by_source,
-            "chosen": chosen,
-        }
+        return ModelFit(layers, head_fit, by_source, chosen)
 
     def _write_plain(self, state: FitState, head: Tensor) -> None:
         """Write the plain mean over the fitted model."""

@@ -22,9 +22,6 @@ from symphony_moe.model.streams import Windows
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.source import Source
 
-HARMONIZED, PLAIN_MEAN = "harmonized", "plain mean"
-"""The models that a build with a fit chooses from, as its records name them."""
-
 
 @dataclass(frozen=True)
 class Candidate:

@@ -27,7 +27,6 @@ from symphony_moe.building.assemble import (
     fused_final_norm,
     fused_tables,
 )
-from symphony_moe.building.candidate import PLAIN_MEAN
 from symphony_moe.building.plan import Plan
 from symphony_moe.errors import VerificationError, first_line
 from symphony_moe.files import hash_folder, sha256_of
@@ -37,6 +36,7 @@ from symphony_moe.model.layer import load_dense_layer, load_moe_layer, logits_fr
 from symphony_moe.model.moe_layer import layer_outputs, read_layer_outputs
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
+from symphony_moe.runs.metrics import PLAIN_MEAN
 from symphony_moe.sources.pretrained import load_tokenizer
 from symphony_moe.sources.same_tokenizer import first_difference, settings_of, texts_for
 from symphony_moe.sources.source import Source, anchor_of

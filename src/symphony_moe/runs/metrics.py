@@ -27,8 +27,9 @@ from symphony_moe.runs.folder import RunFolder, damaged
 STAGES = ("built", "trained")
 """The two models of a run: before the training and after it."""
 
-PLAIN_MEAN = "plain mean"
-"""What `FitMetrics.chosen` says where the fit does not pay, and the sources' mean was written."""
+HARMONIZED, PLAIN_MEAN = "harmonized", "plain mean"
+"""What `FitMetrics.chosen` says of the model that is written: the fitted one, or the sources' mean,
+where the fit does not pay."""
 
 TEMPERATURE_SCALING = "temperature_scaling"
 """The last step of the head's fit. It is the one that may raise the error."""
