@@ -987,5 +987,5 @@ def test_a_folder_where_another_is_at_work_is_left_alone(
         assert hash_folder(run.root) == before
     finally:
         other.kill()
-        other.wait()
+        other.communicate()
     assert main(["evaluate", str(run.root)]) == 0
