@@ -93,7 +93,7 @@ def run(
 
     >>> from symphony_moe import load_recipe, run
     >>> finished = run(load_recipe("recipe.yaml"), "whole", progress=print)  # doctest: +ELLIPSIS
-    Progress(stage='build', done=1, total=2)
+    Progress(stage='align', done=1, total=2)
     ...
     Progress(stage='evaluate', done=4, total=4)
     >>> finished.trained.is_dir(), finished.report.is_file()

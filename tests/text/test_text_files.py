@@ -153,7 +153,7 @@ def test_finished_files_are_used_again_where_they_were_made_of_the_same(
 
 
 @pytest.mark.usefixtures("nothing_in_memory")
-@pytest.mark.parametrize("function", ["cut", "choose_windows", "packed", "publish"])
+@pytest.mark.parametrize("function", ["into_windows", "choose_windows", "packed", "publish"])
 def test_a_killed_writing_leaves_nothing_that_looks_finished(
     function: str,
     tmp_path: Path,
