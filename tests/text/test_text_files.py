@@ -15,10 +15,10 @@ from conftest import WORDS, make_text, make_tokenizer
 from symphony_moe.errors import TextError
 from symphony_moe.recipe.settings import Data, HubData
 from symphony_moe.text import domain as domain_module
-from symphony_moe.text import files as files_module
+from symphony_moe.text import memory_maps
 from symphony_moe.text.documents import read_documents, split_held_out
 from symphony_moe.text.domain import Domain, DomainReading, Room
-from symphony_moe.text.files import read_packed, write_packed
+from symphony_moe.text.memory_maps import read_packed, write_packed
 from symphony_moe.text.windows import Encoder, Packed, WindowDraw, draw_packed
 
 SETTINGS: dict[str, Any] = {"holdout": 0.1, "tokens": 3200, "sequence_length": 32, "seed": 3}
@@ -40,7 +40,7 @@ def tokenizer(tokenizers: list[PreTrainedTokenizerBase]) -> PreTrainedTokenizerB
 
 @pytest.fixture
 def nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files_module, "_IN_MEMORY", 0)
+    monkeypatch.setattr(memory_maps, "_IN_MEMORY", 0)
 
 
 def get(
@@ -83,7 +83,7 @@ def test_text_in_files_is_the_text_in_memory(
 ) -> None:
     """Windows, positions and their order, however many are copied at once; eight bytes for each
     token are left on the disk."""
-    monkeypatch.setattr(files_module, "_BLOCK", block)
+    monkeypatch.setattr(memory_maps, "_BLOCK", block)
     (tmp_path / "set").mkdir()
     path = make_text(tmp_path / "set" / "a.jsonl", 0)
     data = HubData(hub=str(path.parent), streaming=True) if streaming else str(path)
@@ -129,7 +129,7 @@ def test_finished_files_are_used_again_where_they_were_made_of_the_same(
         written.append(final)
         write_packed(final, *arguments, **named)
 
-    monkeypatch.setattr(files_module, "write_packed", noting)
+    monkeypatch.setattr(memory_maps, "write_packed", noting)
     data = str(path)
     first = get(data, tokenizer, folder)
     with monkeypatch.context() as patch:
@@ -176,7 +176,7 @@ def test_a_killed_writing_leaves_nothing_that_looks_finished(
 
 
 def _die_at(function: str, path: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    setattr(files_module, function, lambda *_: os._exit(9))
+    setattr(memory_maps, function, lambda *_: os._exit(9))
     get(path, tokenizer, folder)
 
 
@@ -191,7 +191,7 @@ def test_a_failed_writing_gives_the_disk_its_room_back(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files_module, "packed", full)
+        patch.setattr(memory_maps, "packed", full)
         with pytest.raises(OSError, match="No space left"):
             get(path, tokenizer, folder)
     assert not [file for file in folder.iterdir() if file.is_dir()]
@@ -233,7 +233,7 @@ def _count_writings(
             written.value += 1
         write_packed(*arguments, **named)
 
-    files_module.write_packed = counting
+    memory_maps.write_packed = counting
     assert len(get(path, tokenizer, folder).windows) == 100
 
 
@@ -241,7 +241,7 @@ def test_writing_takes_bounded_memory(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight times the tokens take no more of it: in memory they would be 2.5 MB."""
-    monkeypatch.setattr(files_module, "_BLOCK", 1024)
+    monkeypatch.setattr(memory_maps, "_BLOCK", 1024)
     documents = [" ".join(WORDS[n * k % 12] for k in range(1000)) for n in range(400)]
     peaks = []
     for tokens in (10_000, 80_000):
@@ -260,6 +260,6 @@ def test_what_a_tokenizer_is_does_not_depend_on_its_last_call(tmp_path: Path) ->
     make_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.pad_token = "</s>"
-    before = files_module.rules_of(tokenizer)
+    before = memory_maps.rules_of(tokenizer)
     tokenizer(["alpha", "alpha beta"], padding=True, truncation=True, max_length=3)
-    assert files_module.rules_of(tokenizer) == before
+    assert memory_maps.rules_of(tokenizer) == before

@@ -26,7 +26,7 @@ from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.source import Source
 from symphony_moe.text import documents as documents_module
 from symphony_moe.text import domain as domain_module
-from symphony_moe.text import files as files_module
+from symphony_moe.text import memory_maps
 from symphony_moe.text import texts as texts_module
 from symphony_moe.text.documents import is_held_out
 from symphony_moe.text.rows import Document
@@ -206,7 +206,7 @@ def test_windows_are_those_that_every_use_has_read_for_itself(
     if where == "not kept":
         monkeypatch.setattr(texts_module, "KEPT_BYTES", 0)
     if where == "in files":
-        monkeypatch.setattr(files_module, "_IN_MEMORY", 0)
+        monkeypatch.setattr(memory_maps, "_IN_MEMORY", 0)
     kind, overrides = CASES[case]
     recipe, sources = opened(kind, models, tmp_path, overrides)
     texts = Texts(recipe, sources)

@@ -19,7 +19,7 @@ from symphony_moe.recipe.load import load_recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.stock import load_stock
-from symphony_moe.text import files as files_module
+from symphony_moe.text import memory_maps
 from symphony_moe.text.texts import Texts
 from symphony_moe.training import distillation
 from symphony_moe.training.callbacks import TrainingProgress
@@ -380,15 +380,15 @@ def test_large_text_trains_from_files(
     """The same windows, so the same weights, and nothing is left."""
     in_memory, on_disk = copied("llama"), copied("llama")
     pipeline.train(in_memory)
-    monkeypatch.setattr(files_module, "_IN_MEMORY", 0)
+    monkeypatch.setattr(memory_maps, "_IN_MEMORY", 0)
     written: list[Path] = []
-    publish = files_module.publish
+    publish = memory_maps.publish
 
     def seen(staged: Path, final: Path) -> None:
         written.append(final)
         publish(staged, final)
 
-    monkeypatch.setattr(files_module, "publish", seen)
+    monkeypatch.setattr(memory_maps, "publish", seen)
     pipeline.train(on_disk)
     assert len(written) == 3
     assert hash_folder(on_disk.trained) == hash_folder(in_memory.trained)

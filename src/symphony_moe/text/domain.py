@@ -21,7 +21,7 @@ from symphony_moe.text.documents import (
     split_held_out,
     split_validation,
 )
-from symphony_moe.text.files import draw_to_files, rules_of, stamp, stays_in_memory
+from symphony_moe.text.memory_maps import draw_to_files, rules_of, stamp, stays_in_memory
 from symphony_moe.text.rows import MESSAGES, Document
 from symphony_moe.text.windows import Encoder, Packed, WindowDraw, draw_packed
 

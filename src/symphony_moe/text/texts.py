@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from symphony_moe.errors import TextError
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.text.domain import Domain, DomainReading, Room
-from symphony_moe.text.files import TrainingText
+from symphony_moe.text.memory_maps import TrainingText
 from symphony_moe.text.windows import Encoder, Packed, Pieces, WindowDraw, draw_packed, draw_pieces
 
 log = logging.getLogger(__name__)

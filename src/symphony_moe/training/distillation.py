@@ -21,7 +21,7 @@ from symphony_moe.files import reserve
 from symphony_moe.model.layer import WINDOWS_TOKENS, device
 from symphony_moe.sources.source import Source
 from symphony_moe.sources.stock import load_source
-from symphony_moe.text.files import TrainingText
+from symphony_moe.text.memory_maps import TrainingText
 
 log = logging.getLogger(__name__)
 

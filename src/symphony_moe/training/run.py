@@ -29,7 +29,7 @@ from symphony_moe.progress import Listener, ignore
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.source import Source
-from symphony_moe.text.files import TrainingText
+from symphony_moe.text.memory_maps import TrainingText
 from symphony_moe.text.texts import Texts, windows_per_source
 from symphony_moe.training.job import Measure, TrainingJob
 from symphony_moe.training.publishing import describe_training, publish_trained, refuse_lost

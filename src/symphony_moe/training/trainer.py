@@ -26,7 +26,7 @@ from transformers import (
 from symphony_moe.errors import RunFolderError, TextError
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.sources.stock import balance_weight_name, ffn_routers
-from symphony_moe.text.files import TrainingText
+from symphony_moe.text.memory_maps import TrainingText
 from symphony_moe.text.windows import Packed
 from symphony_moe.training.callbacks import HeldOutLosses, TrainingProgress
 from symphony_moe.training.distillation import Teachers, divergence, fit_in_memory
