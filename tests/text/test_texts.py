@@ -24,9 +24,8 @@ from symphony_moe.recipe.load import load_recipe, resolve_recipe
 from symphony_moe.recipe.settings import Calibration, Fit, Recipe, Router, Train
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.source import Source
-from symphony_moe.text import documents as documents_module
 from symphony_moe.text import domain as domain_module
-from symphony_moe.text import memory_maps
+from symphony_moe.text import file_formats, memory_maps
 from symphony_moe.text import texts as texts_module
 from symphony_moe.text.documents import is_held_out
 from symphony_moe.text.rows import Document
@@ -223,13 +222,13 @@ def test_windows_are_those_that_every_use_has_read_for_itself(
 def files_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """File -> how often it was read."""
     counts: Counter[str] = Counter()
-    original = documents_module._READERS[".jsonl"]
+    original = file_formats.READERS[".jsonl"]
 
     def counting(path: Path) -> Iterator[tuple[str, Any]]:
         counts[path.name] += 1
         yield from original(path)
 
-    monkeypatch.setitem(documents_module._READERS, ".jsonl", counting)
+    monkeypatch.setitem(file_formats.READERS, ".jsonl", counting)
     return counts
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from symphony_moe.errors import TextError, first_line
 from symphony_moe.recipe.settings import BUNDLED, ChatRules, Data, HubData
-from symphony_moe.text.rows import MESSAGES, Document, without_empty
+from symphony_moe.text.file_formats import READERS, hint_for, of_columns
+from symphony_moe.text.rows import MESSAGES, Document
 from symphony_moe.text.rows import read_row as _text_of
 
 log = logging.getLogger(__name__)
@@ -231,21 +231,10 @@ def _check_file_exists(who: str, path: Path) -> None:
         )
     if not path.is_file():
         raise TextError(f"{who}: no such data file: {path}")
-    if path.suffix.lower() not in _READERS:
-        raise TextError(f"{who}: {path}: expected one of {', '.join(_READERS)}{_hint(path)}")
+    if path.suffix.lower() not in READERS:
+        raise TextError(f"{who}: {path}: expected one of {', '.join(READERS)}{hint_for(path)}")
     if path.stat().st_size == 0:
         raise TextError(f"{who}: {path} is empty")
-
-
-def _hint(path: Path) -> str:
-    """What reads a file of another kind."""
-    kind = path.suffix.lower()
-    if kind in (".gz", ".zst", ".bz2", ".xz", ".csv", ".tsv", ".json", ".arrow"):
-        return (
-            f"; the datasets library reads {kind} files: put it into a folder of its own and "
-            "write data: {hub: FOLDER, column: ...}"
-        )
-    return ""
 
 
 def _spelled(data: Data) -> str:
@@ -258,7 +247,7 @@ def _file_documents(
     check_data_exists(who, str(path))
     kind = path.suffix.lower()
     try:
-        for where, row in _READERS[kind](path):
+        for where, row in READERS[kind](path):
             if isinstance(row, str) and kind == ".txt":
                 yield Document(row)
             else:
@@ -268,84 +257,6 @@ def _file_documents(
             raise
         reason = first_line(error)[:200]
         raise TextError(f"{who}: {path} is not readable as {kind}: {reason}") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of a file's lines. Raises ValueError for one that is not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"line {number} is not UTF-8 (byte {error.object[error.start]:#04x} at its "
-                    f"position {error.start}); save the file as UTF-8"
-                ) from None
-
-
-def _read_txt(path: Path) -> Iterator[tuple[str, str]]:
-    """Documents separated by blank lines."""
-    lines: list[str] = []
-    for _, line in _lines(path):
-        if line.strip():
-            # Line breaks as Python reads them in text.
-            lines.append(line.replace("\r\n", "\n"))
-        elif lines:
-            yield "", "".join(lines)
-            lines = []
-    if lines:
-        yield "", "".join(lines)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(path):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError as error:  # no JSON, or a number of thousands of digits
-                raise ValueError(f"line {number}: {error}") from None
-            except RecursionError:
-                raise ValueError(f"line {number} is nested too deeply") from None
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", _of_columns(row)
-    except (pyarrow.ArrowException, OverflowError, RecursionError) as error:
-        raise ValueError(f"row {number + 1}: {error}") from None
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": _read_jsonl,
-    ".txt": _read_txt,
-    ".parquet": _read_parquet,
-}
-
-
-def _of_columns(row: Any) -> Any:
-    """A row of a columnar file as it was before it was stored: such files give every table in a
-    list the keys of all others, empty. Of a message only `content` may be meant to be empty."""
-    if not isinstance(row, dict):
-        return row
-    return {name: _filled(value) for name, value in row.items()}
-
-
-def _filled(value: Any) -> Any:
-    if not isinstance(value, list):
-        return without_empty(value) if isinstance(value, dict) else value
-    return [
-        without_empty(item) | ({"content": None} if item.get("content", "") is None else {})
-        if isinstance(item, dict)
-        else item
-        for item in value
-    ]
 
 
 def _hub_rows(who: str, data: HubData, seed: int | None = None) -> Iterator[tuple[str, Any]]:
@@ -360,7 +271,7 @@ def _hub_rows(who: str, data: HubData, seed: int | None = None) -> Iterator[tupl
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         for number, row in enumerate(rows, start=1):
-            yield f"{who}: dataset {data.hub}, row {number}", _of_columns(row)
+            yield f"{who}: dataset {data.hub}, row {number}", of_columns(row)
     except Exception as error:
         # Not there, no such split, no connection or none any more (after the library's own
         # retries): it raises many kinds, some with many lines.
