@@ -151,18 +151,8 @@ def _naming(method: str) -> Iterator[None]:
 
 def _refuse_another_recipe(run: RunFolder, recipe: Recipe) -> None:
     """RunFolderError for a run that was begun by another recipe."""
-    if run.recipe.is_file() and not _are_equal(run.read_recipe(), recipe):
+    if run.recipe.is_file() and not run.read_recipe().builds_the_same(recipe):
         raise RunFolderError(f"{run.root}: was begun by another recipe; --overwrite begins again")
-
-
-def _are_equal(one: Recipe, other: Recipe) -> bool:
-    """Whether two recipes are the same, whatever hashes their sources are pinned to."""
-    return _without_hashes(one).to_yaml() == _without_hashes(other).to_yaml()
-
-
-def _without_hashes(recipe: Recipe) -> Recipe:
-    specs = {n: s.model_copy(update={"sha256": None}) for n, s in recipe.sources.items()}
-    return recipe.model_copy(update={"sources": specs})
 
 
 def _adopt_build(
@@ -181,7 +171,7 @@ def _adopt_build(
         as_theirs = other.read_recipe().model_copy(update={"train": recipe.train})
         manifest = other.read_json(other.manifest)
         by_this = manifest["versions"] == versions() and "begun_with" not in manifest
-        if _are_equal(as_theirs, recipe) and by_this:
+        if as_theirs.builds_the_same(recipe) and by_this:
             # Pinned to the sources that it was built of.
             adopt_build(run, other, as_theirs, plan(recipe).to_json())
             log.info("%s: built as %s", run.root.name, other.root.name)

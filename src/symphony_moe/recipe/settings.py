@@ -489,6 +489,22 @@ class Recipe(Section):
             return 0
         return max(self.windows_each // 16, min(4, self.windows_each // 4), 1)
 
+    def builds_the_same(self, other: "Recipe") -> bool:
+        """Whether two recipes say the same of a run, whatever hashes their sources are pinned
+        to."""
+        first, second = (
+            recipe.model_copy(
+                update={
+                    "sources": {
+                        name: spec.model_copy(update={"sha256": None})
+                        for name, spec in recipe.sources.items()
+                    }
+                }
+            ).to_yaml()
+            for recipe in (self, other)
+        )
+        return first == second
+
     def to_yaml(self) -> str:
         """The resolved recipe of one build: every setting spelled out."""
         content = self.model_dump(mode="json", exclude={"compare"})

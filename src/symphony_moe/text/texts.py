@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class Texts:
     ) -> "Texts":
         """`texts`, where they were opened for this recipe (whatever hashes it pins its sources to);
         otherwise new ones."""
-        if texts is not None and _without_hashes(texts.recipe) == _without_hashes(recipe):
+        if texts is not None and texts.recipe.builds_the_same(recipe):
             return texts
         return cls(recipe, sources)
 
@@ -191,11 +191,3 @@ class Texts:
 def windows_per_source(recipe: Recipe, num_sources: int) -> int:
     """Each source's share of the text to train on, in windows."""
     return max(1, recipe.train.tokens // recipe.train.sequence_length // num_sources)
-
-
-def _without_hashes(recipe: Recipe) -> dict[str, Any]:
-    """All that a recipe says of one build, but for the hashes that its sources are pinned to."""
-    content = recipe.model_dump(exclude={"compare"})
-    for spec in content["sources"].values():
-        del spec["sha256"]
-    return content
