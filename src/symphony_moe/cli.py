@@ -204,6 +204,7 @@ def _command(function: Callable[..., Result]) -> Callable[..., Result]:
         inspect.Parameter("verbose", keyword, default=False, annotation=Verbose),
     ]
     parameters = [*(one for one in own if one.name != "progress"), *common]
+    # Typer reads the signature; mypy knows no such attribute of a function.
     parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     parsed.__annotations__ = {one.name: one.annotation for one in parameters}
     parsed.__doc__ = function.__doc__
