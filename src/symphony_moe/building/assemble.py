@@ -14,7 +14,7 @@ from symphony_moe.building.alignment import Alignment
 from symphony_moe.building.fuse import drop_neurons, linear_mean, selective_linear, slerp
 from symphony_moe.building.router_init import random_router
 from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, NEURON_AXIS, stream_scale
-from symphony_moe.model.moe_layer import MoELayer
+from symphony_moe.model.moe_layer import MoELayer, router_rows
 from symphony_moe.model.symmetry import (
     fold_gains,
     gain_of,
@@ -144,8 +144,8 @@ def assemble_layer(
     hidden = sources[0].config.hidden_size
 
     def router(part: str) -> dict[str, Tensor]:
-        rows = random_router(list(experts), hidden, layer, recipe.seed, part)
-        return dict(zip(experts, rows, strict=True))
+        matrix = random_router(list(experts), hidden, layer, recipe.seed, part)
+        return router_rows(matrix, experts)
 
     has_attention = family.attention_router is not None
     attention_router = router("attention-router") if has_attention else None

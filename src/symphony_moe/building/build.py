@@ -51,6 +51,7 @@ from symphony_moe.model.moe_layer import (
     layer_outputs,
     read_layer_outputs,
     router_matrix,
+    router_rows,
 )
 from symphony_moe.model.streams import Streams, Windows
 from symphony_moe.progress import Listener, Progress
@@ -311,7 +312,11 @@ class Build:
             if self.state is None:
                 return
         weights = self._read_layer(layer)
-        note = self._keep_layer(layer, weights) if finished else self._new_layer(layer, weights)
+        note: dict[str, Any] = {}
+        if not finished:
+            note = self._new_layer(layer, weights)
+        elif self.recipe.fits_layers and self.state is not None:
+            advance_sources(self.state, layer, self.new.aligned(layer, weights))
         router = None
         if self.state is not None:
             # What follows is fitted to the layer as it is written: rounding is an error too.
@@ -332,14 +337,6 @@ class Build:
         self._write_layer(layer, moe)
         return note
 
-    def _keep_layer(
-        self, layer: int, weights: Mapping[str, Mapping[str, Tensor]]
-    ) -> dict[str, Any]:
-        """Bring the sources' streams past a layer that is written."""
-        if self.state is not None and self.recipe.fits_layers:
-            advance_sources(self.state, layer, self.new.aligned(layer, weights))
-        return {}
-
     def _advance_plain(
         self,
         state: FitState,
@@ -355,8 +352,8 @@ class Build:
         else:
             router = router_matrix(calibrate_plain(state, layer, moe), state.names)
             router = router.to(self.plain.dtype)
-        by_name = dict(zip(state.names, router, strict=True))
-        self.plain.advance(state, layer, replace(moe, router=by_name))
+        rows = router_rows(router, state.names)
+        self.plain.advance(state, layer, replace(moe, router=rows))
         return router
 
     def _finish_fit(self) -> ModelFit | None:
@@ -389,9 +386,9 @@ class Build:
         self.writer.write(HEAD, head)
         for layer in range(self.num_layers):
             aligned = self.plain.aligned(layer, self._read_layer(layer))
-            router = read_plain_router(self.folder.layer_done(layer))
-            by_name = dict(zip(state.names, router, strict=True))
-            self._write_layer(layer, replace(self.plain.assemble(layer, aligned), router=by_name))
+            matrix = read_plain_router(self.folder.layer_done(layer))
+            router = router_rows(matrix, state.names)
+            self._write_layer(layer, replace(self.plain.assemble(layer, aligned), router=router))
 
     def _write_manifest(
         self,

@@ -57,7 +57,7 @@ from symphony_moe.model.layer import (
     rms_norm,
     run_layer,
 )
-from symphony_moe.model.moe_layer import MoELayer, router_matrix
+from symphony_moe.model.moe_layer import MoELayer, router_matrix, router_rows
 
 log = logging.getLogger(__name__)
 
@@ -322,7 +322,7 @@ def _fit_router(state: FitState, inputs: Mapping[str, Float[Tensor, "_ hidden"]]
     settings = state.recipe.router
     method = hidden_router if settings.init == "hidden" else regression_router
     rows = method([inputs[name].clone() for name in state.names], settings.temperature)
-    return dict(zip(state.names, rows.cpu(), strict=True))
+    return router_rows(rows.cpu(), state.names)
 
 
 @torch.no_grad()
@@ -401,7 +401,7 @@ def _refine(
             name: {key: tensor.detach().cpu() for key, tensor in expert.items()}
             for name, expert in zip(state.names, mixture.experts, strict=True)
         },
-        dict(zip(state.names, rows, strict=True)),
+        router_rows(rows, state.names),
     )
     step = Step(*_layer_errors(state, layer, start, refined), descents=descents)
     return (refined if step.kept else start), step

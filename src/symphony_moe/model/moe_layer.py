@@ -50,6 +50,13 @@ def router_matrix(
     return torch.stack([rows[name] for name in experts])
 
 
+def router_rows(
+    matrix: Float[Tensor, "experts hidden"], experts: Iterable[str]
+) -> dict[str, Float[Tensor, " hidden"]]:
+    """The inverse of `router_matrix`."""
+    return dict(zip(experts, matrix, strict=True))
+
+
 def interleave_rotary(rows: Float[Tensor, "rows ..."], head_size: int) -> Float[Tensor, "rows ..."]:
     """Reorder the rows of q or k (or its bias), head by head, so that the pair (j, j + head_size /
     2) becomes the neighbours (2j, 2j + 1). Attention scores stay as they are: q and k move
@@ -114,7 +121,7 @@ def read_layer_outputs(
         ]
 
     def read_router(name: str) -> dict[str, Tensor]:
-        return dict(zip(experts, read(prefix + name), strict=True))
+        return router_rows(read(prefix + name), experts)
 
     chooser = family.attention_router
     return MoELayer(
