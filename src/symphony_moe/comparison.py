@@ -30,7 +30,7 @@ from symphony_moe.runs.folder import RunFolder, adopt_build
 from symphony_moe.runs.metrics import Metrics, read_metrics
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.text.texts import Texts
-from symphony_moe.training.run import refuse_untrainable
+from symphony_moe.training.refusals import refuse_untrainable
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import integration_utils
 
 from checks import Killed, load_clean, tensors_of
 from conftest import VARIANTS, WORDS, make_recipe
@@ -48,6 +50,7 @@ from symphony_moe.training import (
 from symphony_moe.training import run as run_module
 from symphony_moe.training.callbacks import TrainingProgress
 from symphony_moe.training.job import TrainingJob
+from symphony_moe.training.refusals import refuse_untrainable
 from symphony_moe.training.trainer import MoETrainer
 
 ROUTER = re.compile(r"\.(gate|router\.layer)\.weight$")
@@ -633,12 +636,14 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_built(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run_module, "get_available_reporting_integrations", lambda: ["mlflow"])
+    monkeypatch.setattr(
+        integration_utils, "get_available_reporting_integrations", lambda: ["mlflow"]
+    )
     with pytest.raises(SymphonyError, match=words):
         more = ["train.tokens=4000000"] if "length" in setting else []
         pipeline.run(load_recipe(recipes("llama"), [setting, *more]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    run_module.refuse_untrainable(load_recipe(recipes("llama"), ["train.report_to=mlflow"]))
+    refuse_untrainable(load_recipe(recipes("llama"), ["train.report_to=mlflow"]))
 
 
 @pytest.mark.parametrize("setting", ["method=bam", "output.architecture=granitemoe"])
@@ -648,14 +653,14 @@ def test_stacked_experts_are_trained_where_transformers_can(
     """Older versions' JetMoe and GraniteMoe have no load-balance loss in training, or cannot
     compute it."""
     recipe = load_recipe(recipes("llama"), [setting])
-    run_module.refuse_untrainable(recipe)
-    monkeypatch.setattr(run_module.transformers, "__version__", "5.9.0")
+    refuse_untrainable(recipe)
+    monkeypatch.setattr(transformers, "__version__", "5.9.0")
     name = "jetmoe" if "bam" in setting else "granitemoe"
     with pytest.raises(
         RecipeError, match=rf"the {name} of transformers 5\.9\.0 has no load-balance loss"
     ):
-        run_module.refuse_untrainable(recipe)
-    run_module.refuse_untrainable(load_recipe(recipes("llama"), ["method=btx"]))
+        refuse_untrainable(recipe)
+    refuse_untrainable(load_recipe(recipes("llama"), ["method=btx"]))
 
 
 def test_one_process_trains_on_one_gpu(
@@ -788,7 +793,7 @@ def test_what_is_trained_may_have_been_trained_elsewhere(
     """On a machine with a logger that this one lacks: it is evaluated here."""
     recipe = load_recipe(recipes("llama"), ["train.report_to=wandb"])
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "get_available_reporting_integrations", lambda: ["wandb"])
+        patch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["wandb"])
         patch.setattr(run_module, "make_trainer", without_loggers(run_module.make_trainer))
         run = pipeline.run(recipe, tmp_path / "run")
     hashes = hash_folder(run.trained)

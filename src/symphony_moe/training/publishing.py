@@ -151,15 +151,15 @@ def _stream_weights(run: RunFolder, recipe: Recipe, raw: Path) -> dict[str, str]
     bias, which other readers refuse), so its output (`raw`) is streamed through our writer.
     """
     stored = {k: tuple(v) for k, v in run.read_json(run.plan)["tensors"].items()}
-    writer = CheckpointWriter(
+    with CheckpointWriter(
         run.staged_trained, stored, recipe.output.dtype, recipe.output.max_shard_bytes
-    )
-    for path in sorted(raw.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a handle, not a dict)
-                if name in stored:
-                    writer.write(name, file.get_tensor(name))
-    return writer.finish()
+    ) as writer:
+        for path in sorted(raw.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a handle, not a dict)
+                    if name in stored:
+                        writer.write(name, file.get_tensor(name))
+        return writer.finish()
 
 
 def _copy_companions(run: RunFolder) -> None:

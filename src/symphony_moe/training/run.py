@@ -13,26 +13,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import transformers
 from accelerate import PartialState
-from packaging.version import Version
 from transformers import PreTrainedModel
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 
-from symphony_moe.errors import RecipeError, RunFolderError, first_line
+from symphony_moe.errors import RunFolderError, first_line
 from symphony_moe.machine import is_out_of_memory, is_out_of_room
 from symphony_moe.model.families import FINAL_NORM
 from symphony_moe.progress import Listener, ignore
-from symphony_moe.recipe.settings import Recipe, Train
+from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.source import Source
 from symphony_moe.text.memory_maps import TrainingText
-from symphony_moe.text.texts import Texts, windows_per_source
+from symphony_moe.text.texts import Texts
 from symphony_moe.training.job import Measure, TrainingJob
 from symphony_moe.training.publishing import describe_training, publish_trained, refuse_lost
+from symphony_moe.training.refusals import refuse_untrainable
 from symphony_moe.training.resuming import (
     begin,
     is_trained_already,
@@ -47,13 +42,9 @@ from symphony_moe.training.trainer import (
     MoETrainer,
     make_trainer,
     refuse_not_finite,
-    refuse_short,
 )
 
 log = logging.getLogger(__name__)
-
-STACKED_TRAIN = Version("5.18")
-"""The first version whose stock JetMoE and GraniteMoe have a load-balance loss in training."""
 
 
 def train_run(  # noqa: PLR0913 (all but three are keywords)
@@ -170,41 +161,3 @@ def _out_of_room(run: RunFolder, step: int | None, error: Exception) -> RunFolde
         f"are free; {first_line(error)}). Make room and --resume: it "
         "goes on from what was saved last. The checkpoint is untouched"
     )
-
-
-# What is refused before a training
-
-
-def refuse_untrainable(recipe: Recipe) -> None:
-    """SymphonyError for what `train_run` could not do on this machine, before anything else is
-    done: text that fills no step of one process, loggers that are not there, and an architecture
-    that this version of transformers does not train."""
-    settings, sources = recipe.train, len(recipe.sources)
-    windows = windows_per_source(recipe, sources) * sources
-    refuse_short(windows, settings.batch_size * settings.gradient_accumulation, settings)
-    _refuse_loggers(settings)
-    _refuse_architecture(recipe)
-
-
-def _refuse_loggers(settings: Train) -> None:
-    """RecipeError for a logger that is unknown, or whose package is not installed."""
-    asked = settings.report_to if isinstance(settings.report_to, list) else [settings.report_to]
-    for name in asked:
-        if name in ("none", "all") or name in get_available_reporting_integrations():
-            continue
-        if name in INTEGRATION_TO_CALLBACK:
-            raise RecipeError(f"train.report_to: the package of {name!r} is not installed")
-        known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-        raise RecipeError(f"train.report_to: {name!r} is none of {known}")
-
-
-def _refuse_architecture(recipe: Recipe) -> None:
-    """RecipeError for an architecture that this version of transformers does not train."""
-    target = "jetmoe" if recipe.has_attention_experts else recipe.output.architecture
-    too_old = Version(transformers.__version__) < STACKED_TRAIN
-    if target in ("jetmoe", "granitemoe") and too_old:
-        raise RecipeError(
-            f"output.architecture: the {target} of transformers {transformers.__version__} "
-            f"has no load-balance loss in training; {STACKED_TRAIN} has: "
-            "pip install -U transformers"
-        )

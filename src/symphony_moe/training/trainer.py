@@ -23,7 +23,7 @@ from transformers import (
     default_data_collator,
 )
 
-from symphony_moe.errors import RunFolderError, TextError
+from symphony_moe.errors import RunFolderError
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.sources.stock import balance_weight_name, ffn_routers
 from symphony_moe.text.memory_maps import TrainingText
@@ -31,6 +31,7 @@ from symphony_moe.text.windows import Packed
 from symphony_moe.training.callbacks import HeldOutLosses, TrainingProgress
 from symphony_moe.training.distillation import Teachers, divergence, fit_in_memory
 from symphony_moe.training.job import TrainingJob
+from symphony_moe.training.refusals import refuse_short
 from symphony_moe.training.resuming import is_sharded, reading
 from symphony_moe.training.trained_model import count_trained
 
@@ -99,16 +100,6 @@ def _schedule(settings: Train, num_windows: int) -> _Schedule:
     # Between two logs the means that the next one tells are not saved.
     logs_per_save = math.ceil(math.ceil(steps / settings.checkpoints) / logging_steps)
     return _Schedule(steps, per_step, logging_steps, logs_per_save * logging_steps)
-
-
-def refuse_short(windows: int, per_step: int, settings: Train) -> None:
-    """TextError for text (in windows) that does not fill one step of `per_step` windows."""
-    if windows < per_step:
-        raise TextError(
-            f"training text: {windows} windows of {settings.sequence_length} tokens do not fill "
-            f"one step of {per_step} (train.batch_size x train.gradient_accumulation x processes); "
-            "raise train.tokens, or lower one of those"
-        )
 
 
 def _arguments(job: TrainingJob, schedule: _Schedule) -> TrainingArguments:
