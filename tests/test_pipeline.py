@@ -737,17 +737,17 @@ def test_a_resumed_build_gives_the_same_bytes(
     """Law 5, second half: cut short between a layer's tensors and its record, and resumed."""
     recipe = load_recipe(recipes(variant), [f"align.neurons={neurons}"])
     whole = pipeline.build(recipe, tmp_path / "whole")
-    sync = build_module.CheckpointWriter.sync
+    when_durable = build_module.CheckpointWriter.when_durable
     written: list[int] = []
 
-    def killed(writer: Any) -> None:
+    def killed(writer: Any, *arguments: Any) -> None:
         if len(written) == layer:
             raise Killed
         written.append(layer)
-        sync(writer)
+        when_durable(writer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module.CheckpointWriter, "sync", killed)
+        patch.setattr(build_module.CheckpointWriter, "when_durable", killed)
         with pytest.raises(Killed):
             pipeline.build(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoint").exists()

@@ -7,8 +7,10 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO
 
 from filelock import lock_descriptor
@@ -91,6 +93,9 @@ def sync_folder(folder: Path) -> None:
 
 CHUNK = 16 * 1024**2
 
+_HASHERS = 2
+"""Files that are hashed at once: two threads read as fast as most disks give."""
+
 
 def reserve(file: BinaryIO, size: int) -> None:
     """Take the disk space of a file. Raises RunFolderError where there is not so much."""
@@ -102,13 +107,101 @@ def reserve(file: BinaryIO, size: int) -> None:
         file.truncate(size)  # a file system that cannot reserve
 
 
-def hash_folder(folder: Path) -> dict[str, str]:
-    """`<folder's name>/<file>` -> SHA-256, for every file in a folder."""
+def hash_folder(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """`<folder's name>/<file>` -> SHA-256, for every file in a folder. `known`: of files by name
+    that need not be read for it."""
+    known = known or {}
     files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
-    return {path.relative_to(folder.parent).as_posix(): sha256_of(path) for path in files}
+    return {
+        path.relative_to(folder.parent).as_posix(): (
+            known.get(path.relative_to(folder).as_posix()) or sha256_of(path)
+        )
+        for path in files
+    }
+
+
+def read_into(file: BinaryIO, content: memoryview) -> None:
+    """Fill a piece of memory from a file. (The system may give less at once.) Raises
+    OSError where the file ends before."""
+    while len(content) > 0:
+        read = file.readinto(content)  # type: ignore[attr-defined]  # of every raw file
+        if not read:
+            raise OSError(errno.EIO, "it ends too early")
+        content = content[read:]
+
+
+def write_at(path: Path, content: memoryview, offset: int) -> None:
+    """Write all bytes at a place of a file that is there. (The system may take less at once.)"""
+    with path.open("r+b", buffering=0) as file:
+        file.seek(offset)
+        while len(content) > 0:
+            content = content[file.write(content) :]
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to a file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunningDigest:
+    """SHA-256 of a stretch of a file, taken while its bytes are written in order. What came in
+    another order, or again, is read back."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._position = 0
+
+    def add(self, position: int, content: bytes | memoryview) -> None:
+        """Bytes that are written at a position of the stretch."""
+        if position < self._position:  # over what is hashed
+            self._hash, self._position = hashlib.sha256(), 0
+        if position == self._position:
+            self._hash.update(content)
+            self._position += len(content)
+
+    def finish(self, path: Path, offset: int, size: int) -> str:
+        """Hex digest of the whole stretch, `size` bytes at `offset` of a file."""
+        if self._position < size:
+            with path.open("rb") as file:
+                file.seek(offset + self._position)
+                while self._position < size:
+                    chunk = file.read(min(CHUNK, size - self._position))
+                    if not chunk:
+                        raise RunFolderError(f"{path}: ends before its tensors do")
+                    self._hash.update(chunk)
+                    self._position += len(chunk)
+        return self._hash.hexdigest()
+
+
+class FileHasher:
+    """SHA-256 of files, taken by threads while something else is done. Use it in a `with` block,
+    whose end stops what is not done."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_HASHERS)
+        self._stopped = Event()
+
+    def __enter__(self) -> "FileHasher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._threads.shutdown(cancel_futures=True)
+
+    def submit(self, path: Path) -> Future[str]:
+        """The hex digest of a file's bytes, once it is known."""
+        return self._threads.submit(self._hash, path)
+
+    def _hash(self, path: Path) -> str:
+        found, piece = hashlib.sha256(), memoryview(bytearray(2**20))
+        with path.open("rb", buffering=0) as file:
+            while not self._stopped.is_set() and (size := file.readinto(piece)):
+                found.update(piece[:size])
+        return found.hexdigest()

@@ -341,7 +341,7 @@ KILLS = [
     ("build.match", 3, "harmonized", False),
     ("records.write_bytes", 2, "harmonized", True),
     ("build.fit_layer", 2, "harmonized", False),
-    ("build.CheckpointWriter.sync", 1, "harmonized", True),
+    ("build.CheckpointWriter.when_durable", 1, "harmonized", True),
     ("build.fit_head", 1, "harmonized", False),
     ("candidate.next_token_losses", 2, "harmonized", True),
     # Each of the two layers is assembled as it is fitted, as the plain mean, and in falling back.
@@ -914,7 +914,7 @@ def test_calibrated_routers_are_built_again_as_they_were(
     recipe = load_recipe(recipes("qwen2"), overrides)
     whole = pipeline.build(recipe, tmp_path / "whole")
     monkeypatch.setattr("symphony_moe.building.estimate.STREAMS_IN_MEMORY", 0)
-    with killing("build.CheckpointWriter.sync", 2):
+    with killing("build.CheckpointWriter.when_durable", 2):
         pipeline.build(recipe, tmp_path / "run")
     run = pipeline.build(recipe, tmp_path / "run", resume=True)
     assert hash_folder(run.checkpoint) == hash_folder(whole.checkpoint)

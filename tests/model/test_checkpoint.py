@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from symphony_moe.errors import RecipeError, RunFolderError
-from symphony_moe.files import hash_folder, sha256_of
-from symphony_moe.model.checkpoint import BYTES, CheckpointWriter, assign_shards, tensor_hashes
+from symphony_moe.files import hash_folder, sha256_of, write_at
+from symphony_moe.model.checkpoint import BYTES, CheckpointWriter, assign_shards
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (50, 8),
@@ -141,14 +142,111 @@ def test_hashes_are_those_of_the_tensors_own_bytes(dtype: str, tmp_path: Path) -
         assert hashes[name] == hashlib.sha256(own).hexdigest()
 
 
-def test_hashes_are_read_back_from_the_disk(tmp_path: Path) -> None:
-    writer, hashes = write_all(tmp_path)
-    path = tmp_path / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1  # in the last tensor
-    path.write_bytes(content)
-    again = tensor_hashes(tmp_path, writer.files)
-    assert [name for name in hashes if hashes[name] != again[name]] == ["model.norm.weight"]
+@pytest.mark.parametrize("max_bytes", [10**9, 600])
+def test_files_are_hashed_while_they_are_written(
+    max_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No byte that was written in order is read again."""
+    writer = CheckpointWriter(tmp_path, SHAPES, "bfloat16", max_bytes)
+    for name, tensor in tensors().items():
+        writer.write(name, tensor)
+    with monkeypatch.context() as patch:
+        writer.digest("model.")  # all is written
+        patch.setattr(Path, "open", lambda *_: pytest.fail("read back"))
+        found = writer.file_hashes()
+    writer.finish()
+    assert found == {path.name: sha256_of(path) for path in tmp_path.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("again", SHAPES)
+def test_what_is_written_twice_is_hashed_as_it_is_at_the_end(again: str, tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, SHAPES, "float32", 600)
+    for name, tensor in tensors().items():
+        writer.write(name, tensor)
+    changed = tensors()[again] + 1
+    for first in range(0, len(changed), 3):
+        writer.write(again, changed[first : first + 3], first)
+    hashes, files = writer.finish(), writer.file_hashes()
+    assert hashes[again] == hashlib.sha256(changed.numpy().tobytes()).hexdigest()
+    assert files == {path.name: sha256_of(path) for path in tmp_path.glob("*.safetensors")}
+    assert torch.equal(read_all(tmp_path)[again], changed)
+
+
+def test_a_layer_is_recorded_once_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are synced first; the digest is that of what is there."""
+    said: list[str] = []
+    sync = os.fsync
+
+    def synced(handle: int) -> None:
+        said.append("synced")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    with CheckpointWriter(tmp_path, SHAPES, "float32", 10**9) as writer:
+        for name, tensor in tensors().items():
+            writer.write(name, tensor)
+            if name == "model.layers.0.b.bias":
+                writer.when_durable("model.layers.0.", said.append)
+        writer.settle()
+        digest = said.pop()
+        assert said and set(said) == {"synced"}
+        assert digest == writer.digest("model.layers.0.")
+        writer.finish()
+    resumed = CheckpointWriter(tmp_path, SHAPES, "float32", 10**9)
+    assert digest == resumed.digest("model.layers.0.")  # read from the disk
+
+
+@pytest.mark.parametrize("call", ["write", "digest", "when_durable", "finish", "file_hashes"])
+def test_a_disk_that_fails_is_told_by_the_next_call(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    values = tensors()
+    *names, last = SHAPES
+    recorded: list[str] = []
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):  # noqa: SIM117
+        with CheckpointWriter(tmp_path, SHAPES, "float32", 10**9) as writer:
+            for name in names:
+                writer.write(name, values[name])
+            monkeypatch.setattr("symphony_moe.model.checkpoint.write_at", full)
+            monkeypatch.setattr("symphony_moe.model.checkpoint.WAITING_BYTES", 0)
+            if call == "write":
+                writer.write(last, values[last])
+            monkeypatch.setattr("symphony_moe.model.checkpoint.WAITING_BYTES", 10**9)
+            writer.write(last, values[last])
+            if call == "when_durable":
+                writer.when_durable("model.norm.", recorded.append)
+                writer.settle()
+            elif call == "digest":
+                writer.digest("model.norm.")
+            else:
+                getattr(writer, call)()
+    assert not recorded
+
+
+def test_no_more_waits_than_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory does not grow with what is written, however slow the disk."""
+    monkeypatch.setattr("symphony_moe.model.checkpoint.WAITING_BYTES", 3000)
+    released = threading.Event()
+    done: list[int] = []
+
+    def slow(path: Path, content: memoryview, offset: int) -> None:
+        released.wait(10)
+        write_at(path, content, offset)
+        done.append(len(content))
+
+    monkeypatch.setattr("symphony_moe.model.checkpoint.write_at", slow)
+    shapes = {f"t{number}": (256,) for number in range(8)}  # of 1 KiB each
+    with CheckpointWriter(tmp_path, shapes, "float32", 10**9) as writer:
+        threading.Timer(0.2, released.set).start()
+        for number, name in enumerate(shapes, start=1):
+            writer.write(name, torch.zeros(256))
+            assert 1024 * number - sum(done) <= 3000
+        writer.finish()
 
 
 def test_files_and_folders_are_hashed_whole(tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ KILLS = [
     ("building.build:layer_outputs", 2, False),
     ("model.checkpoint:CheckpointWriter.write", 25, False),
     ("model.checkpoint:CheckpointWriter.write", 25, True),
-    ("model.checkpoint:CheckpointWriter.sync", 2, False),
+    ("model.checkpoint:CheckpointWriter.when_durable", 2, False),
     ("building.build:match", 3, True),
     ("building.records:write_bytes", 2, True),
     ("building.records:write_bytes!after", 2, False),

@@ -75,7 +75,7 @@ def fused_tables(
     number of each token in each source's text, token embeddings are weighted by it.
     """
     method = recipe.backbone.embeddings
-    scale = _scale(recipe, sources)
+    scale = stream_scale_of(recipe, sources)
     sources = _by_name(sources)
     shares = _shares(recipe, sources, method)
     for name in names:
@@ -111,7 +111,7 @@ def fused_final_norm(recipe: Recipe, sources: Sequence[Source]) -> Tensor:
     shares = _shares(recipe, ordered, recipe.backbone.norms)
     fused = linear_mean([source.read(FINAL_NORM) for source in ordered], shares)
     # A tied head is as much too large as the token embeddings.
-    return fused / _scale(recipe, sources) if is_tied(recipe, sources) else fused
+    return fused / stream_scale_of(recipe, sources) if is_tied(recipe, sources) else fused
 
 
 def assemble_layer(
@@ -124,7 +124,7 @@ def assemble_layer(
     routers. `aligned`: source -> its layer, see `aligned_layer`."""
     family = sources[0].family
     backbone = recipe.backbone
-    scale = _scale(recipe, sources)
+    scale = stream_scale_of(recipe, sources)
     aligned = {name: scale_residual(tensors, scale) for name, tensors in aligned.items()}
     shared: dict[str, Tensor] = {}
     ordered = _by_name(sources)
@@ -152,7 +152,7 @@ def assemble_layer(
     return MoELayer(shared, experts, router("router"), attention_router)
 
 
-def _scale(recipe: Recipe, sources: Sequence[Source]) -> float:
+def stream_scale_of(recipe: Recipe, sources: Sequence[Source]) -> float:
     """How many times as large as the sources' the residual stream of the new model is."""
     anchor = anchor_of(recipe, sources)
     return stream_scale(anchor.family, anchor.config)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from symphony_moe.building.align import choose_maps, match
 from symphony_moe.building.alignment import Alignment, layer_key
-from symphony_moe.building.assemble import aligned_table, fused_final_norm
+from symphony_moe.building.assemble import aligned_table, fused_final_norm, stream_scale_of
 from symphony_moe.building.candidate import Candidate
 from symphony_moe.building.companions import write_companions
 from symphony_moe.building.estimate import streams_in_memory
@@ -183,29 +183,18 @@ class Build:
         self.new = Candidate(self.recipe, self.sources, alignment, NEW)
         self.plain = Candidate(self.recipe, self.sources, Alignment(), PLAIN)
         # 2. Lay the files out, and write what stands in no layer.
-        self.writer = CheckpointWriter(
+        with CheckpointWriter(
             self.folder.staged_checkpoint,
             self.planned.tensors,
             self.planned.dtype,
             self.recipe.output.max_shard_bytes,
-        )
-        self._write_tables()
-        # 3. Put every stream at its token embeddings.
-        self.state = self._begin_fit()
-        # 4. Layer by layer: align, fuse, fit, write.
-        for layer in range(self.num_layers):
-            self._build_layer(layer)
-            release_freed_memory()
-            seconds = time.monotonic() - started
-            log.info("layer %d of %d, %.0f s", layer + 1, self.num_layers, seconds)
-            listen(Progress("build", layer + 1, self.num_layers))
-        # 5. Fit the head, and write the better of the two models.
-        fit = self._finish_fit()
+        ) as self.writer:
+            fit = self._write_model(started, listen)
+            tensor_hashes, file_hashes = self.writer.finish(), self.writer.file_hashes()
         chosen = None if fit is None else fit.chosen
         if chosen == PLAIN_MEAN:
             alignment = alignment.without_maps()
         # 6. Write what stands beside the weights, and publish it all by one rename.
-        tensor_hashes = self.writer.finish()
         staged = self.folder.staged_checkpoint
         write_companions(staged, self.planned, self.recipe, self.sources)
         write_bytes(self.folder.alignment, alignment.to_bytes())
@@ -222,10 +211,25 @@ class Build:
                 "timing": timing,
             },
         )
-        self._write_manifest(tensor_hashes, begun_with, chosen)
+        self._write_manifest(tensor_hashes, file_hashes, begun_with, chosen)
         publish(staged, self.folder.checkpoint)
         shutil.rmtree(self.folder.work)
         log.info("built %s", self.folder.checkpoint)
+
+    def _write_model(self, started: float, listen: Listener) -> ModelFit | None:
+        """All of the weights; what was measured, None where nothing is fitted."""
+        self._write_tables()
+        # 3. Put every stream at its token embeddings.
+        self.state = self._begin_fit()
+        # 4. Layer by layer: align, fuse, fit, write.
+        for layer in range(self.num_layers):
+            self._build_layer(layer)
+            release_freed_memory()
+            seconds = time.monotonic() - started
+            log.info("layer %d of %d, %.0f s", layer + 1, self.num_layers, seconds)
+            listen(Progress("build", layer + 1, self.num_layers))
+        # 5. Fit the head, and write the better of the two models.
+        return self._finish_fit()
 
     def _align(self, listen: Listener) -> Alignment:
         """One sweep of all sources over the whole calibration text. Layers that an interrupted
@@ -324,8 +328,10 @@ class Build:
             if self.recipe.fits_layers:
                 router = self._advance_plain(self.state, layer, weights, finished)
         if not finished:
-            self.writer.sync()
-            write_layer(record, router, self.digest, self.writer.digest(prefix), to_json(note))
+            text, measured = self.digest, to_json(note)
+            self.writer.when_durable(
+                prefix, lambda digest: write_layer(record, router, text, digest, measured)
+            )
 
     def _new_layer(self, layer: int, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
         """Make a layer and write it; what was measured."""
@@ -361,6 +367,7 @@ class Build:
         the plain mean loses less on the validation text, writes that instead."""
         if self.state is None:
             return None
+        self.writer.settle()
         records = [self.folder.layer_done(layer) for layer in range(self.num_layers)]
         layers = [json.loads(read_note(record)) for record in records]
         if not self.recipe.fits_layers:
@@ -393,6 +400,7 @@ class Build:
     def _write_manifest(
         self,
         tensor_hashes: Mapping[str, str],
+        file_hashes: Mapping[str, str],
         begun_with: Mapping[str, str],
         chosen: str | None,
     ) -> None:
@@ -408,7 +416,7 @@ class Build:
                 "sources": {name: spec.sha256 for name, spec in sources.items()},
                 "files": {
                     folder.alignment.name: sha256_of(folder.alignment),
-                    **hash_folder(folder.staged_checkpoint),
+                    **hash_folder(folder.staged_checkpoint, file_hashes),
                 },
                 "tensors": {"checkpoint": dict(tensor_hashes)},
             },
@@ -421,7 +429,9 @@ class Build:
 
     def _read_layer(self, layer: int) -> dict[str, dict[str, Tensor]]:
         """Source -> its layer (name within the layer -> tensor)."""
-        return {source.name: source.read_layer(layer) for source in self.sources}
+        # Nothing is computed with what is only copied.
+        as_stored = self.recipe.copies_experts and stream_scale_of(self.recipe, self.sources) == 1
+        return {s.name: s.read_layer(layer, as_stored=as_stored) for s in self.sources}
 
     def _write_layer(self, layer: int, moe: MoELayer) -> None:
         family, config = self.anchor.family, self.anchor.config

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from symphony_moe.building.draws import generator_for
 
+_PIECE = 2**16
+"""Numbers whose mean is taken at once: their float64 copies stay in a core's cache."""
+
 _MAX_ITERATIONS = 100
 
 _TOLERANCE = 1e-14
@@ -31,10 +34,15 @@ def linear_mean(
     tensors: Sequence[Float[Tensor, "..."]], weights: Sequence[float]
 ) -> Float[Tensor, "..."]:
     """The weighted mean. Norm gains, biases and every other one-dimensional tensor go this way."""
-    total = torch.zeros(tensors[0].shape, dtype=torch.float64)
-    for tensor, share in zip(tensors, normalized(weights).tolist(), strict=True):
-        total.add_(tensor.double(), alpha=share)
-    return total.float()
+    shares = normalized(weights).tolist()
+    result = torch.empty(tensors[0].numel())
+    pieces = zip(result.split(_PIECE), *(t.reshape(-1).split(_PIECE) for t in tensors), strict=True)
+    for place, *parts in pieces:
+        total = torch.zeros(len(place), dtype=torch.float64)
+        for part, share in zip(parts, shares, strict=True):
+            total.add_(part.double(), alpha=share)
+        place.copy_(total)
+    return result.view(tensors[0].shape)
 
 
 def slerp(
@@ -113,10 +121,16 @@ def selective_linear(
     if bool((total == 0).any()):
         token = int((total == 0).nonzero()[0])
         raise ValueError(f"token {token} is in no source's table")
-    result = torch.zeros(tables[0].shape, dtype=torch.float64)
-    for table, share in zip(tables, shares / total, strict=True):
-        result.addcmul_(table.double(), share[:, None])
-    return result.float()
+    shares = shares / total
+    result = torch.empty(tables[0].shape)
+    rows = max(1, _PIECE // result.shape[1])
+    for first in range(0, len(result), rows):
+        piece = slice(first, first + rows)
+        mean = torch.zeros(result[piece].shape, dtype=torch.float64)
+        for table, share in zip(tables, shares, strict=True):
+            mean.addcmul_(table[piece].double(), share[piece, None])
+        result[piece] = mean
+    return result
 
 
 def drop_neurons(

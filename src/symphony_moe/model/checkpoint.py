@@ -1,17 +1,22 @@
 """Safetensors files: laid out from a plan, filled tensor by tensor, hashed.
 
 Names and shapes are known before the first weight is computed, so each file is laid out and its
-disk space taken at once; a tensor is then written to its place and forgotten. Peak memory is one
-tensor, a full disk is noticed at the start, and the same tensors give the same bytes.
+disk space taken at once; a tensor is then written to its place and forgotten. A full disk is
+noticed at the start, and the same tensors give the same bytes.
+
+Bytes go to the disk and through SHA-256 in threads of their own, while the next tensor is made.
+Peak memory is the tensors that wait for that, at most WAITING_BYTES and one tensor.
 """
 
 import hashlib
 import json
 import math
-import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,10 +24,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from symphony_moe.errors import RecipeError, RunFolderError
-from symphony_moe.files import CHUNK, reserve, write_text
+from symphony_moe.files import RunningDigest, reserve, sync_file, write_at, write_text
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Output dtype -> bytes of a number."""
+
+WAITING_BYTES = 128 * 1024**2
+"""Bytes that wait to be written and hashed; who writes more waits with them."""
 
 SPELLED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Output dtype -> its name in safetensors files."""
@@ -46,7 +54,10 @@ def assign_shards(
 
 
 class CheckpointWriter:
-    """Writes tensors to their places in the shards of one checkpoint folder."""
+    """Writes tensors to their places in the shards of one checkpoint folder.
+
+    A `with` block ends its threads. What goes wrong in them is raised by the next call.
+    """
 
     def __init__(
         self, folder: Path, tensors: Mapping[str, tuple[int, ...]], dtype: str, max_shard_bytes: int
@@ -62,6 +73,13 @@ class CheckpointWriter:
         self._shapes = dict(tensors)
         self._written: dict[str, dict[int, int]] = {name: {} for name in tensors}
         """Tensor name -> first row -> number of rows that are written there."""
+        self._tensor_digests = {name: RunningDigest() for name in tensors}
+        self._file_digests: dict[str, RunningDigest] = {}
+        self._unsynced: set[str] = set()
+        # One thread each, so that each does its work in the order in which it is given.
+        self._disk, self._hasher, self._durable = (ThreadPoolExecutor(1) for _ in range(3))
+        self._waiting: deque[tuple[int, list[Future[None]]]] = deque()
+        self._records: list[Future[None]] = []
         folder.mkdir(parents=True, exist_ok=True)
         shards = assign_shards(tensors, dtype, max_shard_bytes)
         needed = sum(math.prod(shape) for shape in tensors.values()) * BYTES[dtype]
@@ -101,6 +119,8 @@ class CheckpointWriter:
         text += b" " * (-len(text) % 8)
         start = len(text).to_bytes(8, "little") + text
         self.files[file] = {n: (len(start) + at, size) for n, (at, size) in places.items()}
+        self._file_digests[file] = RunningDigest()
+        self._file_digests[file].add(0, start)
         path = self.folder / file
         if path.is_file() and path.stat().st_size == len(start) + position:
             with path.open("rb") as existing:
@@ -111,8 +131,21 @@ class CheckpointWriter:
             opened.flush()
             reserve(opened, len(start) + position)
 
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for thread in (self._disk, self._hasher, self._durable):
+            thread.shutdown(cancel_futures=kind is not None)
+
     def write(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
-        """Write a tensor, or some of its rows, rounded to the output's dtype.
+        """Write a tensor, or some of its rows, rounded to the output's dtype. It must not be
+        changed afterwards: it may still wait to be written.
 
         Raises RecipeError where a value does not fit the dtype (float16 ends at 65504).
         """
@@ -121,20 +154,37 @@ class CheckpointWriter:
             f"{name}: planned {shape}, got rows {first_row}.. of {tuple(tensor.shape)}"
         )
         rounded = tensor.to(getattr(torch, self.dtype)).contiguous().cpu()
-        if not bool(torch.isfinite(rounded).all()):
+        if not is_finite(rounded):
             raise RecipeError(beyond(name, float(tensor.abs().max()), self.dtype))
         file, offset, _ = self._where[name]
-        row_bytes = math.prod(shape[1:]) * BYTES[self.dtype]
-        with (self.folder / file).open("r+b") as opened:
-            opened.seek(offset + first_row * row_bytes)
-            opened.write(rounded.view(torch.uint8).numpy().data)
+        start = first_row * math.prod(shape[1:]) * BYTES[self.dtype]
+        content = rounded.view(torch.uint8).numpy().data.cast("B")
+        self._unsynced.add(file)
+
+        def put() -> None:
+            write_at(self.folder / file, content, offset + start)
+            self._tensor_digests[name].add(start, content)
+
+        def follow() -> None:
+            self._file_digests[file].add(offset + start, content)
+
+        jobs = [self._disk.submit(put), self._hasher.submit(follow)]
+        self._waiting.append((len(content), jobs))
+        self._wait(WAITING_BYTES)
         # Rows may come in any order, and again.
         last = first_row + len(tensor)
         blocks = {at: n for at, n in self._written[name].items() if not first_row <= at < last}
         self._written[name] = blocks | {first_row: len(tensor)}
 
+    def _wait(self, allowed: int) -> None:
+        """Until no more bytes than `allowed` wait to be written. Raises what a thread raised."""
+        while self._waiting and sum(size for size, _ in self._waiting) > allowed:
+            for job in self._waiting.popleft()[1]:
+                job.result()
+
     def read(self, name: str) -> Tensor:
         """A tensor that is written already (float32)."""
+        self._wait(0)
         file, offset, size = self._where[name]
         with (self.folder / file).open("rb") as opened:
             opened.seek(offset)
@@ -150,29 +200,54 @@ class CheckpointWriter:
                 self._written[name] = {0: shape[0]}
 
     def digest(self, prefix: str) -> str:
-        """SHA-256 of what is on disk of the tensors whose names begin so."""
-        places = {
-            file: {name: place for name, place in tensors.items() if name.startswith(prefix)}
-            for file, tensors in self.files.items()
-        }
-        hashes = tensor_hashes(self.folder, places)
+        """SHA-256 of the tensors whose names begin so: of their bytes as they were written, or, of
+        those that were not written here, as they are on disk."""
+        self._wait(0)
+        return self._digest(prefix)
+
+    def _digest(self, prefix: str) -> str:
+        hashes = {name: self._hash(name) for name in self._shapes if name.startswith(prefix)}
         return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
 
-    def sync(self) -> None:
-        """Make everything written so far durable."""
-        for file in self.files:
-            with (self.folder / file).open("rb") as opened:
-                os.fsync(opened.fileno())
+    def _hash(self, name: str) -> str:
+        file, offset, size = self._where[name]
+        return self._tensor_digests[name].finish(self.folder / file, offset, size)
+
+    def when_durable(self, prefix: str, record: Callable[[str], None]) -> None:
+        """Call `record` with the digest of the tensors whose names begin so, once everything that
+        was written so far is durable: in another thread, while the next tensors are made."""
+        written = [job for _, jobs in self._waiting for job in jobs]
+        files, self._unsynced = self._unsynced, set()
+
+        def settle() -> None:
+            for job in written:
+                job.result()
+            for file in files:
+                sync_file(self.folder / file)
+            record(self._digest(prefix))
+
+        self.settle()  # one at a time, so that a slow disk is noticed
+        self._records = [self._durable.submit(settle)]
+
+    def settle(self) -> None:
+        """Until all has been called that `when_durable` was given."""
+        for job in self._records:
+            job.result()
+        self._records = []
 
     def finish(self) -> dict[str, str]:
-        """Write the index of a sharded checkpoint; tensor name -> SHA-256 of its bytes."""
+        """Make everything durable and write the index of a sharded checkpoint; tensor name ->
+        SHA-256 of its bytes."""
         unfinished = [
             name
             for name, blocks in self._written.items()
             if sum(blocks.values()) != self._shapes[name][0]
         ]
         assert not unfinished, f"planned but not written: {unfinished[:3]}"
-        self.sync()
+        self._wait(0)
+        self.settle()
+        for file in self._unsynced:
+            sync_file(self.folder / file)
         if len(self.files) > 1:
             total = sum(size for places in self.files.values() for _, size in places.values())
             index = {
@@ -182,7 +257,23 @@ class CheckpointWriter:
             write_text(
                 self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n"
             )
-        return tensor_hashes(self.folder, self.files)
+        return {name: self._hash(name) for name in self._shapes}
+
+    def file_hashes(self) -> dict[str, str]:
+        """File name -> SHA-256 of each file of weights, once all is written."""
+        self._wait(0)
+        return {
+            file: digest.finish(path := self.folder / file, 0, path.stat().st_size)
+            for file, digest in self._file_digests.items()
+        }
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    A sum is finite only where all are; it may overflow all the same, and then each is looked at.
+    """
+    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
 
 
 def beyond(name: str, value: float, dtype: str) -> str:
@@ -192,26 +283,6 @@ def beyond(name: str, value: float, dtype: str) -> str:
         f"output.dtype: {name} has a value of {value:.5g}, and {dtype} ends at {largest:.5g}; "
         "write bfloat16 or float32"
     )
-
-
-def tensor_hashes(
-    folder: Path, files: Mapping[str, Mapping[str, tuple[int, int]]]
-) -> dict[str, str]:
-    """Tensor name -> SHA-256 of its bytes, read back from the files."""
-    hashes = {}
-    for file, places in files.items():
-        with (folder / file).open("rb") as opened:
-            for name, (offset, size) in places.items():
-                opened.seek(offset)
-                digest = hashlib.sha256()
-                while size > 0:
-                    chunk = opened.read(min(CHUNK, size))
-                    if not chunk:
-                        break
-                    digest.update(chunk)
-                    size -= len(chunk)
-                hashes[name] = digest.hexdigest()
-    return hashes
 
 
 def tensor_reader(folder: Path) -> Callable[[str], Tensor]:

@@ -397,6 +397,12 @@ class Recipe(Section):
         return self.experts.init == "drop"
 
     @property
+    def copies_experts(self) -> bool:
+        """Whether every expert's weights are written as they are read, and nothing is computed
+        with a layer but means."""
+        return not (self.aligns or self.fits or self.folds or self.redraws_neurons)
+
+    @property
     def has_attention_experts(self) -> bool:
         """Whether experts have queries and outputs of their own, with a router of their own."""
         return self.experts.attention == "source"

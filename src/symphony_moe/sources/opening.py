@@ -46,7 +46,7 @@ from symphony_moe.sources.gguf_file import GGUFFile, open_gguf
 from symphony_moe.sources.hub import SMALL_FILES, fetch, has_weights, hub_headers, is_on_hub
 from symphony_moe.sources.pretrained import load_config
 from symphony_moe.sources.source import (
-    FLOAT_BYTES,
+    DTYPES,
     GENERATION,
     NO_HEAD,
     SPECIAL,
@@ -77,6 +77,14 @@ def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
         for name, spec in recipe.sources.items()
     ]
     return share_vocabulary(sources, recipe.anchor, recipe.output.chat or recipe.anchor)
+
+
+def are_here(recipe: Recipe) -> bool:
+    """Whether all weights are safetensors on this machine: what `open_sources` opens without
+    `download` is whole then."""
+    return all(
+        not _is_on_the_hub(spec) and spec.gguf_file is None for spec in recipe.sources.values()
+    )
 
 
 def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[Source]:
@@ -139,7 +147,7 @@ def open_source(
     # 5. Special tokens without a row go; the weights are those of the recipe.
     source = replace(source, dropped=tuple(_drop_numbers(name, files.folder, source.config)))
     if spec.sha256 is not None and download:
-        _check_hashes(source, spec.sha256)
+        refuse_changed(source, spec.sha256, source.hash_files())
     return source
 
 
@@ -394,17 +402,24 @@ def _read_headers(name: str, folder: Path) -> tuple[dict[str, Header], list[str]
 
 def _headers_of(name: str, folder: Path, file: str) -> dict[str, Header]:
     """Headers of one file."""
-    found: dict[str, Header] = {}
+    path = folder / file
     try:
-        with safe_open(folder / file, framework="pt") as opened:
-            for tensor in opened.keys():  # noqa: SIM118 (a handle, not a dict)
-                view = opened.get_slice(tensor)
-                found[tensor] = Header(file, tuple(view.get_shape()), view.get_dtype())
+        with safe_open(path, framework="pt"):  # proves that the file is whole
+            pass
+        with path.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            content = json.loads(opened.read(size))
     except (SafetensorError, OSError) as error:
         raise SourceError(
-            f"{name}: {folder / file} is not a whole safetensors file ({error}); fetch it again"
+            f"{name}: {path} is not a whole safetensors file ({error}); fetch it again"
         ) from None
-    return found
+    content.pop("__metadata__", None)
+    return {
+        tensor: Header(
+            file, tuple(of["shape"]), of["dtype"], offset=8 + size + of["data_offsets"][0]
+        )
+        for tensor, of in content.items()
+    }
 
 
 def _without_buffers(source: Source) -> Source:
@@ -490,10 +505,10 @@ def _check_tensors(source: Source) -> None:
                 f"{source.name}: {name} is {list(header.shape)} in {header.file}, "
                 f"its config.json says {list(shape)}"
             )
-        if header.dtype not in FLOAT_BYTES:
+        if header.dtype not in DTYPES:
             raise SourceError(
                 f"{source.name}: {name} is stored as {header.dtype}; expected a float type "
-                f"({', '.join(FLOAT_BYTES)})"
+                f"({', '.join(DTYPES)})"
             )
 
 
@@ -513,10 +528,11 @@ def _check_generation_config(source: Source) -> None:
         ) from None
 
 
-def _check_hashes(source: Source, expected: Mapping[str, str]) -> None:
-    found = source.hash_files()
+def refuse_changed(source: Source, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise SourceError where a file's hash is not the one that the recipe pins. `found`: the
+    hashes of all files."""
     # A recipe may pin the weights alone.
-    for file in [*expected, *(file for file in source._weights if file not in expected)]:
+    for file in [*expected, *(file for file in source.weights if file not in expected)]:
         if expected.get(file) != found.get(file):
             path = (source.origin or source.folder) / file
             raise SourceError(

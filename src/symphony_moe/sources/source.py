@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     PreTrainedConfig,
@@ -19,7 +18,8 @@ from transformers import (
 )
 
 from symphony_moe.errors import SourceError, first_line
-from symphony_moe.files import sha256_of
+from symphony_moe.files import read_into, sha256_of
+from symphony_moe.model.checkpoint import is_finite
 from symphony_moe.model.families import AUTO, EMBEDDING, HEAD, Family, Target
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.adapter import FILES as ADAPTER_FILES
@@ -45,7 +45,18 @@ CODE = ("auto_map", "custom_generate")
 TABLE_ROWS = 8192
 """Rows of an embedding table that are read at once."""
 
-FLOAT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""The dtypes that are read, as safetensors spells them."""
+
+_COPIED = ("F32", "BF16", "F16")
+"""Those that stay as they are where a tensor is only copied."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,8 @@ class Header:
     """As safetensors spells it: `BF16`, `F32`, ..."""
     stored: str | None = None
     """Its name in the file, where that is another."""
+    offset: int | None = None
+    """Where its bytes begin in the file; None where the file is not here."""
 
 
 @dataclass(frozen=True)
@@ -201,33 +214,43 @@ class Source:
             self.name, folder, self.own_tokenizer, self.own_rows, special, generation
         )
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor (or some of its first axis) as float32, with the adapter in it.
+    def read(self, name: str, rows: slice | None = None, *, as_stored: bool = False) -> Tensor:
+        """One tensor (or some of its first axis) as float32, with the adapter in it; `as_stored`:
+        in the dtype of the file, where that is one that models are written in.
 
         Raises SourceError for a file that cannot be read and for values that are not finite.
         """
         if self.adapter is None or not self.adapter.touches(name):
-            return self._read(name, rows)
+            return self._read(name, rows, as_stored=as_stored)
         if rows is not None and self.adapter.needs_all_rows(name):
             return self.read(name)[rows]
         weight = None if self.adapter.holds(name) else self._read(name, rows)
         return self.adapter.merge(name, weight, slice(None) if rows is None else rows)
 
-    def _read(self, name: str, rows: slice | None) -> Tensor:
-        """One tensor of the model's own files.
+    def _read(self, name: str, rows: slice | None, *, as_stored: bool = False) -> Tensor:
+        """One tensor of the model's own files."""
+        header = self.headers[name]
+        stored = self._stored(name, header, rows)
+        keeps = header.dtype in _COPIED
+        tensor = stored if keeps and as_stored else stored.float()
+        # Half as many bytes to look at, where they are half as many.
+        if not is_finite(stored if keeps else tensor):
+            own, path = header.stored or name, self.folder / header.file
+            raise SourceError(f"{self.name}: {own} in {path} has {_why_not_finite(stored)}")
+        return tensor
 
-        The file is mapped only while this runs, so that what was read does not stay in memory.
-        """
-        path = self.folder / self.headers[name].file
-        own = self.headers[name].stored or name
+    def _stored(self, name: str, header: Header, rows: slice | None) -> Tensor:
+        """A tensor, or some of its rows, as it is in the file."""
+        first, last, _ = (rows or slice(None)).indices(header.shape[0])
+        tensor = torch.empty((max(0, last - first), *header.shape[1:]), dtype=DTYPES[header.dtype])
+        per_row = math.prod(header.shape[1:]) * tensor.element_size()
+        own, path = header.stored or name, self.folder / header.file
+        assert header.offset is not None, f"{path}: no file that is here"
         try:
-            with safe_open(path, framework="pt") as file:
-                stored = file.get_tensor(own) if rows is None else file.get_slice(own)[rows]
-                tensor = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)
-                if not bool(torch.isfinite(tensor).all()):
-                    reason = _why_not_finite(stored)
-                    raise SourceError(f"{self.name}: {own} in {path} has {reason}")
-        except (SafetensorError, OSError) as error:
+            with path.open("rb", buffering=0) as file:
+                file.seek(header.offset + first * per_row)
+                read_into(file, tensor.view(torch.uint8).numpy().data.cast("B"))
+        except OSError as error:
             raise SourceError(f"{self.name}: {own} in {path} is not readable: {error}") from None
         return tensor
 
@@ -266,29 +289,34 @@ class Source:
             rows[inside] = part[wanted[inside] - begin]
         return rows
 
-    def read_layer(self, layer: int) -> dict[str, Tensor]:
-        """Every tensor of a decoder layer, by its name within the layer."""
+    def read_layer(self, layer: int, *, as_stored: bool = False) -> dict[str, Tensor]:
+        """Every tensor of a decoder layer, by its name within the layer. `as_stored`: see
+        `read`."""
         prefix = f"model.layers.{layer}."
         family = self.family
         names = [*family.shared, *family.expert]
-        return {name: self.read(prefix + name) for name in names}
+        return {name: self.read(prefix + name, as_stored=as_stored) for name in names}
 
     @property
-    def _weights(self) -> list[str]:
+    def weights(self) -> list[str]:
         """The files that hold its weights, as the user has them."""
         return sorted(self.converted or {header.file for header in self.headers.values()})
 
-    def hash_files(self) -> dict[str, str]:
-        """File name -> SHA-256, for every file that a build reads: weights, config, tokenizer."""
+    def files(self) -> dict[str, Path]:
+        """Name -> path, for every file that a build reads: weights, config, tokenizer."""
         folder = self.origin or self.folder
         others = ("config.json", GENERATION, *tokenizer_paths(folder))
-        files = self._weights + [file for file in others if (folder / file).is_file()]
-        found = {file: sha256_of(folder / file) for file in files}
+        names = self.weights + [file for file in others if (folder / file).is_file()]
+        found = {file: folder / file for file in names}
         if self.adapter is not None:
             adapted = self.adapter.folder
             beside = tokenizer_paths(adapted)
-            found |= {f"adapter/{f}": sha256_of(adapted / f) for f in (*ADAPTER_FILES, *beside)}
+            found |= {f"adapter/{file}": adapted / file for file in (*ADAPTER_FILES, *beside)}
         return found
+
+    def hash_files(self) -> dict[str, str]:
+        """Name -> SHA-256, for every file that a build reads."""
+        return {name: sha256_of(path) for name, path in self.files().items()}
 
 
 def _why_not_finite(stored: Tensor) -> str:
