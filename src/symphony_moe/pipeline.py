@@ -3,7 +3,8 @@
     recipe -> sources -> plan -> calibrate -> align -> fuse -> fit -> route -> write
            -> train -> evaluate -> report
 
-A function for each command. The steps of a build are numbered in building/build.py, those of a
+A function for each command, which imports the stage that it alone is for: a build waits for no
+Trainer. The steps of a build are numbered in building/build.py, those of a
 training in training/run.py; `compare`, many runs, is in comparison.py. A folder knows only those
 before it (tests/test_layout.py).
 """
@@ -12,29 +13,22 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
 from symphony_moe.building.plan import Plan, beyond_context, make_plan
-from symphony_moe.building.verify import compare_builds, verify_run
 from symphony_moe.errors import RecipeError, SymphonyError
-from symphony_moe.evaluation.benchmarks import TaskOptions, choose_models, load_tasks, run_tasks
-from symphony_moe.evaluation.losses import (
-    continuations,
-    evaluate_run,
-    losses_and_routing,
-)
-from symphony_moe.files import write_text
+from symphony_moe.files import FileHasher, write_text
 from symphony_moe.machine import (
     process_number,
     versions,
 )
 from symphony_moe.progress import Listener, ignore
 from symphony_moe.recipe.settings import Recipe, Train
-from symphony_moe.reporting.run_page import render
 from symphony_moe.runs.folder import (
     RunFolder,
     log_to,
@@ -44,13 +38,16 @@ from symphony_moe.runs.folder import (
     start_run,
 )
 from symphony_moe.runs.metrics import Metrics, read_metrics
-from symphony_moe.sources.opening import open_sources
+from symphony_moe.sources.opening import are_here, open_sources, refuse_changed
 from symphony_moe.sources.source import Source, experts_of, remarks
 from symphony_moe.text.documents import check_data_exists
 from symphony_moe.text.texts import Texts
-from symphony_moe.training.run import refuse_untrainable, train_run
+from symphony_moe.training.refusals import refuse_untrainable
 
 log = logging.getLogger(__name__)
+
+Hashes = Mapping[str, Mapping[str, Future[str]]]
+"""Source -> file -> SHA-256, once it is known."""
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -67,7 +64,10 @@ def plan(recipe: Recipe) -> Plan:
     True
     """
     _check_text(recipe)
-    opened = open_sources(recipe, download=False)
+    return _plan(recipe, open_sources(recipe, download=False))
+
+
+def _plan(recipe: Recipe, opened: Sequence[Source]) -> Plan:
     planned = make_plan(recipe, experts_of(recipe, opened), opened)
     try:
         refuse_untrainable(recipe)
@@ -140,18 +140,26 @@ def build(
     out = Path(out)
     started = time.monotonic()
     refuse_existing(out, resume=resume, overwrite=overwrite)
-    plan(recipe)  # before weights are fetched
-    opened = open_sources(recipe)
-    sources = experts_of(recipe, opened)
-    planned = make_plan(recipe, sources, opened)
-    refuse_beyond(recipe, sources)
-    texts = Texts.of(recipe, opened, texts)
-    text = CalibrationText(
-        texts.calibration_windows() if recipe.aligns or recipe.fits else {},
-        texts.validation_windows(),
-    )
-    del texts  # what it keeps is not wanted again, unless the caller does
-    recipe = _with_hashes(recipe, opened)
+    _check_text(recipe)
+    opened = open_sources(recipe, download=False)
+    with FileHasher() as hasher:
+        if are_here(recipe):  # hashed while all else is found out
+            hashes = _begin_hashing(opened, hasher)
+            planned = _plan(recipe, opened)
+        else:
+            _plan(recipe, opened)  # before weights are fetched
+            opened = open_sources(recipe)
+            hashes = _begin_hashing(opened, hasher)
+            planned = _plan(recipe, opened)
+        sources = experts_of(recipe, opened)
+        refuse_beyond(recipe, sources)
+        texts = Texts.of(recipe, opened, texts)
+        text = CalibrationText(
+            texts.calibration_windows() if recipe.aligns or recipe.fits else {},
+            texts.validation_windows(),
+        )
+        del texts  # what it keeps is not wanted again, unless the caller does
+        recipe = _with_hashes(recipe, opened, hashes)
     if overwrite or not RunFolder(out).checkpoint.is_dir():
         require_room(out, planned.disk_bytes + planned.work_bytes, planned.work_bytes)
 
@@ -183,6 +191,8 @@ def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, str]:
     >>> verify(RunFolder(Path("run")))["sources"]
     "hashes equal the recipe's"
     """
+    from symphony_moe.building.verify import compare_builds, verify_run
+
     recipe = folder.read_recipe()
     folder.require_checkpoint()
     sources = experts_of(recipe, open_sources(recipe))
@@ -217,6 +227,9 @@ def train(
     >>> trained.trained.is_dir()
     True
     """
+    from symphony_moe.evaluation.losses import losses_and_routing
+    from symphony_moe.training.run import train_run
+
     recipe = folder.read_recipe(overrides, sections=("train",))
     folder.require_checkpoint()
     with log_to(folder):
@@ -265,6 +278,8 @@ def evaluate(
     >>> sorted(metrics.trained)
     ['a', 'b', 'other']
     """
+    from symphony_moe.evaluation.losses import evaluate_run
+
     built_with = folder.read_recipe()
     recipe = folder.read_recipe(overrides, sections=("evaluation",))
     if recipe.evaluation.holdout > built_with.evaluation.holdout:
@@ -292,6 +307,13 @@ def evaluate_tasks(  # noqa: PLR0913 (all but two are keywords, as the command h
     """Benchmarks of lm-evaluation-harness, into `tasks` of `metrics.json`: `NAME` or `NAME:N` with
     N examples in the prompt. `models`: `built`, `trained`, sources' names, `sources` for all of
     those; empty for the run's own. See `load_tasks` and `run_tasks`."""
+    from symphony_moe.evaluation.benchmarks import (
+        TaskOptions,
+        choose_models,
+        load_tasks,
+        run_tasks,
+    )
+
     recipe = folder.read_recipe()
     folder.require_checkpoint()
     chosen = choose_models(folder, recipe, models)
@@ -305,6 +327,8 @@ def evaluate_tasks(  # noqa: PLR0913 (all but two are keywords, as the command h
 
 def generate(folder: RunFolder) -> list[tuple[str, str, str]]:
     """(domain, prompt, continuation) by the run's model, for prompts from held-out text."""
+    from symphony_moe.evaluation.losses import continuations
+
     recipe = folder.read_recipe()
     return continuations(folder, recipe, open_sources(recipe))
 
@@ -319,6 +343,8 @@ def report(folder: RunFolder) -> Path:
     >>> report(RunFolder(Path("run"))).name
     'report.html'
     """
+    from symphony_moe.reporting.run_page import render
+
     recipe = folder.read_recipe()
     folder.require_checkpoint()
     metrics = read_metrics(folder)
@@ -348,10 +374,21 @@ def _check_text(recipe: Recipe) -> None:
         check_data_exists(f"evaluation.extra.{name}", data)
 
 
-def _with_hashes(recipe: Recipe, sources: Sequence[Source]) -> Recipe:
-    """The recipe with every source pinned to the weights that it has now."""
-    pinned = {
-        source.name: recipe.sources[source.name].model_copy(update={"sha256": source.hash_files()})
+def _begin_hashing(sources: Sequence[Source], hasher: FileHasher) -> Hashes:
+    return {
+        source.name: {file: hasher.submit(path) for file, path in source.files().items()}
         for source in sources
     }
+
+
+def _with_hashes(recipe: Recipe, sources: Sequence[Source], hashes: Hashes) -> Recipe:
+    """The recipe with every source pinned to the weights that it has now. Raises SourceError where
+    it is pinned to others."""
+    pinned = {}
+    for source in sources:
+        spec = recipe.sources[source.name]
+        found = {file: digest.result() for file, digest in hashes[source.name].items()}
+        if spec.sha256 is not None:
+            refuse_changed(source, spec.sha256, found)
+        pinned[source.name] = spec.model_copy(update={"sha256": found})
     return recipe.model_copy(update={"sources": pinned})
