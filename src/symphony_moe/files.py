@@ -93,6 +93,9 @@ def sync_folder(folder: Path) -> None:
 
 CHUNK = 16 * 1024**2
 
+PIECE = 2**19
+"""Bytes that are hashed at once: they stay in a core's cache."""
+
 _HASHERS = 2
 """Files that are hashed at once: two threads read as fast as most disks give."""
 
@@ -200,7 +203,7 @@ class FileHasher:
         return self._threads.submit(self._hash, path)
 
     def _hash(self, path: Path) -> str:
-        found, piece = hashlib.sha256(), memoryview(bytearray(2**20))
+        found, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
         with path.open("rb", buffering=0) as file:
             while not self._stopped.is_set() and (size := file.readinto(piece)):
                 found.update(piece[:size])

@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from symphony_moe import __version__
@@ -54,6 +55,10 @@ def versions() -> dict[str, str]:
     }
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's settings of malloc."""
+
+
 def process_number() -> int:
     """The number of this process among those that a launcher has started."""
     return int(os.environ.get("RANK", "0"))
@@ -68,6 +73,32 @@ def peak_rss_bytes() -> int:
         return int(fields["VmHWM"].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def copying() -> Iterator[None]:
+    """Settings of the process for a block that copies much and computes little.
+
+    Torch computes in the calling thread alone: beside threads that read, write and hash, its own
+    would mostly wait for one another, at full speed. Freed memory is kept for what is needed next:
+    fresh memory costs the system as much time as reading a tensor into it.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**30)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        with contextlib.suppress(OSError, AttributeError):
+            library.mallopt(_M_MMAP_THRESHOLD, 2**25)
+            library.mallopt(_M_TRIM_THRESHOLD, 2**26)
+            release_freed_memory()
 
 
 def release_freed_memory() -> None:

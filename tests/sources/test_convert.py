@@ -529,7 +529,7 @@ def test_nothing_that_transformers_filled_in_is_kept(
         model, info = load(*args, **settings)
         return model, info | {"missing_keys": {"lm_head.weight"}}
 
-    monkeypatch.setattr(convert.AutoModelForCausalLM, "from_pretrained", filling_in)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", filling_in)
     with pytest.raises(SourceError, match=r"does not find all of it: .*lm_head.weight"):
         opened(tmp_path, gguf_file="m.gguf")
     assert not list(cache.rglob("*.safetensors"))

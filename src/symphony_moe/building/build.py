@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,7 +44,7 @@ from symphony_moe.building.records import (
 from symphony_moe.building.sweep import Sweep
 from symphony_moe.errors import RecipeError
 from symphony_moe.files import hash_folder, publish, sha256_of, to_json, write_bytes
-from symphony_moe.machine import peak_rss_bytes, release_freed_memory, versions
+from symphony_moe.machine import copying, peak_rss_bytes, release_freed_memory, versions
 from symphony_moe.model.checkpoint import CheckpointWriter, beyond
 from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS
 from symphony_moe.model.moe_layer import (
@@ -171,6 +172,8 @@ class Build:
         self.anchor = anchor_of(recipe, sources)
         self.names = [source.name for source in sources]
         self.num_layers: int = self.anchor.config.num_hidden_layers
+        self.copies = recipe.copies_experts and stream_scale_of(recipe, sources) == 1
+        """Whether experts are written as they are read."""
 
     def run(self, begun_with: Mapping[str, str], started: float, listen: Listener) -> None:
         """From sources to `checkpoint/`. `begun_with`: the versions of the software that the build
@@ -189,7 +192,8 @@ class Build:
             self.planned.dtype,
             self.recipe.output.max_shard_bytes,
         ) as self.writer:
-            fit = self._write_model(started, listen)
+            with copying() if self.copies else nullcontext():
+                fit = self._write_model(started, listen)
             tensor_hashes, file_hashes = self.writer.finish(), self.writer.file_hashes()
         chosen = None if fit is None else fit.chosen
         if chosen == PLAIN_MEAN:
@@ -224,7 +228,8 @@ class Build:
         # 4. Layer by layer: align, fuse, fit, write.
         for layer in range(self.num_layers):
             self._build_layer(layer)
-            release_freed_memory()
+            if not self.copies:
+                release_freed_memory()
             seconds = time.monotonic() - started
             log.info("layer %d of %d, %.0f s", layer + 1, self.num_layers, seconds)
             listen(Progress("build", layer + 1, self.num_layers))
@@ -429,9 +434,7 @@ class Build:
 
     def _read_layer(self, layer: int) -> dict[str, dict[str, Tensor]]:
         """Source -> its layer (name within the layer -> tensor)."""
-        # Nothing is computed with what is only copied.
-        as_stored = self.recipe.copies_experts and stream_scale_of(self.recipe, self.sources) == 1
-        return {s.name: s.read_layer(layer, as_stored=as_stored) for s in self.sources}
+        return {s.name: s.read_layer(layer, as_stored=self.copies) for s in self.sources}
 
     def _write_layer(self, layer: int, moe: MoELayer) -> None:
         family, config = self.anchor.family, self.anchor.config

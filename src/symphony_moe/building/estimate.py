@@ -141,7 +141,8 @@ def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedC
         operations += 2.0 * tokens * config.intermediate_size**2 * config.num_hidden_layers
         operations += recipe.fit.epochs * tokens * (6.0 * active + 6.0 * table)
     reading_and_writing = 12 * num_weights / 500e6
-    return 5.0 + operations / _matmul_speed() + assignment + reading_and_writing
+    computing = operations / _matmul_speed() if operations else 0.0
+    return 5.0 + computing + assignment + reading_and_writing
 
 
 def _matmul_speed() -> float:

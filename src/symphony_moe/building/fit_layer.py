@@ -26,7 +26,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
 from symphony_moe.building.fitting import (
     AFTER,
@@ -48,6 +47,7 @@ from symphony_moe.errors import SourceError
 from symphony_moe.model.families import DOWN, GATE, UP, head_dim
 from symphony_moe.model.layer import (
     MixtureOfExperts,
+    activation_of,
     decoder_layer,
     device,
     gated_neurons,
@@ -329,7 +329,7 @@ def _fit_router(state: FitState, inputs: Mapping[str, Float[Tensor, "_ hidden"]]
 def _fit_experts(state: FitState, layer: int, start: MoELayer) -> tuple[MoELayer, Step]:
     """Each expert on its own source's text."""
     config = state.config
-    hidden, activation = config.hidden_size, ACT2FN[config.hidden_act]
+    hidden, activation = config.hidden_size, activation_of(config)
     identity = torch.eye(hidden, device=device())
     experts: dict[str, dict[str, Tensor]] = {}
     solutions: dict[str, Solution] = {}
@@ -408,7 +408,7 @@ def _refine(
 
 
 def _mixture(state: FitState, moe: MoELayer) -> MixtureOfExperts:
-    activation = ACT2FN[state.config.hidden_act]
+    activation = activation_of(state.config)
     experts = [moe.experts[name] for name in state.names]
     router = router_matrix(moe.router, state.names)
     return MixtureOfExperts(experts, router, state.recipe.router.top_k, activation)

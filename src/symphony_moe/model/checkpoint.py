@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from symphony_moe.errors import RecipeError, RunFolderError
-from symphony_moe.files import RunningDigest, reserve, sync_file, write_at, write_text
+from symphony_moe.files import PIECE, RunningDigest, reserve, sync_file, write_at, write_text
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Output dtype -> bytes of a number."""
@@ -163,12 +163,15 @@ class CheckpointWriter:
 
         def put() -> None:
             write_at(self.folder / file, content, offset + start)
-            self._tensor_digests[name].add(start, content)
 
-        def follow() -> None:
-            self._file_digests[file].add(offset + start, content)
+        def digest() -> None:
+            # Piece by piece: for the second hash a piece is still in the core's cache.
+            for at in range(0, len(content), PIECE):
+                piece = content[at : at + PIECE]
+                self._tensor_digests[name].add(start + at, piece)
+                self._file_digests[file].add(offset + start + at, piece)
 
-        jobs = [self._disk.submit(put), self._hasher.submit(follow)]
+        jobs = [self._disk.submit(put), self._hasher.submit(digest)]
         self._waiting.append((len(content), jobs))
         self._wait(WAITING_BYTES)
         # Rows may come in any order, and again.

@@ -2,9 +2,8 @@
 Mixture-of-Experts architecture of `transformers` holds the family exactly.
 
 A new family is a new row in `FAMILIES` (and a test run over all rows picks it up); `TARGETS` has
-the rows for every kind of attention. Tensor names are relative to `model.layers.{layer}.`; shapes
-are not in the table, they come from the family's own `transformers` module. What each row must get
-right was measured: docs/design.md, "Output formats".
+the rows for every kind of attention. Tensor names are relative to `model.layers.{layer}.`. What
+each row must get right was measured: docs/design.md, "Output formats".
 """
 
 import copy
@@ -471,6 +470,43 @@ def head_dim(config: PreTrainedConfig) -> int:
     return int(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
+
+
+def usual_shapes(family: Family, config: PreTrainedConfig) -> dict[str, tuple[int, ...]] | None:
+    """Name within a layer -> shape, where nothing about the config is out of the ordinary; None
+    where the family's own module has to be asked, which takes seconds to import."""
+    sizes = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.num_hidden_layers,
+        getattr(config, "head_dim", None) or 2,
+    )
+    rope = config.rope_parameters
+    kinds = getattr(config, "layer_types", None)
+    if (
+        not all(type(size) is int and size > 0 for size in sizes)
+        or config.num_attention_heads % config.num_key_value_heads
+        or head_dim(config) % 2
+        or config.hidden_act != "silu"
+        or getattr(config, "attention_bias", None)
+        or getattr(config, "mlp_bias", None)
+        or not (isinstance(rope, dict) and rope.get("rope_type") == "default")
+        or not isinstance(rope.get("rope_theta"), int | float)
+        or (kinds and len(kinds) != config.num_hidden_layers)
+    ):
+        return None
+    hidden, ffn, size = config.hidden_size, config.intermediate_size, head_dim(config)
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_NORMS, (hidden,))
+    shapes |= {Q_PROJ: (queries, hidden), K_PROJ: (keys, hidden), V_PROJ: (keys, hidden)}
+    shapes |= {O_PROJ: (hidden, queries), GATE: (ffn, hidden), UP: (ffn, hidden)}
+    shapes |= {DOWN: (hidden, ffn)}
+    for name in family.vectors:  # biases are as long as their matrix, norms of q and k as a head
+        matrix = name.replace("bias", "weight")
+        shapes[name] = shapes[matrix][:1] if matrix in shapes else (size,)
+    return shapes
 
 
 def queries_per_kv(config: PreTrainedConfig) -> int:

@@ -5,19 +5,24 @@ are the family's own code, embeddings and the final norm are bypassed. `MixtureO
 for the FFN where the new model is run before it is written.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
+from transformers import PreTrainedConfig
 
 from symphony_moe.model.families import DOWN, GATE, UP
 from symphony_moe.model.moe_layer import MoELayer, router_matrix
+
+# Models of transformers take seconds to import: a build that runs no layer does without them.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ATTENTION = "self_attn."
 
@@ -36,6 +41,8 @@ def device() -> torch.device:
 def one_layer_model(config: PreTrainedConfig, layer: int) -> PreTrainedModel:
     """The dense model with layer `layer` alone, on the meta device: input is the residual stream
     (`inputs_embeds`), output the residual stream after the layer (`last_hidden_state`)."""
+    from transformers import AutoModel
+
     alone = copy.deepcopy(config)
     alone.num_hidden_layers = 1
     if getattr(alone, "layer_types", None):
@@ -64,6 +71,14 @@ def rotations(
     return found
 
 
+def activation_of(config: PreTrainedConfig) -> nn.Module:
+    """What the neurons of an FFN put their gate through."""
+    from transformers.activations import ACT2FN
+
+    found: nn.Module = ACT2FN[config.hidden_act]
+    return found
+
+
 def decoder_layer(model: PreTrainedModel) -> Any:
     """The one layer of a one-layer model."""
     layers: Any = model.layers
@@ -86,7 +101,7 @@ def load_moe_layer(
     block = decoder_layer(model)
     experts = list(tensors.experts.values())
     router = router_matrix(tensors.router, tensors.experts)
-    block.mlp = MixtureOfExperts(experts, router, top_k, ACT2FN[config.hidden_act])
+    block.mlp = MixtureOfExperts(experts, router, top_k, activation_of(config))
     shared = dict(tensors.shared)
     if tensors.attention_router is not None:
         common = {name: shared.pop(name) for name in tensors.shared if name.startswith(_ATTENTION)}

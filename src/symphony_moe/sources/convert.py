@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import processors
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from symphony_moe.errors import SourceError, first_line
 from symphony_moe.sources.gguf_file import GGUFFile
@@ -118,6 +118,8 @@ def from_gguf(name: str, folder: Path, file: GGUFFile, *, weights: bool) -> Path
         return config
 
     def convert(out: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
         config = describe(out)
         # float32 holds exactly what the quantized weights stand for.
         loaded: Any = AutoModelForCausalLM.from_pretrained(

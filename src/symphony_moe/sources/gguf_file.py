@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from symphony_moe.errors import SourceError, first_line
 from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, head_dim
@@ -466,6 +465,8 @@ def llama3_parameters(theta: float, factors: Sequence[float]) -> dict[str, Any] 
 
 def _gives(theta: float, parameters: Mapping[str, Any], factors: Sequence[float]) -> bool:
     """Whether transformers computes the frequencies that the factors say."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     size = 2 * len(factors)
     config = LlamaConfig(
         head_dim=size,

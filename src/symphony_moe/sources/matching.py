@@ -13,11 +13,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import ACT2FN
 
 from symphony_moe.errors import SourceMismatch
 from symphony_moe.model.families import attention_window, head_dim
-from symphony_moe.model.layer import rotations
+from symphony_moe.model.layer import activation_of, rotations
 from symphony_moe.sources.same_tokenizer import other_settings
 from symphony_moe.sources.source import CODE, SPECIAL, Source, read_generation, some
 from symphony_moe.sources.tokenizer_checks import flags_of, found_otherwise
@@ -90,15 +89,19 @@ def _rope_settings(config: PreTrainedConfig) -> Any:
 def _is_one_activation(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
     """Whether two names of activation functions are one function: silu and swish, gelu_new and
     gelu_pytorch_tanh, ..."""
+    if one.hidden_act == other.hidden_act:
+        return True
     inputs = torch.cat((torch.linspace(-10, 10, 2001), torch.linspace(-1e4, 1e4, 2001))).double()
     with torch.no_grad():
-        first, second = (ACT2FN[c.hidden_act].double()(inputs) for c in (one, other))
+        first, second = (activation_of(c).double()(inputs) for c in (one, other))
     return torch.allclose(first, second, rtol=1e-9, atol=1e-9)
 
 
 def _is_one_rope(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
     """Whether two configs rotate alike (but for float32's rounding), at every length of text,
     however they spell it."""
+    if _rope_settings(one) == _rope_settings(other) and head_dim(one) == head_dim(other):
+        return True
     contexts = {config.max_position_embeddings for config in (one, other)}
     lengths = {2, *contexts, *(times * context for context in contexts for times in (2, 8))}
     return all(

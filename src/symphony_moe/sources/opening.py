@@ -13,7 +13,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     GenerationConfig,
     PreTrainedConfig,
 )
@@ -27,6 +26,7 @@ from symphony_moe.model.families import (
     FINAL_NORM,
     HEAD,
     Target,
+    usual_shapes,
 )
 from symphony_moe.model.layer import decoder_layer, one_layer_model
 from symphony_moe.recipe.settings import BUNDLED, Recipe, SourceSpec
@@ -326,7 +326,7 @@ def _read_config(name: str, folder: Path, target: Target) -> PreTrainedConfig:
                 f"families with an exact MoE target: {', '.join(FAMILIES)}"
             )
         config = load_config(folder)
-        # The family's own module refuses sizes and settings that make no model.
+        # It refuses sizes and settings that make no model.
         expected_shapes(config)
     except SourceError:
         raise
@@ -424,6 +424,10 @@ def _headers_of(name: str, folder: Path, file: str) -> dict[str, Header]:
 
 def _without_buffers(source: Source) -> Source:
     """The source without the tensors that transformers reads past in silence."""
+    if source.headers.keys() <= {*expected_shapes(source.config), HEAD}:
+        return source
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
     patterns = [_BUFFERS, *(getattr(stock, "_keys_to_ignore_on_load_unexpected", None) or ())]
     ignored = sorted(n for n in source.headers if any(re.search(p, n) for p in patterns))
@@ -470,15 +474,19 @@ def _with_its_head(source: Source, *, here: bool) -> Source:
 
 
 def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of a dense model, from the family's own module (no memory is taken)."""
+    """Tensor name -> shape of a dense model, from the table or, where its config is out of the
+    ordinary, from the family's own module (no memory is taken), which raises what it raises for
+    sizes and settings that make no model."""
     vocabulary, hidden = config.vocab_size, config.hidden_size
     shapes = {EMBEDDING: (vocabulary, hidden), FINAL_NORM: (hidden,)}
     if not config.tie_word_embeddings:
         shapes[HEAD] = (vocabulary, hidden)
-    layer = decoder_layer(one_layer_model(config, 0))
+    layer = usual_shapes(FAMILIES[config.model_type], config)
+    if layer is None:
+        module = decoder_layer(one_layer_model(config, 0))
+        layer = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     for number in range(config.num_hidden_layers):
-        for name, tensor in layer.state_dict().items():
-            shapes[f"model.layers.{number}.{name}"] = tuple(tensor.shape)
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
     return shapes
 
 
