@@ -256,3 +256,25 @@ def test_a_token_that_only_a_source_of_weight_0_knows_is_that_sources() -> None:
     tables, known = random_tensors(8, 2, (3, 4)), torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
     fused = selective_linear(tables, known, [1.0, 0.0])
     assert torch.equal(fused, torch.stack([tables[0][0], tables[1][1], tables[0][2]]))
+
+
+# Piece by piece
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (64, 4), (65, 7), (1, 300), (300, 1), (129,)])
+def test_means_of_pieces_are_the_means(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, whatever the size of a piece."""
+    tensors = random_tensors(3, 3, shape)
+    shares = [0.2, 0.3, 0.5]
+    whole = linear_mean(tensors, shares)
+    knowledge = (torch.arange(3 * shape[0]).view(3, -1) % 2).float()
+    knowledge[0] = 1
+    table = selective_linear(tensors, knowledge, shares) if len(shape) == 2 else None
+    monkeypatch.setattr("symphony_moe.building.fuse._PIECE", 16)
+    assert torch.equal(linear_mean(tensors, shares), whole)
+    expected = sum(t.double() * s for t, s in zip(tensors, shares, strict=True))
+    assert distance(whole, torch.as_tensor(expected)) < 1e-7
+    if table is not None:
+        assert torch.equal(selective_linear(tensors, knowledge, shares), table)

@@ -23,7 +23,9 @@ from symphony_moe.model.families import (
     Target,
     head_dim,
     target_config,
+    usual_shapes,
 )
+from symphony_moe.model.layer import decoder_layer, one_layer_model
 from symphony_moe.model.moe_layer import (
     MoELayer,
     interleave_rotary,
@@ -281,3 +283,40 @@ def test_settings_that_change_nothing_are_accepted(tmp_path: Path) -> None:
         max_window_layers=1,
     )
     assert open_source("who", SourceSpec(model=str(folder), data="unread.jsonl")).headers
+
+
+# Shapes without the family's module
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"num_key_value_heads": 1},
+    {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10},
+    {"intermediate_size": 24, "vocab_size": 50},
+]
+ODD: list[dict[str, Any]] = [
+    {"hidden_act": "gelu"},
+    {"attention_bias": True},
+    {"mlp_bias": True},
+    {"num_attention_heads": 6, "num_key_value_heads": 4},
+    {"head_dim": 7},
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    {"num_key_value_heads": 0},
+]
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_usual_shapes_are_those_of_the_familys_module(family: str, changes: dict[str, Any]) -> None:
+    config = AutoConfig.for_model(family, **SIZES | changes)
+    found = usual_shapes(FAMILIES[family], config)
+    assert found is not None
+    module = decoder_layer(one_layer_model(config, 0))
+    assert found == {name: tuple(t.shape) for name, t in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("changes", ODD, ids=str)
+def test_what_is_out_of_the_ordinary_is_asked_of_the_module(changes: dict[str, Any]) -> None:
+    config = AutoConfig.for_model("llama", **SIZES)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    assert usual_shapes(FAMILIES["llama"], config) is None

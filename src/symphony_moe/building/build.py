@@ -185,7 +185,7 @@ class Build:
             alignment = alignment.with_token_counts(counts)
         self.new = Candidate(self.recipe, self.sources, alignment, NEW)
         self.plain = Candidate(self.recipe, self.sources, Alignment(), PLAIN)
-        # 2. Lay the files out, and write what stands in no layer.
+        # 2. Lay the files out, and write the token embeddings.
         with CheckpointWriter(
             self.folder.staged_checkpoint,
             self.planned.tensors,
@@ -221,8 +221,9 @@ class Build:
         log.info("built %s", self.folder.checkpoint)
 
     def _write_model(self, started: float, listen: Listener) -> ModelFit | None:
-        """All of the weights; what was measured, None where nothing is fitted."""
-        self._write_tables()
+        """All of the weights, in the order of the files, which are hashed while they are written;
+        what was measured, None where nothing is fitted."""
+        self._write_table(EMBEDDING)
         # 3. Put every stream at its token embeddings.
         self.state = self._begin_fit()
         # 4. Layer by layer: align, fuse, fit, write.
@@ -233,8 +234,16 @@ class Build:
             seconds = time.monotonic() - started
             log.info("layer %d of %d, %.0f s", layer + 1, self.num_layers, seconds)
             listen(Progress("build", layer + 1, self.num_layers))
-        # 5. Fit the head, and write the better of the two models.
-        return self._finish_fit()
+        # 5. The final norm and the head. A head that is fitted comes with the choice of a model:
+        # the better of the two.
+        tensors = self.planned.tensors
+        self.writer.write(FINAL_NORM, fused_final_norm(self.recipe, self.sources))
+        fit = self._finish_fit()
+        if HEAD in tensors and not self.recipe.fits_layers:
+            self._write_table(HEAD)
+        if HEAD_BIAS in tensors:
+            self.writer.write(HEAD_BIAS, torch.zeros(tensors[HEAD_BIAS]))
+        return fit
 
     def _align(self, listen: Listener) -> Alignment:
         """One sweep of all sources over the whole calibration text. Layers that an interrupted
@@ -270,16 +279,10 @@ class Build:
                 tensors[layer_key(source, layer, kind)] = tensor
         write_comparison(self.folder.layer_compared(layer), tensors, self.digest)
 
-    def _write_tables(self) -> None:
-        """Token embeddings, output head and final norm, as fused. A head that is fitted is written
-        over at the end."""
-        tensors = self.planned.tensors
-        tables = [name for name in (EMBEDDING, HEAD) if name in tensors]
-        for name, first_row, rows in self.new.tables(tables):
+    def _write_table(self, table: str) -> None:
+        """Token embeddings or output head, as fused."""
+        for name, first_row, rows in self.new.tables([table]):
             self.writer.write(name, rows, first_row)
-        self.writer.write(FINAL_NORM, fused_final_norm(self.recipe, self.sources))
-        if HEAD_BIAS in tensors:
-            self.writer.write(HEAD_BIAS, torch.zeros(tensors[HEAD_BIAS]))
 
     def _begin_fit(self) -> FitState | None:
         """All streams of the fit at their token embeddings; None where nothing is fitted."""
