@@ -340,6 +340,8 @@ class Build:
             self.writer.when_durable(
                 prefix, lambda digest: write_layer(record, router, text, digest, measured)
             )
+            if not self.copies:  # a layer that took long to make is not left to chance
+                self.writer.settle()
 
     def _new_layer(self, layer: int, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
         """Make a layer and write it; what was measured."""

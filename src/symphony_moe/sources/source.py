@@ -70,7 +70,7 @@ class Header:
     """As safetensors spells it: `BF16`, `F32`, ..."""
     stored: str | None = None
     """Its name in the file, where that is another."""
-    offset: int | None = None
+    offset: int | None = field(default=None, compare=False)
     """Where its bytes begin in the file; None where the file is not here."""
 
 
