@@ -13,6 +13,7 @@ from torch import Tensor
 from symphony_moe import pipeline
 from symphony_moe.building import estimate
 from symphony_moe.building.estimate import streams_bytes
+from symphony_moe.building.plan import Plan
 from symphony_moe.cli import main
 from symphony_moe.model.checkpoint import CheckpointWriter
 from symphony_moe.model.streams import Streams
@@ -197,6 +198,29 @@ def test_more_epochs_take_more_time(recipes: Recipes) -> None:
 
     first, second, third = (seconds(epochs) for epochs in (0, 1000, 2000))
     assert second > first + 0.5 and third - second == pytest.approx(second - first)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares_the_sweep"), [([], False), (["align.residual=orthogonal"], True)]
+)
+def test_what_matching_costs_is_noted(
+    settings: list[str], shares_the_sweep: bool, recipes: Recipes
+) -> None:
+    """By the paper's preset, with what to set to save it. Where nothing else is aligned, the
+    sources need not be run at all without it."""
+    more = ["calibration.tokens=100000000", *settings]
+
+    def planned(*others: str) -> Plan:
+        return pipeline.plan(load_recipe(recipes("llama"), [*more, *others]))
+
+    with_it, without = planned(), planned("align.neurons=none")
+    (note,) = (note for note in with_it.notes if "align.neurons" in note)
+    seconds = with_it.seconds - without.seconds
+    assert f"takes about {seconds:.0f} s of stage 1" in note and seconds > 10
+    assert "align.neurons: none leaves it out" in note
+    assert not any("align.neurons" in note for note in without.notes)
+    tiny = planned("align.neurons=none", "calibration.tokens=1")
+    assert (without.seconds > 1.1 * tiny.seconds) is shares_the_sweep
 
 
 def test_windows_beyond_the_context_of_any_source_that_reads_them_are_noted(
