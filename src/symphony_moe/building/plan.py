@@ -17,6 +17,7 @@ from symphony_moe.building.estimate import (
     build_seconds,
     matching_seconds,
     peak_memory,
+    streams_in_memory,
     work_bytes,
 )
 from symphony_moe.model.checkpoint import BYTES, assign_shards
@@ -70,6 +71,8 @@ class Plan:
     """Disk space that stage 1 needs beside the weights and gives back at its end."""
     peak_memory_bytes: int
     """Estimate for stage 1."""
+    streams_in_memory: bool
+    """Whether residual streams wait in memory between layers, or in files under `work/`."""
     seconds: float
     """Rough estimate for stage 1, from this machine's speed at multiplying matrices."""
     readers: list[Reading]
@@ -84,9 +87,13 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, sources: Sequence[Source], opened: Sequence[Source] | None = None
+    recipe: Recipe,
+    sources: Sequence[Source],
+    opened: Sequence[Source] | None = None,
+    memory: int | None = None,
 ) -> Plan:
-    """Plan a build. `opened`: all of the recipe's sources, where some are no experts.
+    """Plan a build. `opened`: all of the recipe's sources, where some are no experts. `memory`: the
+    bytes that the build may take.
 
     Raises SourceMismatch where it cannot be done.
     """
@@ -111,6 +118,12 @@ def make_plan(
     if anchor.vocabulary is not None:
         config |= anchor.vocabulary.settings
     disk = total * BYTES[recipe.output.dtype]
+    shape = (recipe, anchor.config, len(sources))
+    in_memory = streams_in_memory(*shape, memory)
+    peak = peak_memory(*shape, memory)
+    notes = _notes(recipe, sources, differences, opened or sources)
+    if memory is not None and peak > memory:
+        notes.append(beyond_memory(peak, memory))
     return Plan(
         architecture=family.moe,
         family=family.dense,
@@ -123,11 +136,12 @@ def make_plan(
         active_parameters=active,
         disk_bytes=disk,
         shards=len(assign_shards(tensors, recipe.output.dtype, recipe.output.max_shard_bytes)),
-        work_bytes=work_bytes(recipe, anchor.config, len(sources)),
-        peak_memory_bytes=peak_memory(recipe, anchor.config, len(sources)),
+        work_bytes=work_bytes(*shape, memory),
+        peak_memory_bytes=peak,
+        streams_in_memory=in_memory,
         seconds=build_seconds(recipe, sources, anchor.config),
         readers=readings(config, sentencepiece=anchor.source_tokenizer.kind == "SentencePiece BPE"),
-        notes=_notes(recipe, sources, differences, opened or sources),
+        notes=notes,
     )
 
 
@@ -210,6 +224,14 @@ def beyond_context(recipe: Recipe, opened: Sequence[Source], *sections: str) -> 
                 f"{section}.sequence_length {length} is beyond the context of {', '.join(short)}"
             )
     return sentences
+
+
+def beyond_memory(peak: int, memory: int) -> str:
+    """That a build needs more memory than it may take, in words."""
+    return (
+        f"--memory: stage 1 takes about {peak / 1e9:.1f} GB at its peak, more than "
+        f"{memory / 1e9:.1f} GB. Fewer sources need less (experts.sources)"
+    )
 
 
 def _readers(recipe: Recipe, section: str) -> list[str]:
