@@ -234,6 +234,15 @@ def _seeds(text: str) -> Seeds:
     return Seeds(map(int, words))
 
 
+def _size(text: str) -> int:
+    from symphony_moe.recipe.settings import parse_size
+
+    try:
+        return parse_size(text, "--memory")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise typer.BadParameter(f"expected a number above zero, got {text!r}")
@@ -262,6 +271,15 @@ Resume = Annotated[
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", callback=_one_of_two, help="Replace what is there.")
+]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        parser=_size,
+        metavar="SIZE",
+        help="Memory that stage 1 may take, such as 8GB. Where it needs more, hidden states wait "
+        "on the disk. Default: 2 GiB of them wait in memory.",
+    ),
 ]
 SourcesFrom = Annotated[
     Path | None,
@@ -432,7 +450,7 @@ def demo(
 
 
 @_command
-def plan(*, recipe: RecipeFile, overrides: Overrides = None) -> Result:
+def plan(*, recipe: RecipeFile, memory: Memory = None, overrides: Overrides = None) -> Result:
     """Say what a build will do. Reads headers only, and writes nothing."""
     from symphony_moe.recipe.load import load_recipe
     from symphony_moe.recipe.variants import load_variants
@@ -442,7 +460,7 @@ def plan(*, recipe: RecipeFile, overrides: Overrides = None) -> Result:
         load_variants(recipe, overrides or ())  # what `compare` would refuse of them
     from symphony_moe import pipeline
 
-    planned = pipeline.plan(loaded)
+    planned = pipeline.plan(loaded, memory=memory)
     return planned.to_json(), describe_plan(planned)
 
 
@@ -453,6 +471,7 @@ def build(
     out: NewFolder,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    memory: Memory = None,
     overrides: Overrides = None,
     progress: Listener = ignore,
 ) -> Result:
@@ -462,7 +481,9 @@ def build(
     loaded = load_recipe(recipe, overrides or ())
     from symphony_moe import pipeline
 
-    folder = pipeline.build(loaded, out, resume=resume, overwrite=overwrite, progress=progress)
+    folder = pipeline.build(
+        loaded, out, resume=resume, overwrite=overwrite, memory=memory, progress=progress
+    )
     metrics = folder.read_json(folder.metrics)
     text = "\n".join(filter(None, (f"built {folder.checkpoint}", describe_build(metrics))))
     return metrics | {"paths": {"checkpoint": str(folder.checkpoint)}}, text
@@ -586,6 +607,7 @@ def run(
     out: NewFolder,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    memory: Memory = None,
     sources_from: SourcesFrom = None,
     overrides: Overrides = None,
     progress: Listener = ignore,
@@ -601,6 +623,7 @@ def run(
         out,
         resume=resume,
         overwrite=overwrite,
+        memory=memory,
         like=_like(sources_from),
         progress=progress,
     )

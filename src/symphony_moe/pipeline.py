@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
-from symphony_moe.building.plan import Plan, beyond_context, make_plan
+from symphony_moe.building.plan import Plan, beyond_context, beyond_memory, make_plan
 from symphony_moe.errors import RecipeError, SymphonyError
 from symphony_moe.files import FileHasher, write_text
 from symphony_moe.machine import (
@@ -50,8 +50,9 @@ Hashes = Mapping[str, Mapping[str, Future[str]]]
 """Source -> file -> SHA-256, once it is known."""
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     """What a build of this recipe will do, from headers and tokenizers alone. Writes nothing.
+    `memory`: see `build`.
 
     Raises SymphonyError for everything that `build` refuses before it reads weights: RecipeError,
     SourceError, SourceMismatch or TextError.
@@ -64,11 +65,11 @@ def plan(recipe: Recipe) -> Plan:
     True
     """
     _check_text(recipe)
-    return _plan(recipe, open_sources(recipe, download=False))
+    return _plan(recipe, open_sources(recipe, download=False), memory)
 
 
-def _plan(recipe: Recipe, opened: Sequence[Source]) -> Plan:
-    planned = make_plan(recipe, experts_of(recipe, opened), opened)
+def _plan(recipe: Recipe, opened: Sequence[Source], memory: int | None) -> Plan:
+    planned = make_plan(recipe, experts_of(recipe, opened), opened, memory)
     try:
         refuse_untrainable(recipe)
     except SymphonyError as error:  # a build alone does not mind, nor another machine
@@ -76,16 +77,18 @@ def _plan(recipe: Recipe, opened: Sequence[Source]) -> Plan:
     return planned
 
 
-def run(
+def run(  # noqa: PLR0913 (all but two are keywords)
     recipe: Recipe,
     out: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
+    memory: int | None = None,
     like: RunFolder | None = None,
     progress: Listener = ignore,
 ) -> RunFolder:
-    """The whole way: build, verify, train, evaluate (`like`: see there), report.
+    """The whole way: build (`memory`: see there), verify, train, evaluate (`like`: see there),
+    report.
 
     `resume` goes on where a run was cut short, `overwrite` replaces it. `progress` is called after
     each step. What a later stage would refuse is refused before the first begins. Raises
@@ -107,7 +110,15 @@ def run(
     texts.held_out_text()
     if is_to_train:
         texts.refuse_short_training_text()
-    folder = build(recipe, out, resume=resume, overwrite=overwrite, texts=texts, progress=progress)
+    folder = build(
+        recipe,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        memory=memory,
+        texts=texts,
+        progress=progress,
+    )
     verify(folder)
     if not folder.trained.is_dir() or (resume and folder.training_begun.is_file()):
         train(folder, resume=resume, texts=texts, progress=progress)
@@ -116,19 +127,22 @@ def run(
     return folder
 
 
-def build(
+def build(  # noqa: PLR0913 (all but two are keywords)
     recipe: Recipe,
     out: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
+    memory: int | None = None,
     texts: Texts | None = None,
     progress: Listener = ignore,
 ) -> RunFolder:
     """Stage 1: sources to `checkpoint/`, layer by layer, without training.
 
-    `resume` goes on where a build was cut short, `overwrite` replaces a run. `texts`: what the
-    caller has read already. `progress` is called after each layer. Raises SymphonyError for what
+    `resume` goes on where a build was cut short, `overwrite` replaces a run. `memory`: the bytes
+    that it may take. Where the plan is beyond, the residual streams wait in files; the result is
+    the same. Without it up to 2 GiB of them wait in memory. `texts`: what the caller has read
+    already. `progress` is called after each layer. Raises SymphonyError for what
     cannot be built, before the run folder is made: RecipeError, SourceError, SourceMismatch,
     TextError, or RunFolderError where `out` exists.
 
@@ -145,12 +159,12 @@ def build(
     with FileHasher() as hasher:
         if are_here(recipe):  # hashed while all else is found out
             hashes = _begin_hashing(opened, hasher)
-            planned = _plan(recipe, opened)
+            planned = _plan(recipe, opened, memory)
         else:
-            _plan(recipe, opened)  # before weights are fetched
+            _plan(recipe, opened, memory)  # before weights are fetched
             opened = open_sources(recipe)
             hashes = _begin_hashing(opened, hasher)
-            planned = _plan(recipe, opened)
+            planned = _plan(recipe, opened, memory)
         sources = experts_of(recipe, opened)
         refuse_beyond(recipe, sources)
         texts = Texts.of(recipe, opened, texts)
@@ -175,6 +189,8 @@ def build(
         folder.update_json(folder.plan, planned.to_json())
         for note in (note for source in opened for note in remarks(source)):
             log.warning("%s", note)
+        if memory is not None and planned.peak_memory_bytes > memory:
+            log.warning("%s", beyond_memory(planned.peak_memory_bytes, memory))
         Build(recipe, sources, planned, text, folder).run(begun_with, started, progress)
     return folder
 

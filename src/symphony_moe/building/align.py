@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
-import lap
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,6 +26,7 @@ from symphony_moe.building.alignment import (
     layer_key,
     neurons_findings,
 )
+from symphony_moe.building.assignment import best_columns
 from symphony_moe.building.statistics import HeadCorrelation, LayerStatistics
 from symphony_moe.errors import SourceError
 from symphony_moe.model.families import Family
@@ -46,7 +46,7 @@ def match_neurons(correlation: Float[Tensor, "ffn ffn"], share: float = 1.0) -> 
     j. Below 1, the `share` of the neurons that correlate most with their match are moved (Table 3);
     the others fill the places that are left in their own order.
     """
-    order = assign(correlation.T)
+    order = best_columns(correlation)
     strength = correlation.cpu()[torch.arange(len(order)), order]
     weakest = strength.argsort(stable=True)[: len(order) - round(share * len(order))]
     order[weakest.sort().values] = order[weakest].sort().values
@@ -120,8 +120,7 @@ def match_heads(
 def assign(scores: Float[Tensor, "source anchor"]) -> Int[Tensor, " anchor"]:
     """Entry j: the source's member that takes the place of the anchor's member j, so that the sum
     of scores is largest (linear assignment)."""
-    _, order, _ = lap.lapjv(-scores.T.double().cpu().numpy())
-    return torch.from_numpy(order.astype("int64"))
+    return best_columns(scores.T)
 
 
 def match(comparison: LayerStatistics, family: Family, who: str) -> dict[str, Tensor]:
@@ -156,7 +155,9 @@ def match(comparison: LayerStatistics, family: Family, who: str) -> dict[str, Te
 
 
 def _check_finite(statistics: Tensor, who: str) -> None:
-    if not bool(torch.isfinite(statistics).all()):
+    values = torch.view_as_real(statistics) if statistics.is_complex() else statistics
+    # Smallest and largest are NaN where any value is; to ask each would take as much memory again.
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
         raise SourceError(
             f"{who} puts out values that are NaN or infinite on the calibration text; the weights "
             "are damaged or overflow float32"

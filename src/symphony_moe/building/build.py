@@ -22,7 +22,6 @@ from symphony_moe.building.alignment import Alignment, layer_key
 from symphony_moe.building.assemble import aligned_table, fused_final_norm, stream_scale_of
 from symphony_moe.building.candidate import Candidate
 from symphony_moe.building.companions import write_companions
-from symphony_moe.building.estimate import streams_in_memory
 from symphony_moe.building.fit_head import HeadFit, fit_head
 from symphony_moe.building.fit_layer import (
     advance_sources,
@@ -433,9 +432,8 @@ class Build:
         )
 
     def _streams(self) -> Streams:
-        """Streams in memory, or in files where they are large."""
-        in_memory = streams_in_memory(self.recipe, self.anchor.config, len(self.sources))
-        return Streams(None if in_memory else self.folder.work)
+        """Streams in memory, or in files, as planned."""
+        return Streams(None if self.planned.streams_in_memory else self.folder.work)
 
     def _read_layer(self, layer: int) -> dict[str, dict[str, Tensor]]:
         """Source -> its layer (name within the layer -> tensor)."""

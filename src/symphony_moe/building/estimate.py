@@ -3,7 +3,10 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 
+import psutil
 import torch
 from transformers import PreTrainedConfig
 
@@ -21,8 +24,8 @@ from symphony_moe.sources.source import TABLE_ROWS, Source
 STREAMS_IN_MEMORY = 2 * 1024**3
 """Residual streams of the calibration text larger than this (bytes) wait in memory-mapped files."""
 
-_PROCESS = 600 * 1024**2
-"""Memory of the interpreter and the libraries, in bytes."""
+_KEPT = 128 * 1024**2
+"""Freed memory that the C library keeps for what is asked of it next, in bytes."""
 
 
 def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
@@ -42,12 +45,20 @@ def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) ->
     return int(tokens * config.hidden_size * 4)
 
 
-def streams_in_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> bool:
-    """Whether the residual streams wait in memory between layers, or in memory-mapped files."""
-    return streams_bytes(recipe, config, num_sources) <= STREAMS_IN_MEMORY
+def streams_in_memory(
+    recipe: Recipe, config: PreTrainedConfig, num_sources: int, memory: int | None = None
+) -> bool:
+    """Whether the residual streams wait in memory between layers, or in memory-mapped files.
+    `memory`: the bytes that the build may take in all; None: STREAMS_IN_MEMORY for the streams."""
+    streams = streams_bytes(recipe, config, num_sources)
+    if memory is None:
+        return streams <= STREAMS_IN_MEMORY
+    return streams == 0 or _without_streams(recipe, config, num_sources) + streams <= memory
 
 
-def work_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
+def work_bytes(
+    recipe: Recipe, config: PreTrainedConfig, num_sources: int, memory: int | None = None
+) -> int:
     """What lies under `work/` at once: how every layer compares with the anchor's (float64 for the
     residual stream, float32 for heads, int64 for neurons), and streams that wait in files."""
     hidden, ffn = config.hidden_size, config.intermediate_size
@@ -60,60 +71,212 @@ def work_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> in
     if recipe.aligns_neurons:
         one_layer += ffn * 8
     records = (num_sources - 1) * config.num_hidden_layers * one_layer
-    in_memory = streams_in_memory(recipe, config, num_sources)
+    in_memory = streams_in_memory(recipe, config, num_sources, memory)
     return int(records + (0 if in_memory else streams_bytes(recipe, config, num_sources)))
 
 
-def peak_memory(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
-    """The largest of these moments: a block of every source's embedding table; one layer of every
-    source with its statistics, while they are aligned, fused or fitted; the output head while it is
-    fitted. float32 where it waits, float64 where it is fused, matched or solved."""
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    family = target_of(recipe).family(config.model_type)
-    shapes = expected_shapes(config)
-    layer_shapes = {
-        name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")
-    }
-    layer = sum(math.prod(shape) for shape in layer_shapes.values())
-    largest = max(math.prod(s) for name, s in layer_shapes.items() if ".self_attn." in name)
-    streams = 0
-    if streams_in_memory(recipe, config, num_sources):
-        streams = streams_bytes(recipe, config, num_sources)
-    batch = max(WINDOWS_TOKENS, recipe.calibration.sequence_length)
-    statistics = matching = 0
-    if recipe.aligns_neurons:
-        statistics += (num_sources - 1) * ffn * ffn * 4
-        matching = ffn * ffn * 24
-    texts = 2 if recipe.fits else 1  # maps are judged on text of its own
-    if recipe.aligns_residual:
-        statistics += texts * (num_sources - 1) * hidden * hidden * 8
-    if recipe.aligns_heads:
-        width = config.num_attention_heads * head_dim(config)
-        statistics += texts * (num_sources - 1) * width**2 * 8
-    activations = batch * (ffn * 20 + hidden * 40)
-    fusing = (num_sources + 2) * largest * 8
-    reordered = num_sources * 3 * hidden * ffn * 4
-    if family.stacks_experts:
-        # Two FFN matrices of all experts in one tensor, and that rounded.
-        reordered += num_sources * 2 * hidden * ffn * (4 + BYTES[recipe.output.dtype])
-    if stream_scale(family, config) != 1:
-        reordered += num_sources * (hidden * ffn + largest) * 4
-    moments = [
-        TABLE_ROWS * hidden * (num_sources * 4 + 16),
-        num_sources * layer * 4 + statistics + max(activations, matching, fusing + reordered),
-    ]
-    if recipe.fits:
-        # Every source's layer as it is and aligned; the new layer as it was, is, and is tried.
-        layers = 5 * num_sources * layer * 4
-        windows = max(batch, num_sources * recipe.calibration.sequence_length)
-        solving = 3 * (ffn + 1) ** 2 * 8 + 2 * ffn * hidden * 8
-        learning = num_sources * layer * 12 + windows * (ffn * 24 + hidden * 120)
-        moments.append(layers + max(solving, learning))
-    if recipe.fits_layers:
-        # All sources' heads, the fused one, the fitted one, its gradient and Adam's two moments.
-        table = config.vocab_size * hidden * 4
-        moments.append((num_sources + 6) * table + 6 * LOGITS_AT_ONCE * 4)
-    return int(_PROCESS + streams + max(moments))
+def peak_memory(
+    recipe: Recipe, config: PreTrainedConfig, num_sources: int, memory: int | None = None
+) -> int:
+    """Bytes at the largest of a build's moments. `memory`: see `streams_in_memory`."""
+    peak = _without_streams(recipe, config, num_sources)
+    if streams_in_memory(recipe, config, num_sources, memory):
+        peak += streams_bytes(recipe, config, num_sources)
+    return peak
+
+
+def _without_streams(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
+    moments = _Moments(recipe, config, num_sources)
+    return int(_process_bytes() + _KEPT + max(moments.all().values()))
+
+
+@cache
+def _process_bytes() -> int:
+    """What this process holds before a build: the interpreter, the libraries, the tokenizers."""
+    return psutil.Process().memory_info().rss
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Bytes that are held at once in the moments of a build that may be its largest, beside the
+    process itself and the streams. Numbers are float32 (4 bytes) where they wait and where layers
+    are run, float64 (8) where they are fused, compared or solved."""
+
+    recipe: Recipe
+    config: PreTrainedConfig
+    num_sources: int
+
+    @cached_property
+    def _hidden(self) -> int:
+        return int(self.config.hidden_size)
+
+    @cached_property
+    def _ffn(self) -> int:
+        return int(self.config.intermediate_size)
+
+    def all(self) -> dict[str, int]:
+        """Moment -> bytes."""
+        recipe = self.recipe
+        found = {"a block of the tables": self.tables(), "a layer made": self.made()}
+        if recipe.aligns:
+            found |= {
+                "a layer compared": self.compared(),
+                "a layer matched": self.matched(),
+            }
+        if recipe.aligns_residual:
+            # The sum of the covariances and its singular vectors.
+            found["a basis found"] = 10 * self._hidden**2 * 8
+        if recipe.fits_router:
+            found["a router fitted"] = self.routed()
+        if recipe.fits_layers:
+            found |= {
+                "experts solved": self.solved(),
+                "a layer refined": self.refined(),
+                "the head fitted": self.head(),
+            }
+        return found
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of one layer of a source."""
+        prefix = "model.layers.0."
+        shapes = expected_shapes(self.config)
+        return {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+    @cached_property
+    def _layer(self) -> int:
+        """Bytes of one layer of one source."""
+        return 4 * sum(math.prod(shape) for shape in self._shapes.values())
+
+    @cached_property
+    def _experts(self) -> int:
+        """Bytes of one layer's FFNs of all sources."""
+        return 4 * self.num_sources * 3 * self._hidden * self._ffn
+
+    @cached_property
+    def _shared(self) -> int:
+        """Bytes of one layer beside the FFN."""
+        return self._layer - self._experts // self.num_sources
+
+    @cached_property
+    def _largest(self) -> int:
+        """Numbers in the largest matrix of attention."""
+        return max(math.prod(s) for name, s in self._shapes.items() if ".self_attn." in name)
+
+    @cached_property
+    def _widths(self) -> tuple[int, int, int]:
+        """(queries, keys, all that passes inside attention) of a token."""
+        size = head_dim(self.config)
+        queries = int(self.config.num_attention_heads) * size
+        keys = int(self.config.num_key_value_heads) * size
+        return queries, keys, 2 * queries + keys
+
+    def tables(self) -> int:
+        """Blocks of every source's table and the one before, one in float64, a fused one."""
+        rows = min(TABLE_ROWS, int(self.config.vocab_size))
+        return rows * self._hidden * (8 * self.num_sources + 24)
+
+    def compared(self) -> int:
+        """All sources' layers and statistics; what passes inside the anchor, the source before and
+        the one at hand; neurons' deviations from their means and those in float64."""
+        hidden, ffn = self._hidden, self._ffn
+        inside = 3 * hidden + self._widths[2]
+        neurons = 32 if self.recipe.aligns_neurons else 16
+        activations = self._batch * (ffn * neurons + 4 * (3 * inside + 6 * hidden))
+        return self.num_sources * self._layer + self._statistics + activations
+
+    def matched(self) -> int:
+        """All statistics, and what is made of one source's: correlations, products of heads."""
+        correlations = 8 * self._ffn**2 if self.recipe.aligns_neurons else 0
+        heads = 3 * 8 * self._widths[0] ** 2 if self.recipe.aligns_heads else 0
+        return self._statistics + max(correlations, heads)
+
+    def made(self) -> int:
+        """All sources' layers, as they are and aligned; the fused attention, one matrix of it of
+        all sources in float64."""
+        recipe, family = self.recipe, target_of(self.recipe).family(self.config.model_type)
+        held = self.num_sources * self._layer
+        if recipe.folds:
+            held *= 2
+        elif recipe.aligns_neurons:
+            held += self._experts
+        writing = 2 * self._hidden * self._ffn * 4
+        if family.stacks_experts:
+            # Two FFN matrices of all experts in one tensor, and that rounded.
+            size = self.num_sources * 2 * self._hidden * self._ffn
+            writing = size * (4 + BYTES[recipe.output.dtype])
+        if stream_scale(family, self.config) != 1:
+            held += self._experts // 3 + self.num_sources * self._largest * 4
+        fusing = (self.num_sources + 1) * self._largest * 8
+        return held + self._shared + max(fusing, writing)
+
+    def routed(self) -> int:
+        """The router's inputs, thrice, beside the layers."""
+        sequence, windows = self.recipe.calibration.sequence_length, self.recipe.windows_each
+        chosen = windows_for_router(self.num_sources, sequence, windows)
+        tokens = self.num_sources * len(chosen) * sequence
+        return self._while_fitted + 3 * tokens * self._hidden * 4
+
+    def solved(self) -> int:
+        """The Gram matrix of an FFN's neurons, with the ridge, and factored; what it is solved
+        for. The experts that are solved already."""
+        hidden, ffn = self._hidden, self._ffn
+        solving = 3 * 8 * (ffn + 1) ** 2 + 4 * 8 * ffn * hidden
+        return self._while_fitted + self._experts + solving
+
+    def refined(self) -> int:
+        """The layer that is learned, its gradient and Adam's two moments, beside the layer that was
+        solved; what the gradient of one step needs."""
+        hidden, ffn = self._hidden, self._ffn
+        queries, keys, _ = self._widths
+        learned = 4 * (self._experts + self._shared)
+        tokens = max(WINDOWS_TOKENS, self.num_sources * self.recipe.calibration.sequence_length)
+        top_k = self.recipe.router.top_k
+        # Of each expert that a token goes to: its input, what its neurons are made of, its output.
+        of_experts = top_k * (4 * ffn + 3 * hidden) + 2 * ffn
+        of_attention = 12 * hidden + 6 * queries + 4 * keys
+        activations = 4 * min(tokens, self._tokens) * (of_experts + of_attention)
+        return self._while_fitted + self._experts + learned + activations
+
+    def head(self) -> int:
+        """All sources' heads, the fused one, the solved one, the one that is learned, its gradient,
+        Adam's two moments and two of its steps; pieces of logits."""
+        vocabulary = int(self.config.vocab_size)
+        table = vocabulary * self._hidden * 4
+        logits = min(LOGITS_AT_ONCE, self._tokens * vocabulary) * 4
+        return (self.num_sources + 8) * table + 4 * logits
+
+    @property
+    def _batch(self) -> int:
+        """Tokens that are run through a layer at once."""
+        sequence = self.recipe.calibration.sequence_length
+        return min(max(1, WINDOWS_TOKENS // sequence) * sequence, self._tokens)
+
+    @property
+    def _tokens(self) -> int:
+        """Calibration text, of all sources."""
+        recipe = self.recipe
+        windows = recipe.windows_each * len(recipe.calibration_domains)
+        return windows * recipe.calibration.sequence_length
+
+    @cached_property
+    def _statistics(self) -> int:
+        """Of one layer of all sources against the anchor's, on both texts where there are two."""
+        recipe, texts = self.recipe, 2 if self.recipe.fits else 1
+        one = 0
+        if recipe.aligns_neurons:
+            one += 4 * self._ffn**2
+        if recipe.aligns_residual:
+            one += texts * 8 * self._hidden**2
+        if recipe.aligns_heads:
+            one += texts * 8 * self._widths[0] ** 2
+        return (self.num_sources - 1) * one
+
+    @property
+    def _while_fitted(self) -> int:
+        """All sources' layers as they are and aligned, and the fused one."""
+        aligned = self.num_sources * self._layer if self.recipe.folds else 0
+        return self.num_sources * self._layer + aligned + self._shared
 
 
 def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
@@ -130,8 +293,8 @@ def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedC
     if recipe.aligns_neurons:
         pairs = (len(sources) - 1) * config.num_hidden_layers
         operations += 2.0 * tokens * config.intermediate_size**2 * pairs
-        # Measured: 0.6 s for 2240 neurons that hardly correlate, 2.2 s for 4480.
-        assignment = 2.2 * (config.intermediate_size / 4480) ** 2 * pairs
+        # Measured: 0.4 s for 4864 neurons that hardly correlate, 1 s for 8960, 2.2 s for 14336.
+        assignment = 1.1 * (config.intermediate_size / 10_000) ** 2 * pairs
     if recipe.fits:
         active = one_source * recipe.router.top_k  # an upper bound: attention counts once
         operations += 2.0 * tokens * 2 * active
@@ -145,6 +308,14 @@ def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedC
     return 5.0 + computing + assignment + reading_and_writing
 
 
+def matching_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
+    """How much of stage 1 it takes to match neurons: what it would be shorter by without."""
+    align = recipe.align.model_copy(update={"neurons": "none"})
+    without = recipe.model_copy(update={"align": align})
+    return build_seconds(recipe, sources, config) - build_seconds(without, sources, config)
+
+
+@cache
 def _matmul_speed() -> float:
     """Floating-point operations per second of this machine in float32: the best of some products,
     so that what else runs for a moment does not count, halved, as attention, norms and elementwise

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from symphony_moe.building.estimate import build_seconds, peak_memory, work_bytes
+from symphony_moe.building.estimate import (
+    build_seconds,
+    matching_seconds,
+    peak_memory,
+    streams_in_memory,
+    work_bytes,
+)
 from symphony_moe.model.checkpoint import BYTES, assign_shards
 from symphony_moe.model.engines import Reading, readings
 from symphony_moe.model.families import (
@@ -35,7 +41,8 @@ from symphony_moe.sources.source import Source, anchor_of, is_tied, public_name,
 NOTE_PERMUTATION = (
     "align.neurons reorders each expert's hidden neurons; this by itself does not change what an "
     "MoE with separate experts computes, before or after training (docs/paper-map.md). It is "
-    "recorded and reported"
+    "recorded and reported, and takes about {seconds:.0f} s of stage 1 on this machine; "
+    "align.neurons: none leaves it out"
 )
 
 
@@ -64,6 +71,8 @@ class Plan:
     """Disk space that stage 1 needs beside the weights and gives back at its end."""
     peak_memory_bytes: int
     """Estimate for stage 1."""
+    streams_in_memory: bool
+    """Whether residual streams wait in memory between layers, or in files under `work/`."""
     seconds: float
     """Rough estimate for stage 1, from this machine's speed at multiplying matrices."""
     readers: list[Reading]
@@ -78,9 +87,13 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, sources: Sequence[Source], opened: Sequence[Source] | None = None
+    recipe: Recipe,
+    sources: Sequence[Source],
+    opened: Sequence[Source] | None = None,
+    memory: int | None = None,
 ) -> Plan:
-    """Plan a build. `opened`: all of the recipe's sources, where some are no experts.
+    """Plan a build. `opened`: all of the recipe's sources, where some are no experts. `memory`: the
+    bytes that the build may take.
 
     Raises SourceMismatch where it cannot be done.
     """
@@ -105,6 +118,12 @@ def make_plan(
     if anchor.vocabulary is not None:
         config |= anchor.vocabulary.settings
     disk = total * BYTES[recipe.output.dtype]
+    shape = (recipe, anchor.config, len(sources))
+    in_memory = streams_in_memory(*shape, memory)
+    peak = peak_memory(*shape, memory)
+    notes = _notes(recipe, sources, differences, opened or sources)
+    if memory is not None and peak > memory:
+        notes.append(beyond_memory(peak, memory))
     return Plan(
         architecture=family.moe,
         family=family.dense,
@@ -117,11 +136,12 @@ def make_plan(
         active_parameters=active,
         disk_bytes=disk,
         shards=len(assign_shards(tensors, recipe.output.dtype, recipe.output.max_shard_bytes)),
-        work_bytes=work_bytes(recipe, anchor.config, len(sources)),
-        peak_memory_bytes=peak_memory(recipe, anchor.config, len(sources)),
+        work_bytes=work_bytes(*shape, memory),
+        peak_memory_bytes=peak,
+        streams_in_memory=in_memory,
         seconds=build_seconds(recipe, sources, anchor.config),
         readers=readings(config, sentencepiece=anchor.source_tokenizer.kind == "SentencePiece BPE"),
-        notes=_notes(recipe, sources, differences, opened or sources),
+        notes=notes,
     )
 
 
@@ -206,6 +226,14 @@ def beyond_context(recipe: Recipe, opened: Sequence[Source], *sections: str) -> 
     return sentences
 
 
+def beyond_memory(peak: int, memory: int) -> str:
+    """That a build needs more memory than it may take, in words."""
+    return (
+        f"--memory: stage 1 takes about {peak / 1e9:.1f} GB at its peak, more than "
+        f"{memory / 1e9:.1f} GB. Fewer sources need less (experts.sources)"
+    )
+
+
 def _readers(recipe: Recipe, section: str) -> list[str]:
     """The sources whose models read a section's windows. The result has the anchor's context."""
     if section == "calibration":
@@ -228,7 +256,8 @@ def _notes(
         notes += [f"{source.name}: {note}" for note in _of_text(recipe, source)]
     notes += _of_ends(recipe, sources)
     if recipe.aligns_neurons:
-        notes.append(NOTE_PERMUTATION)
+        cost = matching_seconds(recipe, sources, anchor_of(recipe, sources).config)
+        notes.append(NOTE_PERMUTATION.format(seconds=cost))
     if recipe.fits_layers:
         notes.append(
             "fit: stage 1 goes through the calibration text "

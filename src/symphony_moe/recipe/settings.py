@@ -517,12 +517,11 @@ class Recipe(Section):
         return write_yaml(content)
 
 
-def parse_size(text: str) -> int:
-    """Bytes in a size such as `5GB` (1 GB = 10**9 bytes). Raises ValueError."""
+def parse_size(text: str, setting: str = "output.max_shard_size") -> int:
+    """Bytes in a size such as `5GB` (1 GB = 10**9 bytes). Raises ValueError, which names the
+    `setting`."""
     pattern = r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(KB|MB|GB)\s*"
     found = re.fullmatch(pattern, text, re.IGNORECASE)
     if not found or float(found[1]) == 0:
-        raise ValueError(
-            f"output.max_shard_size: expected a size such as 5GB or 500MB, got {text!r}"
-        )
+        raise ValueError(f"{setting}: expected a size such as 8GB or 500MB, got {text!r}")
     return int(float(found[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2].upper()])
