@@ -107,9 +107,9 @@ def test_the_tables_have_the_ratios() -> None:
     assert "| **cp / build** | **0.250** |  | **0.400** |" in written
     peak = [{"seconds": 8.0, "operations": 4e9, "peak": {"measured": 1e9}}]
     passes = {"harmonized": _runs(10), "symphony": _runs(16), "float32": peak, "bfloat16": peak}
-    shape = {"layers": 1, "tokens": 1, "sequence": 1}
+    size = calibration.SIZES["cpu"]
     assert "| 0.800 | 0.800 | 40 % of the measured peak |" in calibration.describe(
-        passes | {"shape": shape}
+        passes | {"size": size}
     )
     assert "**4.00** | 1.000000000" in matching.describe(
         {"96, strangers": {matching.OURS: _runs(2), matching.THEIRS: _runs(8)}}
@@ -120,8 +120,7 @@ def test_the_tables_have_the_ratios() -> None:
     planning = {"sources": 2, "layers": 2, "bytes": [12e8, 10e8], "seconds": [5, 10]}
     assert "**1.20** | 5.00 | 10.0 | **0.50**" in planned.describe({"135M, btx": planning})
     steps = {"stock": [_runs(9)[0] | peak[0] | {"seconds": 9.0}], "symphony": _runs(10)}
-    shape |= {"batch": 1}
-    assert "| **0.900** | **0.900** |" in training.describe(steps | {"shape": shape})
+    assert "| **0.900** | **0.900** |" in training.describe(steps | {"size": training.SIZES["cpu"]})
 
 
 @pytest.mark.slow

@@ -10,7 +10,11 @@ from typing import Any
 from bench_parts.measuring import in_turn, markdown, median, shown, spread
 from bench_parts.setting import Setting, ask
 
-TOKENS, SEQUENCE, LAYERS = 24576, 512, 10
+SIZES: dict[str, dict[str, Any]] = {
+    "quick": {"shape": "135M", "sources": 3, "layers": 4, "tokens": 1536, "sequence": 64},
+    "cpu": {"shape": "135M", "sources": 3, "layers": 10, "tokens": 24576, "sequence": 512},
+    "gpu": {"shape": "1.1B", "sources": 2, "layers": 6, "tokens": 131072, "sequence": 2048},
+}
 METHODS = {"harmonized": "residual stream and heads", "symphony": "neurons"}
 """Method -> what it compares."""
 DTYPES = ("float32", "bfloat16")
@@ -18,29 +22,26 @@ DTYPES = ("float32", "bfloat16")
 
 def measure(setting: Setting) -> dict[str, Any]:
     """Seconds of the pass by each method, and of the forward in each number format."""
-    layers, tokens, sequence = (LAYERS, TOKENS, SEQUENCE)
-    if setting.quick:
-        layers, tokens, sequence = 4, 1536, 64
-    sources = setting.sources("135M", 3, layers)
+    size = SIZES[setting.scale]
+    sources = setting.sources(size["shape"], size["sources"], size["layers"])
     state, commands = setting.state("calibration"), {}
     for method in METHODS:
         recipe = setting.recipe(
             f"calibration-{method}",
             sources,
             method=method,
-            calibration={"tokens": tokens, "sequence_length": sequence},
+            calibration={"tokens": size["tokens"], "sequence_length": size["sequence"]},
         )
         out = setting.run_folder(recipe.stem)
         commands[method] = partial(ask, "sweep", recipe=str(recipe), out=str(out))
     for dtype in DTYPES:
         commands[dtype] = partial(ask, "forward", recipe=str(recipe), dtype=dtype)
-    shape = {"layers": layers, "tokens": tokens, "sequence": sequence}
-    return {"shape": shape, **in_turn(state, "pass", setting.pairs, commands)}
+    return {"size": size, **in_turn(state, "pass", setting.pairs, commands)}
 
 
 def describe(found: dict[str, Any]) -> str:
     """The table, with what a pass is to each forward."""
-    shape = found["shape"]
+    size = found["size"]
     rows = []
     for dtype in DTYPES:
         runs = found[dtype]
@@ -53,8 +54,8 @@ def describe(found: dict[str, Any]) -> str:
         of = found["float32"][0]
         rows.append([f"`{method}`: {what}", spread(found[method]), *ratios, use(of, seconds)])
     head = [
-        f"three of 135M, {shape['layers']} layers, {shape['tokens']:,} tokens in windows of "
-        f"{shape['sequence']}",
+        f"{size['sources']} of {size['shape']}, {size['layers']} layers, {size['tokens']:,} tokens "
+        f"in windows of {size['sequence']}",
         "seconds",
         "forward in float32 / pass",
         "forward in bfloat16 / pass",

@@ -139,7 +139,7 @@ def machine() -> str:
     words = [f"{os.cpu_count()} cores of {_processor()}"]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     words.append(f"{memory / 1024**3:.0f} GiB")
-    if (gpu := _gpu()) is not None:
+    if (gpu := gpu_name()) is not None:
         words.append(gpu)
     return f"{', '.join(words)}; Python {platform.python_version()}"
 
@@ -151,7 +151,8 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _gpu() -> str | None:
+def gpu_name() -> str | None:
+    """The name of the first GPU; None where there is none."""
     try:
         asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         names = subprocess.run(

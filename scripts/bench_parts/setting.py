@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_parts import models
-from bench_parts.measuring import State, take
+from bench_parts.measuring import State, gpu_name, take
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Setting:
     """How often commands that are compared are run."""
     mergekit: bool
     """Whether mergekit-moe is measured beside this package."""
+
+    @property
+    def scale(self) -> str:
+        """Which of a part's sizes fits: `quick`, `cpu` or `gpu`."""
+        return "quick" if self.quick else "cpu" if gpu_name() is None else "gpu"
 
     def state(self, part: str) -> State:
         """The results of a part."""

@@ -7,31 +7,36 @@ from bench_parts.calibration import use
 from bench_parts.measuring import in_turn, markdown, median, shown, spread
 from bench_parts.setting import Setting, ask, build
 
-LAYERS, BATCH, SEQUENCE, STEPS, TOP_K = 6, 2, 512, 10, 2
+SIZES: dict[str, dict[str, Any]] = {
+    "quick": {"shape": "135M", "sources": 3, "layers": 2, "batch": 2, "sequence": 64},
+    "cpu": {"shape": "135M", "sources": 3, "layers": 6, "batch": 2, "sequence": 512},
+    "gpu": {"shape": "1.1B", "sources": 2, "layers": 6, "batch": 8, "sequence": 2048},
+}
+STEPS, TOP_K = 10, 2
 
 
 def measure(setting: Setting) -> dict[str, Any]:
     """Seconds of a step of both."""
-    sources = setting.sources("135M", 3, LAYERS)
-    sequence = 64 if setting.quick else SEQUENCE
+    size = SIZES[setting.scale]
+    sources = setting.sources(size["shape"], size["sources"], size["layers"])
     recipe = setting.recipe("training", sources, method="btx", router={"top_k": TOP_K})
     out = setting.home / "runs" / "training"
     if not (out / "checkpoint").is_dir():
         build(recipe, out)
-    shape = {"batch": BATCH, "sequence": sequence, "steps": STEPS}
+    steps = {"batch": size["batch"], "sequence": size["sequence"], "steps": STEPS}
     commands = {
-        "symphony": partial(ask, "trainer_steps", run=str(out), **shape),
+        "symphony": partial(ask, "trainer_steps", run=str(out), **steps),
         "stock": partial(
-            ask, "stock_steps", checkpoint=str(out / "checkpoint"), top_k=TOP_K, **shape
+            ask, "stock_steps", checkpoint=str(out / "checkpoint"), top_k=TOP_K, **steps
         ),
     }
     runs = in_turn(setting.state("training"), "steps", setting.pairs, commands)
-    return {"shape": shape | {"layers": LAYERS}, **runs}
+    return {"size": size, **runs}
 
 
 def describe(found: dict[str, Any]) -> str:
     """The table."""
-    stock, ours, shape = found["stock"], found["symphony"], found["shape"]
+    stock, ours, size = found["stock"], found["symphony"], found["size"]
     rows = [
         [
             name,
@@ -44,7 +49,8 @@ def describe(found: dict[str, Any]) -> str:
     ratios = [shown(median(stock, of) / median(ours, of)) for of in ("seconds", "mean_seconds")]
     rows.append(["**stock / symphony**", *(f"**{ratio}**" for ratio in ratios), ""])
     head = [
-        f"three of 135M, {shape['layers']} layers, {shape['batch']} windows of {shape['sequence']}",
+        f"{size['sources']} of {size['shape']}, {size['layers']} layers, {size['batch']} windows "
+        f"of {size['sequence']}",
         "seconds of a step",
         "mean, with the log",
         "use of the device",
