@@ -23,6 +23,7 @@ import argparse
 import datetime
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -75,8 +76,8 @@ PARTS = {
         "Calibration: against a forward",
         "All sources go through the whole calibration text, layer by layer, and each is compared "
         "with the anchor: the first pass of a build, with reading, matching and writing down. A "
-        "forward is stock transformers', of the same sources on the same text in batches of the "
-        "same size, without the output head.",
+        "forward is stock transformers', of the same sources on the same text, 4,096 tokens at "
+        "once, without the output head.",
         calibration.measure,
         calibration.describe,
     ),
@@ -117,34 +118,39 @@ def run_part(name: str, setting: Setting) -> None:
     print(name, flush=True)
     before = os.getloadavg()[0]
     found = PARTS[name].measure(setting)
+    path = setting.home / "results" / f"{name}.measured.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["found"] == found:
+        return  # nothing was left to measure
     notes = {
         "machine": machine(),
         "day": datetime.date.today().isoformat(),
         "load": [round(before, 1), round(os.getloadavg()[0], 1)],
+        "commit": _commit(),
         "versions": {p: version(p) for p in ("symphony-moe", "torch", "transformers")},
         "found": found,
     }
-    _measured(setting, name).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
 
 
-def _measured(setting: Setting, name: str) -> Path:
-    path = setting.home / "results" / f"{name}.measured.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def _commit() -> str:
+    """What was measured, as git names it; nothing outside of a checkout."""
+    asked = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def page(setting: Setting) -> str:
     """All parts that were measured, in Markdown."""
     sections = [HEAD]
     for name, part in PARTS.items():
-        path = _measured(setting, name)
+        path = setting.home / "results" / f"{name}.measured.json"
         if not path.is_file():
             continue
         notes = json.loads(path.read_text(encoding="utf-8"))
         versions = ", ".join(f"{package} {of}" for package, of in notes["versions"].items())
         where = (
-            f"{notes['day']}, {notes['machine']}; {versions}. Load of the machine before and "
-            f"after: {notes['load'][0]} and {notes['load'][1]}."
+            f"{notes['day']}, {notes['machine']}; commit {notes['commit']}, {versions}. "
+            f"Load of the machine before and after: {notes['load'][0]} and {notes['load'][1]}."
         )
         table = part.describe(notes["found"])
         sections.append(f"## {part.title}\n\n{part.says}\n\n{table}\n\n{where}\n")

@@ -18,7 +18,6 @@ from transformers import AutoConfig
 from bench_parts.speed import layer_operations, peaks, step_operations, wait
 from symphony_moe import pipeline
 from symphony_moe.model.layer import device
-from symphony_moe.model.streams import windows_at_once
 from symphony_moe.progress import Progress
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.runs.folder import RunFolder
@@ -26,6 +25,8 @@ from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.stock import balance_weight_name, load_source, load_stock
 from symphony_moe.text.texts import Texts
 
+AT_ONCE = 4096
+"""Tokens in a batch of a forward."""
 WARM_UP = 2
 """Steps that are not counted."""
 
@@ -67,7 +68,7 @@ def forward(request: dict[str, Any]) -> dict[str, Any]:
     seconds = operations = 0.0
     for source in sources:
         model: Any = load_source(source, dtype).base_model
-        batches = windows.split(windows_at_once(windows.shape[1]))
+        batches = windows.split(max(1, AT_ONCE // windows.shape[1]))
         model(input_ids=batches[0].to(on), use_cache=False)
         wait(on)
         began = time.perf_counter()
