@@ -89,8 +89,8 @@ REAL = Size(
     batch=32,
     sequence=512,
     calibration=262_144,
-    further=4_000_000,
-    evaluation=65_536,
+    further=3_000_000,
+    evaluation=32_768,
     characters=8_000_000,
 )
 TOY = Size(
@@ -303,6 +303,8 @@ def go_the_whole_way(study: Study, method: str) -> dict[str, Any]:
     }
     gc.collect()  # what the method before has left on the device
     torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     path = study.out / "work" / f"{method}.yaml"
     path.write_text(json.dumps(recipe, indent=1), encoding="utf-8")
     loaded = load_recipe(path)
@@ -416,7 +418,7 @@ def _page_of_seconds(methods: dict[str, Any]) -> str:
         for name, of in methods.items()
     ]
     head = [f"{stage}, s" for stage in stages]
-    return markdown(["method", *head, "build's peak, GB", "on the device so far, GB"], rows)
+    return markdown(["method", *head, "build's peak, GB", "on the device, GB"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ Markdown.
 """
 
 import argparse
+import gc
 import json
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench_parts.measuring import State, machine, markdown, shown
 from bench_parts.setting import symphony
 from symphony_moe.bundled import corpus
+from symphony_moe.machine import release_freed_memory
 from symphony_moe.text.documents import is_held_out
 from symphony_moe.text.windows import Encoder, Packed, pack_windows
 from twin import scramble
@@ -194,6 +196,8 @@ def make_sources(real: Real, home: Path) -> dict[str, Any]:
             shutil.rmtree(staged, ignore_errors=True)
             (tune_lora if tuned.lora else tune)(base, staged, tuned.domain, tuned.steps)
             staged.rename(folder)
+            gc.collect()  # models of peft refer to themselves, and gigabytes would stay
+            release_freed_memory()
         model = {**whole, "adapter": str(folder)} if tuned.lora else {"model": str(folder)}
         sources[name] = {**model, "data": f"bundled:{tuned.domain}"}
     return sources
