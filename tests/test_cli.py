@@ -27,7 +27,8 @@ from checks import edit_weights
 from conftest import make_model
 from symphony_moe import cli, console, pipeline
 from symphony_moe.cli import main
-from symphony_moe.errors import shown
+from symphony_moe.errors import RecipeError, shown
+from symphony_moe.machine import use_device
 from symphony_moe.runs.folder import RunFolder
 
 Recipes = Callable[[str], Path]
@@ -1170,3 +1171,41 @@ def test_the_demo_shows_both_methods_and_goes_on_where_it_was_cut_short(
     assert set(result["paper"]) == {"built", "trained", "paths"}
     assert len(result["continuations"]) == 3
     assert ours.trained.stat().st_mtime_ns == made and paper.trained.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("visible", "name", "left"),
+    [
+        (None, "cpu", ""),
+        ("0,1", "cpu", ""),
+        (None, "cuda:2", "2"),
+        ("3,5", "cuda:1", "5"),
+        ("3,5", "cuda:2", ""),
+        ("3,5", "cuda", "3,5"),
+    ],
+)
+def test_the_device_is_the_only_one_that_is_seen(
+    visible: str | None, name: str, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its number among those that may be seen; one that is not there is refused."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    there = left != ""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    if there or name == "cpu":
+        use_device(name)
+    else:
+        with pytest.raises(RecipeError, match=r"^--device cuda:2: torch finds no such GPU here"):
+            use_device(name)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", "cpu:0"])
+def test_a_device_of_another_name_is_a_mistyped_command(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "run", "--device", name])
+    assert ended.value.code == 2
+    assert f"expected cpu, cuda or cuda:N, got '{name}'" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import inspect
 import io
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -43,7 +44,7 @@ from symphony_moe.errors import (
     shortened,
     shown,
 )
-from symphony_moe.machine import is_out_of_memory, is_refusal, process_number
+from symphony_moe.machine import is_out_of_memory, is_refusal, process_number, use_device
 from symphony_moe.progress import Listener, ignore
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class _Call:
     arguments: dict[str, Any]
     as_json: bool
     verbose: bool
+    device: str | None = None
 
 
 def _parse(words: list[str]) -> _Call | int:
@@ -186,16 +188,32 @@ def _root(
     """Turn several checkpoints of one model family into one Mixture-of-Experts checkpoint."""
 
 
+def _device(text: str | None) -> str | None:
+    if text is None or re.fullmatch(r"cpu|cuda(:\d{1,3})?", text):
+        return text
+    raise typer.BadParameter(f"expected cpu, cuda or cuda:N, got {text!r}")
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more, to stderr.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        callback=_device,
+        help="Where to compute: cpu, cuda or cuda:N. Default: the GPU if there is one.",
+    ),
+]
 
 
 def _command(function: Callable[..., Result]) -> Callable[..., Result]:
     """Add a function to the commands, with the options that every command has. Its arguments are
-    the user's, but for `progress`, which the command line gives it."""
+    the user's, but for `progress`, which the command line gives it: to what takes long, and has a
+    device to compute on."""
 
-    def parsed(as_json: bool, verbose: bool, **arguments: Any) -> _Call:
-        return _Call(function, arguments, as_json, verbose)
+    def parsed(as_json: bool, verbose: bool, device: str | None = None, **arguments: Any) -> _Call:
+        return _Call(function, arguments, as_json, verbose, device)
 
     own = inspect.signature(function).parameters.values()
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -203,6 +221,8 @@ def _command(function: Callable[..., Result]) -> Callable[..., Result]:
         inspect.Parameter("as_json", keyword, default=False, annotation=Json),
         inspect.Parameter("verbose", keyword, default=False, annotation=Verbose),
     ]
+    if any(one.name == "progress" for one in own):
+        common.insert(0, inspect.Parameter("device", keyword, default=None, annotation=Device))
     parameters = [*(one for one in own if one.name != "progress"), *common]
     # Typer reads the signature; mypy knows no such attribute of a function.
     parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -300,6 +320,8 @@ def _perform(call: _Call) -> int:
     handler = _log(call.verbose)
     try:
         _refuse_processes(call)
+        if call.device is not None:
+            use_device(call.device)
         with _listening(call, handler) as more:
             result, text = call.command(**call.arguments, **more)
         if process_number() == 0:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from symphony_moe import __version__
+from symphony_moe.errors import RecipeError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -27,6 +28,9 @@ _REFUSED = {
     errno.ENOTDIR,
 }
 """Errors of the system that tell of the machine's state, or of a path that cannot be."""
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""What torch sees of the GPUs: the variable of CUDA."""
 
 _NO_ROOM = (
     os.strerror(errno.ENOSPC),
@@ -62,6 +66,27 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def process_number() -> int:
     """The number of this process among those that a launcher has started."""
     return int(os.environ.get("RANK", "0"))
+
+
+def use_device(name: str) -> None:
+    """Compute on `cpu`, `cuda` or `cuda:N` alone: this process sees no other device. To be asked
+    before anything runs on one. Raises RecipeError where there is no such device."""
+    import torch
+
+    kind, _, number = name.partition(":")
+    if kind == "cpu":
+        os.environ[_VISIBLE] = ""
+        return
+    if number:
+        # Not asked of torch, which would then have counted all of them.
+        seen = os.environ[_VISIBLE].split(",") if _VISIBLE in os.environ else None
+        place = int(number)
+        os.environ[_VISIBLE] = number if seen is None else "".join(seen[place : place + 1])
+    if not torch.cuda.is_available():
+        raise RecipeError(
+            f"--device {name}: torch finds no such GPU here. Leave --device out to compute on "
+            "what there is"
+        )
 
 
 def peak_rss_bytes() -> int:

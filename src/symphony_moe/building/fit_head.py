@@ -29,6 +29,7 @@ from symphony_moe.building.fitting import (
 )
 from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.model.layer import LOGITS_AT_ONCE, device, rms_norm
+from symphony_moe.model.precision import exact, float32_results, product_dtype
 from symphony_moe.model.streams import windows_at_once
 from symphony_moe.model.temperature import TEMPERATURES, largest_temperature
 
@@ -67,6 +68,11 @@ class HeadFit:
 def fit_head(state: FitState, start: Head, heads: Mapping[str, Head]) -> tuple[Head, HeadFit]:
     """The head, and what was measured. `start`: the fused one. `heads`: source -> its own, in the
     anchor's coordinates. All with the final norm's gain folded in."""
+    with state.products():
+        return _fit(state, start, heads)
+
+
+def _fit(state: FitState, start: Head, heads: Mapping[str, Head]) -> tuple[Head, HeadFit]:
     start = start.to(device())
     heads = {name: head.to(device()) for name, head in heads.items()}
     # 1. Closed form.
@@ -114,8 +120,12 @@ def _normed(state: FitState, hidden: Tensor) -> Tensor:
 
 def _chunks(rows: Tensor, head: Tensor) -> Sequence[Tensor]:
     """Tokens in pieces whose logits fit in memory."""
-    result: Sequence[Tensor] = rows.split(max(1, LOGITS_AT_ONCE // len(head)))
+    result: Sequence[Tensor] = rows.split(_rows_at_once(head))
     return result
+
+
+def _rows_at_once(head: Tensor) -> int:
+    return max(1, LOGITS_AT_ONCE // len(head))
 
 
 @torch.no_grad()
@@ -133,9 +143,10 @@ def _closed_form(state: FitState, start: Head, heads: Mapping[str, Head]) -> tup
     nothing = start.new_zeros(hidden * (len(names) + 1), hidden)
     fit = solve(state, sums, nothing, "output head")
     *maps, same = fit.weight.to(start).split(hidden)
-    head = start - start @ same
-    for name, regression in zip(names, maps, strict=True):
-        head += heads[name] @ regression
+    with exact(device()):
+        head = start - start @ same
+        for name, regression in zip(names, maps, strict=True):
+            head += heads[name] @ regression
     return head, fit
 
 
@@ -155,17 +166,29 @@ def _refine(state: FitState, start: Head, aligned: Head, heads: Mapping[str, Hea
     """Gradient steps on the KL divergence; the gradient of softmax is written out, so that memory
     holds no more than one piece of two models' logits."""
     head = start.clone()
+    dtype = product_dtype(head.device)
+    heads = {name: theirs.to(dtype) for name, theirs in heads.items()}
+
+    # Made once: memory that is new each time costs as much as what is computed in it.
+    at_once = _rows_at_once(head) * head.element_size() // dtype.itemsize
+    pieces = [head.new_empty(at_once, len(head), dtype=dtype) for _ in range(3)]
 
     def gradient(batch: Batch) -> None:
         masks = [state.predicts(name, numbers).to(device()) for name, numbers, _, _ in batch]
         tokens = max(1, sum(int(mask.sum()) for mask in masks))
-        total = torch.zeros_like(head)
+        ours, total = head.to(dtype), torch.zeros_like(head)
         for mask, (name, _, new, source) in zip(masks, batch, strict=True):
-            rows = (_normed(state, x)[mask] for x in (new, source))
-            for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
-                surplus = torch.softmax(x @ head.T, dim=-1)
-                surplus -= torch.softmax(_wanted(state, name, wanted, heads), dim=-1)
-                total.addmm_(surplus.T, x, alpha=1 / tokens)
+            rows = (_normed(state, x)[mask].to(dtype) for x in (new, source))
+            for x, wanted in zip(*(some.split(at_once) for some in rows), strict=True):
+                logits, surplus, theirs = (piece[: len(x)] for piece in pieces)
+                torch.softmax(torch.mm(x, ours.T, out=logits), dim=-1, out=surplus)
+                torch.mm(wanted, heads[name].T, out=logits)
+                torch.softmax(_of_known(state, name, logits), dim=-1, out=theirs)
+                surplus -= theirs
+                if dtype == total.dtype:
+                    total.addmm_(surplus.T, x, alpha=1 / tokens)
+                else:
+                    total.add_(surplus.T @ x, alpha=1 / tokens)
         head.grad = total
 
     with torch.no_grad():
@@ -174,13 +197,12 @@ def _refine(state: FitState, start: Head, aligned: Head, heads: Mapping[str, Hea
     return head
 
 
-def _wanted(
-    state: FitState, name: str, rows: Tensor, heads: Mapping[str, Head]
+def _of_known(
+    state: FitState, name: str, logits: Float[Tensor, "tokens vocabulary"]
 ) -> Float[Tensor, "tokens vocabulary"]:
-    """A source's logits. It never says a token that it does not have."""
-    logits = rows @ heads[name].T
+    """A source's logits, which are changed. It never says a token that it does not have."""
     known = state.known.get(name)
-    return logits if known is None else logits.masked_fill(~known.to(logits.device), -torch.inf)
+    return logits if known is None else logits.masked_fill_(~known.to(logits.device), -torch.inf)
 
 
 def _scale_temperature(
@@ -213,13 +235,18 @@ def _divergences(
         parts = (state.stream(part, name)[where] for part in (NEW, SOURCE))
         rows = (_normed(state, part)[asked] for part in parts)
         for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
-            logits = x @ head.T
-            theirs = torch.log_softmax(_wanted(state, name, wanted, heads), dim=-1)
+            with float32_results(device()):
+                logits, theirs = x @ head.T, wanted @ heads[name].T
+            theirs = torch.log_softmax(_of_known(state, name, theirs), dim=-1)
             share = theirs.exp()
             theirs = theirs.masked_fill(share == 0, 0.0)  # not 0 times minus infinity
+            # At another temperature only the sum of exponents is another.
+            logits -= logits.amax(dim=-1, keepdim=True)
+            entropy, mean = ((share * some).sum(dim=-1) for some in (theirs, logits))
             for place, temperature in enumerate(temperatures):
-                ours = torch.log_softmax(logits / temperature, dim=-1)
-                total[place] += float((share * (theirs - ours)).sum())
+                exponents = torch.div(logits, temperature, out=share).exp_().sum(dim=-1)
+                ours = mean / temperature - exponents.log()
+                total[place] += float((entropy - ours).sum())
             tokens += len(x)
         found.append([value / max(1, tokens) for value in total])
     return [sum(of) / len(found) for of in zip(*found, strict=True)]

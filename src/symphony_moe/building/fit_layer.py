@@ -58,6 +58,7 @@ from symphony_moe.model.layer import (
     run_layer,
 )
 from symphony_moe.model.moe_layer import MoELayer, router_matrix, router_rows
+from symphony_moe.model.precision import exact, float32_results
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,13 @@ def fit_layer(
     `start`: the fused layer. The sources' streams are advanced past the layer; the new model's is
     not (see `advance`). Raises SourceError for a source that puts out NaN or infinite values.
     """
+    with state.products():
+        return _fit(state, layer, start, aligned)
+
+
+def _fit(
+    state: FitState, layer: int, start: MoELayer, aligned: Aligned
+) -> tuple[MoELayer, LayerFit]:
     recipe = state.recipe
     shared, attention, experts, refinement = dict(start.shared), None, None, None
     if recipe.fits_layers:
@@ -127,7 +135,7 @@ def fit_layer(
     if recipe.fits_layers:
         moe, experts = _fit_experts(state, layer, moe)
         if recipe.fit.epochs > 0:
-            moe, refinement = _refine(state, layer, moe, start)
+            moe, refinement = _refine(state, layer, moe, start, experts.error)
         for name in state.names:
             state.streams.swap(f"{SOURCE}/{name}", f"{AFTER}/{name}")
     return moe, LayerFit(_routing(state, layer, moe), attention, experts, refinement)
@@ -144,7 +152,8 @@ def _routing(state: FitState, layer: int, moe: MoELayer) -> ValidationRouting:
         for window in new.split(1):
             middle = run_layer(attention, window)
             x = _normed(state.config, moe.shared, _MIDDLE_NORM, middle).flatten(0, 1)
-            choices = (x @ router.to(x).T).topk(top_k, dim=-1).indices.cpu()
+            with exact(device()):
+                choices = (x @ router.to(x).T).topk(top_k, dim=-1).indices.cpu()
             counts += torch.bincount(choices.flatten(), minlength=len(chosen))
             own += int((choices[:, 0] == number).sum())
         chosen += counts / counts.sum() / len(chosen)
@@ -167,10 +176,11 @@ def begin_streams(state: FitState) -> None:
 @torch.no_grad()
 def advance_sources(state: FitState, layer: int, aligned: Aligned) -> None:
     """Bring the sources' streams past a layer that is finished."""
-    for name in state.names:
-        model = load_dense_layer(state.configs[name], layer, aligned[name])
-        for hidden in state.batches(SOURCE, name):
-            hidden.copy_(run_layer(model, hidden))
+    with state.products():
+        for name in state.names:
+            model = load_dense_layer(state.configs[name], layer, aligned[name])
+            for (hidden,) in state.batches(name, SOURCE):
+                hidden.copy_(run_layer(model, hidden))
 
 
 @torch.no_grad()
@@ -178,9 +188,10 @@ def advance(state: FitState, layer: int, moe: MoELayer, part: str) -> None:
     """Bring the streams of a model, NEW or PLAIN, past one of its layers: attention, then the
     experts under their real routing."""
     run = _runner(state, layer, moe)
-    for name in state.names:
-        for hidden in state.batches(part, name):
-            hidden.copy_(run(hidden))
+    with state.products():
+        for name in state.names:
+            for (hidden,) in state.batches(name, part):
+                hidden.copy_(run(hidden))
 
 
 @torch.no_grad()
@@ -205,16 +216,17 @@ def _run_sources(state: FitState, layer: int, aligned: Aligned) -> None:
     with torch.no_grad():
         for name in state.names:
             model = load_dense_layer(state.configs[name], layer, aligned[name])
-            batches = (state.batches(part, name) for part in (SOURCE, MIDDLE, AFTER))
-            for before, middle, after in zip(*batches, strict=True):
+            finite = torch.ones((), dtype=torch.bool, device=device())
+            for before, middle, after in state.batches(name, SOURCE, MIDDLE, AFTER):
                 with observe(model) as seen:
                     after.copy_(run_layer(model, before))
                 middle.copy_(seen["middle"])
-                if not bool(torch.isfinite(after).all()):
-                    raise SourceError(
-                        f"{name}: layer {layer} puts out values that are NaN or infinite "
-                        "on the calibration text; the weights are damaged or overflow float32"
-                    )
+                finite &= torch.isfinite(after).all()
+            if not bool(finite):
+                raise SourceError(
+                    f"{name}: layer {layer} puts out values that are NaN or infinite "
+                    "on the calibration text; the weights are damaged or overflow float32"
+                )
 
 
 def _run_attention(state: FitState, layer: int, shared: Mapping[str, Tensor]) -> None:
@@ -222,8 +234,7 @@ def _run_attention(state: FitState, layer: int, shared: Mapping[str, Tensor]) ->
     model = load_attention(state.config, layer, shared)
     with torch.no_grad():
         for name in state.names:
-            batches = (state.batches(part, name) for part in (NEW, NEW_MIDDLE))
-            for before, middle in zip(*batches, strict=True):
+            for before, middle in state.batches(name, NEW, NEW_MIDDLE):
                 middle.copy_(run_layer(model, before))
 
 
@@ -289,11 +300,12 @@ def _attention_targets(
     targets = []
     for part in _PARTS:
         bias = tensors.get(f"{part}.bias")
-        rows = torch.nn.functional.linear(
-            normed,
-            tensors[f"{part}.weight"].to(normed),
-            None if bias is None else bias.to(normed),
-        )
+        with float32_results(device()):
+            rows = torch.nn.functional.linear(
+                normed,
+                tensors[f"{part}.weight"].to(normed),
+                None if bias is None else bias.to(normed),
+            )
         norm = part.replace("_proj", "_norm") + ".weight"
         if norm in tensors:
             heads = rows.unflatten(1, (-1, head_dim(config)))
@@ -321,7 +333,8 @@ def _router_inputs(
 def _fit_router(state: FitState, inputs: Mapping[str, Float[Tensor, "_ hidden"]]) -> Rows:
     settings = state.recipe.router
     method = hidden_router if settings.init == "hidden" else regression_router
-    rows = method([inputs[name].clone() for name in state.names], settings.temperature)
+    with exact(device()):
+        rows = method([inputs[name].clone() for name in state.names], settings.temperature)
     return router_rows(rows.cpu(), state.names)
 
 
@@ -344,7 +357,8 @@ def _fit_experts(state: FitState, layer: int, start: MoELayer) -> tuple[MoELayer
             )
             inputs.update(*(x.flatten(0, 1) for x in rows))
         bend = solve(state, inputs, identity, f"input map of {name}")
-        expert |= {key: expert[key] @ bend.weight for key in (GATE, UP)}
+        with exact(device()):
+            expert |= {key: expert[key] @ bend.weight for key in (GATE, UP)}
         solutions[f"input map of {name}"] = bend
 
         outputs = LeastSquares(config.intermediate_size, hidden, device=device())
@@ -356,15 +370,16 @@ def _fit_experts(state: FitState, layer: int, start: MoELayer) -> tuple[MoELayer
         solutions[f"down_proj of {name}"] = down
         experts[name] = {key: tensor.cpu() for key, tensor in expert.items()}
     fitted = MoELayer(start.shared, experts, start.router)
-    step = Step(*_layer_errors(state, layer, start, fitted), solutions)
+    errors = [_layer_error(state, layer, moe) for moe in (start, fitted)]
+    step = Step(errors[0], errors[1], solutions)
     return (fitted if step.kept else start), step
 
 
 def _refine(
-    state: FitState, layer: int, start: MoELayer, aligned: MoELayer
+    state: FitState, layer: int, start: MoELayer, aligned: MoELayer, error: float
 ) -> tuple[MoELayer, Step]:
     """Gradient steps on one layer's weights, toward the sources' streams after it; pulled toward
-    the `aligned` ones, where the fit began."""
+    the `aligned` ones, where the fit began. `error`: that of `start`."""
     shared = {name: tensor.clone() for name, tensor in start.shared.items()}
     attention = load_attention(state.config, layer, shared)
     family = state.family
@@ -403,7 +418,7 @@ def _refine(
         },
         router_rows(rows, state.names),
     )
-    step = Step(*_layer_errors(state, layer, start, refined), descents=descents)
+    step = Step(error, _layer_error(state, layer, refined), descents=descents)
     return (refined if step.kept else start), step
 
 
@@ -428,12 +443,9 @@ def _runner(state: FitState, layer: int, moe: MoELayer) -> Callable[[Tensor], Te
 
 
 @torch.no_grad()
-def _layer_errors(
-    state: FitState, layer: int, before: MoELayer, after: MoELayer
-) -> tuple[float, float]:
-    """The errors of a layer before and after a step."""
-    first, second = (_error(state, AFTER, _runner(state, layer, moe)) for moe in (before, after))
-    return first, second
+def _layer_error(state: FitState, layer: int, moe: MoELayer) -> float:
+    """The error of a layer, under its real routing."""
+    return _error(state, AFTER, _runner(state, layer, moe))
 
 
 def _error(state: FitState, target: str, run: Callable[[Tensor], Tensor]) -> float:
@@ -441,11 +453,11 @@ def _error(state: FitState, target: str, run: Callable[[Tensor], Tensor]) -> flo
     the new model's stream, against the source's stream `target`."""
     errors = []
     for name in state.names:
-        rows, total = state.validation(name), 0.0
+        rows, total = state.validation(name), torch.zeros((), dtype=torch.float64, device=device())
         streams = (state.stream(part, name)[rows] for part in (NEW, target))
         for new, wanted in zip(*(stream.split(1) for stream in streams), strict=True):
-            total += float(_relative_error(run(new), wanted.to(device())))
-        errors.append(total / state.num_validation[name])
+            total += _relative_error(run(new), wanted.to(device()))
+        errors.append(float(total) / state.num_validation[name])
         _name_overflow(state, name, state.stream(target, name)[rows])
     return sum(errors) / len(errors)
 

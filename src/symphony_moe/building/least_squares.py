@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from symphony_moe.model.precision import float32_results
+
 MAX_CONDITION = 1e12
 """Above this the ridge is raised: float64 has 16 digits, and the result shall have four."""
 
@@ -51,11 +53,14 @@ class LeastSquares:
     def update(
         self, inputs: Float[Tensor, "tokens inputs"], outputs: Float[Tensor, "tokens outputs"]
     ) -> None:
-        """Add a batch."""
+        """Add a batch. Where products are reduced, its numbers are rounded to bfloat16 first: the
+        sums are then those of the rounded batch, so that the Gram matrix is one still."""
+        inputs, outputs = (rows.to(_at_least_float32(rows)) for rows in (inputs, outputs))
         if self.intercept:
             inputs = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
-        self.gram += inputs.T @ inputs
-        self.moments += inputs.T @ outputs
+        with float32_results(inputs.device):
+            self.gram += inputs.T @ inputs
+            self.moments += inputs.T @ outputs
         self.count += len(inputs)
 
     def is_underdetermined(self) -> bool:
@@ -100,3 +105,7 @@ class LeastSquares:
         return Solution(
             solution[:, :-1].contiguous(), solution[:, -1].contiguous(), condition, ridge
         )
+
+
+def _at_least_float32(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)

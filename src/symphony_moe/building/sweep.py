@@ -4,11 +4,11 @@ A layer advances the sources' residual streams in place, batch by batch, and han
 inside it to the accumulators of `statistics.py`: statistics are kept and no activations.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from symphony_moe.building.statistics import (
     HeadActivity,
@@ -19,7 +19,8 @@ from symphony_moe.building.statistics import (
 )
 from symphony_moe.model.families import EMBEDDING, head_dim
 from symphony_moe.model.layer import device, load_dense_layer, observe, run_layer
-from symphony_moe.model.streams import Streams, Windows, windows_at_once
+from symphony_moe.model.precision import float32_results, products
+from symphony_moe.model.streams import Streams, Windows
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.source import Source
 
@@ -68,33 +69,28 @@ class Sweep:
         is_last = layer == config.num_hidden_layers - 1
         places = ("before", "middle", "after") if is_last else ("before", "middle")
         found = {s.name: self._blank(s) for s in self._sources[1:]} if compare else {}
-        for batch in self._batches():
-            reference: dict[str, Tensor] = {}
-            for source in self._sources:
-                hidden = self._streams[source.name][batch]
-                before = hidden.to(device(), copy=True)
-                with observe(models[source.name]) as seen:
-                    after = run_layer(models[source.name], before)
-                hidden.copy_(after)
-                seen |= {"before": before, "after": after}
-                if not reference:
-                    reference = seen
-                elif compare:
-                    comparison = found[source.name]
-                    if batch.start < self._validation:
-                        comparison = comparison.validation or comparison
-                    _add(comparison, reference, seen, places, head_dim(config))
+        with products(self._recipe.calibration.precision, config.hidden_size, device()):
+            for batch, judges in self._batches():
+                reference: dict[str, Tensor] = {}
+                for source, hidden in zip(self._sources, batch, strict=True):
+                    seen = _run(models[source.name], hidden)
+                    if not reference:
+                        reference = seen
+                    elif compare:
+                        comparison = found[source.name]
+                        if judges:
+                            comparison = comparison.validation or comparison
+                        _add(comparison, reference, seen, places, head_dim(config))
         return found
 
-    def _batches(self) -> list[slice]:
-        """Batches of windows, none of them partly of the validation text."""
-        windows, sequence, _ = self._streams[self._recipe.anchor].shape
-        size = windows_at_once(sequence)
-        return [
-            slice(first, min(first + size, end))
-            for begin, end in pairwise([0, self._validation, windows])
-            for first in range(begin, end, size)
-        ]
+    def _batches(self) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
+        """Batches of all streams, the anchor's first, and whether they are of the validation text:
+        none is partly."""
+        names = [source.name for source in self._sources]
+        judging, rest = slice(0, self._validation), slice(self._validation, None)
+        for rows in [judging, rest] if self._validation else [rest]:
+            for batch in self._streams.visit(*names, rows=rows):
+                yield batch, rows is judging
 
     def _blank(self, source: Source) -> LayerStatistics:
         """Statistics of nothing yet. Neurons' order is used in any case, and not judged."""
@@ -117,6 +113,15 @@ class Sweep:
         return comparison
 
 
+def _run(model: PreTrainedModel, hidden: Tensor) -> dict[str, Tensor]:
+    """Bring a batch of a source's stream past a layer; what passes inside."""
+    before = hidden.clone()
+    with observe(model) as seen:
+        after = run_layer(model, before)
+    hidden.copy_(after)
+    return seen | {"before": before, "after": after}
+
+
 def _add(
     comparison: LayerStatistics,
     anchor: Mapping[str, Tensor],
@@ -124,16 +129,18 @@ def _add(
     places: Sequence[str],
     size: int,
 ) -> None:
-    if comparison.residual is not None:
-        for place in places:
-            comparison.residual.update(*(seen[place].flatten(0, 1) for seen in (anchor, source)))
-    if comparison.heads is not None:
-        comparison.heads.update(*(_head_activity(seen, size) for seen in (anchor, source)))
-    if comparison.neurons is not None:
-        comparison.neurons.update(*(seen["neurons"].flatten(0, 1) for seen in (anchor, source)))
+    both = (anchor, source)
+    with float32_results(device()):
+        if comparison.residual is not None:
+            for place in places:
+                comparison.residual.update(*(seen[place].flatten(0, 1) for seen in both))
+        if comparison.heads is not None:
+            comparison.heads.update(*(_head_activity(seen, size) for seen in both))
+        if comparison.neurons is not None:
+            comparison.neurons.update(*(seen["neurons"].flatten(0, 1).float() for seen in both))
 
 
 def _head_activity(seen: Mapping[str, Tensor], size: int) -> HeadActivity:
     tokens = seen["heads"].shape[0] * seen["heads"].shape[1]
-    parts = (seen[name].reshape(tokens, -1, size) for name in ("queries", "keys", "heads"))
+    parts = (seen[name].reshape(tokens, -1, size).float() for name in ("queries", "keys", "heads"))
     return HeadActivity(*parts)

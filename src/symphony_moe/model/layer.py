@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from symphony_moe.model.families import DOWN, GATE, UP
 from symphony_moe.model.moe_layer import MoELayer, router_matrix
+from symphony_moe.model.precision import exact, product_dtype
 
 # Models of transformers take seconds to import: a build that runs no layer does without them.
 if TYPE_CHECKING:
@@ -215,13 +216,69 @@ class MixtureOfExperts(nn.Module):
     ) -> Float[Tensor, "windows sequence hidden"]:
         """What the chosen experts put out, weighted by their gates."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        gates, chosen = route(flat, self.router, self.top_k)
-        mixed = torch.zeros_like(flat)
-        for number, expert in enumerate(self.experts):
-            tokens, place = torch.where(chosen == number)
-            neurons = gated_neurons(expert, flat[tokens], self.activation)
-            mixed.index_add_(0, tokens, neurons @ expert[DOWN].T * gates[tokens, place, None])
-        return mixed.view_as(hidden)
+        with exact(flat.device):
+            gates, chosen = route(flat, self.router, self.top_k)
+        # Expert by expert, and within each in the text's order.
+        order = chosen.flatten().argsort(stable=True)
+        dispatch: Any = _Dispatched.apply
+        rows = dispatch(flat, order, self.top_k, product_dtype(flat.device))
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        outputs = [
+            gated_neurons(expert, x, self.activation) @ expert[DOWN].T
+            for expert, x in zip(self.experts, rows.split(counts), strict=True)
+        ]
+        combine: Any = _Combined.apply
+        result: Tensor = combine(torch.cat(outputs), gates, order)
+        return result.view_as(hidden)
+
+
+class _Dispatched(torch.autograd.Function):
+    """Tokens, once for each of their experts. `order`: which of (token, place) each row is. torch's
+    own gradient adds up row by row; here a token knows its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, order: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return flat.to(dtype).index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (order,) = ctx.saved_tensors
+        places = _inverse(order).view(-1, ctx.top_k).unbind(dim=1)
+        total = gradient.index_select(0, places[0]).float()
+        for place in places[1:]:
+            total += gradient.index_select(0, place)
+        return total, None, None, None
+
+
+class _Combined(torch.autograd.Function):
+    """What a token's experts put out, weighted by its gates: the way back of `_Dispatched`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, gates: Float[Tensor, "tokens top_k"], order: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows, gates, order)
+        places = _inverse(order).view_as(gates)
+        total = rows.index_select(0, places[:, 0]) * gates[:, :1]
+        for place in range(1, gates.shape[1]):
+            total += rows.index_select(0, places[:, place]) * gates[:, place, None]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, gates, order = ctx.saved_tensors
+        of_rows = gradient.index_select(0, order // gates.shape[1])
+        of_gates = (of_rows * rows).sum(dim=-1)[_inverse(order)].view_as(gates)
+        of_rows *= gates.flatten()[order, None]
+        return of_rows.to(rows.dtype), of_gates, None
+
+
+def _inverse(order: Tensor) -> Tensor:
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return back
 
 
 def route(

@@ -1,9 +1,10 @@
-"""Residual streams of calibration text (tokens x hidden each), waiting between layers: in memory,
-or in memory-mapped files."""
+"""Residual streams of calibration text (tokens x hidden each), waiting between layers: on the GPU
+while they fit there, else in memory, or in memory-mapped files."""
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -11,16 +12,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from symphony_moe.files import reserve
-from symphony_moe.model.layer import WINDOWS_TOKENS
+from symphony_moe.model.layer import WINDOWS_TOKENS, device
 
 Windows = Int[Tensor, "windows sequence"]
+
+_SHARE_OF_GPU = 0.5
+"""Streams wait on the GPU as long as this share of its memory stays free."""
 
 
 class Streams:
     """Residual streams (float32) by name, each over windows of its own."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: keep the streams in memory-mapped files there."""
+        """`folder`: keep the streams in memory-mapped files there, but for those that the GPU has
+        room for."""
         self._folder = folder
         self._streams: dict[str, Tensor] = {}
 
@@ -29,8 +34,11 @@ class Streams:
     ) -> Float[Tensor, "windows sequence hidden"]:
         """Make room for a stream. Raises RunFolderError where the disk has none."""
         shape = (windows, sequence, hidden)
-        if self._folder is None:
-            stream = torch.empty(shape)
+        if _has_room(math.prod(shape) * 4):
+            stream = torch.empty(shape, device=device())
+        elif self._folder is None:
+            # Pinned, a batch is copied while the one before is computed on.
+            stream = torch.empty(shape, pin_memory=device().type == "cuda")
         else:
             # A slash in a name is a folder: any other character may be in a source's name.
             path = self._folder / f"stream-{name}.bin"
@@ -55,7 +63,9 @@ class Streams:
             for name, text in texts.items():
                 flat = text.reshape(-1)
                 places = torch.where((flat >= first) & (flat < first + len(rows)))[0]
-                targets[name].view(-1, hidden)[places] = rows[flat[places] - first].float()
+                target = targets[name].view(-1, hidden)
+                chosen = rows[flat[places] - first].to(target)
+                target.index_copy_(0, places.to(target.device), chosen)
 
     def __getitem__(self, name: str) -> Float[Tensor, "windows sequence hidden"]:
         """A whole stream: a view, to read and to overwrite."""
@@ -63,7 +73,20 @@ class Streams:
 
     def batches(self, name: str) -> Sequence[Float[Tensor, "windows sequence hidden"]]:
         """A stream in batches: views, to read and to overwrite."""
-        stream = self._streams[name]
+        return self._split(name, slice(None))
+
+    def visit(
+        self, *names: str, rows: slice = slice(None), overwrites: bool = True
+    ) -> Iterator[tuple[Float[Tensor, "windows sequence hidden"], ...]]:
+        """Batches of some streams side by side, on the device. What is done to them there is done
+        to the streams, where it `overwrites`: at the latest when the last is behind."""
+        batches = zip(*(self._split(name, rows) for name in names), strict=True)
+        if device().type == "cuda":
+            return _carried(batches, overwrites=overwrites)
+        return batches
+
+    def _split(self, name: str, rows: slice) -> Sequence[Tensor]:
+        stream = self._streams[name][rows]
         result: Sequence[Tensor] = stream.split(windows_at_once(stream.shape[1]))
         return result
 
@@ -83,3 +106,37 @@ class Streams:
 def windows_at_once(sequence: int) -> int:
     """How many windows make a batch of about WINDOWS_TOKENS tokens."""
     return max(1, WINDOWS_TOKENS // sequence)
+
+
+def _has_room(size: int) -> bool:
+    """Whether so many bytes may wait on the GPU."""
+    if device().type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device())
+    return free - size > _SHARE_OF_GPU * total
+
+
+def _carried(
+    batches: Iterable[tuple[Tensor, ...]], *, overwrites: bool
+) -> Iterator[tuple[Tensor, ...]]:
+    """Batches on the GPU: the next one is on its way while one is computed on, and what is in
+    memory is written back. The only wait is at the end, when the streams in memory are whole."""
+    way, here = torch.cuda.Stream(device()), torch.cuda.current_stream(device())
+    waiting: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], torch.cuda.Event]] = []
+    try:
+        for batch in chain(batches, [None]):
+            if batch is not None:
+                with torch.cuda.stream(way):
+                    there = tuple(part.to(device(), non_blocking=True) for part in batch)
+                    waiting.append((batch, there, way.record_event()))
+            if len(waiting) > (batch is not None):
+                parts, there, arrived = waiting.pop(0)
+                here.wait_event(arrived)
+                moved = [(p, c) for p, c in zip(parts, there, strict=True) if c is not p]
+                for _, copy in moved:
+                    copy.record_stream(here)
+                yield there
+                for part, copy in moved if overwrites else ():
+                    part.copy_(copy, non_blocking=True)
+    finally:
+        here.synchronize()
