@@ -1,6 +1,8 @@
 """Products in bfloat16 stay where they were asked for, round no more than they say, and compute the
 same layer."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,7 +72,8 @@ def experts_and_router(
     generator = torch.Generator().manual_seed(seed)
 
     def random(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) / columns**0.5
+        drawn: Tensor = torch.randn(rows, columns, generator=generator)
+        return drawn / math.sqrt(columns)
 
     experts = [
         {GATE: random(ffn, hidden), UP: random(ffn, hidden), DOWN: random(hidden, ffn)}
