@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import kill_study
 from conftest import make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.recipe.load import load_recipe
@@ -133,3 +134,19 @@ def test_the_oldest_transformers_that_is_declared_goes_the_whole_way(
     losses = pipeline.evaluate(old).to_json()
     for stage in ("built", "trained"):
         assert losses[stage] == pytest.approx(metrics[stage], abs=1e-5)
+
+
+def test_the_kill_study_cuts_builds_short_and_says_what_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path / "sources", "llama")
+    assert kill_study.study(recipe, tmp_path / "kills", 2, "kill") == 0
+    records = [json.loads(line) for line in (tmp_path / "kills/found.jsonl").open()]
+    assert sum(record["cuts"] for record in records) >= 2
+    # It goes on where it was stopped, and another result than that of the whole build is found.
+    monkeypatch.setattr(kill_study, "hashes", lambda run: {"run": run.parent.name})
+    assert kill_study.study(recipe, tmp_path / "kills", 2 + records[-1]["cuts"], "kill") >= 1
+    lines = (tmp_path / "kills/found.jsonl").read_text().splitlines()
+    assert len(lines) > len(records) and not json.loads(lines[-1])["same"]
+    with pytest.raises(SystemExit, match="is not filled"):
+        kill_study.study(recipe, tmp_path / "other", 2, "full-disk")
