@@ -62,10 +62,10 @@ def scramble(source_folder: Path, out: Path, *, seed: int, dtype: str = "float32
         staged = Path(work) / "model"
         untied = copy.deepcopy(source.config)
         untied.tie_word_embeddings = False
-        writer = CheckpointWriter(staged, expected_shapes(untied), dtype, _SHARD_BYTES)
-        for name, first_row, tensor in _scrambled(source, seed):
-            writer.write(name, tensor, first_row)
-        writer.finish()
+        with CheckpointWriter(staged, expected_shapes(untied), dtype, _SHARD_BYTES) as writer:
+            for name, first_row, tensor in _scrambled(source, seed):
+                writer.write(name, tensor, first_row)
+            writer.finish()
         others = [GENERATION] if (folder / GENERATION).is_file() else []
         for name in [*tokenizer_paths(folder), *others]:
             (staged / name).parent.mkdir(exist_ok=True)

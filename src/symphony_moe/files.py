@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -207,4 +207,6 @@ class FileHasher:
         with path.open("rb", buffering=0) as file:
             while not self._stopped.is_set() and (size := file.readinto(piece)):
                 found.update(piece[:size])
+        if self._stopped.is_set():
+            raise CancelledError
         return found.hexdigest()

@@ -112,18 +112,22 @@ def copying() -> Iterator[None]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 2**30)
-        library.mallopt(_M_TRIM_THRESHOLD, 2**30)
+    _keep_freed_memory(beyond=2**30, below=2**30)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        with contextlib.suppress(OSError, AttributeError):
-            library.mallopt(_M_MMAP_THRESHOLD, 2**25)
-            library.mallopt(_M_TRIM_THRESHOLD, 2**26)
-            release_freed_memory()
+        _keep_freed_memory(beyond=2**26, below=2**25)  # about what glibc comes to by itself
+        release_freed_memory()
+
+
+def _keep_freed_memory(*, beyond: int, below: int) -> None:
+    """Keep blocks `below` so many bytes once they are freed, and give back what is `beyond` so many
+    in all."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, below)
+        library.mallopt(_M_TRIM_THRESHOLD, beyond)
 
 
 def release_freed_memory() -> None:

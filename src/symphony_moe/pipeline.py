@@ -3,10 +3,10 @@
     recipe -> sources -> plan -> calibrate -> align -> fuse -> fit -> route -> write
            -> train -> evaluate -> report
 
-A function for each command, which imports the stage that it alone is for: a build waits for no
-Trainer. The steps of a build are numbered in building/build.py, those of a
-training in training/run.py; `compare`, many runs, is in comparison.py. A folder knows only those
-before it (tests/test_layout.py).
+A function for each command. A stage that one command alone runs is imported inside its function,
+so that a build does not wait for the Trainer. The steps of a build are numbered in
+building/build.py, those of a training in training/run.py; `compare`, many runs, is in
+comparison.py. A folder knows only those before it (tests/test_layout.py).
 """
 
 import logging

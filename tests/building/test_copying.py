@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ import torch
 from checks import edit_weights, expert_names, read_tensors
 from symphony_moe import pipeline
 from symphony_moe.errors import RunFolderError, SourceError
-from symphony_moe.files import FileHasher, sha256_of
+from symphony_moe.files import FileHasher, hash_folder, sha256_of
 from symphony_moe.model import checkpoint
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
@@ -103,9 +104,8 @@ def test_no_byte_of_the_output_is_read_back(
     finish = checkpoint.RunningDigest.finish
 
     def passing(digest: Any, path: Path, offset: int, size: int) -> str:
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "open", lambda *_: pytest.fail(f"{path} is read back"))
-            return finish(digest, path, offset, size)
+        assert digest._position == size, f"{path} is read back"
+        return finish(digest, path, offset, size)
 
     monkeypatch.setattr(checkpoint.RunningDigest, "finish", passing)
     run = pipeline.build(load_recipe(recipes("llama"), COPIES), tmp_path / "run")
@@ -179,3 +179,27 @@ def test_hashing_stops_where_nobody_waits_for_it(tmp_path: Path) -> None:
     with FileHasher() as hasher:
         digest = hasher.submit(tmp_path / "hole")
     assert digest.done()
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("function", ["write_at", "sync_file"])
+def test_a_copy_that_is_killed_goes_on_to_the_same_bytes(
+    function: str, call: int, recipes: Recipes, tmp_path: Path
+) -> None:
+    """While a thread writes a tensor, or makes a layer durable: the next layer is on its way."""
+    whole = pipeline.build(load_recipe(recipes("llama"), COPIES), tmp_path / "whole")
+    words = ["build", str(recipes("llama")), "--out", str(tmp_path / "run")]
+    words += [word for setting in COPIES for word in ("--set", setting)]
+    program = (
+        "import os, signal; from symphony_moe.cli import main; "
+        "from symphony_moe.model import checkpoint as module; "
+        f"real, left = module.{function}, iter(range({call - 1}, -1, -1)); "
+        "kill = lambda: os.kill(os.getpid(), signal.SIGKILL); "
+        f"module.{function} = lambda *given: real(*given) if next(left) else kill(); "
+        f"main({words!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    run = pipeline.build(load_recipe(recipes("llama"), COPIES), tmp_path / "run", resume=True)
+    assert hash_folder(run.checkpoint) == hash_folder(whole.checkpoint)
+    assert run.read_json(run.manifest)["files"] == whole.read_json(whole.manifest)["files"]

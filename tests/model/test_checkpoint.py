@@ -199,7 +199,7 @@ def test_a_layer_is_recorded_once_it_is_on_the_disk(
 
 
 @pytest.mark.parametrize("call", ["write", "digest", "when_durable", "finish", "file_hashes"])
-def test_a_disk_that_fails_is_told_by_the_next_call(
+def test_a_disk_that_fails_is_told_by_what_waits_for_it(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -245,7 +245,7 @@ def test_no_more_waits_than_is_allowed(tmp_path: Path, monkeypatch: pytest.Monke
         threading.Timer(0.2, released.set).start()
         for number, name in enumerate(shapes, start=1):
             writer.write(name, torch.zeros(256))
-            assert 1024 * number - sum(done) <= 3000
+            assert 1024 * number - sum(done) <= 3000 + 1024
         writer.finish()
 
 

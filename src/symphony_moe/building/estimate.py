@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from symphony_moe.building.router_init import windows_for_router
-from symphony_moe.model.checkpoint import BYTES
+from symphony_moe.model.checkpoint import BYTES, WAITING_BYTES
 from symphony_moe.model.families import (
     head_dim,
     stream_scale,
@@ -193,7 +193,7 @@ class _Moments:
 
     def made(self) -> int:
         """All sources' layers, as they are and aligned; the fused attention, one matrix of it of
-        all sources in float64."""
+        all sources in float64; what waits to be written."""
         recipe, family = self.recipe, target_of(self.recipe).family(self.config.model_type)
         held = self.num_sources * self._layer
         if recipe.folds:
@@ -208,7 +208,7 @@ class _Moments:
         if stream_scale(family, self.config) != 1:
             held += self._experts // 3 + self.num_sources * self._largest * 4
         fusing = (self.num_sources + 1) * self._largest * 8
-        return held + self._shared + max(fusing, writing)
+        return held + self._shared + max(fusing, writing) + WAITING_BYTES
 
     def routed(self) -> int:
         """The router's inputs, thrice, beside the layers."""

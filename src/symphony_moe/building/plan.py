@@ -229,8 +229,8 @@ def beyond_context(recipe: Recipe, opened: Sequence[Source], *sections: str) -> 
 def beyond_memory(peak: int, memory: int) -> str:
     """That a build needs more memory than it may take, in words."""
     return (
-        f"--memory: stage 1 takes about {peak / 1e9:.1f} GB at its peak, more than "
-        f"{memory / 1e9:.1f} GB. Fewer sources need less (experts.sources)"
+        f"--memory: stage 1 takes about {peak / 1e6:,.0f} MB at its peak, more than "
+        f"{memory / 1e6:,.0f} MB. Fewer sources need less (experts.sources)"
     )
 
 

@@ -30,7 +30,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Output dtype -> bytes of a number."""
 
 WAITING_BYTES = 128 * 1024**2
-"""Bytes that wait to be written and hashed; who writes more waits with them."""
+"""More bytes than this, and one tensor, do not wait to be written and hashed: who writes waits."""
 
 SPELLED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Output dtype -> its name in safetensors files."""
@@ -56,7 +56,8 @@ def assign_shards(
 class CheckpointWriter:
     """Writes tensors to their places in the shards of one checkpoint folder.
 
-    A `with` block ends its threads. What goes wrong in them is raised by the next call.
+    A `with` block ends its threads. What goes wrong in them is raised by a later call: by those
+    that wait for what was written, and by `finish` at the latest.
     """
 
     def __init__(
@@ -171,9 +172,9 @@ class CheckpointWriter:
                 self._tensor_digests[name].add(start + at, piece)
                 self._file_digests[file].add(offset + start + at, piece)
 
+        self._wait(WAITING_BYTES)
         jobs = [self._disk.submit(put), self._hasher.submit(digest)]
         self._waiting.append((len(content), jobs))
-        self._wait(WAITING_BYTES)
         # Rows may come in any order, and again.
         last = first_row + len(tensor)
         blocks = {at: n for at, n in self._written[name].items() if not first_row <= at < last}

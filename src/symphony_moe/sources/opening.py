@@ -46,7 +46,6 @@ from symphony_moe.sources.gguf_file import GGUFFile, open_gguf
 from symphony_moe.sources.hub import SMALL_FILES, fetch, has_weights, hub_headers, is_on_hub
 from symphony_moe.sources.pretrained import load_config
 from symphony_moe.sources.source import (
-    DTYPES,
     GENERATION,
     NO_HEAD,
     SPECIAL,
@@ -55,6 +54,7 @@ from symphony_moe.sources.source import (
     by_tensor,
     has_equal_tables,
     no_row,
+    refuse_dtype,
     within_vocabulary,
 )
 from symphony_moe.sources.source_tokenizer import TOKENIZER_FILES, VOCABULARY_FILES, tokenizer_paths
@@ -80,8 +80,8 @@ def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
 
 
 def are_here(recipe: Recipe) -> bool:
-    """Whether all weights are safetensors on this machine: what `open_sources` opens without
-    `download` is whole then."""
+    """Whether all models are local folders, and none of them is a GGUF file: what `open_sources`
+    opens without `download` is whole then."""
     return all(
         not _is_on_the_hub(spec) and spec.gguf_file is None for spec in recipe.sources.values()
     )
@@ -513,11 +513,7 @@ def _check_tensors(source: Source) -> None:
                 f"{source.name}: {name} is {list(header.shape)} in {header.file}, "
                 f"its config.json says {list(shape)}"
             )
-        if header.dtype not in DTYPES:
-            raise SourceError(
-                f"{source.name}: {name} is stored as {header.dtype}; expected a float type "
-                f"({', '.join(DTYPES)})"
-            )
+        refuse_dtype(source, name)
 
 
 def _check_generation_config(source: Source) -> None:

@@ -233,7 +233,7 @@ class Source:
         stored = self._stored(name, header, rows)
         keeps = header.dtype in _COPIED
         tensor = stored if keeps and as_stored else stored.float()
-        # Half as many bytes to look at, where they are half as many.
+        # The stored numbers: bfloat16 is half as many bytes to look at.
         if not is_finite(stored if keeps else tensor):
             own, path = header.stored or name, self.folder / header.file
             raise SourceError(f"{self.name}: {own} in {path} has {_why_not_finite(stored)}")
@@ -506,8 +506,21 @@ def by_tensor(
     ]
 
 
+def refuse_dtype(source: Source, tensor: str) -> None:
+    """Raise SourceError for a tensor of integers, or of another dtype that is not read."""
+    dtype = source.headers[tensor].dtype
+    if dtype not in DTYPES:
+        raise SourceError(
+            f"{source.name}: {tensor} is stored as {dtype}; expected a float type "
+            f"({', '.join(DTYPES)})"
+        )
+
+
 def has_equal_tables(source: Source) -> bool:
-    """Whether the stored head is the embeddings. Block by block, up to the first that differs."""
+    """Whether the stored head is the embeddings. Block by block, up to the first that differs.
+    Raises SourceError for tables whose dtype is not read."""
+    for table in (EMBEDDING, HEAD):
+        refuse_dtype(source, table)
     return all(
         torch.equal(
             *(source._read(table, slice(first, first + TABLE_ROWS)) for table in (EMBEDDING, HEAD))
