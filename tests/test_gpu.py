@@ -12,6 +12,7 @@ from symphony_moe import pipeline
 from symphony_moe.building import candidate
 from symphony_moe.evaluation.losses import losses_and_routing
 from symphony_moe.files import hash_folder
+from symphony_moe.model import streams
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.stock import load_stock
@@ -75,3 +76,18 @@ def test_one_recipe_gives_one_set_of_bytes_on_cuda(
     recipe = load_recipe(path, ["method=harmonized", "fit.epochs=2"])
     runs = [pipeline.build(recipe, tmp_path / name) for name in ("first", "second")]
     assert hash_folder(runs[0].checkpoint) == hash_folder(runs[1].checkpoint)
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_where_streams_wait_is_no_part_of_the_result_on_cuda(
+    in_files: bool, prefer_the_fit: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the GPU, or carried to it and back from memory or files, batch by batch."""
+    path = make_recipe(tmp_path / "sources", "llama")
+    recipe = load_recipe(path, ["method=harmonized", "fit.epochs=2"])
+    there = pipeline.build(recipe, tmp_path / "there")
+    monkeypatch.setattr(streams, "_has_room", lambda size: False)
+    if in_files:
+        monkeypatch.setattr("symphony_moe.building.estimate.STREAMS_IN_MEMORY", 0)
+    carried = pipeline.build(recipe, tmp_path / "carried")
+    assert hash_folder(there.checkpoint) == hash_folder(carried.checkpoint)

@@ -1266,3 +1266,54 @@ def test_the_head_is_fitted_and_judged_where_a_document_goes_on(everything_is_ke
     (head, note, losses), (again, other_note, other_losses) = found
     assert torch.equal(head, again) and note == other_note and losses == other_losses
     assert float((head - start).abs().max()) > 0.1
+
+
+# ------------------------------------------------------------------------------- in bfloat16
+
+
+@pytest.mark.parametrize("variant", FITTED)
+def test_a_fit_in_bfloat16_is_the_fit(
+    variant: str, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of strangers: every step ends within a hundredth of the error that it ends with in float32,
+    weights and streams are float32, and a second fit gives the same bytes."""
+    small_steps(monkeypatch)
+    fits = []
+    for precision in ("float32", "bfloat16", "bfloat16"):
+        settings = ["fit.epochs=2", "fit.learning_rate=0.001"]
+        settings.append(f"calibration.precision={precision}")
+        begun = begin(load_recipe(harmonized(variant), settings))
+        moe, note = begun.fit()
+        advance(begun.state, 0, moe, NEW)
+        head, _ = head_and_note(begun.state, begun.head, begun.heads)
+        assert all(tensor.dtype == torch.float32 for _, tensor in tensors(moe))
+        fits.append((moe, note, begun.stream("new/a"), head))
+    plain, reduced, again = fits
+    for step in ("attention", "experts", "refinement"):
+        found, expected = (note[step]["error"] for _, note, *_ in (reduced, plain))
+        assert found == pytest.approx(expected, rel=0.01)
+    assert not torch.equal(matrix(plain[0]), matrix(reduced[0]))
+    # A token whose second expert is another one is further off than all others.
+    assert float((reduced[2] - plain[2]).norm() / plain[2].norm()) < 0.02
+    assert_same(again[0], reduced[0])
+    assert again[1] == reduced[1]
+    assert all(torch.equal(one, other) for one, other in zip(again[2:], reduced[2:], strict=True))
+
+
+def test_copies_of_one_source_stay_what_they_are_in_bfloat16(
+    harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 2 to bfloat16's rounding: what is equal already is left there, by the head too."""
+    small_steps(monkeypatch)
+    settings = ["fit.epochs=2", "calibration.precision=bfloat16"]
+    recipe = load_recipe(harmonized("llama"), settings)
+    model = recipe.sources["a"].model
+    copies = {n: s.model_copy(update={"model": model}) for n, s in recipe.sources.items()}
+    begun = begin(recipe.model_copy(update={"sources": copies}))
+    for layer in range(2):
+        moe, _ = begun.fit(layer)
+        assert error_of(begun, layer, moe) < 1e-4
+        advance(begun.state, layer, moe, NEW)
+    head, note = head_and_note(begun.state, begun.head, begun.heads)
+    assert note["temperature_scaling"]["error"][0] < 1e-3
+    assert float((head - begun.heads["a"]).norm() / head.norm()) < 0.02

@@ -95,7 +95,8 @@ def token_by_token(mixture: MixtureOfExperts, hidden: Tensor) -> Tensor:
     outputs = [gated_neurons(e, flat, mixture.activation) @ e[DOWN].T for e in mixture.experts]
     mixed = sum(by_expert[:, n, None] * output for n, output in enumerate(outputs))
     assert isinstance(mixed, Tensor)
-    return mixed.view_as(hidden)
+    result: Tensor = mixed.view_as(hidden)
+    return result
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 1), (3, 2), (5, 3), (4, 4)])

@@ -167,7 +167,6 @@ def _refine(state: FitState, start: Head, aligned: Head, heads: Mapping[str, Hea
     holds no more than one piece of two models' logits."""
     head = start.clone()
     dtype = product_dtype(head.device)
-    heads = {name: theirs.to(dtype) for name, theirs in heads.items()}
 
     # Made once: memory that is new each time costs as much as what is computed in it.
     at_once = _rows_at_once(head) * head.element_size() // dtype.itemsize
@@ -178,11 +177,12 @@ def _refine(state: FitState, start: Head, aligned: Head, heads: Mapping[str, Hea
         tokens = max(1, sum(int(mask.sum()) for mask in masks))
         ours, total = head.to(dtype), torch.zeros_like(head)
         for mask, (name, _, new, source) in zip(masks, batch, strict=True):
+            own = heads[name].to(dtype)
             rows = (_normed(state, x)[mask].to(dtype) for x in (new, source))
             for x, wanted in zip(*(some.split(at_once) for some in rows), strict=True):
                 logits, surplus, theirs = (piece[: len(x)] for piece in pieces)
                 torch.softmax(torch.mm(x, ours.T, out=logits), dim=-1, out=surplus)
-                torch.mm(wanted, heads[name].T, out=logits)
+                torch.mm(wanted, own.T, out=logits)
                 torch.softmax(_of_known(state, name, logits), dim=-1, out=theirs)
                 surplus -= theirs
                 if dtype == total.dtype:

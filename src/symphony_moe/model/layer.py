@@ -131,7 +131,7 @@ class _Nothing(nn.Module):
     """An FFN that adds nothing to the residual stream."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return torch.zeros_like(hidden)
+        return hidden.new_zeros(())
 
 
 def load_attention(
@@ -141,7 +141,9 @@ def load_attention(
     attention and FFN. `shared`: `Family.shared` name -> tensor."""
     model = one_layer_model(config, layer)
     decoder_layer(model).mlp = _Nothing()
-    return _with_weights(model, shared)
+    model = _with_weights(model, shared)
+    decoder_layer(model).post_attention_layernorm = nn.Identity()  # nothing reads it
+    return model
 
 
 @contextmanager
@@ -269,10 +271,10 @@ class _Combined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, gates, order = ctx.saved_tensors
-        of_rows = gradient.index_select(0, order // gates.shape[1])
-        of_gates = (of_rows * rows).sum(dim=-1)[_inverse(order)].view_as(gates)
-        of_rows *= gates.flatten()[order, None]
-        return of_rows.to(rows.dtype), of_gates, None
+        of_rows = gradient.to(rows.dtype).index_select(0, order // gates.shape[1])
+        of_gates = (of_rows * rows).sum(dim=-1, dtype=gates.dtype)[_inverse(order)].view_as(gates)
+        of_rows *= gates.flatten()[order, None].to(rows.dtype)
+        return of_rows, of_gates, None
 
 
 def _inverse(order: Tensor) -> Tensor:
