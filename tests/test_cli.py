@@ -1188,9 +1188,10 @@ def test_the_device_is_the_only_one_that_is_seen(
     visible: str | None, name: str, left: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its number among those that may be seen; one that is not there is refused."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    # Set first in any case, so that it is put back as it was.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     there = left != ""
     monkeypatch.setattr("torch.cuda.is_available", lambda: there)
     if there or name == "cpu":

@@ -799,7 +799,8 @@ def test_a_build_resumed_by_other_software_says_so(
     )
     assert warned[0] in run.log.read_text()
     manifest = run.read_json(run.manifest)
-    assert (manifest["begun_with"], manifest["versions"]) == (then, now)
+    assert manifest["begun_with"] == then | {"products": manifest["products"]}
+    assert manifest["versions"] == now
     pipeline.verify(run)
 
 

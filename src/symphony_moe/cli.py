@@ -207,10 +207,14 @@ Device = Annotated[
 ]
 
 
+_RUNS_MODELS = {"demo", "run", "build", "verify", "train", "evaluate", "compare"}
+"""The commands that can be told where to compute."""
+
+
 def _command(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Add a function to the commands, with the options that every command has. Its arguments are
-    the user's, but for `progress`, which the command line gives it: to what takes long, and has a
-    device to compute on."""
+    """Add a function to the commands, with the options that every command has, and with `--device`
+    where it runs models. Its arguments are the user's, but for `progress`, which the command line
+    gives it."""
 
     def parsed(as_json: bool, verbose: bool, device: str | None = None, **arguments: Any) -> _Call:
         return _Call(function, arguments, as_json, verbose, device)
@@ -221,7 +225,7 @@ def _command(function: Callable[..., Result]) -> Callable[..., Result]:
         inspect.Parameter("as_json", keyword, default=False, annotation=Json),
         inspect.Parameter("verbose", keyword, default=False, annotation=Verbose),
     ]
-    if any(one.name == "progress" for one in own):
+    if function.__name__ in _RUNS_MODELS:
         common.insert(0, inspect.Parameter("device", keyword, default=None, annotation=Device))
     parameters = [*(one for one in own if one.name != "progress"), *common]
     # Typer reads the signature; mypy knows no such attribute of a function.

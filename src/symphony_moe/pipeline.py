@@ -184,14 +184,16 @@ def build(  # noqa: PLR0913 (all but two are keywords)
             shutil.rmtree(folder.work)  # nothing that a training could go on from
         return folder
     with log_to(folder):
-        begun_with = note_versions(folder.begun_with, versions(), "this build")
+        whole = Build(recipe, sources, planned, text, folder)
+        now = versions() | whole.products
+        begun_with = note_versions(folder.begun_with, now, "this build")
         _warn_beyond_context(recipe, opened, "calibration")
         folder.update_json(folder.plan, planned.to_json())
         for note in (note for source in opened for note in remarks(source)):
             log.warning("%s", note)
         if memory is not None and planned.peak_memory_bytes > memory:
             log.warning("%s", beyond_memory(planned.peak_memory_bytes, memory))
-        Build(recipe, sources, planned, text, folder).run(begun_with, started, progress)
+        whole.run(begun_with, started, progress)
     return folder
 
 

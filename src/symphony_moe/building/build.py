@@ -46,6 +46,7 @@ from symphony_moe.files import hash_folder, publish, sha256_of, to_json, write_b
 from symphony_moe.machine import copying, peak_rss_bytes, release_freed_memory, versions
 from symphony_moe.model.checkpoint import CheckpointWriter, beyond
 from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS
+from symphony_moe.model.layer import device
 from symphony_moe.model.moe_layer import (
     MoELayer,
     layer_outputs,
@@ -53,6 +54,7 @@ from symphony_moe.model.moe_layer import (
     router_matrix,
     router_rows,
 )
+from symphony_moe.model.precision import is_reduced
 from symphony_moe.model.streams import Streams, Windows
 from symphony_moe.progress import Listener, Progress
 from symphony_moe.recipe.settings import Recipe
@@ -173,6 +175,15 @@ class Build:
         self.num_layers: int = self.anchor.config.num_hidden_layers
         self.copies = recipe.copies_experts and stream_scale_of(recipe, sources) == 1
         """Whether experts are written as they are read."""
+
+    @property
+    def products(self) -> dict[str, str]:
+        """The number format of products of matrices, as it is recorded; nothing where a build
+        multiplies none."""
+        if not (self.recipe.aligns or self.recipe.fits):
+            return {}
+        asked, hidden = self.recipe.calibration.precision, self.anchor.config.hidden_size
+        return {"products": "bfloat16" if is_reduced(asked, hidden, device()) else "float32"}
 
     def run(self, begun_with: Mapping[str, str], started: float, listen: Listener) -> None:
         """From sources to `checkpoint/`. `begun_with`: the versions of the software that the build
@@ -420,7 +431,8 @@ class Build:
             folder.manifest,
             {
                 "versions": now,
-                **({} if begun_with == now else {"begun_with": dict(begun_with)}),
+                **self.products,
+                **({} if begun_with == now | self.products else {"begun_with": dict(begun_with)}),
                 **({} if chosen is None else {"model": chosen}),
                 "sources": {name: spec.sha256 for name, spec in sources.items()},
                 "files": {
