@@ -84,6 +84,7 @@ def test_everything_public_says_what_it_takes_and_gives() -> None:
             assert parameter.annotation is not inspect.Parameter.empty, f"{name}: {parameter.name}"
 
 
+@pytest.mark.slow
 def test_a_type_checker_sees_the_names(tmp_path: Path) -> None:
     """In a program of somebody else's: what is misspelled is found, what is right is not `Any`."""
     program = tmp_path / "program.py"

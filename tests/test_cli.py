@@ -806,7 +806,7 @@ class _Bug(Exception):
 def test_a_bug_of_ours_shows_its_traceback(
     bug: Exception, project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise bug
 
     monkeypatch.setattr(pipeline, "plan", fail)
@@ -845,7 +845,7 @@ def test_no_memory_is_nobodys_bug(
 def test_an_interruption_is_no_bug(
     project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "plan", interrupted)
@@ -1091,6 +1091,7 @@ def _read_all(end: int) -> bytes:
     return text
 
 
+@pytest.mark.slow
 def test_a_person_sees_a_bar_and_whole_lines(project: Path, tmp_path: Path) -> None:
     """The terminal breaks long lines, not we: what is copied from it is whole."""
     out = tmp_path / ("a-rather-long-name-" * 4) / "run"
@@ -1140,6 +1141,7 @@ def test_losses_that_are_no_numbers_are_json_and_a_table(
     assert rows[2].split() == ["built", "nan", "2.000", "nan", "2.000"]
 
 
+@pytest.mark.slow
 def test_the_demo_shows_both_methods_and_goes_on_where_it_was_cut_short(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

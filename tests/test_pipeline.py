@@ -963,15 +963,17 @@ def test_verify_refuses_tensors_that_the_sources_do_not_give(
 
 
 def _halve_the_head(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def changed(self: Source, name: str, rows: slice | None = None) -> Tensor:
-        return read(self, name, rows) * (0.5 if name == "lm_head.weight" else 1)
+    def changed(self: Source, name: str, rows: slice | None = None, **how: bool) -> Tensor:
+        return read(self, name, rows, **how) * (0.5 if name == "lm_head.weight" else 1)
 
     return changed
 
 
 def _forget_the_last_layer(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def changed(self: Source, name: str, rows: slice | None = None) -> Tensor:
-        return read(self, name, rows) * (0 if name == "model.layers.1.mlp.down_proj.weight" else 1)
+    def changed(self: Source, name: str, rows: slice | None = None, **how: bool) -> Tensor:
+        return read(self, name, rows, **how) * (
+            0 if name == "model.layers.1.mlp.down_proj.weight" else 1
+        )
 
     return changed
 

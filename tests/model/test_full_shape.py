@@ -412,16 +412,16 @@ def test_released_models_are_planned_as_published(name: str, planned: Callable[.
     assert plan.active_parameters == plan.total_parameters - spared
     assert plan.disk_bytes == 2 * plan.total_parameters
     assert plan.shards == num_files(plan.tensors.values(), 5_000_000_000)
-    # The streams of so much text wait in files. In memory, in float32: of every source's layer five
-    # copies while an expert learns, its gradient and Adam's two moments, and what its windows
-    # leave; or all heads and six more tables, and six blocks of logits.
+    # The streams of so much text wait in files. In memory, in float32: every source's layer as it
+    # is and aligned, what is learned, its gradient and Adam's two moments; or all heads and six
+    # more tables. A step's activations, logits and the process are no more than as much again.
     kv = hidden * settings["num_key_value_heads"] // settings["num_attention_heads"]
     layer = 3 * hidden * ffn + 2 * hidden * (hidden + kv) + 2 * hidden
     layer += hidden + 2 * kv if settings["model_type"] == "qwen2" else 0
-    learning = (5 + 3) * count * layer + max(4096, count * 2048) * (6 * ffn + 30 * hidden)
-    head = (count + 6) * rows * hidden + 6 * 2**25
+    learning = 2 * count * layer + 4 * count * 3 * hidden * ffn
+    held = 4 * max(learning, (count + 6) * rows * hidden)
     assert plan.work_bytes > 2 * 2**30
-    assert plan.peak_memory_bytes == 600 * 2**20 + 4 * max(learning, head)
+    assert held < plan.peak_memory_bytes < 2 * held
 
 
 def num_files(shapes: Iterable[tuple[int, ...]], limit: int) -> int:
@@ -473,6 +473,7 @@ def test_code_llamas_tokens_come_after_llama_2s(planned: Callable[..., Plan]) ->
     assert any("chat lacks 16 of the others'" in line for line in said)
 
 
+@pytest.mark.slow
 def test_qwen2_reads_the_tokens_of_qwen2_5_in_pieces(planned: Callable[..., Plan]) -> None:
     plan = planned("qwen2.5-7b.yaml")
     assert plan.tensors["model.embed_tokens.weight"] == (152064, 3584)

@@ -147,7 +147,9 @@ def losses(run: RunFolder) -> list[float]:
     return [entry["loss"] for entry in training["curve"]] + softened
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)]
+)
 def test_two_processes_give_the_losses_of_one(
     launcher: str, single: list[float], built: Callable[[str], RunFolder], tmp_path: Path
 ) -> None:

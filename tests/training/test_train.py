@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -42,6 +41,7 @@ from symphony_moe.text.texts import Texts
 from symphony_moe.text.windows import Encoder, Packed, pack_windows
 from symphony_moe.training import (
     publishing,
+    refusals,
     resuming,
     temperature_scaling,
     trained_model,
@@ -654,7 +654,7 @@ def test_stacked_experts_are_trained_where_transformers_can(
     compute it."""
     recipe = load_recipe(recipes("llama"), [setting])
     refuse_untrainable(recipe)
-    monkeypatch.setattr(transformers, "__version__", "5.9.0")
+    monkeypatch.setattr(refusals.transformers, "__version__", "5.9.0")
     name = "jetmoe" if "bam" in setting else "granitemoe"
     with pytest.raises(
         RecipeError, match=rf"the {name} of transformers 5\.9\.0 has no load-balance loss"

@@ -4,11 +4,13 @@ A layer advances the sources' residual streams in place, batch by batch, and han
 inside it to the accumulators of `statistics.py`: statistics are kept and no activations.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from symphony_moe.building.statistics import (
     HeadActivity,
@@ -23,6 +25,9 @@ from symphony_moe.model.precision import float32_results, products
 from symphony_moe.model.streams import Streams, Windows
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.source import Source
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedModel
 
 
 class Sweep:

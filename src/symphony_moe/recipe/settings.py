@@ -144,8 +144,8 @@ class Calibration(Section):
     domains: list[Name] | None = Field(None, min_length=1)
     """Sources whose text the alignment uses. Default: all. A fit needs the text of all of them."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format that matrices are multiplied in. Residual streams, sums and weights stay in
-    float32. `auto`: bfloat16 from a hidden size of 512 on, where the hardware multiplies it (a
+    """Number format that matrices are multiplied in. Residual streams and weights stay in float32.
+    `auto`: bfloat16 from a hidden size of 512 on, where the hardware multiplies it (a
     processor with AMX, a GPU), otherwise float32."""
     seed: Seed = 114514
     """Seed for drawing windows."""
