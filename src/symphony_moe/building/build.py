@@ -333,18 +333,17 @@ class Build:
             self.writer.keep(prefix)
             if self.state is None:
                 return
-        weights = self._read_layer(layer)
         note: dict[str, Any] = {}
         if not finished:
-            note = self._new_layer(layer, weights)
+            note = self._new_layer(layer)
         elif self.recipe.fits_layers and self.state is not None:
-            advance_sources(self.state, layer, self.new.aligned(layer, weights))
+            advance_sources(self.state, layer, self._aligned(self.new, layer))
         router = None
         if self.state is not None:
             # What follows is fitted to the layer as it is written: rounding is an error too.
             self.new.advance(self.state, layer, self._read_written(layer))
             if self.recipe.fits_layers:
-                router = self._advance_plain(self.state, layer, weights, finished)
+                router = self._advance_plain(self.state, layer, finished)
         if not finished:
             text, measured = self.digest, to_json(note)
             self.writer.when_durable(
@@ -353,9 +352,14 @@ class Build:
             if not self.copies:  # a layer that took long to make is not left to chance
                 self.writer.settle()
 
-    def _new_layer(self, layer: int, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    def _aligned(self, model: Candidate, layer: int) -> dict[str, dict[str, Tensor]]:
+        """Source -> its layer as a model has it. What was read is not kept beside: while a layer is
+        fitted, that would be a third of the memory, and to read it again takes no time."""
+        return model.aligned(layer, self._read_layer(layer))
+
+    def _new_layer(self, layer: int) -> dict[str, Any]:
         """Make a layer and write it; what was measured."""
-        aligned = self.new.aligned(layer, weights)
+        aligned = self._aligned(self.new, layer)
         moe, note = self.new.assemble(layer, aligned), {}
         if self.state is not None:
             moe, fit = fit_layer(self.state, layer, moe, aligned)
@@ -363,16 +367,10 @@ class Build:
         self._write_layer(layer, moe)
         return note
 
-    def _advance_plain(
-        self,
-        state: FitState,
-        layer: int,
-        weights: Mapping[str, Mapping[str, Tensor]],
-        finished: bool,
-    ) -> Tensor:
+    def _advance_plain(self, state: FitState, layer: int, finished: bool) -> Tensor:
         """Bring the plain mean's streams past its own layer; its router there (experts, by name, x
         hidden), which is the only thing that is fitted."""
-        moe = self.plain.assemble(layer, self.plain.aligned(layer, weights)).to(self.plain.dtype)
+        moe = self.plain.assemble(layer, self._aligned(self.plain, layer)).to(self.plain.dtype)
         if finished:
             router = read_plain_router(self.folder.layer_done(layer))
         else:
@@ -412,7 +410,7 @@ class Build:
             self.writer.write(name, rows, first_row)
         self.writer.write(HEAD, head)
         for layer in range(self.num_layers):
-            aligned = self.plain.aligned(layer, self._read_layer(layer))
+            aligned = self._aligned(self.plain, layer)
             matrix = read_plain_router(self.folder.layer_done(layer))
             router = router_rows(matrix, state.names)
             self._write_layer(layer, replace(self.plain.assemble(layer, aligned), router=router))

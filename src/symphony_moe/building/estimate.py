@@ -274,9 +274,8 @@ class _Moments:
 
     @property
     def _while_fitted(self) -> int:
-        """All sources' layers as they are and aligned, and the fused one."""
-        aligned = self.num_sources * self._layer if self.recipe.folds else 0
-        return self.num_sources * self._layer + aligned + self._shared
+        """All sources' layers, aligned, and the fused one."""
+        return self.num_sources * self._layer + self._shared
 
 
 def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
