@@ -5,6 +5,7 @@ Accumulators, batch by batch: no activations are kept. `align.py` makes maps of 
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -73,9 +74,12 @@ class ResidualCovariance:
         self, anchor: Float[Tensor, "tokens hidden"], source: Float[Tensor, "tokens hidden"]
     ) -> None:
         """Add a batch: the streams at one place, on the same tokens."""
-        anchor, source = (
-            torch.nn.functional.normalize(stream, dim=-1) for stream in (anchor, source)
-        )
+        self.update_units(*(unit_vectors(stream) for stream in (anchor, source)))
+
+    def update_units(
+        self, anchor: Float[Tensor, "tokens hidden"], source: Float[Tensor, "tokens hidden"]
+    ) -> None:
+        """The same of unit vectors: the anchor's are made once for all sources."""
         self.products += source.T @ anchor
         self.count += len(anchor)
 
@@ -93,6 +97,22 @@ class HeadActivity:
     keys: Float[Tensor, "tokens groups head_dim"]
     outputs: Float[Tensor, "tokens heads head_dim"]
     """The input of o_proj."""
+
+    @cached_property
+    def complex_queries(self) -> Complex[Tensor, "half tokens heads"]:
+        """Per RoPE frequency, as complex numbers. The anchor's are made once for all sources."""
+        return _complex(self.queries)
+
+    @cached_property
+    def complex_keys(self) -> Complex[Tensor, "half tokens groups"]:
+        """Likewise."""
+        return _complex(self.keys)
+
+    @cached_property
+    def energies(self) -> dict[str, Float[Tensor, " heads_or_groups"]]:
+        """Part -> the sum of squares of each head."""
+        parts = {"outputs": self.outputs, "queries": self.queries, "keys": self.keys}
+        return {part: rows.square().sum(dim=(0, 2)) for part, rows in parts.items()}
 
 
 class HeadCorrelation:
@@ -121,11 +141,11 @@ class HeadCorrelation:
     def update(self, anchor: HeadActivity, source: HeadActivity) -> None:
         """Add a batch: the same tokens through both."""
         self.outputs += source.outputs.flatten(1).T @ anchor.outputs.flatten(1)
-        self.queries += _complex(source.queries).mH @ _complex(anchor.queries)
-        self.keys += _complex(source.keys).mH @ _complex(anchor.keys)
+        self.queries += source.complex_queries.mH @ anchor.complex_queries
+        self.keys += source.complex_keys.mH @ anchor.complex_keys
         for part, energies in self.energies.items():
             for energy, activity in zip(energies, (anchor, source), strict=True):
-                energy += getattr(activity, part).square().sum(dim=(0, 2))
+                energy += activity.energies[part]
 
     def _scale(self, part: str) -> Float[Tensor, "source anchor"]:
         anchor, source = self.energies[part]
@@ -159,6 +179,11 @@ class HeadCorrelation:
         blocks = self.output_blocks()[found.order, torch.arange(len(found.order))]
         rotations = found.values.repeat_interleave(len(blocks) // len(found.values), dim=0)
         return float((blocks * rotations).sum()) / max(total, 1e-300)
+
+
+def unit_vectors(stream: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+    """Every token as a vector of length one."""
+    return torch.nn.functional.normalize(stream, dim=-1)
 
 
 def _complex(rows: Float[Tensor, "tokens heads head_dim"]) -> Complex[Tensor, "half tokens heads"]:

@@ -7,6 +7,8 @@ inside it to the accumulators of `statistics.py`: statistics are kept and no act
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +20,7 @@ from symphony_moe.building.statistics import (
     LayerStatistics,
     NeuronCorrelation,
     ResidualCovariance,
+    unit_vectors,
 )
 from symphony_moe.model.families import EMBEDDING, head_dim
 from symphony_moe.model.layer import device, load_dense_layer, observe, run_layer
@@ -27,7 +30,7 @@ from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.source import Source
 
 if TYPE_CHECKING:  # takes seconds to import
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Sweep:
@@ -76,16 +79,16 @@ class Sweep:
         found = {s.name: self._blank(s) for s in self._sources[1:]} if compare else {}
         with products(self._recipe.calibration.precision, config.hidden_size, device()):
             for batch, judges in self._batches():
-                reference: dict[str, Tensor] = {}
+                anchor: _Activity | None = None
                 for source, hidden in zip(self._sources, batch, strict=True):
-                    seen = _run(models[source.name], hidden)
-                    if not reference:
-                        reference = seen
+                    activity = _Activity(_run(models[source.name], hidden), places, config)
+                    if anchor is None:
+                        anchor = activity
                     elif compare:
                         comparison = found[source.name]
                         if judges:
                             comparison = comparison.validation or comparison
-                        _add(comparison, reference, seen, places, head_dim(config))
+                        _add(comparison, anchor, activity)
         return found
 
     def _batches(self) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
@@ -127,25 +130,41 @@ def _run(model: PreTrainedModel, hidden: Tensor) -> dict[str, Tensor]:
     return seen | {"before": before, "after": after}
 
 
-def _add(
-    comparison: LayerStatistics,
-    anchor: Mapping[str, Tensor],
-    source: Mapping[str, Tensor],
-    places: Sequence[str],
-    size: int,
-) -> None:
-    both = (anchor, source)
+@dataclass(frozen=True)
+class _Activity:
+    """What passed inside a layer, made ready for the comparisons: for each once, whatever the
+    number of sources that the anchor is compared with."""
+
+    seen: Mapping[str, Tensor]
+    places: Sequence[str]
+    config: PreTrainedConfig
+
+    @cached_property
+    def streams(self) -> list[Tensor]:
+        """The residual stream at each of the places, every token of length one."""
+        return [unit_vectors(self.seen[place].flatten(0, 1)) for place in self.places]
+
+    @cached_property
+    def heads(self) -> HeadActivity:
+        tokens = self.seen["heads"].shape[0] * self.seen["heads"].shape[1]
+        size = head_dim(self.config)
+        parts = (
+            self.seen[name].reshape(tokens, -1, size).float()
+            for name in ("queries", "keys", "heads")
+        )
+        return HeadActivity(*parts)
+
+    @cached_property
+    def neurons(self) -> Tensor:
+        return self.seen["neurons"].flatten(0, 1).float()
+
+
+def _add(comparison: LayerStatistics, anchor: _Activity, source: _Activity) -> None:
     with float32_results(device()):
         if comparison.residual is not None:
-            for place in places:
-                comparison.residual.update(*(seen[place].flatten(0, 1) for seen in both))
+            for pair in zip(anchor.streams, source.streams, strict=True):
+                comparison.residual.update_units(*pair)
         if comparison.heads is not None:
-            comparison.heads.update(*(_head_activity(seen, size) for seen in both))
+            comparison.heads.update(anchor.heads, source.heads)
         if comparison.neurons is not None:
-            comparison.neurons.update(*(seen["neurons"].flatten(0, 1).float() for seen in both))
-
-
-def _head_activity(seen: Mapping[str, Tensor], size: int) -> HeadActivity:
-    tokens = seen["heads"].shape[0] * seen["heads"].shape[1]
-    parts = (seen[name].reshape(tokens, -1, size).float() for name in ("queries", "keys", "heads"))
-    return HeadActivity(*parts)
+            comparison.neurons.update(anchor.neurons, source.neurons)
