@@ -102,21 +102,12 @@ def peak_rss_bytes() -> int:
 
 @contextlib.contextmanager
 def copying() -> Iterator[None]:
-    """Settings of the process for a block that copies much and computes little.
-
-    Torch computes in the calling thread alone: beside threads that read, write and hash, its own
-    would mostly wait for one another, at full speed. Freed memory is kept for what is needed next:
-    fresh memory costs the system as much time as reading a tensor into it.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Inside the block freed memory is kept for what is needed next: fresh memory costs the system
+    as much time as reading a tensor into it."""
     _keep_freed_memory(beyond=2**30, below=2**30)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
         _keep_freed_memory(beyond=2**26, below=2**25)  # about what glibc comes to by itself
         release_freed_memory()
 

@@ -92,7 +92,7 @@ def fused_tables(
                 fused = selective_linear(blocks, knowledge, shares)
             else:
                 fused = linear_mean(blocks, shares)
-            yield name, first, fused * scale if name == EMBEDDING else fused
+            yield name, first, fused * scale if name == EMBEDDING and scale != 1 else fused
 
 
 def _knows(source: Source, rows: slice) -> Float[Tensor, " rows"]:

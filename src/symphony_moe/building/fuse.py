@@ -12,8 +12,10 @@ from torch import Tensor
 
 from symphony_moe.building.draws import generator_for
 
-_PIECE = 2**16
-"""Numbers whose mean is taken at once: their float64 copies stay in a core's cache."""
+_PIECE = 2**15
+"""Numbers whose mean is taken at once: their float64 copies stay in a core's cache. Torch uses one
+thread for so few. Beside threads that read, write and hash, more would mostly wait for one another,
+at full speed."""
 
 _MAX_ITERATIONS = 100
 
