@@ -157,14 +157,11 @@ def build(  # noqa: PLR0913 (all but two are keywords)
     _check_text(recipe)
     opened = open_sources(recipe, download=False)
     with FileHasher() as hasher:
-        if are_here(recipe):  # hashed while all else is found out
-            hashes = _begin_hashing(opened, hasher)
-            planned = _plan(recipe, opened, memory)
-        else:
+        if not are_here(recipe):
             _plan(recipe, opened, memory)  # before weights are fetched
             opened = open_sources(recipe)
-            hashes = _begin_hashing(opened, hasher)
-            planned = _plan(recipe, opened, memory)
+        hashes = _begin_hashing(opened, hasher)  # while all else is found out
+        planned = _plan(recipe, opened, memory)
         sources = experts_of(recipe, opened)
         refuse_beyond(recipe, sources)
         texts = Texts.of(recipe, opened, texts)

@@ -32,8 +32,9 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 WAITING_BYTES = 128 * 1024**2
 """More bytes than this, and one tensor, do not wait to be written and hashed: who writes waits."""
 
-_PIECE = 2**15
-"""Numbers that are summed at once."""
+ONE_THREAD = 2**15
+"""Numbers that torch computes with in one thread: its grain size. Beside threads that read, write
+and hash, more threads would mostly wait for one another, at full speed."""
 
 SPELLED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Output dtype -> its name in safetensors files."""
@@ -280,8 +281,7 @@ def is_finite(tensor: Tensor) -> bool:
 
     A sum is finite only where all are; it may overflow all the same, and then each is looked at.
     """
-    # In pieces for which torch uses one thread: it is called beside threads that write and hash.
-    sums = torch.stack([piece.sum() for piece in tensor.reshape(-1).split(_PIECE)])
+    sums = torch.stack([piece.sum() for piece in tensor.reshape(-1).split(ONE_THREAD)])
     return bool(torch.isfinite(sums).all()) or bool(torch.isfinite(tensor).all())
 
 

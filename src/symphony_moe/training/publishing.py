@@ -94,14 +94,14 @@ def publish_trained(
     model.config.output_router_logits = False
     manifest = manifest_of_build(run.read_json(run.manifest))
     old = run.read_json(run.metrics)
-    hashes = _write_trained(run, recipe, model, weights)
+    tensors, files = _write_trained(run, recipe, model, weights)
     if run.trained.is_dir():
         retire(run, run.trained)
     run.update_json(
         run.manifest,
         {
-            "files": manifest["files"] | hash_folder(run.staged_trained),
-            "tensors": manifest["tensors"] | {"trained": hashes},
+            "files": manifest["files"] | hash_folder(run.staged_trained, files),
+            "tensors": manifest["tensors"] | {"trained": tensors},
         },
     )
     timing = old.get("timing", {}) | {"train_peak_rss_bytes": peak_rss_bytes()}
@@ -129,8 +129,9 @@ def _without_trained(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_trained(
     run: RunFolder, recipe: Recipe, model: PreTrainedModel, weights: Mapping[str, Tensor]
-) -> dict[str, str]:
-    """The trained model in the staged folder, with the files of `checkpoint/`; tensor hashes."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The trained model in the staged folder, with the files of `checkpoint/`; the hashes of its
+    tensors and of its files of weights."""
     raw = run.work / "saved"
     for left in (raw, run.staged_trained):  # of a training that was killed here
         shutil.rmtree(left, ignore_errors=True)
@@ -144,8 +145,11 @@ def _write_trained(
     return hashes
 
 
-def _stream_weights(run: RunFolder, recipe: Recipe, raw: Path) -> dict[str, str]:
-    """The weights under the names, shapes and dtype of `checkpoint/`; tensor hashes.
+def _stream_weights(
+    run: RunFolder, recipe: Recipe, raw: Path
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The weights under the names, shapes and dtype of `checkpoint/`; the hashes of tensors and of
+    files.
 
     `save_pretrained` restores the per-expert names, but adds tensors of its own (Ernie's zero head
     bias, which other readers refuse), so its output (`raw`) is streamed through our writer.
@@ -159,7 +163,7 @@ def _stream_weights(run: RunFolder, recipe: Recipe, raw: Path) -> dict[str, str]
                 for name in file.keys():  # noqa: SIM118 (a handle, not a dict)
                     if name in stored:
                         writer.write(name, file.get_tensor(name))
-        return writer.finish()
+        return writer.finish(), writer.file_hashes()
 
 
 def _copy_companions(run: RunFolder) -> None:
