@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,8 @@ class _Watch:
         self.folder = folder
         self.states: list[Kept] = []
         self.busy = False
+        self.one_at_a_time = threading.RLock()
+        """Files are written in threads too: none changes the disk while another one looks."""
 
     def look(self, half: Path | None = None) -> None:
         """`half`: a file that is kept as if its second half had not been written."""
@@ -100,17 +103,19 @@ class _Watch:
 
     def watched(self, call: Any) -> Any:
         def one(*arguments: Any, **options: Any) -> Any:
-            self.look()
-            return call(*arguments, **options)
+            with self.one_at_a_time:
+                self.look()
+                return call(*arguments, **options)
 
         return one
 
     def halved(self, call: Any) -> Any:
         def one(content: Any, path: Any, *arguments: Any, **options: Any) -> Any:
-            self.look()
-            result = call(content, path, *arguments, **options)
-            self.look(half=Path(path))
-            return result
+            with self.one_at_a_time:
+                self.look()
+                result = call(content, path, *arguments, **options)
+                self.look(half=Path(path))
+                return result
 
         return one
 
