@@ -49,6 +49,7 @@ from symphony_moe.sources.source import (
     GENERATION,
     NO_HEAD,
     SPECIAL,
+    FileStates,
     Header,
     Source,
     by_tensor,
@@ -542,4 +543,20 @@ def refuse_changed(source: Source, expected: Mapping[str, str], found: Mapping[s
             raise SourceError(
                 f"{source.name}: {path} has SHA-256 {str(found.get(file))[:16]}, "
                 f"the recipe says {str(expected.get(file))[:16]}: the source has changed"
+            )
+
+
+def refuse_touched(source: Source, before: FileStates) -> None:
+    """Raise SourceError where a file has been replaced or written to since it was in the states
+    `before`: what was read of it is not what was hashed."""
+    try:
+        now = source.file_states()
+    except OSError as error:
+        raise SourceError(f"{source.name}: {error}, which this build has read") from None
+    for file in sorted(before.keys() | now.keys()):
+        if before.get(file) != now.get(file):
+            path = (source.origin or source.folder) / file
+            raise SourceError(
+                f"{source.name}: {path} was changed while this build read it, so parts of it may "
+                "be of either state. Leave the sources alone and --overwrite the build"
             )

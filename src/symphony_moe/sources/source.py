@@ -74,6 +74,11 @@ class Header:
     """Where its bytes begin in the file; None where the file is not here."""
 
 
+FileStates = Mapping[str, tuple[int, int, int]]
+"""File -> size, time of the last change (nanoseconds), number in the file system. A file that is
+replaced or written to has another state."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One dense checkpoint. Nothing of its weights is in memory."""
@@ -313,6 +318,11 @@ class Source:
             beside = tokenizer_paths(adapted)
             found |= {f"adapter/{file}": adapted / file for file in (*ADAPTER_FILES, *beside)}
         return found
+
+    def file_states(self) -> FileStates:
+        """Of every file that a build reads."""
+        states = {name: path.stat() for name, path in self.files().items()}
+        return {name: (s.st_size, s.st_mtime_ns, s.st_ino) for name, s in states.items()}
 
     def hash_files(self) -> dict[str, str]:
         """Name -> SHA-256, for every file that a build reads."""
