@@ -31,7 +31,7 @@ class Copy(torch.Tensor):
         pass
 
 
-def carried(self: Streams, *names: str, rows: slice = slice(None), overwrites: bool = True) -> Any:
+def carried(self: Streams, *names: str, rows: slice = slice(None), reads: int = 0) -> Any:
     """`visit` where there is a GPU, which here is the CPU: what is brought is a copy."""
     waits: list[str] = []
     stream = SimpleNamespace(
@@ -47,7 +47,7 @@ def carried(self: Streams, *names: str, rows: slice = slice(None), overwrites: b
         patch.setattr(
             torch.Tensor, "to", lambda part, *_, **__: part.detach().clone().as_subclass(Copy)
         )
-        yield from streams_module._carried(parts, overwrites=overwrites)
+        yield from streams_module._carried(parts, reads)
     assert waits == ["batch"] * (len(waits) - 1) + ["end"]
 
 
@@ -72,3 +72,14 @@ def test_what_is_done_to_a_batch_is_done_to_the_stream(streams: Streams) -> None
     for (a,) in streams.visit("a", rows=slice(3, None)):
         a.zero_()
     assert torch.equal(streams["a"][:3], 2 * before["a"][:3]) and not streams["a"][3:].any()
+
+
+def test_what_is_only_read_is_not_written_back(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Streams, "visit", carried)
+    before = streams["a"].clone()
+    for a, b in streams.visit("a", "b", reads=1):
+        b.copy_(a)
+        a.zero_()  # of what was brought to the GPU
+    assert torch.equal(streams["a"], before) and torch.equal(streams["b"], before)

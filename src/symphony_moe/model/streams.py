@@ -36,13 +36,13 @@ class Streams:
         shape = (windows, sequence, hidden)
         if _has_room(math.prod(shape) * 4):
             stream = torch.empty(shape, device=device())
-        elif self._folder is None:
+        elif self._folder is None or not windows:
             # Pinned, a batch is copied while the one before is computed on.
             stream = torch.empty(shape, pin_memory=device().type == "cuda")
         else:
             # A slash in a name is a folder: any other character may be in a source's name.
             path = self._folder / f"stream-{name}.bin"
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
                 # Writing to a map without space behind it would end the process (SIGBUS).
                 reserve(file, math.prod(shape) * 4)
@@ -76,19 +76,18 @@ class Streams:
         return self._split(name, slice(None))
 
     def visit(
-        self, *names: str, rows: slice = slice(None), overwrites: bool = True
+        self, *names: str, rows: slice = slice(None), reads: int = 0
     ) -> Iterator[tuple[Float[Tensor, "windows sequence hidden"], ...]]:
         """Batches of some streams side by side, on the device. What is done to them there is done
-        to the streams, where it `overwrites`: at the latest when the last is behind."""
+        to the streams, at the latest when the last is behind: not to the first `reads` of them,
+        which must be left as they are."""
         batches = zip(*(self._split(name, rows) for name in names), strict=True)
         if device().type == "cuda":
-            return _carried(batches, overwrites=overwrites)
+            return _carried(batches, reads)
         return batches
 
     def _split(self, name: str, rows: slice) -> Sequence[Tensor]:
-        stream = self._streams[name][rows]
-        result: Sequence[Tensor] = stream.split(windows_at_once(stream.shape[1]))
-        return result
+        return in_batches(self._streams[name][rows])
 
     def release(self) -> None:
         """Forget all streams, and remove their files."""
@@ -108,6 +107,13 @@ def windows_at_once(sequence: int) -> int:
     return max(1, WINDOWS_TOKENS // sequence)
 
 
+def in_batches(rows: Tensor, size: int | None = None) -> Sequence[Tensor]:
+    """Windows (or what there is of each) in batches of `size`, or of the usual one; none of none:
+    a process may have no part of a short text."""
+    result: Sequence[Tensor] = rows.split(size or windows_at_once(rows.shape[1]))
+    return result if len(rows) else ()
+
+
 def _has_room(size: int) -> bool:
     """Whether so many bytes may wait on the GPU."""
     if device().type != "cuda":
@@ -116,11 +122,10 @@ def _has_room(size: int) -> bool:
     return free - size > _SHARE_OF_GPU * total
 
 
-def _carried(
-    batches: Iterable[tuple[Tensor, ...]], *, overwrites: bool
-) -> Iterator[tuple[Tensor, ...]]:
+def _carried(batches: Iterable[tuple[Tensor, ...]], reads: int) -> Iterator[tuple[Tensor, ...]]:
     """Batches on the GPU: the next one is on its way while one is computed on, and what is in
-    memory is written back. The only wait is at the end, when the streams in memory are whole."""
+    memory is written back, but for the first `reads` streams. The only wait is at the end, when the
+    streams in memory are whole."""
     way, here = torch.cuda.Stream(device()), torch.cuda.current_stream(device())
     waiting: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], torch.cuda.Event]] = []
     try:
@@ -132,11 +137,12 @@ def _carried(
             if len(waiting) > (batch is not None):
                 parts, there, arrived = waiting.pop(0)
                 here.wait_event(arrived)
-                moved = [(p, c) for p, c in zip(parts, there, strict=True) if c is not p]
-                for _, copy in moved:
-                    copy.record_stream(here)
+                for part, copy in zip(parts, there, strict=True):
+                    if copy is not part:
+                        copy.record_stream(here)
                 yield there
-                for part, copy in moved if overwrites else ():
-                    part.copy_(copy, non_blocking=True)
+                for part, copy in zip(parts[reads:], there[reads:], strict=True):
+                    if copy is not part:
+                        part.copy_(copy, non_blocking=True)
     finally:
         here.synchronize()
