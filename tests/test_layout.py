@@ -28,7 +28,7 @@ MODULES = {
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 ORDER = [
-    *("errors", "machine", "progress", "files"),
+    *("errors", "machine", "processes", "progress", "files"),
     *("bundled", "recipe", "runs", "model", "text", "sources"),
     *("building", "training", "evaluation", "reporting"),
     *("pipeline", "comparison", "console", "cli", "__main__"),

@@ -395,15 +395,27 @@ def _refuse_bytes(words: list[str]) -> None:
 
 
 def _refuse_processes(call: _Call) -> None:
-    """Two processes of anything but a training would write the same files."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and call.command is not train:
+    """Two processes of anything but a build or a training would write the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if call.command not in (build, train):
         raise RecipeError(
-            "only `symphony train` runs in several processes; start this command without "
-            "`torchrun` or `accelerate launch`"
+            "only `symphony build` and `symphony train` run in several processes; start this "
+            "command without `torchrun` or `accelerate launch`"
+        )
+    if call.device is not None and ":" in call.device:
+        raise RecipeError(
+            f"--device {call.device}: each of several processes takes a GPU of its own; say "
+            "--device cuda, or name the GPUs in CUDA_VISIBLE_DEVICES"
         )
 
 
 def _fail(message: str, code: int, *, as_json: bool) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from symphony_moe.processes import is_first_to_fail
+
+        if not is_first_to_fail():
+            return code
     message = shown(message)
     if as_json:
         print(_json({"error": message}))
@@ -416,7 +428,7 @@ def _log(verbose: bool) -> logging.StreamHandler[Any]:
     package = logging.getLogger("symphony_moe")
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
     if process_number() > 0:
-        package.setLevel(logging.WARNING)  # the first process speaks for all
+        package.setLevel(logging.ERROR)  # the first process speaks for all
     handler = log_handler()
     package.handlers = [handler]
     package.propagate = False

@@ -36,6 +36,10 @@ class VerificationError(SymphonyError):
     """A finished checkpoint does not hold what its sources and its manifest say it must."""
 
 
+class LostProcess(SymphonyError):
+    """Another process of the same command, on this machine or another one, has ended."""
+
+
 def is_text(name: str) -> bool:
     """Whether the bytes of a path or argument are UTF-8: no output could name it otherwise."""
     try:

@@ -15,7 +15,8 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from symphony_moe.machine import (
     process_number,
     versions,
 )
+from symphony_moe.processes import Processes, together
 from symphony_moe.progress import Listener, ignore
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.runs.folder import (
@@ -38,8 +40,13 @@ from symphony_moe.runs.folder import (
     start_run,
 )
 from symphony_moe.runs.metrics import Metrics, read_metrics
-from symphony_moe.sources.opening import are_here, open_sources, refuse_changed
-from symphony_moe.sources.source import Source, experts_of, remarks
+from symphony_moe.sources.opening import (
+    are_here,
+    open_sources,
+    refuse_changed,
+    refuse_touched,
+)
+from symphony_moe.sources.source import FileStates, Source, experts_of, remarks
 from symphony_moe.text.documents import check_data_exists
 from symphony_moe.text.texts import Texts
 from symphony_moe.training.refusals import refuse_untrainable
@@ -151,47 +158,98 @@ def build(  # noqa: PLR0913 (all but two are keywords)
     >>> built.checkpoint.is_dir()
     True
     """
-    out = Path(out)
-    started = time.monotonic()
-    refuse_existing(out, resume=resume, overwrite=overwrite)
+    out, started = Path(out), time.monotonic()
+    with together() as processes:
+        # The first of several processes alone reads and writes the run folder.
+        if processes.is_first:
+            refuse_existing(out, resume=resume, overwrite=overwrite)
+        ready = _prepare(recipe, memory, texts, processes)
+        folder = RunFolder(out)
+        if processes.is_first:
+            folder = _begin(ready, out, resume=resume, overwrite=overwrite)
+        if processes.agree(int(folder.checkpoint.is_dir())):
+            log.info("%s is finished already", folder.checkpoint)
+        else:
+            whole = Build(ready.recipe, ready.sources, ready.planned, ready.text, folder, processes)
+            with log_to(folder) if processes.is_first else nullcontext():
+                begun_with = _note(ready, whole, memory) if processes.is_first else {}
+                whole.run(begun_with, started, progress, ready.refuse_touched)
+        processes.wait()
+    return folder
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a build needs, read and checked."""
+
+    recipe: Recipe
+    """With the hashes of the sources' files."""
+    opened: Sequence[Source]
+    states: Mapping[str, FileStates]
+    """Source -> its files as they were hashed."""
+    planned: Plan
+    text: CalibrationText
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """Those that become experts."""
+        return experts_of(self.recipe, self.opened)
+
+    def refuse_touched(self) -> None:
+        """Raise SourceError where a file is not as it was hashed."""
+        for source in self.opened:
+            refuse_touched(source, self.states[source.name])
+
+
+def _prepare(
+    recipe: Recipe, memory: int | None, texts: Texts | None, processes: Processes
+) -> _Ready:
+    """Open the sources, plan, and read the text, while the sources are hashed."""
     _check_text(recipe)
     opened = open_sources(recipe, download=False)
     with FileHasher() as hasher:
         if not are_here(recipe):
             _plan(recipe, opened, memory)  # before weights are fetched
             opened = open_sources(recipe)
-        hashes = _begin_hashing(opened, hasher)  # while all else is found out
+        states = {source.name: source.file_states() for source in opened}
+        hashes = _begin_hashing(opened if processes.is_first else [], hasher)
         planned = _plan(recipe, opened, memory)
-        sources = experts_of(recipe, opened)
-        refuse_beyond(recipe, sources)
+        if processes.is_first:
+            refuse_beyond(recipe, experts_of(recipe, opened))
         texts = Texts.of(recipe, opened, texts)
         text = CalibrationText(
             texts.calibration_windows() if recipe.aligns or recipe.fits else {},
             texts.validation_windows(),
         )
-        del texts  # what it keeps is not wanted again, unless the caller does
-        recipe = _with_hashes(recipe, opened, hashes)
+        if processes.is_first:
+            recipe = _with_hashes(recipe, opened, hashes)
+    return _Ready(recipe, opened, states, planned, text)
+
+
+def _begin(ready: _Ready, out: Path, *, resume: bool, overwrite: bool) -> RunFolder:
+    """Make the run folder, or take up one that is there."""
+    planned = ready.planned
     if overwrite or not RunFolder(out).checkpoint.is_dir():
         require_room(out, planned.disk_bytes + planned.work_bytes, planned.work_bytes)
-
-    folder = start_run(out, recipe, resume=resume, overwrite=overwrite)
-    if folder.checkpoint.is_dir():
-        log.info("%s is finished already", folder.checkpoint)
-        if not folder.training_begun.is_file():
-            shutil.rmtree(folder.work)  # nothing that a training could go on from
-        return folder
-    with log_to(folder):
-        whole = Build(recipe, sources, planned, text, folder)
-        now = versions() | whole.products
-        begun_with = note_versions(folder.begun_with, now, "this build")
-        _warn_beyond_context(recipe, opened, "calibration")
-        folder.update_json(folder.plan, planned.to_json())
-        for note in (note for source in opened for note in remarks(source)):
-            log.warning("%s", note)
-        if memory is not None and planned.peak_memory_bytes > memory:
-            log.warning("%s", beyond_memory(planned.peak_memory_bytes, memory))
-        whole.run(begun_with, started, progress)
+    folder = start_run(out, ready.recipe, resume=resume, overwrite=overwrite)
+    if folder.checkpoint.is_dir() and not folder.training_begun.is_file():
+        shutil.rmtree(folder.work)  # nothing that a training could go on from
     return folder
+
+
+def _note(ready: _Ready, whole: Build, memory: int | None) -> dict[str, str]:
+    """Write down the plan, and say what there is to say; the versions of the software that the
+    build was begun with."""
+    folder, planned = whole.folder, ready.planned
+    now = versions() | whole.arithmetic
+    begun_with = note_versions(folder.begun_with, now, "this build")
+    _warn_beyond_context(ready.recipe, ready.opened, "calibration")
+    folder.update_json(folder.plan, planned.to_json())
+    for note in (note for source in ready.opened for note in remarks(source)):
+        log.warning("%s", note)
+    if memory is not None and planned.peak_memory_bytes > memory:
+        log.warning("%s", beyond_memory(planned.peak_memory_bytes, memory))
+    return begun_with
 
 
 def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, str]:
@@ -206,10 +264,16 @@ def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, str]:
     >>> verify(RunFolder(Path("run")))["sources"]
     "hashes equal the recipe's"
     """
-    from symphony_moe.building.verify import compare_builds, verify_run
+    from symphony_moe.building.verify import (
+        compare_builds,
+        refuse_several_processes,
+        verify_run,
+    )
 
     recipe = folder.read_recipe()
     folder.require_checkpoint()
+    if deep:
+        refuse_several_processes(folder)
     sources = experts_of(recipe, open_sources(recipe))
     checks = verify_run(folder, recipe, sources, make_plan(recipe, sources))
     if deep:

@@ -15,6 +15,7 @@ import torch
 
 from checks import edit_weights, expert_names, read_tensors
 from symphony_moe import pipeline
+from symphony_moe.building.build import Build
 from symphony_moe.errors import RunFolderError, SourceError
 from symphony_moe.files import FileHasher, hash_folder, sha256_of
 from symphony_moe.model import checkpoint
@@ -161,6 +162,33 @@ def test_a_source_that_changes_before_a_build_goes_on_is_refused(
     edit_weights(model, lambda tensors: tensors["model.norm.weight"].add_(1))
     with pytest.raises(RunFolderError, match="sources that have changed since"):
         pipeline.build(recipe, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to", "removed"])
+def test_a_source_that_changes_while_it_is_read_is_noticed(
+    how: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was copied of it is not what was hashed."""
+    weights = Path(recipe.sources["b"].model) / "model.safetensors"
+    write_layer = Build._write_layer
+
+    def change_first(build: Build, layer: int, moe: Any) -> None:
+        if layer == 1:
+            content = weights.read_bytes()
+            if how == "written to":
+                with weights.open("r+b") as file:
+                    file.seek(len(content) - 8)
+                    file.write(bytes(8))
+            else:
+                weights.rename(tmp_path / "old")
+            if how == "replaced":
+                weights.write_bytes(content[:-8] + bytes(8))
+        write_layer(build, layer, moe)
+
+    monkeypatch.setattr(Build, "_write_layer", change_first)
+    with pytest.raises(SourceError, match=r"b: .*model\.safetensors"):
+        pipeline.build(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint").exists()
 
 
 def test_files_are_hashed_in_threads(tmp_path: Path) -> None:

@@ -35,7 +35,15 @@ from symphony_moe.building.fit_layer import (
     calibrate_plain,
     fit_layer,
 )
-from symphony_moe.building.fitting import NEW, Batch, Descent, FitState, Step, descend
+from symphony_moe.building.fitting import (
+    NEW,
+    Batch,
+    Descent,
+    FitState,
+    Regression,
+    Step,
+    descend,
+)
 from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.building.router_init import hidden_router, regression_router
 from symphony_moe.errors import SourceError
@@ -524,14 +532,14 @@ def test_a_step_that_does_harm_is_not_kept(
     without = begin(load_recipe(harmonized("qwen2"), ["fit.epochs=0"]))
     epochs = int(step == "refinement")
     begun = begin(load_recipe(harmonized("qwen2"), [f"fit.epochs={epochs}"]))
-    solve, real_descend = fit_layer_module.solve, fit_layer_module.descend
+    solve_all, real_descend = fitting.solve_all, fit_layer_module.descend
     spoilt = {"attention": "o", "experts": "down_proj of b"}.get(step)
 
-    def spoiled(
-        state: FitState, sums: LeastSquares, start: Tensor, what: str, *rest: Any
-    ) -> Solution:
-        fit = solve(state, sums, start, what, *rest)
-        return replace(fit, weight=fit.weight + value) if what == spoilt else fit
+    def spoiled(state: FitState, regressions: Sequence[Regression]) -> list[Solution]:
+        return [
+            replace(fit, weight=fit.weight + value) if each.what == spoilt else fit
+            for each, fit in zip(regressions, solve_all(state, regressions), strict=True)
+        ]
 
     def astray(state: FitState, descent: Descent) -> int:
         steps = real_descend(state, descent)
@@ -541,7 +549,8 @@ def test_a_step_that_does_harm_is_not_kept(
         return steps
 
     expected, _ = without.fit()
-    monkeypatch.setattr(fit_layer_module, "solve", spoiled)
+    for module in (fitting, fit_layer_module):
+        monkeypatch.setattr(module, "solve_all", spoiled)
     monkeypatch.setattr(fit_layer_module, "descend", astray)
     moe, note = begun.fit()
     assert {s for s in note if s != "routing" and not note[s]["kept"]} == {step}
@@ -1235,11 +1244,11 @@ def test_nobody_is_asked_what_follows_a_document() -> None:
     """Positions count from 0 where a document begins: the token before it, and the window's last,
     are asked nothing."""
     state = by_hand({"a": 2, "b": 2})
-    assert state.predicts("a", slice(0, 2)).all()
+    assert state.predicts("a", torch.tensor([0, 1])).all()
     places = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7]])
     state = replace(state, positions={"a": places, "b": places})
     expected = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1, 0]]).bool()
-    assert torch.equal(state.predicts("a", slice(0, 2)), expected)
+    assert torch.equal(state.predicts("a", torch.tensor([0, 1])), expected)
     assert torch.equal(state.predicts("a", torch.tensor([1, 0])), expected.flip(0))
     assert torch.equal(state.predicts("a", 0), expected[0])
 

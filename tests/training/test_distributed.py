@@ -210,10 +210,3 @@ def test_every_architecture_trains_in_two_processes(
     assert f"MODEL {'' if launcher == 'torchrun' else 'FSDP'}{CLASSES[what]}\n" in output
     assert losses(run) == pytest.approx(losses(alone), abs=1e-4)
     pipeline.verify(run)
-
-
-def test_other_commands_are_refused_in_several_processes(tmp_path: Path) -> None:
-    code, output = launch(tmp_path, TORCHRUN, "evaluate", str(tmp_path))
-    assert code != 0
-    assert "only `symphony train` runs in several processes" in output
-    assert "a bug in" not in output

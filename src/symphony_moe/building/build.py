@@ -9,9 +9,10 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,9 +54,11 @@ from symphony_moe.model.moe_layer import (
     read_layer_outputs,
     router_matrix,
     router_rows,
+    shared_layer,
 )
 from symphony_moe.model.precision import is_reduced
 from symphony_moe.model.streams import Streams, Windows
+from symphony_moe.processes import ALONE, Processes
 from symphony_moe.progress import Listener, Progress
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
@@ -162,14 +165,18 @@ class Build:
         planned: Plan,
         text: CalibrationText,
         folder: RunFolder,
+        processes: Processes = ALONE,
     ) -> None:
-        """`sources`: those that become experts, in the order of the experts."""
+        """`sources`: those that become experts, in the order of the experts. `processes`: those
+        that share the text, each with a build of its own; the first writes."""
         self.recipe = recipe
         self.sources = sources
         self.planned = planned
         self.text = text
         self.digest = text.digest
         self.folder = folder
+        self.processes = processes
+        self.is_first = processes.is_first
         self.anchor = anchor_of(recipe, sources)
         self.names = [source.name for source in sources]
         self.num_layers: int = self.anchor.config.num_hidden_layers
@@ -177,17 +184,27 @@ class Build:
         """Whether experts are written as they are read."""
 
     @property
-    def products(self) -> dict[str, str]:
-        """The number format of products of matrices, as it is recorded; nothing where a build
-        multiplies none."""
+    def arithmetic(self) -> dict[str, str]:
+        """What the rounding of the result depends on, as it is recorded: the number format of
+        products of matrices, and the number of processes where there are several. Nothing where a
+        build multiplies nothing."""
         if not (self.recipe.aligns or self.recipe.fits):
             return {}
         asked, hidden = self.recipe.calibration.precision, self.anchor.config.hidden_size
-        return {"products": "bfloat16" if is_reduced(asked, hidden, device()) else "float32"}
+        products = "bfloat16" if is_reduced(asked, hidden, device()) else "float32"
+        count = self.processes.count
+        return {"products": products} | ({"processes": str(count)} if count > 1 else {})
 
-    def run(self, begun_with: Mapping[str, str], started: float, listen: Listener) -> None:
+    def run(
+        self,
+        begun_with: Mapping[str, str],
+        started: float,
+        listen: Listener,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """From sources to `checkpoint/`. `begun_with`: the versions of the software that the build
-        was begun with, which it may not end with. `started`: when (time.monotonic)."""
+        was begun with, which it may not end with. `started`: when (time.monotonic). `check`: called
+        before the result is published; raises where it must not be."""
         # 1. Find the maps that bring each source into the anchor's coordinates.
         alignment = self._align(listen)
         if self.recipe.fits_layers:
@@ -195,6 +212,9 @@ class Build:
             alignment = alignment.with_token_counts(counts)
         self.new = Candidate(self.recipe, self.sources, alignment, NEW)
         self.plain = Candidate(self.recipe, self.sources, Alignment(), PLAIN)
+        if not self.is_first:  # what all have computed, the first one writes
+            self._write_model(started, listen)
+            return
         # 2. Lay the files out, and write the token embeddings.
         with CheckpointWriter(
             self.folder.staged_checkpoint,
@@ -208,6 +228,7 @@ class Build:
         chosen = None if fit is None else fit.chosen
         if chosen == PLAIN_MEAN:
             alignment = alignment.without_maps()
+        check()
         # 6. Write what stands beside the weights, and publish it all by one rename.
         staged = self.folder.staged_checkpoint
         write_companions(staged, self.planned, self.recipe, self.sources)
@@ -233,7 +254,7 @@ class Build:
     def _write_model(self, started: float, listen: Listener) -> ModelFit | None:
         """All of the weights, in the order of the files, which are hashed while they are written;
         what was measured, None where nothing is fitted."""
-        self._write_table(EMBEDDING)
+        self._write_tables(self.new, EMBEDDING)
         # 3. Put every stream at its token embeddings.
         self.state = self._begin_fit()
         # 4. Layer by layer: align, fuse, fit, write.
@@ -247,11 +268,12 @@ class Build:
         # 5. The final norm and the head. A head that is fitted comes with the choice of a model:
         # the better of the two.
         tensors = self.planned.tensors
-        self.writer.write(FINAL_NORM, fused_final_norm(self.recipe, self.sources))
+        if self.is_first:
+            self.writer.write(FINAL_NORM, fused_final_norm(self.recipe, self.sources))
         fit = self._finish_fit()
         if HEAD in tensors and not self.recipe.fits_layers:
-            self._write_table(HEAD)
-        if HEAD_BIAS in tensors:
+            self._write_tables(self.new, HEAD)
+        if HEAD_BIAS in tensors and self.is_first:
             self.writer.write(HEAD_BIAS, torch.zeros(tensors[HEAD_BIAS]))
         return fit
 
@@ -261,20 +283,27 @@ class Build:
         if not self.recipe.aligns:
             return Alignment()
         paths = [self.folder.layer_compared(layer) for layer in range(self.num_layers)]
-        compared = [is_compared(path, self.digest) for path in paths]
+        compared = [
+            bool(self.processes.agree(int(self.is_first and is_compared(path, self.digest))))
+            for path in paths
+        ]
         if not all(compared):
             streams = self._streams()
             text, validation = self.text.together(), self.text.num_validation
-            sweep = Sweep(self.recipe, self.sources, streams, text, validation)
+            sweep = Sweep(self.recipe, self.sources, streams, text, validation, self.processes)
             for layer in range(self.num_layers):
                 self._compare_layer(layer, sweep, known=compared[layer])
                 log.info("compared layer %d of %d", layer + 1, self.num_layers)
                 listen(Progress("align", layer + 1, self.num_layers))
                 release_freed_memory()
             streams.release()
-        findings = Findings(paths)
-        others = [name for name in self.names if name != self.recipe.anchor]
-        return choose_maps(findings.names, findings.read, others, self.num_layers)
+        chosen = {}
+        if self.is_first:
+            findings = Findings(paths)
+            others = [name for name in self.names if name != self.recipe.anchor]
+            maps = choose_maps(findings.names, findings.read, others, self.num_layers)
+            chosen = dict(maps.tensors)
+        return Alignment(self.processes.share(chosen))
 
     def _compare_layer(self, layer: int, sweep: Sweep, *, known: bool) -> None:
         """Bring all sources past one layer; record how it compares with the anchor's, unless that
@@ -282,17 +311,23 @@ class Build:
         found = sweep.advance(layer, self._read_layer(layer), compare=not known)
         if known:
             return
-        tensors = {}
-        for source, statistics in found.items():
-            who = f"{source} (or the anchor, {self.recipe.anchor}): layer {layer}"
-            for kind, tensor in match(statistics, self.anchor.family, who).items():
-                tensors[layer_key(source, layer, kind)] = tensor
-        write_comparison(self.folder.layer_compared(layer), tensors, self.digest)
+        processes, matched = self.processes, {}
+        for place, source in enumerate(found):  # the processes match a source each, side by side
+            if place % processes.count == processes.number:
+                who = f"{source} (or the anchor, {self.recipe.anchor}): layer {layer}"
+                matched[source] = match(found[source], self.anchor.family, who)
+        tensors: dict[str, Tensor] = {}
+        for place, source in enumerate(found):
+            shared = processes.share(matched.get(source), place % processes.count)
+            tensors |= {layer_key(source, layer, kind): each for kind, each in shared.items()}
+        if self.is_first:
+            write_comparison(self.folder.layer_compared(layer), tensors, self.digest)
 
-    def _write_table(self, table: str) -> None:
-        """Token embeddings or output head, as fused."""
-        for name, first_row, rows in self.new.tables([table]):
-            self.writer.write(name, rows, first_row)
+    def _write_tables(self, model: Candidate, table: str) -> None:
+        """Token embeddings or output head, as a model has them."""
+        if self.is_first:
+            for name, first_row, rows in model.tables([table]):
+                self.writer.write(name, rows, first_row)
 
     def _begin_fit(self) -> FitState | None:
         """All streams of the fit at their token embeddings; None where nothing is fitted."""
@@ -301,6 +336,7 @@ class Build:
         text = self.text
         texts = {n: joined((text.validation[n], text.fitted[n])) for n in sorted(text.fitted)}
         windows = {name: each.windows for name, each in texts.items()}
+        processes = self.processes
         state = FitState(
             self.recipe,
             self.anchor.family,
@@ -311,15 +347,17 @@ class Build:
             self._streams(),
             {source.name: source.known for source in self.sources},
             {name: each.positions for name, each in texts.items()},
+            processes=processes,
         )
-        self.new.begin(state, windows)
+        self.new.begin(state, {name: each[state.numbers(name)] for name, each in windows.items()})
         if self.recipe.fits_layers:
             hidden = self.anchor.config.hidden_size
             for source in self.sources:
-                own = {f"{SOURCE}/{source.name}": windows[source.name]}
+                name = source.name
+                own = {f"{SOURCE}/{name}": windows[name][state.numbers(name)]}
                 table = aligned_table(self.recipe, source, EMBEDDING, self.new.alignment)
                 state.streams.embed(own, hidden, table)
-            some = {name: each[: state.plain_windows(name)] for name, each in windows.items()}
+            some = {n: each[processes.own(state.plain_windows(n))] for n, each in windows.items()}
             self.plain.begin(state, some)
         begin_streams(state)
         return state
@@ -328,11 +366,9 @@ class Build:
         """Align, fuse, fit and write one layer. A layer that an interrupted build has finished is
         kept: the streams are only brought past it."""
         record, prefix = self.folder.layer_done(layer), f"model.layers.{layer}."
-        finished = is_finished(record, self.digest, lambda: self.writer.digest(prefix))
-        if finished:
-            self.writer.keep(prefix)
-            if self.state is None:
-                return
+        finished = self._is_finished(record, prefix)
+        if finished and self.state is None:
+            return
         note: dict[str, Any] = {}
         if not finished:
             note = self._new_layer(layer)
@@ -344,13 +380,22 @@ class Build:
             self.new.advance(self.state, layer, self._read_written(layer))
             if self.recipe.fits_layers:
                 router = self._advance_plain(self.state, layer, finished)
-        if not finished:
+        if self.is_first and not finished:
             text, measured = self.digest, to_json(note)
             self.writer.when_durable(
                 prefix, lambda digest: write_layer(record, router, text, digest, measured)
             )
             if not self.copies:  # a layer that took long to make is not left to chance
                 self.writer.settle()
+
+    def _is_finished(self, record: Path, prefix: str) -> bool:
+        """Whether an interrupted build has finished a layer, which is kept then."""
+        finished = False
+        if self.is_first:
+            finished = is_finished(record, self.digest, lambda: self.writer.digest(prefix))
+            if finished:
+                self.writer.keep(prefix)
+        return bool(self.processes.agree(int(finished)))
 
     def _aligned(self, model: Candidate, layer: int) -> dict[str, dict[str, Tensor]]:
         """Source -> its layer as a model has it. What was read is not kept beside: while a layer is
@@ -372,7 +417,7 @@ class Build:
         hidden), which is the only thing that is fitted."""
         moe = self.plain.assemble(layer, self._aligned(self.plain, layer)).to(self.plain.dtype)
         if finished:
-            router = read_plain_router(self.folder.layer_done(layer))
+            router = self._recorded_router(layer)
         else:
             router = router_matrix(calibrate_plain(state, layer, moe), state.names)
             router = router.to(self.plain.dtype)
@@ -380,34 +425,45 @@ class Build:
         self.plain.advance(state, layer, replace(moe, router=rows))
         return router
 
+    def _recorded_router(self, layer: int) -> Tensor:
+        """The plain mean's router of a finished layer (experts, by name, x hidden)."""
+        found = {}
+        if self.is_first:
+            found = {"router": read_plain_router(self.folder.layer_done(layer))}
+        return self.processes.share(found)["router"]
+
     def _finish_fit(self) -> ModelFit | None:
         """What was measured; None where nothing is fitted. Fits and writes the head; then, where
         the plain mean loses less on the validation text, writes that instead."""
         if self.state is None:
             return None
-        self.writer.settle()
-        records = [self.folder.layer_done(layer) for layer in range(self.num_layers)]
-        layers = [json.loads(read_note(record)) for record in records]
+        layers = []
+        if self.is_first:
+            self.writer.settle()
+            records = [self.folder.layer_done(layer) for layer in range(self.num_layers)]
+            layers = [json.loads(read_note(record)) for record in records]
         if not self.recipe.fits_layers:
             return ModelFit(layers)
         own = {source.name: self.new.aligned_head(source) for source in self.sources}
         head, head_fit = fit_head(self.state, self.new.whole_head(), own)
-        self.writer.write(HEAD, head)
+        written = {}
+        if self.is_first:
+            self.writer.write(HEAD, head)
+            written = {HEAD: self.writer.read(HEAD)}
         plain_head = self.plain.whole_head()
         rounded = plain_head.to(self.plain.dtype).float()
         by_source = {
-            HARMONIZED: self.new.losses(self.state, self.writer.read(HEAD)),
+            HARMONIZED: self.new.losses(self.state, self.processes.share(written)[HEAD]),
             PLAIN_MEAN: self.plain.losses(self.state, rounded),
         }
         chosen = _better(by_source)
-        if chosen == PLAIN_MEAN:
+        if chosen == PLAIN_MEAN and self.is_first:
             self._write_plain(self.state, plain_head)
         return ModelFit(layers, head_fit, by_source, chosen)
 
     def _write_plain(self, state: FitState, head: Tensor) -> None:
         """Write the plain mean over the fitted model."""
-        for name, first_row, rows in self.plain.tables([EMBEDDING]):
-            self.writer.write(name, rows, first_row)
+        self._write_tables(self.plain, EMBEDDING)
         self.writer.write(HEAD, head)
         for layer in range(self.num_layers):
             aligned = self._aligned(self.plain, layer)
@@ -429,8 +485,8 @@ class Build:
             folder.manifest,
             {
                 "versions": now,
-                **self.products,
-                **({} if begun_with == now | self.products else {"begun_with": dict(begun_with)}),
+                **self.arithmetic,
+                **({} if begun_with == now | self.arithmetic else {"begun_with": dict(begun_with)}),
                 **({} if chosen is None else {"model": chosen}),
                 "sources": {name: spec.sha256 for name, spec in sources.items()},
                 "files": {
@@ -443,7 +499,10 @@ class Build:
 
     def _streams(self) -> Streams:
         """Streams in memory, or in files, as planned."""
-        return Streams(None if self.planned.streams_in_memory else self.folder.work)
+        folder = self.folder.work
+        if not self.is_first:
+            folder = folder / f"process-{self.processes.number}"
+        return Streams(None if self.planned.streams_in_memory else folder)
 
     def _read_layer(self, layer: int) -> dict[str, dict[str, Tensor]]:
         """Source -> its layer (name within the layer -> tensor)."""
@@ -451,12 +510,15 @@ class Build:
 
     def _write_layer(self, layer: int, moe: MoELayer) -> None:
         family, config = self.anchor.family, self.anchor.config
-        for name, tensor in layer_outputs(family, config, layer, moe, self.names):
-            self.writer.write(name, tensor)
+        if self.is_first:
+            for name, tensor in layer_outputs(family, config, layer, moe, self.names):
+                self.writer.write(name, tensor)
 
     def _read_written(self, layer: int) -> MoELayer:
-        family, config = self.anchor.family, self.anchor.config
-        return read_layer_outputs(family, config, layer, self.names, self.writer.read)
+        family, config, moe = self.anchor.family, self.anchor.config, None
+        if self.is_first:
+            moe = read_layer_outputs(family, config, layer, self.names, self.writer.read)
+        return shared_layer(self.processes, moe)
 
 
 def _mean(losses: Mapping[str, float]) -> float:

@@ -30,7 +30,7 @@ from symphony_moe.building.fitting import (
 from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.model.layer import LOGITS_AT_ONCE, device, rms_norm
 from symphony_moe.model.precision import exact, float32_results, product_dtype
-from symphony_moe.model.streams import windows_at_once
+from symphony_moe.model.streams import in_batches
 from symphony_moe.model.temperature import TEMPERATURES, largest_temperature
 
 Head = Float[Tensor, "vocabulary hidden"]
@@ -98,9 +98,10 @@ def next_token_losses(state: FitState, part: str, head: Head) -> dict[str, float
     head = head.to(device())
     losses = {}
     for name in state.names:
-        total, predicted = 0.0, 0
-        for number in range(state.num_validation[name]):
-            rows = _normed(state, state.stream(part, name)[number])
+        total, predicted = 0.0, 0.0
+        numbers = state.numbers(name)[state.validation(name)].tolist()
+        for row, number in enumerate(numbers):
+            rows = _normed(state, state.stream(part, name)[row])
             tokens = state.windows[name][number].to(device())
             asked = state.predicts(name, number).to(device())
             asked[-1] = False  # what follows is in another window
@@ -108,6 +109,9 @@ def next_token_losses(state: FitState, part: str, head: Head) -> dict[str, float
             for x, wanted in zip(*(_chunks(r, head) for r in (rows[asked], follow)), strict=True):
                 loss = torch.nn.functional.cross_entropy(x @ head.T, wanted, reduction="sum")
                 total, predicted = total + float(loss), predicted + len(wanted)
+        sums = torch.tensor([total, predicted], dtype=torch.float64)
+        state.processes.add(sums)
+        total, predicted = sums.tolist()
         losses[name] = total / predicted if predicted else math.nan
     return losses
 
@@ -154,8 +158,7 @@ def _to_fit(state: FitState) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(source, rows of the new model's last stream, rows of the source's) over the text that is
     fitted on, where a next token is asked for."""
     for name in state.names:
-        asked = state.predicts(name, state.fitted(name))
-        masks = asked.split(windows_at_once(asked.shape[1]))
+        masks = in_batches(state.predicts(name, state.numbers(name)[state.fitted(name)]))
         batches = state.to_fit(NEW, SOURCE, only=name)
         for mask, (_, streams) in zip(masks, batches, strict=True):
             new, source = (_normed(state, x)[mask.to(x.device)] for x in streams)
@@ -174,7 +177,7 @@ def _refine(state: FitState, start: Head, aligned: Head, heads: Mapping[str, Hea
 
     def gradient(batch: Batch) -> None:
         masks = [state.predicts(name, numbers).to(device()) for name, numbers, _, _ in batch]
-        tokens = max(1, sum(int(mask.sum()) for mask in masks))
+        tokens = max(1, state.processes.total(sum(int(mask.sum()) for mask in masks)))
         ours, total = head.to(dtype), torch.zeros_like(head)
         for mask, (name, _, new, source) in zip(masks, batch, strict=True):
             own = heads[name].to(dtype)
@@ -231,7 +234,7 @@ def _divergences(
     found = []
     for name in state.names:
         where, total, tokens = state.validation(name), [0.0] * len(temperatures), 0
-        asked = state.predicts(name, where).to(device())
+        asked = state.predicts(name, state.numbers(name)[where]).to(device())
         parts = (state.stream(part, name)[where] for part in (NEW, SOURCE))
         rows = (_normed(state, part)[asked] for part in parts)
         for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
@@ -248,5 +251,8 @@ def _divergences(
                 ours = mean / temperature - exponents.log()
                 total[place] += float((entropy - ours).sum())
             tokens += len(x)
-        found.append([value / max(1, tokens) for value in total])
+        sums = torch.tensor([*total, tokens], dtype=torch.float64)
+        state.processes.add(sums)
+        *total, predicted = sums.tolist()
+        found.append([value / max(1, predicted) for value in total])
     return [sum(of) / len(found) for of in zip(*found, strict=True)]

@@ -17,9 +17,10 @@ order of the sources: they are gone through by name.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -37,12 +38,14 @@ from symphony_moe.building.fitting import (
     Batch,
     Descent,
     FitState,
+    Regression,
     Step,
     descend,
     solve,
+    solve_all,
 )
 from symphony_moe.building.least_squares import LeastSquares, Solution
-from symphony_moe.building.router_init import hidden_router, regression_router, windows_for_router
+from symphony_moe.building.router_init import hidden_router, regression_router
 from symphony_moe.errors import SourceError
 from symphony_moe.model.families import DOWN, GATE, UP, head_dim
 from symphony_moe.model.layer import (
@@ -59,6 +62,7 @@ from symphony_moe.model.layer import (
 )
 from symphony_moe.model.moe_layer import MoELayer, router_matrix, router_rows
 from symphony_moe.model.precision import exact, float32_results
+from symphony_moe.model.streams import in_batches
 
 log = logging.getLogger(__name__)
 
@@ -148,16 +152,18 @@ def _routing(state: FitState, layer: int, moe: MoELayer) -> ValidationRouting:
     chosen, right = torch.zeros(len(state.names)), 0.0
     for number, name in enumerate(state.names):
         new = state.stream(NEW, name)[state.validation(name)]
-        counts, own = torch.zeros_like(chosen), 0
-        for window in new.split(1):
+        counts, own = torch.zeros(len(state.names), dtype=torch.int64), 0
+        for window in in_batches(new, 1):
             middle = run_layer(attention, window)
             x = _normed(state.config, moe.shared, _MIDDLE_NORM, middle).flatten(0, 1)
             with exact(device()):
                 choices = (x @ router.to(x).T).topk(top_k, dim=-1).indices.cpu()
             counts += torch.bincount(choices.flatten(), minlength=len(chosen))
             own += int((choices[:, 0] == number).sum())
+        state.processes.add(counts)
+        tokens = state.num_validation[name] * new.shape[1]
         chosen += counts / counts.sum() / len(chosen)
-        right += own / (new.shape[0] * new.shape[1]) / len(chosen)
+        right += state.processes.total(own) / tokens / len(chosen)
     return ValidationRouting(dict(zip(state.names, chosen.tolist(), strict=True)), right)
 
 
@@ -167,7 +173,7 @@ def begin_streams(state: FitState) -> None:
     if state.recipe.fits_layers:
         parts += [MIDDLE, AFTER]
     for name in state.names:
-        windows, sequence = state.windows[name].shape
+        windows, sequence = len(state.numbers(name)), state.windows[name].shape[1]
         for part in parts:
             hidden = state.config.hidden_size
             state.streams.new(f"{part}/{name}", windows, sequence, hidden)
@@ -203,11 +209,14 @@ def calibrate_plain(state: FitState, layer: int, plain: MoELayer) -> Rows:
     attention = load_attention(state.config, layer, plain.shared)
     inputs = {}
     for name in state.names:
-        rows = []
-        for hidden in state.stream(PLAIN, name)[state.num_validation[name] :].split(1):
+        first, stop = state.num_validation[name], state.plain_windows(name)
+        stream = state.stream(PLAIN, name)
+        rows = torch.empty_like(stream[state.validation(name).stop :], device=device())
+        for row, hidden in enumerate(in_batches(stream[state.validation(name).stop :], 1)):
             middle = run_layer(attention, hidden)
-            rows.append(_normed(state.config, plain.shared, _MIDDLE_NORM, middle))
-        inputs[name] = torch.cat(rows).flatten(0, 1)
+            rows[row : row + 1] = _normed(state.config, plain.shared, _MIDDLE_NORM, middle)
+        places = state.numbers(name)[state.fitted(name)][: len(rows)] - first
+        inputs[name] = state.processes.gather(rows, places, stop - first).flatten(0, 1)
     return _fit_router(state, inputs)
 
 
@@ -217,7 +226,7 @@ def _run_sources(state: FitState, layer: int, aligned: Aligned) -> None:
         for name in state.names:
             model = load_dense_layer(state.configs[name], layer, aligned[name])
             finite = torch.ones((), dtype=torch.bool, device=device())
-            for before, middle, after in state.batches(name, SOURCE, MIDDLE, AFTER):
+            for before, middle, after in state.batches(name, SOURCE, MIDDLE, AFTER, reads=1):
                 with observe(model) as seen:
                     after.copy_(run_layer(model, before))
                 middle.copy_(seen["middle"])
@@ -234,7 +243,7 @@ def _run_attention(state: FitState, layer: int, shared: Mapping[str, Tensor]) ->
     model = load_attention(state.config, layer, shared)
     with torch.no_grad():
         for name in state.names:
-            for before, middle in state.batches(name, NEW, NEW_MIDDLE):
+            for before, middle in state.batches(name, NEW, NEW_MIDDLE, reads=1):
                 middle.copy_(run_layer(model, before))
 
 
@@ -323,19 +332,24 @@ def _router_inputs(
     """Source -> the new model's router inputs on windows spread over its text."""
     inputs = {}
     for name in state.names:
-        middle = state.stream(NEW_MIDDLE, name)[state.fitted(name)]
-        chosen = windows_for_router(len(state.names), middle.shape[1], len(middle))
-        middle = middle[:: chosen.step]
-        inputs[name] = _normed(state.config, shared, _MIDDLE_NORM, middle).flatten(0, 1)
+        chosen, numbers = state.spread_windows(name), state.numbers(name)
+        here = [row for row, number in enumerate(numbers.tolist()) if number in chosen]
+        middle = state.stream(NEW_MIDDLE, name)[here]
+        places = (numbers[here] - chosen.start) // chosen.step
+        rows = _normed(state.config, shared, _MIDDLE_NORM, middle)
+        inputs[name] = state.processes.gather(rows, places, len(chosen)).flatten(0, 1)
     return inputs
 
 
 def _fit_router(state: FitState, inputs: Mapping[str, Float[Tensor, "_ hidden"]]) -> Rows:
     settings = state.recipe.router
     method = hidden_router if settings.init == "hidden" else regression_router
-    with exact(device()):
-        rows = method([inputs[name].clone() for name in state.names], settings.temperature)
-    return router_rows(rows.cpu(), state.names)
+    found = {}
+    if state.processes.is_first:
+        with exact(device()):
+            rows = method([inputs[name].clone() for name in state.names], settings.temperature)
+        found = {"router": rows.cpu()}
+    return router_rows(state.processes.share(found)["router"], state.names)
 
 
 @torch.no_grad()
@@ -346,33 +360,43 @@ def _fit_experts(state: FitState, layer: int, start: MoELayer) -> tuple[MoELayer
     identity = torch.eye(hidden, device=device())
     experts: dict[str, dict[str, Tensor]] = {}
     solutions: dict[str, Solution] = {}
-    for name in state.names:
-        expert = {key: tensor.to(device()) for key, tensor in start.experts[name].items()}
-        inputs = LeastSquares(hidden, hidden, device=device())
-        for _, pair in state.to_fit(NEW_MIDDLE, MIDDLE, only=name):
-            whose = (config, state.configs[name])
-            rows = (
-                _normed(each, start.shared, _MIDDLE_NORM, stream)
-                for each, stream in zip(whose, pair, strict=True)
-            )
-            inputs.update(*(x.flatten(0, 1) for x in rows))
-        bend = solve(state, inputs, identity, f"input map of {name}")
-        with exact(device()):
-            expert |= {key: expert[key] @ bend.weight for key in (GATE, UP)}
-        solutions[f"input map of {name}"] = bend
+    for names in _grouped(state.names, state.processes.count):  # as many as are solved side by side
+        fitted = {
+            name: {key: tensor.to(device()) for key, tensor in start.experts[name].items()}
+            for name in names
+        }
+        wanted: list[Regression] = []
+        for name in names:
+            inputs = LeastSquares(hidden, hidden, device=device())
+            for _, pair in state.to_fit(NEW_MIDDLE, MIDDLE, only=name):
+                whose = (config, state.configs[name])
+                rows = (
+                    _normed(each, start.shared, _MIDDLE_NORM, stream)
+                    for each, stream in zip(whose, pair, strict=True)
+                )
+                inputs.update(*(x.flatten(0, 1) for x in rows))
+            wanted.append(Regression(inputs, identity, f"input map of {name}"))
+        for name, bend in zip(names, solve_all(state, wanted), strict=True):
+            with exact(device()):
+                fitted[name] |= {key: fitted[name][key] @ bend.weight for key in (GATE, UP)}
+            solutions[f"input map of {name}"] = bend
 
-        outputs = LeastSquares(config.intermediate_size, hidden, device=device())
-        for _, (new, after) in state.to_fit(NEW_MIDDLE, AFTER, only=name):
-            x = _normed(config, start.shared, _MIDDLE_NORM, new).flatten(0, 1)
-            outputs.update(gated_neurons(expert, x, activation), (after - new).flatten(0, 1))
-        down = solve(state, outputs, expert[DOWN], f"down_proj of {name}")
-        expert[DOWN] = down.weight
-        solutions[f"down_proj of {name}"] = down
-        experts[name] = {key: tensor.cpu() for key, tensor in expert.items()}
-    fitted = MoELayer(start.shared, experts, start.router)
-    errors = [_layer_error(state, layer, moe) for moe in (start, fitted)]
+        wanted = []
+        for name in names:
+            outputs = LeastSquares(config.intermediate_size, hidden, device=device())
+            for _, (new, after) in state.to_fit(NEW_MIDDLE, AFTER, only=name):
+                x = _normed(config, start.shared, _MIDDLE_NORM, new).flatten(0, 1)
+                neurons = gated_neurons(fitted[name], x, activation)
+                outputs.update(neurons, (after - new).flatten(0, 1))
+            wanted.append(Regression(outputs, fitted[name][DOWN], f"down_proj of {name}"))
+        for name, down in zip(names, solve_all(state, wanted), strict=True):
+            fitted[name][DOWN] = down.weight
+            solutions[f"down_proj of {name}"] = down
+            experts[name] = {key: tensor.cpu() for key, tensor in fitted[name].items()}
+    whole = MoELayer(start.shared, experts, start.router)
+    errors = [_layer_error(state, layer, moe) for moe in (start, whole)]
     step = Step(errors[0], errors[1], solutions)
-    return (fitted if step.kept else start), step
+    return (whole if step.kept else start), step
 
 
 def _refine(
@@ -401,7 +425,9 @@ def _refine(
         parameter.requires_grad_(True)
     gain = start.shared[_MIDDLE_NORM]
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: Batch) -> Tensor | None:
+        if not batch:  # a process that has no part of the step
+            return None
         before = torch.cat([x for _, _, x, _ in batch])
         wanted = torch.cat([y for _, _, _, y in batch])
         middle = run_layer(attention, before)
@@ -420,6 +446,12 @@ def _refine(
     )
     step = Step(error, _layer_error(state, layer, refined), descents=descents)
     return (refined if step.kept else start), step
+
+
+def _grouped(names: Sequence[str], size: int) -> Iterator[list[str]]:
+    rest = iter(names)
+    while group := list(islice(rest, size)):
+        yield group
 
 
 def _mixture(state: FitState, moe: MoELayer) -> MixtureOfExperts:
@@ -451,27 +483,36 @@ def _layer_error(state: FitState, layer: int, moe: MoELayer) -> float:
 def _error(state: FitState, target: str, run: Callable[[Tensor], Tensor]) -> float:
     """Mean over the sources of the relative error on the validation text: of what `run` makes of
     the new model's stream, against the source's stream `target`."""
-    errors = []
-    for name in state.names:
-        rows, total = state.validation(name), torch.zeros((), dtype=torch.float64, device=device())
-        streams = (state.stream(part, name)[rows] for part in (NEW, target))
-        for new, wanted in zip(*(stream.split(1) for stream in streams), strict=True):
-            total += _relative_error(run(new), wanted.to(device()))
-        errors.append(float(total) / state.num_validation[name])
-        _name_overflow(state, name, state.stream(target, name)[rows])
-    return sum(errors) / len(errors)
+    totals = torch.zeros(len(state.names), dtype=torch.float64, device=device())
+    overflows = torch.zeros(len(state.names), dtype=torch.int64)
+    for number, name in enumerate(state.names):
+        rows = state.validation(name)
+        streams = (in_batches(state.stream(part, name)[rows], 1) for part in (NEW, target))
+        for new, wanted in zip(*streams, strict=True):
+            totals[number] += _relative_error(run(new), wanted.to(device()))
+        overflows[number] = _overflows(state.stream(target, name)[rows])
+    state.processes.add(totals, overflows)
+    _name_overflows(state, overflows.bool().tolist())
+    counts = [state.num_validation[name] for name in state.names]
+    errors = totals.cpu() / torch.tensor(counts)
+    return float(sum(errors) / len(errors))
 
 
-def _name_overflow(state: FitState, name: str, stream: Tensor) -> None:
-    """Warn, once, of a source whose stream has no length in float32: no error is a number then."""
-    lengths = stream.square().sum(dim=-1)
-    if not bool(torch.isfinite(lengths).all()) and (name, "overflow") not in state.warned:
-        state.warned.add((name, "overflow"))
-        log.warning(
-            "%s: its residual stream is too large to be compared with in float32, so no fit is "
-            "kept; look at its weights",
-            name,
-        )
+def _overflows(stream: Tensor) -> bool:
+    """Whether a stream has no length in float32: no error is a number then."""
+    return not bool(torch.isfinite(stream.square().sum(dim=-1)).all())
+
+
+def _name_overflows(state: FitState, overflows: Sequence[bool]) -> None:
+    """Warn, once, of each source whose stream overflows."""
+    for name, too_large in zip(state.names, overflows, strict=True):
+        if too_large and (name, "overflow") not in state.warned:
+            state.warned.add((name, "overflow"))
+            log.warning(
+                "%s: its residual stream is too large to be compared with in float32, so no fit is "
+                "kept; look at its weights",
+                name,
+            )
 
 
 def _relative_error(

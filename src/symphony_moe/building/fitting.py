@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -18,6 +18,7 @@ from symphony_moe.model.families import Family
 from symphony_moe.model.layer import WINDOWS_TOKENS, device
 from symphony_moe.model.precision import product_dtype, products
 from symphony_moe.model.streams import Streams, Windows
+from symphony_moe.processes import ALONE, Processes
 from symphony_moe.recipe.settings import Recipe
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class FitState:
     anchor: str
     windows: Mapping[str, Windows]
     """Source -> calibration text of its domain: first the validation text, to judge by, then what
-    is fitted on."""
+    is fitted on. All of it; the streams are those of this process's part."""
     num_validation: Mapping[str, int]
     """Source -> number of windows that are validation text."""
     streams: Streams
@@ -58,6 +59,8 @@ class FitState:
     """Source -> the place of each token of its text in its document, 0 where one begins."""
     warned: set[tuple[str, str]] = field(default_factory=set)
     """What has been said, and need not be said of every layer."""
+    processes: Processes = ALONE
+    """Those that share the text."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -79,21 +82,27 @@ class FitState:
         """A whole stream (windows x sequence x hidden): `part` is one of SOURCE, NEW, ..."""
         return self.streams[f"{part}/{name}"]
 
-    def batches(self, name: str, *parts: str) -> Iterator[tuple[Tensor, ...]]:
-        """A source's text in batches of some streams: on the device, to read and to overwrite."""
-        return self.streams.visit(*(f"{part}/{name}" for part in parts))
+    def batches(self, name: str, *parts: str, reads: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """A source's text in batches of some streams, on the device: the first `reads` of them to
+        read, the others to overwrite."""
+        return self.streams.visit(*(f"{part}/{name}" for part in parts), reads=reads)
+
+    def numbers(self, name: str) -> Int[Tensor, " windows"]:
+        """Which of a source's windows the rows of its streams are: this process's part."""
+        return self.processes.own(len(self.windows[name]))
 
     def validation(self, name: str) -> slice:
-        """The windows of a source's text that judge a fit."""
-        return slice(0, self.num_validation[name])
+        """The rows of a source's streams that judge a fit."""
+        return slice(0, len(self.processes.own(self.num_validation[name])))
 
     def fitted(self, name: str) -> slice:
-        """The windows that are fitted on."""
-        return slice(self.num_validation[name], len(self.windows[name]))
+        """The rows of a source's streams that are fitted on."""
+        return slice(self.validation(name).stop, len(self.numbers(name)))
 
-    def predicts(self, name: str, rows: slice | Tensor | int) -> Bool[Tensor, "*windows sequence"]:
+    def predicts(self, name: str, rows: Tensor | int) -> Bool[Tensor, "*windows sequence"]:
         """Which tokens of some windows predict a next one: those that the same document goes on
-        after, within the window. All, where the positions are not known."""
+        after, within the window. All, where the positions are not known. `rows`: the windows'
+        numbers."""
         places = self.positions.get(name)
         if places is None:  # no document ends anywhere
             return torch.ones_like(self.windows[name][rows], dtype=torch.bool)
@@ -106,9 +115,14 @@ class FitState:
 
     def router_windows(self, name: str) -> int:
         """Windows of a source's text that a router is calibrated on."""
+        return len(self.spread_windows(name))
+
+    def spread_windows(self, name: str) -> range:
+        """Numbers of the windows that the new model's router is calibrated on."""
         windows, sequence = self.windows[name].shape
-        fitted = windows - self.num_validation[name]
-        return len(windows_for_router(len(self.windows), sequence, fitted))
+        first = self.num_validation[name]
+        spread = windows_for_router(len(self.windows), sequence, windows - first)
+        return range(first + spread.start, first + spread.stop, spread.step)
 
     def to_fit(
         self, *parts: str, only: str | None = None
@@ -117,7 +131,7 @@ class FitState:
         or that of `only` one."""
         for name in self.names if only is None else [only]:
             keys, rows = [f"{part}/{name}" for part in parts], self.fitted(name)
-            for batch in self.streams.visit(*keys, rows=rows, overwrites=False):
+            for batch in self.streams.visit(*keys, rows=rows, reads=len(keys)):
                 yield name, batch
 
 
@@ -156,6 +170,37 @@ class Step:
         return found
 
 
+@dataclass(frozen=True)
+class Regression:
+    """A regression that is to be solved."""
+
+    sums: LeastSquares
+    start: Tensor
+    """What it is drawn back to (outputs x inputs)."""
+    what: str
+    """For messages."""
+    intercept: Tensor | None = None
+
+
+def solve_all(state: FitState, regressions: Sequence[Regression]) -> list[Solution]:
+    """Regressions on the text of all processes, solved side by side: each by one of them. With a
+    warning (once for each `what`) where the text does not determine one."""
+    processes, ridge = state.processes, state.recipe.fit.ridge
+    for each in regressions:
+        each.sums.combine(processes)
+    own = {
+        place: each.sums.solve(each.start, ridge, each.intercept)
+        for place, each in enumerate(regressions)
+        if place % processes.count == processes.number
+    }
+    found = []
+    for place, each in enumerate(regressions):
+        solution = _shared(processes, own.get(place), place % processes.count, each.start.device)
+        _warn(state, each, solution)
+        found.append(solution)
+    return found
+
+
 def solve(
     state: FitState,
     sums: LeastSquares,
@@ -163,10 +208,24 @@ def solve(
     what: str,
     intercept: Tensor | None = None,
 ) -> Solution:
-    """The regression, with a warning (once for every `what`) where the text does not determine
-    it."""
-    ridge = state.recipe.fit.ridge
-    solution = sums.solve(start, ridge, intercept)
+    """One regression."""
+    return solve_all(state, [Regression(sums, start, what, intercept)])[0]
+
+
+def _shared(
+    processes: Processes, solution: Solution | None, owner: int, where: torch.device
+) -> Solution:
+    """The owner's solution, for all."""
+    if processes.count == 1:
+        assert solution is not None
+        return solution
+    tensors = None if solution is None else solution.to_tensors()
+    found = {name: tensor.to(where) for name, tensor in processes.share(tensors, owner).items()}
+    return Solution.from_tensors(found) if solution is None else solution
+
+
+def _warn(state: FitState, regression: Regression, solution: Solution) -> None:
+    sums, ridge, what = regression.sums, state.recipe.fit.ridge, regression.what
     problems = {}
     if sums.is_underdetermined():
         problems["text"] = (
@@ -189,11 +248,11 @@ def solve(
         if (what, kind) not in state.warned:
             state.warned.add((what, kind))
             log.warning("fit of %s: %s", what, problem)
-    return solution
 
 
 Batch = Sequence[tuple[str, Tensor, Tensor, Tensor]]
-"""A step's text: (source, windows' numbers, input, target) for every source."""
+"""A step's text: (source, windows' numbers, input, target) for every source; a process's part of
+it, where several share it."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +265,9 @@ class Descent:
     parts: tuple[str, str]
     """The streams that are read and aimed at."""
     loss: Callable[[Batch], Tensor | None]
-    """The loss of a batch; None where it has set the gradients itself."""
+    """The loss of a batch: the mean over its windows. None where it has set the gradients itself
+    (of several processes: its part of the whole step's), or where the batch is empty. All processes
+    call it, so it may add over them."""
     seed: int
 
 
@@ -239,21 +300,59 @@ def descend(state: FitState, descent: Descent) -> int:
         rate *= settings.learning_rate * min(1.0, (number + 1) / warmup)
         for group, size in zip(optimizer.param_groups, sizes, strict=True):
             group["lr"] = rate * size
-        batch = []
-        for name in names:
-            chosen = next(draws[name]) + first[name]
-            read, wanted = (state.stream(part, name)[chosen] for part in descent.parts)
-            batch.append((name, chosen, read.to(device()), wanted.to(device())))
+        chosen = {name: next(draws[name]) + first[name] for name in names}
+        batch = _part_of_step(state, chosen, descent.parts)
         optimizer.zero_grad()
         loss = descent.loss(batch)
         if loss is not None:
-            loss.backward()
+            windows = sum(len(numbers) for _, numbers, _, _ in batch)
+            (loss * (windows / (each * len(names)))).backward()
+        _add_gradients(state.processes, parameters)
         optimizer.step()
         with torch.no_grad():
             for tensor, home in zip(parameters, start, strict=True):
                 if home is not None:
                     tensor.lerp_(home, min(1.0, settings.pull * rate))
     return num_steps
+
+
+def _part_of_step(state: FitState, chosen: Mapping[str, Tensor], parts: tuple[str, str]) -> Batch:
+    """This process's part of a step's text. `chosen`: source -> numbers of windows. Whoever has a
+    drawn window sends it round: to run it takes much longer, and so all have equally much to do."""
+    processes = state.processes
+    batch: list[tuple[str, Tensor, Tensor, Tensor]] = []
+    for place, (name, numbers) in enumerate(chosen.items()):
+        # The step's windows are dealt out one by one, over all sources.
+        dealt = torch.arange(len(numbers)) + place * len(numbers)
+        mine = dealt % processes.count == processes.number
+        read, wanted = (_windows(state, state.stream(part, name), numbers) for part in parts)
+        if bool(mine.all()):
+            batch.append((name, numbers, read, wanted))
+        elif bool(mine.any()):
+            batch.append((name, numbers[mine], read[mine], wanted[mine]))
+    return batch
+
+
+def _windows(state: FitState, stream: Tensor, numbers: Tensor) -> Tensor:
+    """Some windows of a stream, whichever processes have them."""
+    processes = state.processes
+    here = torch.where(numbers % processes.count == processes.number)[0]
+    rows = stream[numbers[here] // processes.count].to(device())
+    return processes.gather(rows, here, len(numbers))
+
+
+def _add_gradients(processes: Processes, parameters: Sequence[Tensor]) -> None:
+    """Add up the gradients of all processes. A parameter that no process has one for (an expert
+    that no token was sent to) is left without."""
+    if processes.count == 1:
+        return
+    known = torch.tensor([parameter.grad is not None for parameter in parameters]).long()
+    processes.add(known)
+    for parameter, count in zip(parameters, known.tolist(), strict=True):
+        if count:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            processes.add(gradient)
+            parameter.grad = gradient
 
 
 def _draw(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ fitting merged models so is RegMean's (Jin et al. 2023, arXiv 2212.09849); here 
 of the new model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symphony_moe.model.precision import float32_results
+from symphony_moe.processes import Processes
 
 MAX_CONDITION = 1e12
 """Above this the ridge is raised: float64 has 16 digits, and the result shall have four."""
@@ -31,6 +33,18 @@ class Solution:
     """Of the matrix that was solved, estimated from its Cholesky factor (a lower bound)."""
     ridge: float
     """The share that was used in the end."""
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """For another process."""
+        facts = torch.tensor([self.condition, self.ridge], dtype=torch.float64)
+        intercept = {} if self.intercept is None else {"intercept": self.intercept}
+        return {"weight": self.weight, "facts": facts, **intercept}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Solution":
+        """The inverse of `to_tensors`."""
+        condition, ridge = tensors["facts"].tolist()
+        return cls(tensors["weight"], tensors.get("intercept"), condition, ridge)
 
 
 class LeastSquares:
@@ -62,6 +76,11 @@ class LeastSquares:
             self.gram += inputs.T @ inputs
             self.moments += inputs.T @ outputs
         self.count += len(inputs)
+
+    def combine(self, processes: Processes) -> None:
+        """Add up what every process has seen of the text."""
+        processes.add(self.gram, self.moments)
+        self.count = processes.total(self.count)
 
     def is_underdetermined(self) -> bool:
         """Whether there are fewer tokens than unknowns per output: the pull decides the rest."""

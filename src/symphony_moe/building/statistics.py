@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from symphony_moe.model.families import head_dim
 from symphony_moe.model.symmetry import HeadMap
+from symphony_moe.processes import Processes
 
 
 class NeuronCorrelation:
@@ -53,6 +54,20 @@ class NeuronCorrelation:
         self.products.addr_(shifts[0], shifts[1], alpha=self.count * tokens / merged)
         self.count = merged
 
+    def combine(self, processes: Processes) -> None:
+        """Merge what every process has seen of the text."""
+        if processes.count == 1:
+            return
+        merged = processes.total(self.count)
+        means = [mean * (self.count / merged) for mean in self.means]
+        processes.add(*means)
+        shifts = [mean - whole for mean, whole in zip(self.means, means, strict=True)]
+        for squares, shift in zip(self.squares, shifts, strict=True):
+            squares += shift.square() * self.count
+        self.products.addr_(shifts[0].float(), shifts[1].float(), alpha=self.count)
+        processes.add(*self.squares, self.products)
+        self.means, self.count = means, merged
+
     def result(self) -> Float[Tensor, "ffn ffn"]:
         """Pearson correlations, anchor's neurons x source's (float32). A neuron that never moves
         has correlation 0 with everything."""
@@ -82,6 +97,11 @@ class ResidualCovariance:
         """The same of unit vectors: the anchor's are made once for all sources."""
         self.products += source.T @ anchor
         self.count += len(anchor)
+
+    def combine(self, processes: Processes) -> None:
+        """Add up what every process has seen of the text."""
+        processes.add(self.products)
+        self.count = processes.total(self.count)
 
     def result(self) -> Float[Tensor, "hidden hidden"]:
         """Mean of source^T anchor; its trace is the mean cosine of the two streams."""
@@ -147,6 +167,11 @@ class HeadCorrelation:
             for energy, activity in zip(energies, (anchor, source), strict=True):
                 energy += activity.energies[part]
 
+    def combine(self, processes: Processes) -> None:
+        """Add up what every process has seen of the text."""
+        energies = [energy for pair in self.energies.values() for energy in pair]
+        processes.add(self.outputs, self.queries, self.keys, *energies)
+
     def _scale(self, part: str) -> Float[Tensor, "source anchor"]:
         anchor, source = self.energies[part]
         return torch.outer(source, anchor).sqrt().clamp_min(1e-300)
@@ -204,3 +229,9 @@ class LayerStatistics:
     validation: "LayerStatistics | None" = None
     """The same on validation text, which no map is found on: a map of residual stream or heads is
     judged there. None where there is no validation text."""
+
+    def combine(self, processes: Processes) -> None:
+        """Make them statistics of the whole text: each process has seen a part of it."""
+        for part in (self.residual, self.heads, self.neurons, self.validation):
+            if part is not None:
+                part.combine(processes)

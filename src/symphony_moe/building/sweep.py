@@ -26,6 +26,7 @@ from symphony_moe.model.families import EMBEDDING, head_dim
 from symphony_moe.model.layer import device, load_dense_layer, observe, run_layer
 from symphony_moe.model.precision import float32_results, products
 from symphony_moe.model.streams import Streams, Windows
+from symphony_moe.processes import ALONE, Processes
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.source import Source
 
@@ -46,28 +47,32 @@ class Sweep:
         streams: Streams,
         text: Windows,
         validation_windows: int,
+        processes: Processes = ALONE,
     ) -> None:
-        """`text`: the same windows for all sources. The first `validation_windows` of them are
-        compared apart, to judge by."""
+        """`text`: the same windows for all sources, and for all processes, which share them. The
+        first `validation_windows` of them are compared apart, to judge by."""
         self._recipe = recipe
         # The anchor first: the others are compared with what it did on the same batch.
         self._sources = sorted(sources, key=lambda source: source.name != recipe.anchor)
         self._streams = streams
-        self._validation = validation_windows
+        self._processes = processes
+        self._is_judged = validation_windows > 0
+        self._judges = len(processes.own(validation_windows))
+        own = text[processes.own(len(text))]
         for source in sources:
             hidden = source.config.hidden_size
-            streams.embed({source.name: text}, hidden, source.table(EMBEDDING))
+            streams.embed({source.name: own}, hidden, source.table(EMBEDDING))
 
     @torch.inference_mode()
     def advance(
         self, layer: int, weights: Mapping[str, Mapping[str, Tensor]], *, compare: bool
     ) -> dict[str, LayerStatistics]:
-        """Run one layer of every source over the whole text.
+        """Run one layer of every source over this process's part of the text.
 
-        Returns, for every source but the anchor, how it compares with the anchor on the same tokens
-        (nothing where `compare` is false). The residual stream is compared before the layer,
-        between attention and FFN, and after the last layer. `weights`: source -> its layer's
-        tensors.
+        Returns, for every source but the anchor, how it compares with the anchor on the same
+        tokens, those of all processes (nothing where `compare` is false). The residual stream is
+        compared before the layer, between attention and FFN, and after the last layer. `weights`:
+        source -> its layer's tensors.
         """
         models = {
             source.name: load_dense_layer(source.config, layer, weights[source.name])
@@ -89,14 +94,16 @@ class Sweep:
                         if judges:
                             comparison = comparison.validation or comparison
                         _add(comparison, anchor, activity)
+        for comparison in found.values():
+            comparison.combine(self._processes)
         return found
 
     def _batches(self) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
         """Batches of all streams, the anchor's first, and whether they are of the validation text:
         none is partly."""
         names = [source.name for source in self._sources]
-        judging, rest = slice(0, self._validation), slice(self._validation, None)
-        for rows in [judging, rest] if self._validation else [rest]:
+        judging, rest = slice(0, self._judges), slice(self._judges, None)
+        for rows in (judging, rest):
             for batch in self._streams.visit(*names, rows=rows):
                 yield batch, rows is judging
 
@@ -116,7 +123,7 @@ class Sweep:
         if self._recipe.aligns_neurons:
             comparison.neurons = NeuronCorrelation(config.intermediate_size, device())
             comparison.neuron_share = self._recipe.align.neuron_share
-        if self._validation:
+        if self._is_judged:
             comparison.validation = blank()
         return comparison
 

@@ -144,6 +144,17 @@ def _compare_alignment(run: RunFolder, listed: Mapping[str, str]) -> str | None:
     return None
 
 
+def refuse_several_processes(run: RunFolder) -> None:
+    """Raise VerificationError for a run that one process does not build again to the bit."""
+    count = run.read_json(run.manifest).get("processes")
+    if count is not None:
+        raise VerificationError(
+            f"{run.root}: built by {count} processes, whose sums are rounded in another order than "
+            "those of one; --deep compares to the bit. Leave --deep out, or build again in one "
+            "process"
+        )
+
+
 def compare_builds(run: RunFolder, rebuilt: RunFolder) -> str:
     """Tensor hashes of two builds of one recipe. Raises VerificationError where they differ."""
     first, second = (r.read_json(r.manifest)["tensors"]["checkpoint"] for r in (run, rebuilt))

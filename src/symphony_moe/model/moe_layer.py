@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from symphony_moe.model.families import K_PROJ, ROTARY, V_PROJ, Family, head_dim, queries_per_kv
+from symphony_moe.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,37 @@ class MoELayer:
             rounded(self.router),
             None if attention is None else rounded(attention),
         )
+
+
+def shared_layer(processes: Processes, layer: MoELayer | None) -> MoELayer:
+    """The first process's layer, for all; what the others pass is not looked at."""
+    if processes.count == 1:
+        assert layer is not None
+        return layer
+    return _from_named(processes.share(None if layer is None else _named(layer)))
+
+
+def _named(layer: MoELayer) -> dict[str, Tensor]:
+    """The layer's tensors, each by the path to it (a name may hold any character but a newline)."""
+    parts: dict[str, Mapping[str, Tensor]] = {"shared": layer.shared, "router": layer.router}
+    if layer.attention_router is not None:
+        parts["attention_router"] = layer.attention_router
+    parts |= {f"experts\n{name}": expert for name, expert in layer.experts.items()}
+    return {
+        f"{part}\n{n}": tensor for part, tensors in parts.items() for n, tensor in tensors.items()
+    }
+
+
+def _from_named(tensors: Mapping[str, Tensor]) -> MoELayer:
+    """The inverse of `_named`."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        part, name = path.rsplit("\n", 1)
+        parts.setdefault(part, {})[name] = tensor
+    shared, router = parts.pop("shared"), parts.pop("router")
+    chooser = parts.pop("attention_router", None)
+    experts = {part.partition("\n")[2]: own for part, own in parts.items()}
+    return MoELayer(shared, experts, router, chooser)
 
 
 def router_matrix(

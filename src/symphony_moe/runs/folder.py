@@ -315,10 +315,10 @@ def note_versions(path: Path, now: Mapping[str, str], what: str) -> dict[str, st
         write_text(path, json.dumps(dict(now), indent=2))
         return dict(now)
     begun: dict[str, str] = read_table(path)
-    changed = [name for name in now if begun.get(name) != now[name]]
+    changed = [n for n in dict.fromkeys([*now, *begun]) if begun.get(n) != now.get(n)]
     if changed:
         then = ", ".join(f"{name} {begun.get(name, '(none)')}" for name in changed)
-        today = ", ".join(f"{name} {now[name]}" for name in changed)
+        today = ", ".join(f"{name} {now.get(name, '(none)')}" for name in changed)
         log.warning(
             "%s was begun with %s and goes on with %s: what the two compute differently is both in "
             "it; --overwrite begins again with one of them",
