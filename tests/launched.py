@@ -40,7 +40,7 @@ class Kill:
 
 
 def launch(
-    folder: Path, words: Sequence[str], *, count: int = 2, failing: "Kill | Fault | None" = None
+    folder: Path, words: Sequence[str], *, count: int = 2, failing: "Sabotage | None" = None
 ) -> Ended:
     """Run `symphony` with these words in so many processes, and wait for all of them."""
     context = multiprocessing.get_context("forkserver")
@@ -76,16 +76,29 @@ def launch(
 
 @dataclass(frozen=True)
 class Fault:
-    """Raise a user's error in one process when it calls a function."""
+    """Raise an error in one process when it calls a function."""
 
     process: int
     module: str
     function: str
-    message: str
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Other:
+    """Have a function come to something else in one process."""
+
+    process: int
+    module: str
+    function: str
+    value: object
+
+
+Sabotage = Kill | Fault | Other
 
 
 def _run(
-    words: list[str], environment: Mapping[str, str], output: str, failing: Kill | Fault | None
+    words: list[str], environment: Mapping[str, str], output: str, failing: Sabotage | None
 ) -> None:
     os.environ.update(environment)
     with open(output, "w", encoding="utf-8") as file:
@@ -101,13 +114,11 @@ def _run(
 
 
 @contextlib.contextmanager
-def _sabotaged(failing: Kill | Fault | None, number: int) -> Iterator[None]:
+def _sabotaged(failing: Sabotage | None, number: int) -> Iterator[None]:
     if failing is None or failing.process != number:
         yield
         return
     import importlib
-
-    from symphony_moe.errors import SourceError
 
     module = importlib.import_module(failing.module)
     call, calls = getattr(module, failing.function), 0
@@ -116,7 +127,9 @@ def _sabotaged(failing: Kill | Fault | None, number: int) -> Iterator[None]:
         nonlocal calls
         calls += 1
         if isinstance(failing, Fault):
-            raise SourceError(failing.message)
+            raise failing.error
+        if isinstance(failing, Other):
+            return failing.value
         if calls > failing.calls:
             os.kill(os.getpid(), signal.SIGKILL)
         return call(*arguments, **options)

@@ -107,9 +107,10 @@ def _refuse_usage(error: typer.TyperException) -> NoReturn:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "symphony"
     pieces = context.command.collect_usage_pieces(context) if context else ["COMMAND"]
-    print(f"usage: {' '.join([path, *pieces])}", file=sys.stderr)
-    message = shown(error.format_message(), 300).removesuffix(".")
-    print(f"symphony: error: {message}; `{path} --help` says more", file=sys.stderr)
+    if process_number() == 0:  # all that a launcher has started have the same command line
+        print(f"usage: {' '.join([path, *pieces])}", file=sys.stderr)
+        message = shown(error.format_message(), 300).removesuffix(".")
+        print(f"symphony: error: {message}; `{path} --help` says more", file=sys.stderr)
     sys.exit(2)
 
 
@@ -350,6 +351,8 @@ def _fail_unforeseen(error: Exception, call: _Call) -> int:
         return _fail(message, 2, as_json=call.as_json)
     if is_refusal(error):
         return _fail(first_line(error), 2, as_json=call.as_json)
+    if not _speaks():
+        return 1
     traceback.print_exception(error)
     message = f"a bug in symphony-moe: {type(error).__name__}: {error}"
     return _fail(message, 1, as_json=call.as_json)
@@ -410,12 +413,18 @@ def _refuse_processes(call: _Call) -> None:
         )
 
 
-def _fail(message: str, code: int, *, as_json: bool) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from symphony_moe.processes import is_first_to_fail
+def _speaks() -> bool:
+    """Whether this process says what has failed: of several the one that failed first."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from symphony_moe.processes import is_first_to_fail
 
-        if not is_first_to_fail():
-            return code
+    return is_first_to_fail()
+
+
+def _fail(message: str, code: int, *, as_json: bool) -> int:
+    if not _speaks():
+        return code
     message = shown(message)
     if as_json:
         print(_json({"error": message}))
@@ -518,10 +527,20 @@ def build(
 
     loaded = load_recipe(recipe, overrides or ())
     from symphony_moe import pipeline
+    from symphony_moe.processes import together
 
-    folder = pipeline.build(
-        loaded, out, resume=resume, overwrite=overwrite, memory=memory, progress=progress
-    )
+    with together() as processes:
+        folder = pipeline.build(
+            loaded,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            memory=memory,
+            progress=progress,
+            processes=processes,
+        )
+    if process_number() > 0:
+        return {}, ""  # the first process says what there is
     metrics = folder.read_json(folder.metrics)
     text = "\n".join(filter(None, (f"built {folder.checkpoint}", describe_build(metrics))))
     return metrics | {"paths": {"checkpoint": str(folder.checkpoint)}}, text

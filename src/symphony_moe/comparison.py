@@ -170,7 +170,8 @@ def _adopt_build(
         other = folder.run(*one)
         as_theirs = other.read_recipe().model_copy(update={"train": recipe.train})
         manifest = other.read_json(other.manifest)
-        by_this = manifest["versions"] == versions() and "begun_with" not in manifest
+        others = manifest.keys() & {"begun_with", "processes"}
+        by_this = manifest["versions"] == versions() and not others
         if as_theirs.builds_the_same(recipe) and by_this:
             # Pinned to the sources that it was built of.
             adopt_build(run, other, as_theirs, plan(recipe).to_json())

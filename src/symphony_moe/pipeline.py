@@ -17,18 +17,20 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
 from symphony_moe.building.plan import Plan, beyond_context, beyond_memory, make_plan
 from symphony_moe.errors import RecipeError, SymphonyError
-from symphony_moe.files import FileHasher, write_text
+from symphony_moe.files import FileHasher, to_json, write_text
 from symphony_moe.machine import (
     process_number,
     versions,
 )
-from symphony_moe.processes import Processes, together
+from symphony_moe.model.layer import device
+from symphony_moe.processes import ALONE, Processes
 from symphony_moe.progress import Listener, ignore
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.runs.folder import (
@@ -143,13 +145,15 @@ def build(  # noqa: PLR0913 (all but two are keywords)
     memory: int | None = None,
     texts: Texts | None = None,
     progress: Listener = ignore,
+    processes: Processes = ALONE,
 ) -> RunFolder:
     """Stage 1: sources to `checkpoint/`, layer by layer, without training.
 
     `resume` goes on where a build was cut short, `overwrite` replaces a run. `memory`: the bytes
     that it may take. Where the plan is beyond, the residual streams wait in files; the result is
     the same. Without it up to 2 GiB of them wait in memory. `texts`: what the caller has read
-    already. `progress` is called after each layer. Raises SymphonyError for what
+    already. `progress` is called after each layer. `processes`: this one among those that share
+    the text (`processes.together`); all of them call this. Raises SymphonyError for what
     cannot be built, before the run folder is made: RecipeError, SourceError, SourceMismatch,
     TextError, or RunFolderError where `out` exists.
 
@@ -159,22 +163,20 @@ def build(  # noqa: PLR0913 (all but two are keywords)
     True
     """
     out, started = Path(out), time.monotonic()
-    with together() as processes:
-        # The first of several processes alone reads and writes the run folder.
-        if processes.is_first:
-            refuse_existing(out, resume=resume, overwrite=overwrite)
-        ready = _prepare(recipe, memory, texts, processes)
-        folder = RunFolder(out)
-        if processes.is_first:
-            folder = _begin(ready, out, resume=resume, overwrite=overwrite)
-        if processes.agree(int(folder.checkpoint.is_dir())):
-            log.info("%s is finished already", folder.checkpoint)
-        else:
-            whole = Build(ready.recipe, ready.sources, ready.planned, ready.text, folder, processes)
-            with log_to(folder) if processes.is_first else nullcontext():
-                begun_with = _note(ready, whole, memory) if processes.is_first else {}
-                whole.run(begun_with, started, progress, ready.refuse_touched)
-        processes.wait()
+    # The first of several processes alone reads and writes what is in the run folder.
+    if processes.is_first:
+        refuse_existing(out, resume=resume, overwrite=overwrite)
+    ready = _prepare(recipe, memory, texts, processes)
+    folder = RunFolder(out)
+    if processes.is_first:
+        folder = _begin(ready, out, resume=resume, overwrite=overwrite)
+    if processes.agree(int(folder.checkpoint.is_dir())):
+        log.info("%s is finished already", folder.checkpoint)
+        return folder
+    whole = Build(ready.recipe, ready.sources, ready.planned, ready.text, folder, processes)
+    with log_to(folder) if processes.is_first else nullcontext():
+        begun_with = _note(ready, whole, memory) if processes.is_first else {}
+        whole.run(begun_with, started, progress, ready.refuse_touched)
     return folder
 
 
@@ -198,7 +200,8 @@ class _Ready:
     def refuse_touched(self) -> None:
         """Raise SourceError where a file is not as it was hashed."""
         for source in self.opened:
-            refuse_touched(source, self.states[source.name])
+            hashes = self.recipe.sources[source.name].sha256 or {}
+            refuse_touched(source, self.states[source.name], hashes)
 
 
 def _prepare(
@@ -206,13 +209,17 @@ def _prepare(
 ) -> _Ready:
     """Open the sources, plan, and read the text, while the sources are hashed."""
     _check_text(recipe)
+    if not processes.is_first_here:
+        processes.wait()  # the first of a machine fetches and converts for the others
     opened = open_sources(recipe, download=False)
     with FileHasher() as hasher:
         if not are_here(recipe):
             _plan(recipe, opened, memory)  # before weights are fetched
             opened = open_sources(recipe)
+        if processes.is_first_here:
+            processes.wait()
         states = {source.name: source.file_states() for source in opened}
-        hashes = _begin_hashing(opened if processes.is_first else [], hasher)
+        hashes = _begin_hashing(opened if processes.is_first_here else [], hasher)
         planned = _plan(recipe, opened, memory)
         if processes.is_first:
             refuse_beyond(recipe, experts_of(recipe, opened))
@@ -221,9 +228,29 @@ def _prepare(
             texts.calibration_windows() if recipe.aligns or recipe.fits else {},
             texts.validation_windows(),
         )
-        if processes.is_first:
+        if processes.is_first_here:
             recipe = _with_hashes(recipe, opened, hashes)
+    _refuse_different(recipe, text, processes)
     return _Ready(recipe, opened, states, planned, text)
+
+
+def _refuse_different(recipe: Recipe, text: CalibrationText, processes: Processes) -> None:
+    """Raise RecipeError in a process that would build something else than the first one. Files are
+    hashed by one process of each machine."""
+    if processes.count == 1:
+        return
+    bare = {name: spec.model_copy(update={"sha256": None}) for name, spec in recipe.sources.items()}
+    facts = {
+        "recipe": sha256(
+            recipe.model_copy(update={"sources": bare}).to_yaml().encode()
+        ).hexdigest(),
+        "calibration text": text.digest,
+        "software": to_json(versions()),
+        "place to compute": device().type,
+    }
+    for name, spec in recipe.sources.items() if processes.is_first_here else ():
+        facts[f"source {name}"] = sha256(to_json(spec.sha256).encode()).hexdigest()
+    processes.refuse_different(facts)
 
 
 def _begin(ready: _Ready, out: Path, *, resume: bool, overwrite: bool) -> RunFolder:

@@ -2,8 +2,8 @@
 
 `torchrun` or `accelerate launch` starts them, on one machine or on several. All of them go through
 the same steps. Each runs its own part of the text; sums are added over all of them, what one has
-solved is shared with the others, and the first alone writes. Alone, a process does the same and
-asks nobody.
+solved is shared with the others, and the first alone writes what is made. Alone, a process does the
+same and asks nobody.
 """
 
 import json
@@ -12,19 +12,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
-from symphony_moe.errors import LostProcess
+from symphony_moe.errors import LostProcess, RecipeError, first_line, shortened
 
 _PATIENCE = timedelta(hours=12)
-"""How long one process waits for another: the first may have terabytes to write. One that ends is
-noticed at once."""
+"""How long one process waits for another: the first may have terabytes to write. On a CPU one that
+ends is noticed at once."""
 
-_FAILED = "symphony-moe/failed"
+_START = timedelta(minutes=10)
+"""How long processes wait for each other at the beginning."""
+
+_KEYS = "symphony-moe"
+"""What the names begin with that processes leave for each other at the launcher's."""
 
 
 @dataclass(frozen=True)
@@ -33,28 +37,44 @@ class Processes:
 
     number: int = 0
     count: int = 1
+    place: int = 0
+    """Its number among those of its machine."""
 
     @property
     def is_first(self) -> bool:
         """Whether this is the process that writes."""
         return self.number == 0
 
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return self.place == 0
+
     def own(self, total: int) -> Tensor:
         """The numbers of this process's part of so many windows, ascending. Every process has one
         in `count`, so that each has the same share of any beginning of them."""
         return torch.arange(self.number, max(self.number, total), self.count)
 
-    def add(self, *sums: Tensor) -> None:
+    def add(self, *sums: Tensor, owner: int | None = None) -> None:
         """Add up tensors over all processes, in place: each has the total then, to the bit the same
-        one. Raises LostProcess, as all of these do, where a process has ended."""
+        one. `owner`: the one process that needs it; what the others have then is not to be used.
+
+        Raises LostProcess, as all of these do, where a process has ended.
+        """
         if self.count == 1:
             return
+        if any(tensor.is_cuda for tensor in sums):
+            # A GPU waits without end for a process that has ended. This notices it before.
+            self.wait()
         for tensor in sums:
             # Neither backend adds complex numbers.
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             whole = real.contiguous()
-            with _explained(self):
-                dist.all_reduce(whole)
+            with self._explained():
+                if owner is None:
+                    dist.all_reduce(whole)
+                else:
+                    dist.reduce(whole, owner)
             if whole is not real:
                 real.copy_(whole)
 
@@ -82,18 +102,17 @@ class Processes:
             mine = dict(tensors)
             if self.count == 1:
                 return mine
-            described = {
-                n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in mine.items()
+            kinds = {
+                name: str(tensor.dtype).removeprefix("torch.") for name, tensor in mine.items()
             }
-            self._broadcast(_bytes_of(json.dumps(described)), owner)
+            self._tell({name: [kinds[name], *mine[name].shape] for name in mine}, owner)
             for tensor in mine.values():
                 if tensor.numel():
                     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                     self._send(raw, owner)
             return mine
-        described = json.loads(bytes(self._broadcast(None, owner).tolist()))
         found = {}
-        for name, (dtype, *shape) in described.items():
+        for name, (dtype, *shape) in self._tell(None, owner).items():
             found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
             if found[name].numel():
                 self._send(found[name].view(-1).view(torch.uint8), owner)
@@ -101,25 +120,56 @@ class Processes:
 
     def agree(self, number: int) -> int:
         """The number that the first process has."""
-        if self.count == 1:
-            return number
         return int(self.share({"number": torch.tensor(number)})["number"])
+
+    def refuse_different(self, facts: Mapping[str, str]) -> None:
+        """Raise RecipeError in a process for which a fact (what it is -> what this process has) is
+        not what it is for the first one."""
+        if self.count == 1:
+            return
+        first = self._tell(dict(facts) if self.is_first else None, 0)
+        for fact, value in facts.items():
+            if first.get(fact) != value:
+                mine, its = (shortened(str(each), 60) for each in (value, first.get(fact)))
+                raise RecipeError(
+                    f"process {self.number + 1} of {self.count} has another {fact} ({mine}) than "
+                    f"the first ({its}); all of them must read the same recipe and files, by the "
+                    "same software"
+                )
 
     def wait(self) -> None:
         """Until every process is here."""
         self.total(0)
 
-    def _broadcast(self, content: Tensor | None, owner: int) -> Tensor:
-        """Bytes, of which only their owner knows how many they are."""
-        size = torch.tensor([0 if content is None else len(content)])
+    def _tell(self, content: dict[str, Any] | None, owner: int) -> dict[str, Any]:
+        """What can be said in JSON: the owner's, for all."""
+        raw = json.dumps(content).encode() if content is not None else b""
+        size = torch.tensor([len(raw)])
         self._send(size, owner)
-        content = torch.empty(int(size), dtype=torch.uint8) if content is None else content
-        self._send(content, owner)
-        return content
+        text = torch.zeros(int(size), dtype=torch.uint8)
+        if content is not None:
+            text = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        self._send(text, owner)
+        found: dict[str, Any] = json.loads(bytes(text.tolist()))
+        return found
 
     def _send(self, tensor: Tensor, owner: int) -> None:
-        with _explained(self):
+        with self._explained():
             dist.broadcast(tensor, owner)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """LostProcess where another process does not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostProcess(
+                f"process {self.number + 1} of {self.count}: another process of this command has "
+                f"ended or does not answer ({shortened(first_line(error), 100)}), so all of them "
+                "end. What it said is above, or on its machine; a system that is short of memory "
+                "ends processes silently. Finished layers are kept: start the command again with "
+                "--resume"
+            ) from error
 
 
 ALONE = Processes()
@@ -127,22 +177,43 @@ ALONE = Processes()
 
 @contextmanager
 def together() -> Iterator[Processes]:
-    """Inside the block: this process, among those that a launcher has started with it."""
+    """Inside the block: this process, among those that a launcher has started with it.
+
+    Raises LostProcess where they do not all come, and RecipeError where a machine has fewer GPUs
+    than processes.
+    """
     if not is_launched():
         yield ALONE
         return
-    own_group = not dist.is_initialized()
-    if own_group:
-        backend = "gloo"
-        if torch.cuda.is_available():
-            backend = "cpu:gloo,cuda:nccl"
-            place = int(os.environ.get("LOCAL_RANK", "0"))
-            torch.cuda.set_device(place % torch.cuda.device_count())
-        dist.init_process_group(backend, timeout=_PATIENCE)
-    yield Processes(dist.get_rank(), dist.get_world_size())
+    from torch.distributed.rendezvous import rendezvous
+
+    here, place = (int(os.environ.get(n, "1")) for n in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
+    place %= here
+    backend = "gloo"
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() < here:
+            raise RecipeError(
+                f"{here} processes on a machine with {torch.cuda.device_count()} GPU(s); each "
+                "needs one of its own. Start fewer, or say --device cpu"
+            )
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(place)
+    try:
+        store, number, count = next(rendezvous("env://", timeout=_START))
+        store.set(_key(f"here/{number}"), "")
+        store.wait([_key(f"here/{n}") for n in range(count)], _START)
+        dist.init_process_group(
+            backend, store=store, rank=number, world_size=count, timeout=_PATIENCE
+        )
+    except RuntimeError as error:
+        raise LostProcess(
+            f"the processes of this command have not all begun within {_START.seconds // 60} "
+            f"minutes ({shortened(first_line(error), 100)}). What one of them said is above, or on "
+            "its machine; all must see the recipe and its files"
+        ) from error
+    yield Processes(number, count, place)
     # Not where an error has come: a process that ends tells the others by that.
-    if own_group:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def is_launched() -> bool:
@@ -154,28 +225,16 @@ def is_first_to_fail() -> bool:
     """Whether no process of this command has failed before this one: one message is enough."""
     if not is_launched():
         return True
+    from torch.distributed.rendezvous import rendezvous
+
     try:
         store, number, _ = next(rendezvous("env://", timeout=timedelta(seconds=10)))
-        # Of this start: a launcher may start all of them once more.
-        key = f"{_FAILED}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        return bool(store.compare_set(key, "", str(number)) == str(number).encode())
+        found = store.compare_set(_key("failed"), "", str(number))
+        return bool(found == str(number).encode())
     except (RuntimeError, ValueError):  # nobody is left to ask
         return True
 
 
-@contextmanager
-def _explained(processes: Processes) -> Iterator[None]:
-    """LostProcess where another process does not answer."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostProcess(
-            f"process {processes.number} of {processes.count}: another process of this command has "
-            "ended, so all of them end. What it said is above, or on its machine; a system that is "
-            "short of memory ends processes silently. Start the command again with --resume: "
-            "finished layers are kept"
-        ) from error
-
-
-def _bytes_of(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+def _key(name: str) -> str:
+    """A name of this start: a launcher may start all processes once more."""
+    return f"{_KEYS}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"

@@ -189,6 +189,28 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(
     with pytest.raises(SourceError, match=r"b: .*model\.safetensors"):
         pipeline.build(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoint").exists()
+    # Put back as it was, and gone on with: nothing of the other state is kept.
+    monkeypatch.undo()
+    if how == "written to":
+        return
+    (tmp_path / "old").replace(weights)
+    run = pipeline.build(recipe, tmp_path / "run", resume=True)
+    pipeline.verify(run, deep=True)
+
+
+def test_the_same_bytes_with_another_date_are_no_change(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Path(recipe.sources["b"].model) / "model.safetensors"
+    write_layer = Build._write_layer
+
+    def touch(build: Build, layer: int, moe: Any) -> None:
+        shutil.copyfile(weights, tmp_path / "copy")
+        (tmp_path / "copy").replace(weights)
+        write_layer(build, layer, moe)
+
+    monkeypatch.setattr(Build, "_write_layer", touch)
+    pipeline.verify(pipeline.build(recipe, tmp_path / "run"))
 
 
 def test_files_are_hashed_in_threads(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from checks import read_tensors
 from conftest import SIZES, make_recipe
-from launched import Fault, Kill, launch
+from launched import Fault, Kill, Other, launch
 from symphony_moe import pipeline
 from symphony_moe.building import fitting
 from symphony_moe.building.fitting import Batch, Descent, FitState, descend
@@ -31,7 +31,7 @@ from symphony_moe.building.statistics import (
     ResidualCovariance,
 )
 from symphony_moe.cli import main
-from symphony_moe.errors import VerificationError
+from symphony_moe.errors import RecipeError, SourceError, VerificationError
 from symphony_moe.files import hash_folder
 from symphony_moe.model.families import FAMILIES
 from symphony_moe.model.moe_layer import MoELayer, shared_layer
@@ -58,13 +58,22 @@ class Thread(Processes):
 
     table: Table = field(default_factory=lambda: Table(threading.Barrier(1)))
 
-    def add(self, *sums: Tensor) -> None:
+    def add(self, *sums: Tensor, owner: int | None = None) -> None:
         for tensor in sums:
             self.table.sums[self.number] = tensor.clone()
             self.table.meeting.wait(timeout=60)
             total = torch.stack([self.table.sums[n] for n in range(self.count)]).sum(dim=0)
             self.table.meeting.wait(timeout=60)
-            tensor.copy_(total)
+            tensor.copy_(
+                total if owner in (None, self.number) else torch.full_like(total, torch.nan)
+            )
+
+    def _tell(self, content: dict[str, Any] | None, owner: int) -> dict[str, Any]:
+        found = (
+            {} if content is None else {"said": torch.tensor(list(json.dumps(content).encode()))}
+        )
+        said: dict[str, Any] = json.loads(bytes(self.share(found, owner)["said"].tolist()))
+        return said
 
     def share(self, tensors: Mapping[str, Tensor] | None, owner: int = 0) -> dict[str, Tensor]:
         if self.number == owner:
@@ -84,7 +93,7 @@ def side_by_side(count: int, act: Callable[[Processes], Any]) -> list[Any]:
 
     def one(number: int) -> None:
         try:
-            found[number] = act(Thread(number, count, table))
+            found[number] = act(Thread(number, count, number, table))
         except BaseException as error:
             found[number] = error
             table.meeting.abort()
@@ -193,15 +202,15 @@ def test_sums_of_a_regression_add_up() -> None:
         sums = LeastSquares(6, 3)
         rows = processes.own(50)
         sums.update(x[rows], y[rows])
-        sums.combine(processes)
+        sums.combine(processes, owner=1)
         return sums.solve(torch.zeros(3, 6), 1e-3), sums.count
 
     whole = LeastSquares(6, 3)
     whole.update(x, y)
     expected = whole.solve(torch.zeros(3, 6), 1e-3)
-    for found, count in side_by_side(2, act):
-        assert count == 50
-        torch.testing.assert_close(found.weight, expected.weight)
+    (_, other), (found, count) = side_by_side(2, act)
+    assert count == other == 50
+    torch.testing.assert_close(found.weight, expected.weight)
 
 
 @pytest.mark.parametrize("intercept", [None, torch.ones(3)])
@@ -211,6 +220,8 @@ def test_a_solution_is_told_whole(intercept: Tensor | None) -> None:
     assert torch.equal(found.weight, solution.weight)
     assert (found.condition, found.ridge) == (float("inf"), 1e-4)
     assert (found.intercept is None) == (intercept is None)
+    assert intercept is None or torch.equal(found.intercept, intercept)  # type: ignore[arg-type]
+    assert found.has_inputs and not replace(solution, has_inputs=False).has_inputs
 
 
 @pytest.mark.parametrize("attention", [None, {"a/b": torch.ones(2), "c.d": torch.zeros(2)}])
@@ -382,10 +393,42 @@ def test_what_is_solved_is_that_of_one_process_to_rounding(recipe: Path, tmp_pat
 
 def test_more_processes_than_windows(recipe: Path, tmp_path: Path) -> None:
     """Some have no part of a step, and nothing to fit on."""
-    words = ["build", str(recipe), "--set", "calibration.tokens=384", *QUICK]
-    ended = launch(tmp_path, [*words, "--out", str(tmp_path / "run")], count=4)
+    words = ["build", str(recipe), "--set", "calibration.tokens=384", *QUICK, "--out"]
+    ended = launch(tmp_path, [*words, str(tmp_path / "run")], count=4)
     assert ended.codes == [0] * 4, ended.output
-    pipeline.verify(RunFolder(tmp_path / "run"))
+    assert main([*words, str(tmp_path / "alone")]) == 0
+    run, alone = (RunFolder(tmp_path / name) for name in ("run", "alone"))
+    mine, its = (json.loads(each.metrics.read_text()) for each in (run, alone))
+    assert mine["fit"]["loss"] == pytest.approx(its["fit"]["loss"], abs=0.01)
+    assert differs(run, alone) < 0.05
+    pipeline.verify(run)
+
+
+@pytest.mark.parametrize(
+    ("variant", "method", "sets"),
+    [
+        ("llama-tied-rope3", "harmonized", []),
+        ("qwen2", "symphony", ["router.init=hidden", "output.dtype=bfloat16"]),
+        ("qwen2-granitemoe", "harmonized", []),
+        ("llama", "bam", []),
+        ("llama", "drop-upcycling", []),
+    ],
+    ids=["tied heads", "biases, in bfloat16", "stacked experts", "attention experts", "drawn"],
+)
+def test_every_kind_of_model_is_built_by_two(
+    variant: str, method: str, sets: list[str], tmp_path: Path
+) -> None:
+    recipe = make_recipe(tmp_path / "sources", variant, method=method)
+    words = ["build", str(recipe)]
+    if method == "harmonized":
+        sets = ["fit.epochs=0", "router.init=hidden"]
+    words += [word for each in sets for word in ("--set", each)]
+    ended = launch(tmp_path, [*words, "--out", str(tmp_path / "run")])
+    assert ended.codes == [0, 0], ended.output
+    assert main([*words, "--out", str(tmp_path / "alone")]) == 0
+    run, alone = (RunFolder(tmp_path / name) for name in ("run", "alone"))
+    assert differs(run, alone) < (1e-3 if method in ("harmonized", "symphony") else 1e-12)
+    pipeline.verify(run)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +446,11 @@ def test_a_process_that_is_killed_ends_all_and_the_build_goes_on(
     (message,) = ended.errors
     assert "another process of this command has ended" in message and "--resume" in message
     assert len(message) < 500 and "Traceback" not in ended.output
+    # What was done before is not done again: the first layer's fit or comparison.
+    again = Fault(0, "symphony_moe.building.build", "fit_layer", LookupError("layer 0 again"))
+    if function == "fit_layer":
+        again_from = launch(tmp_path, [*words, "--resume"], failing=again)
+        assert again_from.codes == [1, 2] and "I layer 1 of 2" in again_from.output
     ended = launch(tmp_path, [*words, "--resume"])
     assert ended.codes == [0, 0], ended.output
     assert hash_folder(tmp_path / "run" / "checkpoint") == hash_folder(pair.checkpoint)
@@ -416,16 +464,56 @@ def test_a_build_of_several_processes_goes_on_in_one(
     assert launch(tmp_path, words, failing=kill).codes != [0, 0]
     assert main([*words, "--resume"]) == 0
     assert "was begun with processes 2" in capsys.readouterr().err
-    pipeline.verify(RunFolder(tmp_path / "run"))
+    run = RunFolder(tmp_path / "run")
+    pipeline.verify(run)
+    with pytest.raises(VerificationError, match="built by 2 processes"):
+        pipeline.verify(run, deep=True)
 
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_what_one_process_cannot_is_said_once(process: int, recipe: Path, tmp_path: Path) -> None:
     words = ["build", str(recipe), "--out", str(tmp_path / "run"), *QUICK]
-    fault = Fault(process, "symphony_moe.building.build", "fit_layer", "its disk is gone")
+    error = SourceError("its disk is gone")
+    fault = Fault(process, "symphony_moe.building.build", "fit_layer", error)
     ended = launch(tmp_path, words, failing=fault)
     assert ended.codes == [2, 2]
     assert ended.errors == ["symphony: error: its disk is gone"]
+
+
+def test_a_bug_in_all_processes_is_shown_once(recipe: Path, tmp_path: Path) -> None:
+    words = ["build", str(recipe), "--out", str(tmp_path / "run"), "--set", "fit.epochs=x"]
+    ended = launch(tmp_path, [*words[:4], "--resume", "--overwrite"])
+    assert ended.codes == [2, 2] and len(ended.errors) == 1
+    fault = Fault(0, "symphony_moe.recipe.load", "load_recipe", LookupError("not foreseen"))
+    ended = launch(tmp_path, words, failing=fault)
+    assert ended.codes in ([1, 2], [2, 2]) and len(ended.errors) == 1
+    assert ended.output.count("Traceback") <= 1
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (Other(1, "symphony_moe.building.build", "digest_of", "0" * 64), "calibration text"),
+        (Other(1, "symphony_moe.pipeline", "versions", {"torch": "1.0"}), "software"),
+    ],
+)
+def test_processes_that_would_build_something_else_are_named(
+    other: Other, what: str, recipe: Path, tmp_path: Path
+) -> None:
+    words = ["build", str(recipe), "--out", str(tmp_path / "run"), *QUICK]
+    ended = launch(tmp_path, words, failing=other)
+    assert ended.codes == [2, 2]
+    (error,) = ended.errors
+    assert f"process 2 of 2 has another {what}" in error and len(error) < 500
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_sources_that_differ_between_machines_are_named() -> None:
+    def act(processes: Processes) -> None:
+        processes.refuse_different({"source a": str(processes.number)})
+
+    with pytest.raises(RecipeError, match="process 2 of 2 has another source a"):
+        side_by_side(2, act)
 
 
 @pytest.mark.parametrize(
@@ -477,3 +565,12 @@ def test_by_the_command_that_the_documentation_names(
     done = subprocess.run([*launcher, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert hash_folder(tmp_path / "run" / "checkpoint") == hash_folder(pair.checkpoint)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_under_torchrun(recipe: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = ["-m", "symphony_moe", "build", str(recipe), "--out", "run", "--set", "fit.epoch=1"]
+    done = subprocess.run([*launcher, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count("symphony: error: ") == 1
+    assert "fit.epoch" in done.stderr

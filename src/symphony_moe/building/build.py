@@ -42,7 +42,7 @@ from symphony_moe.building.records import (
     write_layer,
 )
 from symphony_moe.building.sweep import Sweep
-from symphony_moe.errors import RecipeError
+from symphony_moe.errors import RecipeError, RunFolderError, SourceError
 from symphony_moe.files import hash_folder, publish, sha256_of, to_json, write_bytes
 from symphony_moe.machine import copying, peak_rss_bytes, release_freed_memory, versions
 from symphony_moe.model.checkpoint import CheckpointWriter, beyond
@@ -213,7 +213,9 @@ class Build:
         self.new = Candidate(self.recipe, self.sources, alignment, NEW)
         self.plain = Candidate(self.recipe, self.sources, Alignment(), PLAIN)
         if not self.is_first:  # what all have computed, the first one writes
-            self._write_model(started, listen)
+            if self.recipe.fits:
+                self._write_model(started, listen)
+            self.processes.wait()
             return
         # 2. Lay the files out, and write the token embeddings.
         with CheckpointWriter(
@@ -228,7 +230,11 @@ class Build:
         chosen = None if fit is None else fit.chosen
         if chosen == PLAIN_MEAN:
             alignment = alignment.without_maps()
-        check()
+        try:
+            check()
+        except SourceError:
+            self._forget_layers()
+            raise
         # 6. Write what stands beside the weights, and publish it all by one rename.
         staged = self.folder.staged_checkpoint
         write_companions(staged, self.planned, self.recipe, self.sources)
@@ -248,6 +254,7 @@ class Build:
         )
         self._write_manifest(tensor_hashes, file_hashes, begun_with, chosen)
         publish(staged, self.folder.checkpoint)
+        self.processes.wait()  # their hidden states may lie in there
         shutil.rmtree(self.folder.work)
         log.info("built %s", self.folder.checkpoint)
 
@@ -388,6 +395,12 @@ class Build:
             if not self.copies:  # a layer that took long to make is not left to chance
                 self.writer.settle()
 
+    def _forget_layers(self) -> None:
+        """Leave nothing that a resumed build would keep."""
+        for layer in range(self.num_layers):
+            for record in (self.folder.layer_compared(layer), self.folder.layer_done(layer)):
+                record.unlink(missing_ok=True)
+
     def _is_finished(self, record: Path, prefix: str) -> bool:
         """Whether an interrupted build has finished a layer, which is kept then."""
         finished = False
@@ -395,7 +408,8 @@ class Build:
             finished = is_finished(record, self.digest, lambda: self.writer.digest(prefix))
             if finished:
                 self.writer.keep(prefix)
-        return bool(self.processes.agree(int(finished)))
+        # Where nothing is fitted the first process is at this alone.
+        return bool(self.processes.agree(int(finished))) if self.recipe.fits else finished
 
     def _aligned(self, model: Candidate, layer: int) -> dict[str, dict[str, Tensor]]:
         """Source -> its layer as a model has it. What was read is not kept beside: while a layer is
@@ -500,9 +514,14 @@ class Build:
     def _streams(self) -> Streams:
         """Streams in memory, or in files, as planned."""
         folder = self.folder.work
-        if not self.is_first:
-            folder = folder / f"process-{self.processes.number}"
-        return Streams(None if self.planned.streams_in_memory else folder)
+        if self.planned.streams_in_memory:
+            return Streams()
+        if not folder.is_dir():
+            raise RunFolderError(
+                f"process {self.processes.number + 1} of {self.processes.count}: {folder} is not "
+                "there; all processes must see the run folder under the same path"
+            )
+        return Streams(folder if self.is_first else folder / f"process-{self.processes.number}")
 
     def _read_layer(self, layer: int) -> dict[str, dict[str, Tensor]]:
         """Source -> its layer (name within the layer -> tensor)."""

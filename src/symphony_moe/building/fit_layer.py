@@ -355,9 +355,6 @@ def _fit_router(state: FitState, inputs: Mapping[str, Float[Tensor, "_ hidden"]]
 @torch.no_grad()
 def _fit_experts(state: FitState, layer: int, start: MoELayer) -> tuple[MoELayer, Step]:
     """Each expert on its own source's text."""
-    config = state.config
-    hidden, activation = config.hidden_size, activation_of(config)
-    identity = torch.eye(hidden, device=device())
     experts: dict[str, dict[str, Tensor]] = {}
     solutions: dict[str, Solution] = {}
     for names in _grouped(state.names, state.processes.count):  # as many as are solved side by side
@@ -365,31 +362,13 @@ def _fit_experts(state: FitState, layer: int, start: MoELayer) -> tuple[MoELayer
             name: {key: tensor.to(device()) for key, tensor in start.experts[name].items()}
             for name in names
         }
-        wanted: list[Regression] = []
-        for name in names:
-            inputs = LeastSquares(hidden, hidden, device=device())
-            for _, pair in state.to_fit(NEW_MIDDLE, MIDDLE, only=name):
-                whose = (config, state.configs[name])
-                rows = (
-                    _normed(each, start.shared, _MIDDLE_NORM, stream)
-                    for each, stream in zip(whose, pair, strict=True)
-                )
-                inputs.update(*(x.flatten(0, 1) for x in rows))
-            wanted.append(Regression(inputs, identity, f"input map of {name}"))
-        for name, bend in zip(names, solve_all(state, wanted), strict=True):
+        bends = solve_all(state, _input_maps(state, start, names))
+        for name, bend in zip(names, bends, strict=True):
             with exact(device()):
                 fitted[name] |= {key: fitted[name][key] @ bend.weight for key in (GATE, UP)}
             solutions[f"input map of {name}"] = bend
-
-        wanted = []
-        for name in names:
-            outputs = LeastSquares(config.intermediate_size, hidden, device=device())
-            for _, (new, after) in state.to_fit(NEW_MIDDLE, AFTER, only=name):
-                x = _normed(config, start.shared, _MIDDLE_NORM, new).flatten(0, 1)
-                neurons = gated_neurons(fitted[name], x, activation)
-                outputs.update(neurons, (after - new).flatten(0, 1))
-            wanted.append(Regression(outputs, fitted[name][DOWN], f"down_proj of {name}"))
-        for name, down in zip(names, solve_all(state, wanted), strict=True):
+        downs = solve_all(state, _expert_outputs(state, start, fitted))
+        for name, down in zip(names, downs, strict=True):
             fitted[name][DOWN] = down.weight
             solutions[f"down_proj of {name}"] = down
             experts[name] = {key: tensor.cpu() for key, tensor in fitted[name].items()}
@@ -397,6 +376,36 @@ def _fit_experts(state: FitState, layer: int, start: MoELayer) -> tuple[MoELayer
     errors = [_layer_error(state, layer, moe) for moe in (start, whole)]
     step = Step(errors[0], errors[1], solutions)
     return (whole if step.kept else start), step
+
+
+def _input_maps(state: FitState, start: MoELayer, names: Sequence[str]) -> Iterator[Regression]:
+    """From the new model's FFN input to each source's, on that source's text."""
+    hidden = state.config.hidden_size
+    identity = torch.eye(hidden, device=device())
+    for name in names:
+        inputs = LeastSquares(hidden, hidden, device=device())
+        for _, pair in state.to_fit(NEW_MIDDLE, MIDDLE, only=name):
+            whose = (state.config, state.configs[name])
+            rows = (
+                _normed(each, start.shared, _MIDDLE_NORM, stream)
+                for each, stream in zip(whose, pair, strict=True)
+            )
+            inputs.update(*(x.flatten(0, 1) for x in rows))
+        yield Regression(inputs, identity, f"input map of {name}")
+
+
+def _expert_outputs(
+    state: FitState, start: MoELayer, experts: Mapping[str, Mapping[str, Tensor]]
+) -> Iterator[Regression]:
+    """From each expert's neurons to what is missing to its source's stream after the layer."""
+    activation = activation_of(state.config)
+    for name, expert in experts.items():
+        ffn, hidden = state.config.intermediate_size, state.config.hidden_size
+        outputs = LeastSquares(ffn, hidden, device=device())
+        for _, (new, after) in state.to_fit(NEW_MIDDLE, AFTER, only=name):
+            x = _normed(state.config, start.shared, _MIDDLE_NORM, new).flatten(0, 1)
+            outputs.update(gated_neurons(expert, x, activation), (after - new).flatten(0, 1))
+        yield Regression(outputs, expert[DOWN], f"down_proj of {name}")
 
 
 def _refine(

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,21 +182,28 @@ class Regression:
     intercept: Tensor | None = None
 
 
-def solve_all(state: FitState, regressions: Sequence[Regression]) -> list[Solution]:
+def solve_all(state: FitState, regressions: Iterable[Regression]) -> list[Solution]:
     """Regressions on the text of all processes, solved side by side: each by one of them. With a
-    warning (once for each `what`) where the text does not determine one."""
+    warning (once for each `what`) where the text does not determine one. They are taken one after
+    the other: a process keeps the sums of those alone that it solves."""
     processes, ridge = state.processes, state.recipe.fit.ridge
-    for each in regressions:
-        each.sums.combine(processes)
-    own = {
-        place: each.sums.solve(each.start, ridge, each.intercept)
-        for place, each in enumerate(regressions)
-        if place % processes.count == processes.number
+    own: dict[int, Regression] = {}
+    about: list[tuple[str, int, int]] = []
+    where = device()
+    for place, each in enumerate(regressions):
+        owner = place % processes.count
+        each.sums.combine(processes, owner)
+        about.append((each.what, each.sums.count, len(each.sums.gram)))
+        where = each.start.device
+        if owner == processes.number:
+            own[place] = each
+    solved = {
+        place: each.sums.solve(each.start, ridge, each.intercept) for place, each in own.items()
     }
     found = []
-    for place, each in enumerate(regressions):
-        solution = _shared(processes, own.get(place), place % processes.count, each.start.device)
-        _warn(state, each, solution)
+    for place, facts in enumerate(about):
+        solution = _shared(processes, solved.get(place), place % processes.count, where)
+        _warn(state, facts, solution)
         found.append(solution)
     return found
 
@@ -224,20 +231,20 @@ def _shared(
     return Solution.from_tensors(found) if solution is None else solution
 
 
-def _warn(state: FitState, regression: Regression, solution: Solution) -> None:
-    sums, ridge, what = regression.sums, state.recipe.fit.ridge, regression.what
+def _warn(state: FitState, facts: tuple[str, int, int], solution: Solution) -> None:
+    """`facts`: what is fitted, the tokens it is fitted on, its unknowns per output."""
+    (what, tokens, unknowns), ridge = facts, state.recipe.fit.ridge
     problems = {}
-    if sums.is_underdetermined():
+    if tokens < unknowns:  # the pull toward the start decides the rest
         problems["text"] = (
-            f"{sums.count:,} calibration tokens for {len(sums.gram):,} unknowns per output; what "
+            f"{tokens:,} calibration tokens for {unknowns:,} unknowns per output; what "
             "they leave open stays as it was. Raise calibration.tokens"
         )
     if solution.ridge == math.inf:
-        nothing = not bool(sums.gram.diagonal().any())
         problems["ridge"] = (
-            "its inputs are all zero, so there is nothing to fit"
-            if nothing
-            else "ill-conditioned, whatever the ridge; it stays as it was"
+            "ill-conditioned, whatever the ridge; it stays as it was"
+            if solution.has_inputs
+            else "its inputs are all zero, so there is nothing to fit"
         )
     elif solution.ridge != ridge:
         problems["ridge"] = (

@@ -32,19 +32,23 @@ class Solution:
     condition: float
     """Of the matrix that was solved, estimated from its Cholesky factor (a lower bound)."""
     ridge: float
-    """The share that was used in the end."""
+    """The share that was used in the end; infinite where none was enough."""
+    has_inputs: bool = True
+    """Whether any input is not zero."""
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For another process."""
-        facts = torch.tensor([self.condition, self.ridge], dtype=torch.float64)
+        facts = [self.condition, self.ridge, float(self.has_inputs)]
         intercept = {} if self.intercept is None else {"intercept": self.intercept}
-        return {"weight": self.weight, "facts": facts, **intercept}
+        numbers = torch.tensor(facts, dtype=torch.float64)
+        return {"weight": self.weight, "facts": numbers, **intercept}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Solution":
         """The inverse of `to_tensors`."""
-        condition, ridge = tensors["facts"].tolist()
-        return cls(tensors["weight"], tensors.get("intercept"), condition, ridge)
+        condition, ridge, has_inputs = tensors["facts"].tolist()
+        weight, intercept = tensors["weight"], tensors.get("intercept")
+        return cls(weight, intercept, condition, ridge, bool(has_inputs))
 
 
 class LeastSquares:
@@ -77,14 +81,10 @@ class LeastSquares:
             self.moments += inputs.T @ outputs
         self.count += len(inputs)
 
-    def combine(self, processes: Processes) -> None:
-        """Add up what every process has seen of the text."""
-        processes.add(self.gram, self.moments)
+    def combine(self, processes: Processes, owner: int) -> None:
+        """Add up what every process has seen of the text, for the one that solves it."""
+        processes.add(self.gram, self.moments, owner=owner)
         self.count = processes.total(self.count)
-
-    def is_underdetermined(self) -> bool:
-        """Whether there are fewer tokens than unknowns per output: the pull decides the rest."""
-        return self.count < len(self.gram)
 
     def solve(
         self,
@@ -116,8 +116,9 @@ class LeastSquares:
                 break
             ridge *= 10
         else:
-            # Inputs that are all zero: nothing is known, nothing changes.
-            return Solution(start.float(), start_intercept, float("inf"), float("inf"))
+            # Inputs that are all zero, or not to be told apart: nothing changes.
+            has_inputs = bool(diagonal.any())
+            return Solution(start.float(), start_intercept, torch.inf, torch.inf, has_inputs)
         solution = (begin + torch.cholesky_solve(residual, factor)).T.float()
         if not self.intercept:
             return Solution(solution.contiguous(), None, condition, ridge)

@@ -146,7 +146,8 @@ def _compare_alignment(run: RunFolder, listed: Mapping[str, str]) -> str | None:
 
 def refuse_several_processes(run: RunFolder) -> None:
     """Raise VerificationError for a run that one process does not build again to the bit."""
-    count = run.read_json(run.manifest).get("processes")
+    manifest = run.read_json(run.manifest)
+    count = manifest.get("processes") or manifest.get("begun_with", {}).get("processes")
     if count is not None:
         raise VerificationError(
             f"{run.root}: built by {count} processes, whose sums are rounded in another order than "

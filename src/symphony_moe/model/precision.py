@@ -14,10 +14,12 @@ REDUCED_FROM = 512
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has units for it: a processor with AMX, or a GPU."""
+    """Whether the hardware has instructions for it: a processor with AMX or AVX512-BF16, or a
+    GPU."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("amx_bf16", False) or known.get("avx512_bf16", False))
 
 
 def is_reduced(setting: str, hidden_size: int, device: torch.device) -> bool:

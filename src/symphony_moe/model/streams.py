@@ -43,6 +43,7 @@ class Streams:
             # A slash in a name is a folder: any other character may be in a source's name.
             path = self._folder / f"stream-{name}.bin"
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # a process that is left over may still map it
             with path.open("wb") as file:
                 # Writing to a map without space behind it would end the process (SIGBUS).
                 reserve(file, math.prod(shape) * 4)

@@ -19,6 +19,7 @@ from transformers import (
 
 from symphony_moe.bundled import source_folder
 from symphony_moe.errors import SourceError, first_line, shortened
+from symphony_moe.files import sha256_of
 from symphony_moe.model.families import (
     AUTO,
     EMBEDDING,
@@ -53,6 +54,7 @@ from symphony_moe.sources.source import (
     Header,
     Source,
     by_tensor,
+    file_state,
     has_equal_tables,
     no_row,
     refuse_dtype,
@@ -546,17 +548,19 @@ def refuse_changed(source: Source, expected: Mapping[str, str], found: Mapping[s
             )
 
 
-def refuse_touched(source: Source, before: FileStates) -> None:
-    """Raise SourceError where a file has been replaced or written to since it was in the states
-    `before`: what was read of it is not what was hashed."""
-    try:
-        now = source.file_states()
-    except OSError as error:
-        raise SourceError(f"{source.name}: {error}, which this build has read") from None
-    for file in sorted(before.keys() | now.keys()):
-        if before.get(file) != now.get(file):
-            path = (source.origin or source.folder) / file
+def refuse_touched(source: Source, before: FileStates, hashes: Mapping[str, str]) -> None:
+    """Raise SourceError where a file's content is not what was hashed: parts of what was read may
+    be of either. `before`: the files' states when they were hashed; one that has another state now
+    is hashed again."""
+    for file, path in source.files().items():
+        try:
+            same = file_state(path) == before.get(file) or sha256_of(path) == hashes.get(file)
+            what = "was changed"
+        except OSError as error:
+            same, what = False, f"is not readable any more ({first_line(error)})"
+        if not same:
             raise SourceError(
-                f"{source.name}: {path} was changed while this build read it, so parts of it may "
-                "be of either state. Leave the sources alone and --overwrite the build"
+                f"{source.name}: {path} {what}; this build has read it, and may hold parts of both "
+                "states. Leave the sources as they are until a build is done; --resume begins its "
+                "layers again"
             )

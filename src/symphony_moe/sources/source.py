@@ -74,9 +74,16 @@ class Header:
     """Where its bytes begin in the file; None where the file is not here."""
 
 
-FileStates = Mapping[str, tuple[int, int, int]]
-"""File -> size, time of the last change (nanoseconds), number in the file system. A file that is
-replaced or written to has another state."""
+FileState = tuple[int, int, int]
+"""Size, time of the last change (nanoseconds), number in the file system."""
+FileStates = Mapping[str, FileState]
+"""File -> its state. One that is replaced or written to has another."""
+
+
+def file_state(path: Path) -> FileState:
+    """Of a file as it is now."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 @dataclass(frozen=True)
@@ -321,8 +328,7 @@ class Source:
 
     def file_states(self) -> FileStates:
         """Of every file that a build reads."""
-        states = {name: path.stat() for name, path in self.files().items()}
-        return {name: (s.st_size, s.st_mtime_ns, s.st_ino) for name, s in states.items()}
+        return {name: file_state(path) for name, path in self.files().items()}
 
     def hash_files(self) -> dict[str, str]:
         """Name -> SHA-256, for every file that a build reads."""
