@@ -770,6 +770,33 @@ def test_the_learning_rate_rises_and_falls(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(rates, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("errors", "eighths"),
+    [
+        ([0.1] * 8, 8),
+        ([0.39] * 8, 8),  # not yet twice
+        ([0.41], 1),
+        ([0.3, 0.1, 5.0], 3),
+        ([math.nan], 1),
+    ],
+)
+def test_a_descent_that_only_does_harm_ends(
+    errors: list[float], eighths: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at after each eighth of the steps, and has done harm where the error is above
+    twice what it was, 0.2. The last look is the caller's."""
+    monkeypatch.setattr(fitting, "WINDOWS_TOKENS", 8)
+    state = by_hand({"a": 51, "b": 51}, epochs=2)
+    seen, parameter = iter(errors), torch.ones(3)
+
+    def flat(batch: Any) -> None:
+        parameter.grad = torch.zeros(3)
+
+    how = Descent([parameter], [None], ("new", "source"), flat, 0, lambda: next(seen), 0.2)
+    assert descend(state, how) == 96 * eighths / 8
+    assert len(list(seen)) == (1 if eighths == 8 else 0)
+
+
 @pytest.mark.parametrize("pull", [0.0, 0.5, 1e9])
 def test_a_step_goes_a_share_of_the_way_home(pull: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the gradient is zero, what is left of the way to `toward` is the product over the steps

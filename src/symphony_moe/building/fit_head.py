@@ -83,8 +83,9 @@ def _fit(state: FitState, start: Head, heads: Mapping[str, Head]) -> tuple[Head,
     # 2. Gradient steps.
     refinement = None
     if state.recipe.fit.epochs > 0:
-        refined = _refine(state, head, start, heads)
-        refinement = Step(closed_form.error, _divergence(state, refined, heads))
+        refined, steps = _refine(state, head, start, heads, closed_form.error)
+        after = _divergence(state, refined, heads)
+        refinement = Step(closed_form.error, after, descents=steps)
         head = refined if refinement.kept else head
     # 3. Temperature scaling.
     temperature, divergence = _scale_temperature(state, head, heads)
@@ -165,9 +166,12 @@ def _to_fit(state: FitState) -> Iterator[tuple[str, Tensor, Tensor]]:
             yield name, new, source
 
 
-def _refine(state: FitState, start: Head, aligned: Head, heads: Mapping[str, Head]) -> Head:
-    """Gradient steps on the KL divergence; the gradient of softmax is written out, so that memory
-    holds no more than one piece of two models' logits."""
+def _refine(
+    state: FitState, start: Head, aligned: Head, heads: Mapping[str, Head], before: float
+) -> tuple[Head, int]:
+    """Gradient steps on the KL divergence, and their number; the gradient of softmax is written
+    out, so that memory holds no more than one piece of two models' logits. `before`: the divergence
+    of `start`."""
     head = start.clone()
     dtype = product_dtype(head.device)
 
@@ -196,8 +200,12 @@ def _refine(state: FitState, start: Head, aligned: Head, heads: Mapping[str, Hea
 
     with torch.no_grad():
         layers = state.config.num_hidden_layers
-        descend(state, Descent([head], [aligned], (NEW, SOURCE), gradient, seed=layers))
-    return head
+
+        def divergence() -> float:
+            return _divergence(state, head, heads)
+
+        how = Descent([head], [aligned], (NEW, SOURCE), gradient, layers, divergence, before)
+        return head, descend(state, how)
 
 
 def _of_known(

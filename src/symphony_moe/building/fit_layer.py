@@ -443,18 +443,24 @@ def _refine(
         x = rms_norm(middle, gain.to(middle), state.config.rms_norm_eps)
         return _relative_error(middle + mixture(x), wanted)
 
-    descents = descend(state, Descent(parameters, home, (NEW, AFTER), loss, seed=layer))
-    rows = mixture.router.detach().cpu()
-    refined = MoELayer(
-        {**start.shared, **{name: tensor.detach().cpu() for name, tensor in learned.items()}},
-        {
-            name: {key: tensor.detach().cpu() for key, tensor in expert.items()}
-            for name, expert in zip(state.names, mixture.experts, strict=True)
-        },
-        router_rows(rows, state.names),
-    )
-    step = Step(error, _layer_error(state, layer, refined), descents=descents)
-    return (refined if step.kept else start), step
+    def refined() -> MoELayer:
+        return MoELayer(
+            {**start.shared, **{name: tensor.detach().cpu() for name, tensor in learned.items()}},
+            {
+                name: {key: tensor.detach().cpu() for key, tensor in expert.items()}
+                for name, expert in zip(state.names, mixture.experts, strict=True)
+            },
+            router_rows(mixture.router.detach().cpu(), state.names),
+        )
+
+    def error_so_far() -> float:
+        return _layer_error(state, layer, refined())
+
+    how = Descent(parameters, home, (NEW, AFTER), loss, layer, error_so_far, error)
+    descents = descend(state, how)
+    found = refined()
+    step = Step(error, _layer_error(state, layer, found), descents=descents)
+    return (found if step.kept else start), step
 
 
 def _grouped(names: Sequence[str], size: int) -> Iterator[list[str]]:

@@ -38,6 +38,11 @@ _WARMUP, _WARMUP_SHARE = 20, 5
 """Steps in which the refinement's learning rate rises, and at most one in so many of all."""
 
 
+_HOPELESS = 2.0
+"""A descent that is kept in the end has not been seen above 1.12 times its first error on the way;
+one of sources that are nearly the same begins at ten times it (docs/lab-log.md)."""
+
+
 @dataclass(frozen=True)
 class FitState:
     """What stays the same from layer to layer of a fit."""
@@ -276,6 +281,11 @@ class Descent:
     (of several processes: its part of the whole step's), or where the batch is empty. All processes
     call it, so it may add over them."""
     seed: int
+    error: Callable[[], float] | None = None
+    """The error on the validation text, as the weights are; None: it is not looked at on the
+    way."""
+    before: float = math.inf
+    """What it was at the start."""
 
 
 def descend(state: FitState, descent: Descent) -> int:
@@ -285,6 +295,9 @@ def descend(state: FitState, descent: Descent) -> int:
     learning rate of the way back to its start (decoupled from the gradient, as AdamW's decay is).
     Adam moves an entry that hardly matters on this text as far as any other; the pull takes those
     back, and keeps what the aligned weights know of other text.
+
+    The error is looked at after each eighth of the way. Where it has grown to _HOPELESS times what
+    it was, nothing of the descent would be kept, and it ends there.
     """
     settings, parameters = state.recipe.fit, descent.parameters
     names, first = state.names, state.num_validation
@@ -302,6 +315,7 @@ def descend(state: FitState, descent: Descent) -> int:
     # Fused, a step is three times as fast, and rounds in another order: not where all is float32.
     fused = product_dtype(device()) != torch.float32
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=fused or None)
+    looks = {math.ceil(num_steps * eighth / 8) for eighth in range(1, 8)}
     for number in range(num_steps):
         rate = 0.5 * (1 + math.cos(math.pi * number / num_steps))
         rate *= settings.learning_rate * min(1.0, (number + 1) / warmup)
@@ -320,6 +334,10 @@ def descend(state: FitState, descent: Descent) -> int:
             for tensor, home in zip(parameters, start, strict=True):
                 if home is not None:
                     tensor.lerp_(home, min(1.0, settings.pull * rate))
+        if number + 1 in looks and descent.error is not None:
+            error = descent.error()
+            if not error <= _HOPELESS * descent.before:  # nor where it is NaN
+                return number + 1
     return num_steps
 
 

@@ -146,7 +146,7 @@ class Calibration(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format that matrices are multiplied in. Residual streams and weights stay in float32.
     `auto`: bfloat16 from a hidden size of 512 on, where the hardware multiplies it (a
-    processor with AMX, a GPU), otherwise float32."""
+    processor with AMX or AVX512-BF16, a GPU), otherwise float32."""
     seed: Seed = 114514
     """Seed for drawing windows."""
 
