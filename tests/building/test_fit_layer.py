@@ -4,7 +4,7 @@ not help is not kept. The output head likewise."""
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -535,7 +535,8 @@ def test_a_step_that_does_harm_is_not_kept(
     solve_all, real_descend = fitting.solve_all, fit_layer_module.descend
     spoilt = {"attention": "o", "experts": "down_proj of b"}.get(step)
 
-    def spoiled(state: FitState, regressions: Sequence[Regression]) -> list[Solution]:
+    def spoiled(state: FitState, lazy: Iterable[Regression]) -> list[Solution]:
+        regressions = list(lazy)
         return [
             replace(fit, weight=fit.weight + value) if each.what == spoilt else fit
             for each, fit in zip(regressions, solve_all(state, regressions), strict=True)
@@ -774,8 +775,8 @@ def test_the_learning_rate_rises_and_falls(monkeypatch: pytest.MonkeyPatch) -> N
     ("errors", "eighths"),
     [
         ([0.1] * 8, 8),
-        ([0.39] * 8, 8),  # not yet twice
-        ([0.41], 1),
+        ([0.79] * 8, 8),  # not yet four times
+        ([0.81], 1),
         ([0.3, 0.1, 5.0], 3),
         ([math.nan], 1),
     ],
@@ -784,7 +785,7 @@ def test_a_descent_that_only_does_harm_ends(
     errors: list[float], eighths: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is looked at after each eighth of the steps, and has done harm where the error is above
-    twice what it was, 0.2. The last look is the caller's."""
+    four times what it was, 0.2. The last look is the caller's."""
     monkeypatch.setattr(fitting, "WINDOWS_TOKENS", 8)
     state = by_hand({"a": 51, "b": 51}, epochs=2)
     seen, parameter = iter(errors), torch.ones(3)

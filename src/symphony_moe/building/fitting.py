@@ -38,9 +38,9 @@ _WARMUP, _WARMUP_SHARE = 20, 5
 """Steps in which the refinement's learning rate rises, and at most one in so many of all."""
 
 
-_HOPELESS = 2.0
-"""A descent that is kept in the end has not been seen above 1.12 times its first error on the way;
-one of sources that are nearly the same begins at ten times it (docs/lab-log.md)."""
+_HOPELESS = 4.0
+"""A descent that is kept in the end has not been seen above 1.12 times its first error on the way.
+One of sources that are nearly the same begins at seven times it and more (docs/lab-log.md)."""
 
 
 @dataclass(frozen=True)
