@@ -16,7 +16,8 @@ from symphony_moe.model.families import (
     head_dim,
     stream_scale,
 )
-from symphony_moe.model.layer import LOGITS_AT_ONCE, WINDOWS_TOKENS
+from symphony_moe.model.layer import LOGITS_AT_ONCE, WINDOWS_TOKENS, device
+from symphony_moe.model.precision import is_reduced
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.opening import expected_shapes, target_of
 from symphony_moe.sources.source import TABLE_ROWS, Source
@@ -279,32 +280,48 @@ class _Moments:
 
 
 def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
-    """How long stage 1 takes on this machine, from the speed of one product of matrices."""
-    tokens = recipe.calibration.tokens
+    """How long stage 1 takes on this machine, from the speed of one product of matrices. A
+    refinement may end early, and is counted whole."""
+    count, sequence = len(sources), recipe.calibration.sequence_length
     num_weights = sum(source.num_parameters for source in sources)
     # Tables of embeddings and heads are not multiplied with until the head is fitted.
     tables = sum(1 if source.config.tie_word_embeddings else 2 for source in sources)
     table = config.vocab_size * config.hidden_size
-    one_source = (num_weights - tables * table) / len(sources)
-    operations = assignment = 0.0
+    one_source = (num_weights - tables * table) / count
+    every = len(recipe.calibration_domains) * recipe.windows_each * sequence
+    fitted = count * max(1, recipe.windows_each - recipe.validation_windows) * sequence
+    aligning = fitting = assignment = 0.0
     if recipe.aligns:
-        operations += 2.0 * tokens * one_source * len(sources)
+        aligning += 2.0 * every * one_source * count
     if recipe.aligns_neurons:
-        pairs = (len(sources) - 1) * config.num_hidden_layers
-        operations += 2.0 * tokens * config.intermediate_size**2 * pairs
+        pairs = (count - 1) * config.num_hidden_layers
+        aligning += 2.0 * every * config.intermediate_size**2 * pairs
         # Measured: 0.4 s for 4864 neurons that hardly correlate, 1 s for 8960, 2.2 s for 14336.
         assignment = 1.1 * (config.intermediate_size / 10_000) ** 2 * pairs
+    active = one_source * recipe.router.top_k  # an upper bound: attention counts once
     if recipe.fits:
-        active = one_source * recipe.router.top_k  # an upper bound: attention counts once
-        operations += 2.0 * tokens * 2 * active
+        fitting += 2.0 * every * 2 * active
     if recipe.fits_layers:
         # Each source on its own text, the Gram matrices, and forward and backward per epoch.
-        operations += 2.0 * tokens * 2 * one_source
-        operations += 2.0 * tokens * config.intermediate_size**2 * config.num_hidden_layers
-        operations += recipe.fit.epochs * tokens * (6.0 * active + 6.0 * table)
+        fitting += 2.0 * every * 2 * one_source
+        fitting += 2.0 * every * config.intermediate_size**2 * config.num_hidden_layers
+        fitting += recipe.fit.epochs * fitted * (6.0 * active + 6.0 * table)
     reading_and_writing = 12 * num_weights / 500e6
-    computing = operations / _matmul_speed() if operations else 0.0
+    reduced = is_reduced(recipe.calibration.precision, config.hidden_size, device())
+    # The comparisons with the anchor are mostly no products; what is refined is mostly products.
+    computing = _seconds(aligning, 0.7, reduced=reduced) + _seconds(fitting, 0.2, reduced=reduced)
     return 5.0 + computing + assignment + reading_and_writing
+
+
+def _seconds(operations: float, rest: float, *, reduced: bool) -> float:
+    """How long that many operations take; of the time in float32 the share `rest` goes into what is
+    no faster in bfloat16 (both shares measured at 135 M parameters: docs/lab-log.md)."""
+    if not operations:
+        return 0.0
+    in_float32 = operations / _matmul_speed(torch.float32)
+    if not reduced:
+        return in_float32
+    return rest * in_float32 + (1 - rest) * operations / _matmul_speed(torch.bfloat16)
 
 
 def matching_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
@@ -315,12 +332,12 @@ def matching_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrain
 
 
 @cache
-def _matmul_speed() -> float:
-    """Floating-point operations per second of this machine in float32: the best of some products,
+def _matmul_speed(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of this machine's processor: the best of some products,
     so that what else runs for a moment does not count, halved, as attention, norms and elementwise
     work come on top."""
     size = 1024
-    matrix = torch.ones(size, size)
+    matrix = torch.ones(size, size, dtype=dtype)
     seconds = []
     for _ in range(8):
         start = time.perf_counter()

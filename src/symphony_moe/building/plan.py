@@ -261,7 +261,8 @@ def _notes(
     if recipe.fits_layers:
         notes.append(
             "fit: stage 1 goes through the calibration text "
-            f"{recipe.fit.epochs:g} times per layer (fit.epochs); 0 keeps the closed form alone"
+            f"{recipe.fit.epochs:g} times per layer (fit.epochs), less often where that does harm; "
+            "0 keeps the closed form alone"
         )
     if any(source.config.tie_word_embeddings for source in sources) and recipe.folds:
         notes.append("the output's head is untied: the final norm's gain is folded into it")
