@@ -143,22 +143,17 @@ def matching(request: dict[str, Any]) -> dict[str, Any]:
     """One assignment of neurons, by this package or by scipy: seconds, and the sum of what is
     matched."""
     scores = _correlation(request["neurons"], request["kind"])
+    from scipy.optimize import linear_sum_assignment
+
+    from symphony_moe.building.assignment import best_columns
+
     began = time.perf_counter()
     if request["by"] == "scipy":
-        from scipy.optimize import linear_sum_assignment
-
         rows, columns = linear_sum_assignment(scores.numpy(), maximize=True)
-        seconds = time.perf_counter() - began
-        return {"seconds": seconds, "sum": float(scores.numpy()[rows, columns].sum())}
-    order = _assign()(scores)
+    else:
+        rows, columns = torch.arange(len(scores)), best_columns(scores)
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "sum": float(scores[order, torch.arange(len(order))].sum())}
-
-
-def _assign() -> Callable[[torch.Tensor], torch.Tensor]:
-    from symphony_moe.building.align import assign
-
-    return assign
+    return {"seconds": seconds, "sum": float(scores[rows, columns].double().sum())}
 
 
 def _correlation(neurons: int, kind: str) -> torch.Tensor:
