@@ -49,6 +49,7 @@ def launch(
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     environment = {
         "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",

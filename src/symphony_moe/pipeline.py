@@ -170,7 +170,7 @@ def build(  # noqa: PLR0913 (all but two are keywords)
     folder = RunFolder(out)
     if processes.is_first:
         folder = _begin(ready, out, resume=resume, overwrite=overwrite)
-    if processes.agree(int(folder.checkpoint.is_dir())):
+    if processes.agree(int(processes.is_first and folder.checkpoint.is_dir())):
         log.info("%s is finished already", folder.checkpoint)
         return folder
     whole = Build(ready.recipe, ready.sources, ready.planned, ready.text, folder, processes)
@@ -251,6 +251,7 @@ def _refuse_different(recipe: Recipe, text: CalibrationText, processes: Processe
     for name, spec in recipe.sources.items() if processes.is_first_here else ():
         facts[f"source {name}"] = sha256(to_json(spec.sha256).encode()).hexdigest()
     processes.refuse_different(facts)
+    processes.wait()  # nothing is made, and nothing overwritten, before all have agreed
 
 
 def _begin(ready: _Ready, out: Path, *, resume: bool, overwrite: bool) -> RunFolder:

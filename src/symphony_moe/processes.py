@@ -187,8 +187,13 @@ def together() -> Iterator[Processes]:
         return
     from torch.distributed.rendezvous import rendezvous
 
-    here, place = (int(os.environ.get(n, "1")) for n in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
-    place %= here
+    local = [os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK")]
+    if None in local:
+        raise RecipeError(
+            "started as one of several processes, but LOCAL_RANK or LOCAL_WORLD_SIZE is not set; "
+            "start them by `torchrun` or `accelerate launch`"
+        )
+    here, place = (int(value or 0) for value in local)
     backend = "gloo"
     if torch.cuda.is_available():
         if torch.cuda.device_count() < here:

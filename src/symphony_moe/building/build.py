@@ -177,6 +177,7 @@ class Build:
         self.folder = folder
         self.processes = processes
         self.is_first = processes.is_first
+        self.state: FitState | None = None
         self.anchor = anchor_of(recipe, sources)
         self.names = [source.name for source in sources]
         self.num_layers: int = self.anchor.config.num_hidden_layers
@@ -215,6 +216,7 @@ class Build:
         if not self.is_first:  # what all have computed, the first one writes
             if self.recipe.fits:
                 self._write_model(started, listen)
+            self._release_streams()
             self.processes.wait()
             return
         # 2. Lay the files out, and write the token embeddings.
@@ -254,6 +256,7 @@ class Build:
         )
         self._write_manifest(tensor_hashes, file_hashes, begun_with, chosen)
         publish(staged, self.folder.checkpoint)
+        self._release_streams()
         self.processes.wait()  # their hidden states may lie in there
         shutil.rmtree(self.folder.work)
         log.info("built %s", self.folder.checkpoint)
@@ -394,6 +397,10 @@ class Build:
             )
             if not self.copies:  # a layer that took long to make is not left to chance
                 self.writer.settle()
+
+    def _release_streams(self) -> None:
+        if self.state is not None:
+            self.state.streams.release()
 
     def _forget_layers(self) -> None:
         """Leave nothing that a resumed build would keep."""

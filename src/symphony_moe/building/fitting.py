@@ -39,8 +39,9 @@ _WARMUP, _WARMUP_SHARE = 20, 5
 
 
 _HOPELESS = 4.0
-"""A descent that is kept in the end has not been seen above 1.12 times its first error on the way.
-One of sources that are nearly the same begins at seven times it and more (docs/lab-log.md)."""
+"""A descent that was kept in the end has not been seen above 1.12 times its first error on the way
+(the bundled models). One of sources that are nearly the same begins at seven times it and more
+(docs/lab-log.md)."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ def descend(state: FitState, descent: Descent) -> int:
     back, and keeps what the aligned weights know of other text.
 
     The error is looked at after each eighth of the way. Where it has grown to _HOPELESS times what
-    it was, nothing of the descent would be kept, and it ends there.
+    it was, it is not expected to come below that again, and the descent ends there.
     """
     settings, parameters = state.recipe.fit, descent.parameters
     names, first = state.names, state.num_validation
@@ -315,7 +316,8 @@ def descend(state: FitState, descent: Descent) -> int:
     # Fused, a step is three times as fast, and rounds in another order: not where all is float32.
     fused = product_dtype(device()) != torch.float32
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=fused or None)
-    looks = {math.ceil(num_steps * eighth / 8) for eighth in range(1, 8)}
+    # Not after the last step: whoever asks for the descent looks then.
+    looks = {math.ceil(num_steps * eighth / 8) for eighth in range(1, 8)} - {num_steps}
     for number in range(num_steps):
         rate = 0.5 * (1 + math.cos(math.pi * number / num_steps))
         rate *= settings.learning_rate * min(1.0, (number + 1) / warmup)

@@ -552,7 +552,9 @@ def refuse_touched(source: Source, before: FileStates, hashes: Mapping[str, str]
     """Raise SourceError where a file's content is not what was hashed: parts of what was read may
     be of either. `before`: the files' states when they were hashed; one that has another state now
     is hashed again."""
-    for file, path in source.files().items():
+    now = source.files()
+    for file in before.keys() | now.keys():
+        path = now.get(file, (source.origin or source.folder) / file)
         try:
             same = file_state(path) == before.get(file) or sha256_of(path) == hashes.get(file)
             what = "was changed"
