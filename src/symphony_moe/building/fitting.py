@@ -40,8 +40,8 @@ _WARMUP, _WARMUP_SHARE = 20, 5
 
 _HOPELESS = 4.0
 """A descent that was kept in the end has not been seen above 1.12 times its first error on the way
-(the bundled models). One of sources that are nearly the same begins at seven times it and more
-(docs/lab-log.md)."""
+(the bundled models). Of sources that are nearly the same most begin at five to two hundred times
+it (docs/lab-log.md)."""
 
 
 @dataclass(frozen=True)
