@@ -125,6 +125,7 @@ def test_each_source_knows_its_own_domain_best(family: str) -> None:
         assert own + 0.1 < min(by_source.values())
 
 
+@pytest.mark.slow
 def test_strangers_are_usable_before_any_training(tmp_path: Path) -> None:
     """The reason to exist, at a small budget: measured 3.76 against the plain mean's 5.26 nats on
     validation text, the sources' own losses being 1.9."""

@@ -718,7 +718,8 @@ def test_a_single_document_cannot_be_judged_by(recipes: Recipes, tmp_path: Path)
     assert pipeline.build(load_recipe(project / "recipe.yaml", given), tmp_path / "run").checkpoint
 
 
-@pytest.mark.parametrize("windows", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("windows", [2, 8])
 def test_branches_with_little_text_are_not_made_worse(windows: int, tmp_path: Path) -> None:
     """Bundled models of one base, and so little text that a fit can only learn it by heart: the one
     that loses less on the validation documents is written, and held-out text agrees to within 0.1
