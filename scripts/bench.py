@@ -60,8 +60,9 @@ PARTS = {
     "copies": Part(
         "Without calibration: against mergekit-moe",
         "`method: btx` and `gate_mode: random`: both tools write a Mixtral in bfloat16. "
-        "mergekit-moe takes the base's shared tensors, symphony the mean of all sources', hashes "
-        "what it reads and writes, and has each layer on the disk before the next begins.",
+        "mergekit-moe takes the base's shared tensors, symphony the mean of all sources'. symphony "
+        "also hashes what it reads and writes. It has each layer on the disk before the next "
+        "begins.",
         copies.measure,
         copies.describe,
     ),

@@ -44,7 +44,13 @@ from symphony_moe.errors import (
     shortened,
     shown,
 )
-from symphony_moe.machine import is_out_of_memory, is_refusal, process_number, use_device
+from symphony_moe.machine import (
+    is_launched,
+    is_out_of_memory,
+    is_refusal,
+    process_number,
+    use_device,
+)
 from symphony_moe.progress import Listener, ignore
 
 if TYPE_CHECKING:
@@ -399,7 +405,7 @@ def _refuse_bytes(words: list[str]) -> None:
 
 def _refuse_processes(call: _Call) -> None:
     """Two processes of anything but a build or a training would write the same files."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not is_launched():
         return
     if call.command not in (build, train):
         raise RecipeError(
@@ -415,7 +421,7 @@ def _refuse_processes(call: _Call) -> None:
 
 def _speaks() -> bool:
     """Whether this process says what has failed: of several the one that failed first."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not is_launched():
         return True
     from symphony_moe.processes import is_first_to_fail
 

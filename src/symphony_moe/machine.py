@@ -68,6 +68,11 @@ def process_number() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_launched() -> bool:
+    """Whether a launcher has started this process with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def use_device(name: str) -> None:
     """Compute on `cpu`, `cuda` or `cuda:N` alone: this process sees no other device. To be asked
     before anything runs on one. Raises RecipeError where there is no such device."""

@@ -170,7 +170,7 @@ def build(  # noqa: PLR0913 (all but two are keywords)
     folder = RunFolder(out)
     if processes.is_first:
         folder = _begin(ready, out, resume=resume, overwrite=overwrite)
-    if processes.agree(int(processes.is_first and folder.checkpoint.is_dir())):
+    if processes.agree(processes.is_first and folder.checkpoint.is_dir()):
         log.info("%s is finished already", folder.checkpoint)
         return folder
     whole = Build(ready.recipe, ready.sources, ready.planned, ready.text, folder, processes)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from symphony_moe.errors import LostProcess, RecipeError, first_line, shortened
+from symphony_moe.machine import is_launched
 
 _PATIENCE = timedelta(hours=12)
 """How long one process waits for another: the first may have terabytes to write. On a CPU one that
@@ -118,9 +119,9 @@ class Processes:
                 self._send(found[name].view(-1).view(torch.uint8), owner)
         return found
 
-    def agree(self, number: int) -> int:
-        """The number that the first process has."""
-        return int(self.share({"number": torch.tensor(number)})["number"])
+    def agree(self, answer: bool) -> bool:
+        """The answer of the first process."""
+        return bool(self.share({"answer": torch.tensor(answer)})["answer"])
 
     def refuse_different(self, facts: Mapping[str, str]) -> None:
         """Raise RecipeError in a process for which a fact (what it is -> what this process has) is
@@ -221,15 +222,9 @@ def together() -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def is_launched() -> bool:
-    """Whether a launcher has started this process with others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def is_first_to_fail() -> bool:
-    """Whether no process of this command has failed before this one: one message is enough."""
-    if not is_launched():
-        return True
+    """Whether no other process that the launcher has started has failed before this one: one
+    message is enough."""
     from torch.distributed.rendezvous import rendezvous
 
     try:

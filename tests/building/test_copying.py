@@ -210,7 +210,8 @@ def test_the_same_bytes_with_another_date_are_no_change(
         write_layer(build, layer, moe)
 
     monkeypatch.setattr(Build, "_write_layer", touch)
-    pipeline.verify(pipeline.build(recipe, tmp_path / "run"))
+    run = pipeline.build(recipe, tmp_path / "run")
+    assert pipeline.verify(run)["sources"] == "hashes equal the recipe's"
 
 
 def test_files_are_hashed_in_threads(tmp_path: Path) -> None:

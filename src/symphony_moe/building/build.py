@@ -294,8 +294,7 @@ class Build:
             return Alignment()
         paths = [self.folder.layer_compared(layer) for layer in range(self.num_layers)]
         compared = [
-            bool(self.processes.agree(int(self.is_first and is_compared(path, self.digest))))
-            for path in paths
+            self.processes.agree(self.is_first and is_compared(path, self.digest)) for path in paths
         ]
         if not all(compared):
             streams = self._streams()
@@ -416,7 +415,7 @@ class Build:
             if finished:
                 self.writer.keep(prefix)
         # Where nothing is fitted the first process is at this alone.
-        return bool(self.processes.agree(int(finished))) if self.recipe.fits else finished
+        return self.processes.agree(finished) if self.recipe.fits else finished
 
     def _aligned(self, model: Candidate, layer: int) -> dict[str, dict[str, Tensor]]:
         """Source -> its layer as a model has it. What was read is not kept beside: while a layer is
