@@ -240,12 +240,14 @@ class _Moments:
         return self._while_fitted + self._experts + learned + activations
 
     def head(self) -> int:
-        """All sources' heads, the fused one, the solved one, the one that is learned, its gradient,
-        Adam's two moments and two of its steps; pieces of logits."""
+        """All sources' heads, the fused one, the solved one, the one that is learned, Adam's two
+        moments. At a step, the gradient, and what its factors are cast to. At a look on the way, a
+        cast head, and pieces of logits beside those of the steps."""
         vocabulary = int(self.config.vocab_size)
         table = vocabulary * self._hidden * 4
-        logits = min(LOGITS_AT_ONCE, self._tokens * vocabulary) * 4
-        return (self.num_sources + 8) * table + 4 * logits
+        piece = min(LOGITS_AT_ONCE, self._tokens * vocabulary) * 4
+        held = (self.num_sources + 5) * table + 3 * piece
+        return held + max(5 * table // 2, table // 2 + 4 * piece)
 
     @property
     def _batch(self) -> int:

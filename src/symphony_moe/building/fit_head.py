@@ -248,9 +248,10 @@ def _divergences(
         for x, wanted in zip(*(_chunks(r, head) for r in rows), strict=True):
             with float32_results(device()):
                 logits, theirs = x @ head.T, wanted @ heads[name].T
-            theirs = torch.log_softmax(_of_known(state, name, theirs), dim=-1)
+            # In place: a piece of logits is as large as the head may be.
+            torch.log_softmax(_of_known(state, name, theirs), dim=-1, out=theirs)
             share = theirs.exp()
-            theirs = theirs.masked_fill(share == 0, 0.0)  # not 0 times minus infinity
+            theirs.masked_fill_(share == 0, 0.0)  # not 0 times minus infinity
             # At another temperature only the sum of exponents is another.
             logits -= logits.amax(dim=-1, keepdim=True)
             entropy, mean = ((share * some).sum(dim=-1) for some in (theirs, logits))

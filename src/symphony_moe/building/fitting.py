@@ -337,6 +337,7 @@ def descend(state: FitState, descent: Descent) -> int:
                 if home is not None:
                     tensor.lerp_(home, min(1.0, settings.pull * rate))
         if number + 1 in looks and descent.error is not None:
+            optimizer.zero_grad()  # the look takes memory of its own
             error = descent.error()
             if not error <= _HOPELESS * descent.before:  # nor where it is NaN
                 return number + 1
