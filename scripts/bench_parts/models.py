@@ -150,8 +150,11 @@ def make_tokenizer(folder: Path, size: int) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts_for_tokenizer(max(2000, size)), trainer)
-    missing = size - tokenizer.get_vocab_size()
-    tokenizer.add_tokens([f"<unused {number}>" for number in range(missing)])
+    # Among the model's own: added tokens would take seconds to load.
+    content = json.loads(tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"<unused {number}>": number for number in range(len(vocabulary), size)}
+    tokenizer = Tokenizer.from_str(json.dumps(content))
     ends = {"bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
+from symphony_moe.building.estimate import measure_speed
 from symphony_moe.building.plan import Plan, beyond_context, beyond_memory, make_plan
 from symphony_moe.errors import RecipeError, SymphonyError
 from symphony_moe.files import FileHasher, to_json, write_text
@@ -218,6 +219,7 @@ def _prepare(
             opened = open_sources(recipe)
         if processes.is_first_here:
             processes.wait()
+        measure_speed(recipe, opened[0].config)
         states = {source.name: source.file_states() for source in opened}
         hashes = _begin_hashing(opened if processes.is_first_here else [], hasher)
         planned = _plan(recipe, opened, memory)

@@ -18,6 +18,7 @@ from symphony_moe.model.families import (
 )
 from symphony_moe.model.layer import LOGITS_AT_ONCE, WINDOWS_TOKENS, device
 from symphony_moe.model.precision import is_reduced
+from symphony_moe.model.temperature import TEMPERATURES
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.opening import expected_shapes, target_of
 from symphony_moe.sources.source import TABLE_ROWS, Source
@@ -25,7 +26,7 @@ from symphony_moe.sources.source import TABLE_ROWS, Source
 STREAMS_IN_MEMORY = 2 * 1024**3
 """Residual streams of the calibration text larger than this (bytes) wait in memory-mapped files."""
 
-_KEPT = 128 * 1024**2
+_KEPT = 64 * 1024**2
 """Freed memory that the C library keeps for what is asked of it next, in bytes."""
 
 
@@ -281,40 +282,72 @@ class _Moments:
         return self.num_sources * self._layer + self._shared
 
 
+# What was measured of builds at 135 M, 0.5 B and 1.1 B parameters (docs/bench.md). Machines differ.
+_START = 3.5
+"""Seconds until the libraries and tokenizers are loaded."""
+_A_LAYER = 0.15
+"""Seconds to bring one layer to the disk."""
+_A_WEIGHT = 5e-9
+"""Seconds to hash, read, convert and write what is made of one weight of a source."""
+_ALIGNING, _FITTING = 1.15, 1.9
+"""What a stage takes of the time of its products alone."""
+_A_LOGIT = 0.7e-9
+"""Seconds to pass over one logit in memory."""
+_PASSES = 60 + len(TEMPERATURES)
+"""Passes over the logits of the validation text: the looks while the head is fitted, and one for
+each temperature."""
+
+
 def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
     """How long stage 1 takes on this machine, from the speed of one product of matrices. A
     refinement may end early, and is counted whole."""
     count, sequence = len(sources), recipe.calibration.sequence_length
+    layers = config.num_hidden_layers
     num_weights = sum(source.num_parameters for source in sources)
     # Tables of embeddings and heads are not multiplied with until the head is fitted.
     tables = sum(1 if source.config.tie_word_embeddings else 2 for source in sources)
     table = config.vocab_size * config.hidden_size
     one_source = (num_weights - tables * table) / count
     every = len(recipe.calibration_domains) * recipe.windows_each * sequence
+    judged = count * recipe.validation_windows * sequence
     fitted = count * max(1, recipe.windows_each - recipe.validation_windows) * sequence
-    aligning = fitting = assignment = 0.0
+    aligning = fitting = elsewhere = 0.0
     if recipe.aligns:
         aligning += 2.0 * every * one_source * count
     if recipe.aligns_neurons:
-        pairs = (count - 1) * config.num_hidden_layers
+        pairs = (count - 1) * layers
         aligning += 2.0 * every * config.intermediate_size**2 * pairs
-        # Between 1 and 3 times what is measured (docs/bench.md): machines differ.
-        assignment = 1.1 * (config.intermediate_size / 10_000) ** 2 * pairs
+        # The assignment: between 1 and 3 times what is measured (docs/bench.md).
+        elsewhere += 1.1 * (config.intermediate_size / 10_000) ** 2 * pairs
     active = one_source * recipe.router.top_k  # an upper bound: attention counts once
     if recipe.fits:
         fitting += 2.0 * every * 2 * active
     if recipe.fits_layers:
         # Each source on its own text, the Gram matrices, and forward and backward per epoch.
         fitting += 2.0 * every * 2 * one_source
-        fitting += 2.0 * every * config.intermediate_size**2 * config.num_hidden_layers
+        fitting += 2.0 * every * config.intermediate_size**2 * layers
         fitting += recipe.fit.epochs * fitted * (6.0 * active + 6.0 * table)
-    reading_and_writing = 12 * num_weights / 500e6
-    reduced = is_reduced(recipe.calibration.precision, config.hidden_size, device())
-    # What is measured is the processor: it may be slow in a format that a GPU is fast in.
-    reduced = reduced and device().type == "cpu"
+        elsewhere += judged * config.vocab_size * _PASSES * _A_LOGIT
+    reduced = _reduced(recipe, config)
+    copying = _START + _A_LAYER * layers + _A_WEIGHT * num_weights
     # The comparisons with the anchor are mostly no products; what is refined is mostly products.
-    computing = _seconds(aligning, 0.7, reduced=reduced) + _seconds(fitting, 0.2, reduced=reduced)
-    return 5.0 + computing + assignment + reading_and_writing
+    aligning = _ALIGNING * _seconds(aligning, 0.7, reduced=reduced)
+    fitting = _FITTING * _seconds(fitting, 0.2, reduced=reduced)
+    return float(copying + elsewhere + aligning + fitting)
+
+
+def measure_speed(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Measure what `build_seconds` asks of this machine, once: while nothing else runs."""
+    if recipe.aligns or recipe.fits:
+        matmul_speed(torch.float32)
+        if _reduced(recipe, config):
+            matmul_speed(torch.bfloat16)
+
+
+def _reduced(recipe: Recipe, config: PreTrainedConfig) -> bool:
+    # What is measured is the processor: it may be slow in a format that a GPU is fast in.
+    is_processor = device().type == "cpu"
+    return is_processor and is_reduced(recipe.calibration.precision, config.hidden_size, device())
 
 
 def _seconds(operations: float, rest: float, *, reduced: bool) -> float:
@@ -322,10 +355,10 @@ def _seconds(operations: float, rest: float, *, reduced: bool) -> float:
     no faster in bfloat16 (both shares measured at 135 M parameters: docs/lab-log.md)."""
     if not operations:
         return 0.0
-    in_float32 = operations / _matmul_speed(torch.float32)
+    in_float32 = operations / matmul_speed(torch.float32)
     if not reduced:
         return in_float32
-    return rest * in_float32 + (1 - rest) * operations / _matmul_speed(torch.bfloat16)
+    return rest * in_float32 + (1 - rest) * operations / matmul_speed(torch.bfloat16)
 
 
 def matching_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
@@ -336,10 +369,9 @@ def matching_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrain
 
 
 @cache
-def _matmul_speed(dtype: torch.dtype) -> float:
+def matmul_speed(dtype: torch.dtype) -> float:
     """Floating-point operations per second of this machine's processor: the best of some products,
-    so that what else runs for a moment does not count, halved, as attention, norms and elementwise
-    work come on top."""
+    so that what else runs for a moment does not count."""
     size = 1024
     matrix = torch.ones(size, size, dtype=dtype)
     seconds = []
@@ -347,4 +379,4 @@ def _matmul_speed(dtype: torch.dtype) -> float:
         start = time.perf_counter()
         matrix @ matrix
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds) / 2
+    return 2 * size**3 / min(seconds)
