@@ -253,7 +253,7 @@ def english(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return content | {"sources": {"english": original} | {n: t | data for n, t in twins.items()}}
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_real_models_twins_lose_what_the_model_loses(
     count: int, english: dict[str, Any], tmp_path: Path
 ) -> None:

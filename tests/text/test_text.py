@@ -609,7 +609,7 @@ def test_the_validation_text_is_of_documents_of_its_own() -> None:
     """Bundled text: no window that a fit is judged by shares a line with one that is fitted on, and
     together they are as much as was asked for; a method that fits nothing uses all of it."""
     sources = {
-        name: {"model": f"bundled:strangers/{name}", "data": f"bundled:{name}"}
+        name: {"model": f"bundled:strangers/{name}", "data": "bundled:records"}
         for name in ("arithmetic", "records")
     }
     content = {
