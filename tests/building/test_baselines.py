@@ -1,4 +1,4 @@
-"""The paper's baselines and its ablations against their definitions, tensor by tensor."""
+"""The paper's baselines and ablations, and DUME, against their definitions, tensor by tensor."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ from symphony_moe.text.texts import Texts
 from symphony_moe.text.windows import Packed
 from twin import scramble
 
-BASELINES = ("btx", "drop-upcycling", "sparse-upcycling")
+BASELINES = ("btx", "drop-upcycling", "sparse-upcycling", "dume")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -67,7 +67,11 @@ def test_a_baseline_is_what_the_paper_says(
             wanted = len(same) // 2 if method == "drop-upcycling" else 0
             assert len(changed[0]) == wanted
             assert len(set(changed)) == 1  # the same neurons in gate, up and down
-        assert 0.01 < float(router_matrix(moe.router, names).std()) < 0.03
+        router = router_matrix(moe.router, names)
+        if method == "dume":
+            assert difference(router.norm(dim=1), torch.full((len(names),), 10.0)) < 1e-4
+        else:
+            assert 0.01 < float(router.std()) < 0.03
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
+from checks import difference
 from conftest import SIZES, VARIANTS, make_recipe
 from symphony_moe.building import fit_head as fit_head_module
 from symphony_moe.building import fit_layer as fit_layer_module
@@ -45,7 +46,7 @@ from symphony_moe.building.fitting import (
     descend,
 )
 from symphony_moe.building.least_squares import LeastSquares, Solution
-from symphony_moe.building.router_init import hidden_router, regression_router
+from symphony_moe.building.router_init import hidden_router, regression_router, ridge_router
 from symphony_moe.errors import SourceError
 from symphony_moe.model.families import DOWN, EMBEDDING, FAMILIES, GATE, HEAD, UP, head_dim
 from symphony_moe.model.layer import (
@@ -222,6 +223,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Routed:
         fit_layer_module, "regression_router", watched("regression", regression_router)
     )
     monkeypatch.setattr(fit_layer_module, "hidden_router", watched("hidden", hidden_router))
+    monkeypatch.setattr(fit_layer_module, "ridge_router", watched("ridge", ridge_router))
     return calls
 
 
@@ -233,7 +235,8 @@ def assert_router_is(
     assert (made, divisor) == (kind, temperature)
     for ours, theirs in zip(given, inputs, strict=True):
         torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-3)
-    method = regression_router if kind == "regression" else hidden_router
+    methods = {"regression": regression_router, "hidden": hidden_router, "ridge": ridge_router}
+    method = methods[kind]
     assert torch.equal(router, method(given, divisor))
 
 
@@ -403,7 +406,7 @@ def test_the_router_alone_is_fitted_where_nothing_else_is_asked_for(
 ) -> None:
     """fit.method none: backbone and experts as they are, to the bit; each kind of router from the
     new model's own router inputs, its rows in the order of names, divided by the temperature."""
-    for init in ("regression", "hidden"):
+    for init in ("regression", "hidden", "ridge"):
         begun = begin(
             load_recipe(
                 harmonized("qwen2"),
@@ -638,6 +641,21 @@ def test_streams_advance_as_the_layers_run(variant: str, harmonized: Callable[[s
                 torch.testing.assert_close(
                     begun.stream(f"{part}/{name}"), expected, rtol=1e-4, atol=1e-4
                 )
+
+
+def test_dumes_text_goes_through_its_own_expert(harmonized: Callable[[str], Path]) -> None:
+    """While the routers' inputs are gathered, whatever the router says; and through no other where
+    a fit goes on from what the layer makes under its real routing."""
+    for settings, is_own in ((["method=dume"], True), (["router.init=ridge"], False)):
+        begun = begin(load_recipe(harmonized("qwen2"), [*settings, "router.top_k=2"]))
+        before = {name: begun.stream(f"new/{name}").clone() for name in "abc"}
+        moe, _ = begun.fit()
+        advance(begun.state, 0, moe, NEW)
+        for name in "abc":
+            own = load_dense_layer(begun.state.config, 0, {**moe.shared, **moe.experts[name]})
+            with torch.no_grad():
+                error = difference(begun.stream(f"new/{name}"), run_layer(own, before[name]))
+            assert (error < 1e-5) == is_own
 
 
 def test_the_plain_mean_gets_a_router_of_its_own(

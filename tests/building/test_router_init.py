@@ -14,6 +14,7 @@ from symphony_moe.building.router_init import (
     hidden_router,
     random_router,
     regression_router,
+    ridge_router,
 )
 
 SEEDS = st.integers(0, 2**31)
@@ -89,7 +90,7 @@ def test_text_twice_over_is_the_same_text() -> None:
     torch.testing.assert_close(again, router, rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize("method", [regression_router, hidden_router])
+@pytest.mark.parametrize("method", [regression_router, hidden_router, ridge_router])
 def test_another_order_of_sources_is_another_order_of_rows(method: type) -> None:
     """Law 4: to rounding, and to where L-BFGS stops."""
     inputs = router_inputs(2, [50, 70, 40, 60])
@@ -98,14 +99,14 @@ def test_another_order_of_sources_is_another_order_of_rows(method: type) -> None
     torch.testing.assert_close(again, router[order], rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("method", [regression_router, hidden_router])
+@pytest.mark.parametrize("method", [regression_router, hidden_router, ridge_router])
 def test_the_temperature_divides_the_logits(method: type) -> None:
     inputs = router_inputs(3, [40, 40, 40])
     for temperature in (0.25, 3.0):
         torch.testing.assert_close(method(inputs, temperature), method(inputs, 1.0) / temperature)
 
 
-@pytest.mark.parametrize("method", [regression_router, hidden_router])
+@pytest.mark.parametrize("method", [regression_router, hidden_router, ridge_router])
 def test_routers_come_without_a_graph_and_without_leave(method: type) -> None:
     """Inside `no_grad` as outside: the same rows; no gradient reaches the inputs, which stay as
     they were."""
@@ -149,3 +150,25 @@ def test_random_rows_are_keyed_by_seed_layer_and_name() -> None:
     assert not any(torch.equal(router[0], other) for other in others)
     assert float(router.std()) == pytest.approx(STANDARD_DEVIATION, rel=0.02)
     assert abs(float(router.mean())) < 1e-3
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, counts=st.lists(st.integers(1, 60), min_size=2, max_size=4))
+def test_the_ridge_router_is_the_regression_of_its_paper(seed: int, counts: list[int]) -> None:
+    """(XᵀX + 0.01 I)⁻¹ XᵀY, each row of length one: by a least-squares solver on rows that stand
+    for the ridge. A source of few tokens too, where there are fewer tokens than unknowns."""
+    inputs = router_inputs(seed, counts)
+    rows = np.concatenate([rows.double().numpy() for rows in inputs])
+    wanted = np.repeat(np.eye(len(counts)), counts, axis=0)
+    rows = np.concatenate([rows, 0.1 * np.eye(8)])
+    wanted = np.concatenate([wanted, np.zeros((8, len(counts)))])
+    expected = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    router = ridge_router(inputs, 1.0)
+    assert router.dtype == torch.float32
+    np.testing.assert_allclose(router.numpy(), expected, atol=1e-5)
+
+
+def test_the_ridge_router_finds_sources_that_are_apart() -> None:
+    inputs = router_inputs(8, [50] * 3, hidden=16, apart=4)
+    assert min(hits(ridge_router(inputs, 1.0), inputs)) > 0.9

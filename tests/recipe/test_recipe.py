@@ -485,6 +485,7 @@ def test_the_methods_there_are() -> None:
         "bam",
         "drop-upcycling",
         "sparse-upcycling",
+        "dume",
     ]
 
 
@@ -515,6 +516,7 @@ def test_harmonized_aligns_fits_and_calibrates(tmp_path: Path) -> None:
         ({"align": {"neurons": "none"}, "fit": {"method": "least-squares"}}, False, True, True),
         ({"align": {"neurons": "none"}, "router": {"init": "regression"}}, False, False, True),
         ({"align": {"neurons": "none"}, "router": {"init": "hidden"}}, False, False, True),
+        ({"align": {"neurons": "none"}, "router": {"init": "ridge"}}, False, False, True),
         ({"experts": {"init": "copy"}}, False, False, False),
     ],
 )

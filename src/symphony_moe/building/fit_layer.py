@@ -45,7 +45,7 @@ from symphony_moe.building.fitting import (
     solve_all,
 )
 from symphony_moe.building.least_squares import LeastSquares, Solution
-from symphony_moe.building.router_init import hidden_router, regression_router
+from symphony_moe.building.router_init import hidden_router, regression_router, ridge_router
 from symphony_moe.errors import SourceError
 from symphony_moe.model.families import DOWN, GATE, UP, head_dim
 from symphony_moe.model.layer import (
@@ -192,10 +192,13 @@ def advance_sources(state: FitState, layer: int, aligned: Aligned) -> None:
 @torch.no_grad()
 def advance(state: FitState, layer: int, moe: MoELayer, part: str) -> None:
     """Bring the streams of a model, NEW or PLAIN, past one of its layers: attention, then the
-    experts under their real routing."""
-    run = _runner(state, layer, moe)
+    experts under their real routing. Where DUME's router is all that is fitted, each source's text
+    goes through its own expert, as there."""
+    recipe, run = state.recipe, _runner(state, layer, moe)
     with state.products():
         for name in state.names:
+            if recipe.router.init == "ridge" and not recipe.fits_layers:
+                run = _runner(state, layer, moe, [name])
             for (hidden,) in state.batches(name, part):
                 hidden.copy_(run(hidden))
 
@@ -343,7 +346,8 @@ def _router_inputs(
 
 def _fit_router(state: FitState, inputs: Mapping[str, Float[Tensor, "_ hidden"]]) -> Rows:
     settings = state.recipe.router
-    method = hidden_router if settings.init == "hidden" else regression_router
+    methods = {"regression": regression_router, "ridge": ridge_router, "hidden": hidden_router}
+    method = methods[settings.init]
     found = {}
     if state.processes.is_first:
         with exact(device()):
@@ -469,17 +473,20 @@ def _grouped(names: Sequence[str], size: int) -> Iterator[list[str]]:
         yield group
 
 
-def _mixture(state: FitState, moe: MoELayer) -> MixtureOfExperts:
-    activation = activation_of(state.config)
-    experts = [moe.experts[name] for name in state.names]
-    router = router_matrix(moe.router, state.names)
-    return MixtureOfExperts(experts, router, state.recipe.router.top_k, activation)
+def _mixture(state: FitState, moe: MoELayer, only: Sequence[str] | None = None) -> MixtureOfExperts:
+    activation, names = activation_of(state.config), state.names if only is None else only
+    experts = [moe.experts[name] for name in names]
+    top_k = min(state.recipe.router.top_k, len(names))
+    return MixtureOfExperts(experts, router_matrix(moe.router, names), top_k, activation)
 
 
-def _runner(state: FitState, layer: int, moe: MoELayer) -> Callable[[Tensor], Tensor]:
-    """The new model's layer, under its real routing: residual stream -> residual stream."""
+def _runner(
+    state: FitState, layer: int, moe: MoELayer, only: Sequence[str] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """The new model's layer, under its real routing among its experts, or among `only` some:
+    residual stream -> residual stream."""
     attention = load_attention(state.config, layer, moe.shared)
-    mixture = _mixture(state, moe)
+    mixture = _mixture(state, moe, only)
 
     def run(hidden: Tensor) -> Tensor:
         middle = run_layer(attention, hidden)

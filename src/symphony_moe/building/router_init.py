@@ -15,6 +15,7 @@ ROUTER_TOKENS = 32768
 
 _ITERATIONS = 60
 _DECAY = 1e-4
+_RIDGE = 1e-2
 
 
 def windows_for_router(num_sources: int, sequence_length: int, available: int) -> range:
@@ -74,3 +75,22 @@ def hidden_router(
     """Each source's mean router input, centred over the sources and normalised to length one."""
     means = torch.stack([rows.mean(dim=0) for rows in inputs])
     return torch.nn.functional.normalize(means - means.mean(dim=0), dim=-1) / temperature
+
+
+def ridge_router(
+    inputs: Sequence[Float[Tensor, "_ hidden"]], temperature: float
+) -> Float[Tensor, "experts hidden"]:
+    """Ridge regression from router inputs to the source whose text they are of (DUME, arXiv
+    2603.29765).
+
+    `inputs`: for each expert, router inputs on its source's text. With all of them as rows of `X`
+    and `Y` one-hot, `(XᵀX + 0.01 I)⁻¹ XᵀY`; each row of the router is then brought to length one
+    and divided by `temperature`. DUME's router also has an intercept, which the routers of stock
+    architectures have not: it is left out of the regression.
+    """
+    features = torch.cat(list(inputs)).double()
+    sums = torch.stack([rows.double().sum(dim=0) for rows in inputs], dim=1)
+    ridge = _RIDGE * torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
+    factor = torch.linalg.cholesky(features.T @ features + ridge)
+    rows = torch.cholesky_solve(sums, factor).T
+    return torch.nn.functional.normalize(rows, dim=-1).to(inputs[0].dtype) / temperature

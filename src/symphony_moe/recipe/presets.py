@@ -1,6 +1,8 @@
 """What each `method` stands for: values for the sections of a recipe."""
 
-_PLAIN_MEAN: dict[str, dict[str, str]] = {
+from typing import Any
+
+_PLAIN_MEAN: dict[str, dict[str, Any]] = {
     "backbone": {"attention": "linear", "embeddings": "selective-linear", "norms": "linear"},
     "align": {"residual": "none", "heads": "none", "neurons": "none"},
     "experts": {"init": "source"},
@@ -8,7 +10,7 @@ _PLAIN_MEAN: dict[str, dict[str, str]] = {
     "router": {"init": "random"},
 }
 
-PRESETS: dict[str, dict[str, dict[str, str]]] = {
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "symphony": {
         "backbone": {"attention": "slerp", "embeddings": "selective-linear", "norms": "linear"},
         "align": {"residual": "none", "heads": "none", "neurons": "activations"},
@@ -31,6 +33,7 @@ PRESETS: dict[str, dict[str, dict[str, str]]] = {
         "backbone": {"attention": "anchor", "embeddings": "anchor", "norms": "anchor"},
         "experts": {"init": "copy"},
     },
+    "dume": _PLAIN_MEAN | {"router": {"init": "ridge", "top_k": 1, "temperature": 0.1}},
 }
-"""method -> section -> setting. The paper's method, the project's own, and the paper's baselines
-(appendix)."""
+"""method -> section -> setting. The paper's method, the project's own, the paper's baselines
+(appendix), and DUME (arXiv 2603.29765)."""

@@ -230,10 +230,10 @@ class Fit(Section):
 class Router(Section):
     """Router initialisation and experts per token."""
 
-    init: Literal["random", "regression", "hidden"] = "random"
+    init: Literal["random", "regression", "ridge", "hidden"] = "random"
     """Router initialisation. `random`: normal, standard deviation 0.02. `regression`: logistic
-    regression from router inputs to the source of the text. `hidden`: the mean router input of each
-    source's text."""
+    regression from router inputs to the source of the text. `ridge`: ridge regression to it, as in
+    DUME. `hidden`: the mean router input of each source's text."""
     temperature: Real = Field(1.0, ge=1e-6, le=1e9)
     """The rows of a router that is not random are divided by this. Higher: more even routing."""
     top_k: Whole = Field(2, ge=1, le=64)
@@ -363,7 +363,7 @@ class Recipe(Section):
     """The source that the others are aligned to. Default: the first."""
     method: Name = "symphony"
     """Preset, whose values are the defaults of the sections below: `symphony`, `harmonized`, `btx`,
-    `bam`, `drop-upcycling` or `sparse-upcycling`."""
+    `bam`, `drop-upcycling`, `sparse-upcycling` or `dume`."""
     calibration: Calibration = Calibration()
     backbone: Backbone = Backbone()
     align: Align = Align()
