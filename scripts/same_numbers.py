@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bam": ("strangers", {"method": "bam"}),
     "drop-upcycling": ("strangers", {"method": "drop-upcycling"}),
     "sparse-upcycling": ("strangers", {"method": "sparse-upcycling"}),
+    "dume": ("strangers", {"method": "dume"}),
     "branches": ("branches", {"method": "harmonized"}),
     "granite": (
         "strangers",

@@ -294,6 +294,27 @@ def test_stock_logits_are_what_the_method_says(
         assert difference(logits_of(load_clean(folder), text), expected) > 0.1
 
 
+def test_the_machine_is_measured_before_the_sources_are_hashed(
+    recipes: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashing on another core would halve the speed that the plan's seconds are made of."""
+    called = []
+
+    def watch(name: str) -> None:
+        function = getattr(pipeline, name)
+
+        def watched(*arguments: Any) -> Any:
+            called.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(pipeline, name, watched)
+
+    watch("_begin_hashing")
+    watch("measure_speed")
+    pipeline.build(load_recipe(recipes("llama")), tmp_path / "run")
+    assert called == ["measure_speed", "_begin_hashing"]
+
+
 def test_float16_is_rounded_and_verified(recipes: Callable[[str], Path], tmp_path: Path) -> None:
     """Law 6 in the third output dtype."""
     run = build(recipes("llama"), tmp_path / "run", "output.dtype=float16")

@@ -13,7 +13,7 @@ from bench_parts.setting import Setting, build
 
 SHAPES = {"135M": (3, 4), "0.5B": (2, 2), "1.1B": (2, 2)}
 """Shape -> sources, layers."""
-METHODS = ("symphony", "harmonized", "btx", "bam", "drop-upcycling", "sparse-upcycling")
+METHODS = ("symphony", "harmonized", "dume", "btx", "bam", "drop-upcycling", "sparse-upcycling")
 TOKENS, SEQUENCE, EPOCHS = 8192, 512, 1
 
 

@@ -218,8 +218,8 @@ def _prepare(
             _plan(recipe, opened, memory)  # before weights are fetched
             opened = open_sources(recipe)
         if processes.is_first_here:
+            measure_speed(recipe, opened[0].config)  # the others wait, and nothing is hashed yet
             processes.wait()
-        measure_speed(recipe, opened[0].config)
         states = {source.name: source.file_states() for source in opened}
         hashes = _begin_hashing(opened if processes.is_first_here else [], hasher)
         planned = _plan(recipe, opened, memory)

@@ -643,7 +643,7 @@ def test_dropped_neurons_leave_attention_experts(bam: Callable[[str], RunFolder]
 
 
 @pytest.mark.parametrize(("names", "top_k"), [(["a"], 1), (["a", "c"], 2)])
-@pytest.mark.parametrize("method", ["symphony", "harmonized"])
+@pytest.mark.parametrize("method", ["symphony", "harmonized", "dume"])
 def test_some_of_the_sources_are_experts(
     method: str, names: list[str], top_k: int, recipes: Callable[[str], Path], tmp_path: Path
 ) -> None:

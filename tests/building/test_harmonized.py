@@ -402,6 +402,16 @@ def test_killed_and_resumed_equals_never_killed(
     assert not run.work.exists()
 
 
+def test_dume_killed_and_resumed_equals_dume_never_killed(recipes: Recipes, tmp_path: Path) -> None:
+    """Text that went through its own expert goes through it again."""
+    recipe = load_recipe(recipes("llama"), ["method=dume"])
+    whole = pipeline.build(recipe, tmp_path / "whole")
+    with killing("build.fit_layer", 2):
+        pipeline.build(recipe, tmp_path / "run")
+    run = pipeline.build(recipe, tmp_path / "run", resume=True)
+    assert hash_folder(run.checkpoint) == hash_folder(whole.checkpoint)
+
+
 def test_what_was_compared_and_fitted_is_not_done_again(
     recipes: Recipes, fitted: Runs, tmp_path: Path
 ) -> None:

@@ -141,9 +141,8 @@ def test_a_disk_without_room_for_the_work_is_refused_before_anything_is_made(
 
 @pytest.mark.parametrize("settings", ["alignment", "a fit"])
 def test_the_peak_counts_what_a_fit_holds(settings: str, recipes: Recipes) -> None:
-    """Where tables are large: all sources' heads and seven and a half more of float32. Where
-    experts are large: three matrices ffn x ffn of float64. A build that fits nothing holds
-    neither."""
+    """Where tables are large: all sources' heads and eight more of float32. Where experts are
+    large: three matrices ffn x ffn of float64. A build that fits nothing holds neither."""
     recipe = load_recipe(recipes("llama"), SETTINGS[settings])
     config = open_sources(recipe)[0].config
 
@@ -157,7 +156,7 @@ def test_the_peak_counts_what_a_fit_holds(settings: str, recipes: Recipes) -> No
     experts = peak(intermediate_size=2 * 10**5) - peak(intermediate_size=10**5)
     wanted = 3 * (2 * 10**5) ** 2 * 8 - 3 * (10**5) ** 2 * 8
     if settings == "a fit":
-        assert tables == 10.5 * 10**7 * config.hidden_size * 4
+        assert tables == 11 * 10**7 * config.hidden_size * 4
         assert wanted < experts < 1.1 * wanted
     else:
         assert tables == 0

@@ -505,6 +505,16 @@ def test_harmonized_aligns_fits_and_calibrates(tmp_path: Path) -> None:
     assert not recipe.aligns_neurons, "no expert here meets another's neurons"
 
 
+def test_dume_is_the_plain_mean_with_its_own_router(tmp_path: Path) -> None:
+    recipe, mean = resolve(tmp_path, method="dume"), resolve(tmp_path, method="btx")
+    router = recipe.router
+    assert (router.init, router.top_k, router.temperature) == ("ridge", 1, 0.1)
+    assert recipe.routes_by_source and not recipe.fits_layers and not recipe.aligns
+    assert recipe.model_copy(update={"method": "btx", "router": mean.router}) == mean
+    fitted = resolve(tmp_path, method="harmonized", router={"init": "ridge"})
+    assert not fitted.routes_by_source
+
+
 @pytest.mark.parametrize(
     ("changes", "aligns", "folds", "fits"),
     [

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from conftest import VARIANTS, WORDS, make_text, make_tokenizer
+from symphony_moe.bundled import corpus
 from symphony_moe.errors import TextError
 from symphony_moe.recipe.load import resolve_recipe
 from symphony_moe.recipe.settings import Fit, HubData, Router
@@ -605,13 +606,15 @@ def test_validation_documents_are_some_and_never_all(count: int) -> None:
     assert [sorted(part) for part in again] == [sorted(fitted), sorted(validation)]
 
 
-def test_the_validation_text_is_of_documents_of_its_own() -> None:
-    """Bundled text: no window that a fit is judged by shares a line with one that is fitted on, and
+def test_the_validation_text_is_of_documents_of_its_own(tmp_path: Path) -> None:
+    """Some bundled text: no window that a fit is judged by shares a line with one that is fitted on, and
     together they are as much as was asked for; a method that fits nothing uses all of it."""
-    sources = {
-        name: {"model": f"bundled:strangers/{name}", "data": "bundled:records"}
-        for name in ("arithmetic", "records")
-    }
+    sources = {}
+    for name in ("arithmetic", "records"):
+        documents = corpus.documents(name)[:400]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
+        sources[name] = {"model": f"bundled:strangers/{name}", "data": str(path)}
     content = {
         "sources": sources,
         "method": "harmonized",

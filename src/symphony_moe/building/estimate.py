@@ -213,11 +213,15 @@ class _Moments:
         return held + self._shared + max(fusing, writing) + WAITING_BYTES
 
     def routed(self) -> int:
-        """The router's inputs, thrice, beside the layers."""
+        """The router's inputs, thrice, beside the layers; for a ridge router those of one source in
+        float64, and the Gram matrix, with the ridge, and factored."""
         sequence, windows = self.recipe.calibration.sequence_length, self.recipe.windows_each
         chosen = windows_for_router(self.num_sources, sequence, windows)
         tokens = self.num_sources * len(chosen) * sequence
-        return self._while_fitted + 3 * tokens * self._hidden * 4
+        inputs = 3 * tokens * self._hidden * 4
+        if self.recipe.router.init == "ridge":
+            inputs += (tokens // self.num_sources + 3 * self._hidden) * self._hidden * 8
+        return self._while_fitted + inputs
 
     def solved(self) -> int:
         """The Gram matrix of an FFN's neurons, with the ridge, and factored; what it is solved
@@ -242,13 +246,14 @@ class _Moments:
 
     def head(self) -> int:
         """All sources' heads, the fused one, the solved one, the one that is learned, Adam's two
-        moments. At a step, the gradient, and what its factors are cast to. At a look on the way, a
-        cast head, and pieces of logits beside those of the steps."""
+        moments. At a step, the gradient and two of Adam's steps, or what the gradient's factors are
+        cast to. At a look on the way, a cast head, and pieces of logits beside those of the
+        steps."""
         vocabulary = int(self.config.vocab_size)
         table = vocabulary * self._hidden * 4
         piece = min(LOGITS_AT_ONCE, self._tokens * vocabulary) * 4
         held = (self.num_sources + 5) * table + 3 * piece
-        return held + max(5 * table // 2, table // 2 + 4 * piece)
+        return held + max(3 * table, table // 2 + 4 * piece)
 
     @property
     def _batch(self) -> int:
@@ -293,9 +298,9 @@ _ALIGNING, _FITTING = 1.15, 1.9
 """What a stage takes of the time of its products alone."""
 _A_LOGIT = 0.7e-9
 """Seconds to pass over one logit in memory."""
-_PASSES = 60 + len(TEMPERATURES)
-"""Passes over the logits of the validation text: the looks while the head is fitted, and one for
-each temperature."""
+_PASSES = 10 * 6 + len(TEMPERATURES)
+"""Passes over the logits of the validation text: six for each of the ten looks at the head, and one
+for each temperature."""
 
 
 def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
@@ -339,9 +344,9 @@ def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedC
 def measure_speed(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Measure what `build_seconds` asks of this machine, once: while nothing else runs."""
     if recipe.aligns or recipe.fits:
-        matmul_speed(torch.float32)
+        _matmul_speed(torch.float32)
         if _reduced(recipe, config):
-            matmul_speed(torch.bfloat16)
+            _matmul_speed(torch.bfloat16)
 
 
 def _reduced(recipe: Recipe, config: PreTrainedConfig) -> bool:
@@ -355,10 +360,10 @@ def _seconds(operations: float, rest: float, *, reduced: bool) -> float:
     no faster in bfloat16 (both shares measured at 135 M parameters: docs/lab-log.md)."""
     if not operations:
         return 0.0
-    in_float32 = operations / matmul_speed(torch.float32)
+    in_float32 = operations / _matmul_speed(torch.float32)
     if not reduced:
         return in_float32
-    return rest * in_float32 + (1 - rest) * operations / matmul_speed(torch.bfloat16)
+    return rest * in_float32 + (1 - rest) * operations / _matmul_speed(torch.bfloat16)
 
 
 def matching_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
@@ -369,7 +374,7 @@ def matching_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrain
 
 
 @cache
-def matmul_speed(dtype: torch.dtype) -> float:
+def _matmul_speed(dtype: torch.dtype) -> float:
     """Floating-point operations per second of this machine's processor: the best of some products,
     so that what else runs for a moment does not count."""
     size = 1024

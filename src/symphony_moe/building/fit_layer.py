@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -63,6 +63,9 @@ from symphony_moe.model.layer import (
 from symphony_moe.model.moe_layer import MoELayer, router_matrix, router_rows
 from symphony_moe.model.precision import exact, float32_results
 from symphony_moe.model.streams import in_batches
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -192,15 +195,19 @@ def advance_sources(state: FitState, layer: int, aligned: Aligned) -> None:
 @torch.no_grad()
 def advance(state: FitState, layer: int, moe: MoELayer, part: str) -> None:
     """Bring the streams of a model, NEW or PLAIN, past one of its layers: attention, then the
-    experts under their real routing. Where DUME's router is all that is fitted, each source's text
-    goes through its own expert, as there."""
-    recipe, run = state.recipe, _runner(state, layer, moe)
+    experts under their real routing. Where the recipe routes by source, the text that a router is
+    fitted on goes through its source's expert instead."""
+    attention = load_attention(state.config, layer, moe.shared)
+    routed = _runner(state, attention, moe, state.names)
     with state.products():
         for name in state.names:
-            if recipe.router.init == "ridge" and not recipe.fits_layers:
-                run = _runner(state, layer, moe, [name])
-            for (hidden,) in state.batches(name, part):
-                hidden.copy_(run(hidden))
+            parts = [(slice(None), routed)]
+            if state.recipe.routes_by_source:
+                own = _runner(state, attention, moe, [name])
+                parts = [(state.validation(name), routed), (state.fitted(name), own)]
+            for rows, run in parts:
+                for (hidden,) in state.streams.visit(f"{part}/{name}", rows=rows):
+                    hidden.copy_(run(hidden))
 
 
 @torch.no_grad()
@@ -428,7 +435,7 @@ def _refine(
     # Copies: on the CPU the modules would learn on the weights that they were given.
     experts = {n: {k: v.clone() for k, v in e.items()} for n, e in start.experts.items()}
     router = {name: row.clone() for name, row in start.router.items()}
-    mixture = _mixture(state, MoELayer({}, experts, router))
+    mixture = _mixture(state, MoELayer({}, experts, router), state.names)
     parameters = [*learned.values(), mixture.router]
     home = [*(aligned.shared[name] for name in learned), None]  # no router is aligned
     for name, expert in zip(state.names, mixture.experts, strict=True):
@@ -473,20 +480,19 @@ def _grouped(names: Sequence[str], size: int) -> Iterator[list[str]]:
         yield group
 
 
-def _mixture(state: FitState, moe: MoELayer, only: Sequence[str] | None = None) -> MixtureOfExperts:
-    activation, names = activation_of(state.config), state.names if only is None else only
+def _mixture(state: FitState, moe: MoELayer, names: Sequence[str]) -> MixtureOfExperts:
+    """The experts of some sources."""
+    top_k, activation = min(state.recipe.router.top_k, len(names)), activation_of(state.config)
     experts = [moe.experts[name] for name in names]
-    top_k = min(state.recipe.router.top_k, len(names))
     return MixtureOfExperts(experts, router_matrix(moe.router, names), top_k, activation)
 
 
 def _runner(
-    state: FitState, layer: int, moe: MoELayer, only: Sequence[str] | None = None
+    state: FitState, attention: "PreTrainedModel", moe: MoELayer, names: Sequence[str]
 ) -> Callable[[Tensor], Tensor]:
-    """The new model's layer, under its real routing among its experts, or among `only` some:
-    residual stream -> residual stream."""
-    attention = load_attention(state.config, layer, moe.shared)
-    mixture = _mixture(state, moe, only)
+    """The new model's layer, routed among the experts of some sources: residual stream -> residual
+    stream."""
+    mixture = _mixture(state, moe, names)
 
     def run(hidden: Tensor) -> Tensor:
         middle = run_layer(attention, hidden)
@@ -499,7 +505,8 @@ def _runner(
 @torch.no_grad()
 def _layer_error(state: FitState, layer: int, moe: MoELayer) -> float:
     """The error of a layer, under its real routing."""
-    return _error(state, AFTER, _runner(state, layer, moe))
+    attention = load_attention(state.config, layer, moe.shared)
+    return _error(state, AFTER, _runner(state, attention, moe, state.names))
 
 
 def _error(state: FitState, target: str, run: Callable[[Tensor], Tensor]) -> float:

@@ -33,6 +33,7 @@ from symphony_moe.model.families import (
     target_config,
 )
 from symphony_moe.model.moe_layer import MoELayer, layer_outputs
+from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
 from symphony_moe.sources.opening import expected_shapes
@@ -356,7 +357,7 @@ def _is_here(model: str) -> bool:
 
 
 def _without_effect(recipe: Recipe) -> list[str]:
-    """What a user has set (to another value than the default) that nothing reads."""
+    """What a user has set (to another value than the method's) that nothing reads."""
     of_fit = ("fit.ridge", "fit.epochs", "fit.learning_rate", "fit.pull", "fit.temperature_scaling")
     of_teacher = ("train.teacher_weight", "train.teacher_temperature", "train.teacher_loading")
     unread = (
@@ -381,6 +382,8 @@ def _without_effect(recipe: Recipe) -> list[str]:
         for setting in settings if is_unread else ():
             section, name = setting.split(".")
             chosen = getattr(recipe, section)
-            if getattr(chosen, name) != type(chosen).model_fields[name].default:
+            default = type(chosen).model_fields[name].default
+            default = PRESETS[recipe.method].get(section, {}).get(name, default)
+            if getattr(chosen, name) != default:
                 notes.append(f"{setting} has no effect: {reason}")
     return notes

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symphony_moe.building.draws import generator_for
+from symphony_moe.building.least_squares import LeastSquares
 
 STANDARD_DEVIATION = 0.02
 
@@ -85,12 +86,16 @@ def ridge_router(
 
     `inputs`: for each expert, router inputs on its source's text. With all of them as rows of `X`
     and `Y` one-hot, `(XᵀX + 0.01 I)⁻¹ XᵀY`; each row of the router is then brought to length one
-    and divided by `temperature`. DUME's router also has an intercept, which the routers of stock
-    architectures have not: it is left out of the regression.
+    and divided by `temperature`. DUME's router also has an intercept. The routers of stock
+    architectures have none, so the regression has none.
     """
-    features = torch.cat(list(inputs)).double()
-    sums = torch.stack([rows.double().sum(dim=0) for rows in inputs], dim=1)
-    ridge = _RIDGE * torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
-    factor = torch.linalg.cholesky(features.T @ features + ridge)
-    rows = torch.cholesky_solve(sums, factor).T
-    return torch.nn.functional.normalize(rows, dim=-1).to(inputs[0].dtype) / temperature
+    first = inputs[0]
+    sums = LeastSquares(first.shape[1], len(inputs), device=first.device)
+    for number, rows in enumerate(inputs):
+        wanted = torch.zeros(len(rows), len(inputs), dtype=torch.float64, device=first.device)
+        wanted[:, number] = 1
+        sums.update(rows.double(), wanted)
+    strength = float(sums.gram.diagonal().mean())
+    nothing = torch.zeros(len(inputs), first.shape[1], device=first.device)
+    router = sums.solve(nothing, _RIDGE / strength if strength > 0 else 1.0).weight
+    return torch.nn.functional.normalize(router, dim=-1) / temperature

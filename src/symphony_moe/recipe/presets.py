@@ -1,8 +1,8 @@
 """What each `method` stands for: values for the sections of a recipe."""
 
-from typing import Any
+_Sections = dict[str, dict[str, str | int | float]]
 
-_PLAIN_MEAN: dict[str, dict[str, Any]] = {
+_PLAIN_MEAN: _Sections = {
     "backbone": {"attention": "linear", "embeddings": "selective-linear", "norms": "linear"},
     "align": {"residual": "none", "heads": "none", "neurons": "none"},
     "experts": {"init": "source"},
@@ -10,7 +10,7 @@ _PLAIN_MEAN: dict[str, dict[str, Any]] = {
     "router": {"init": "random"},
 }
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+PRESETS: dict[str, _Sections] = {
     "symphony": {
         "backbone": {"attention": "slerp", "embeddings": "selective-linear", "norms": "linear"},
         "align": {"residual": "none", "heads": "none", "neurons": "activations"},

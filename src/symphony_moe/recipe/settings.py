@@ -233,7 +233,8 @@ class Router(Section):
     init: Literal["random", "regression", "ridge", "hidden"] = "random"
     """Router initialisation. `random`: normal, standard deviation 0.02. `regression`: logistic
     regression from router inputs to the source of the text. `ridge`: ridge regression to it, as in
-    DUME. `hidden`: the mean router input of each source's text."""
+    DUME. Where no layer is fitted, each source's text then goes through its own expert. `hidden`:
+    the mean router input of each source's text."""
     temperature: Real = Field(1.0, ge=1e-6, le=1e9)
     """The rows of a router that is not random are divided by this. Higher: more even routing."""
     top_k: Whole = Field(2, ge=1, le=64)
@@ -440,6 +441,12 @@ class Recipe(Section):
     def fits_router(self) -> bool:
         """Whether the router is initialised from the new model's own router inputs."""
         return self.router.init != "random"
+
+    @property
+    def routes_by_source(self) -> bool:
+        """Whether the text that routers are fitted on goes through its source's expert, and not
+        where the router sends it (DUME). A fit of layers wants the model as it will be."""
+        return self.router.init == "ridge" and not self.fits_layers
 
     @property
     def fits(self) -> bool:
