@@ -341,6 +341,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", run)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 @HOW_MANY
 def test_a_comparison(kills: str, project: Project) -> None:

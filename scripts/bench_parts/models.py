@@ -145,7 +145,8 @@ def make_tokenizer(folder: Path, size: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=["<s>", "</s>"],
+        # The last is a token of Qwen2's class: what the files lack of it would be taken out.
+        special_tokens=["<s>", "</s>", "<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

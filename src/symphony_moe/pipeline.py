@@ -49,7 +49,7 @@ from symphony_moe.sources.opening import (
     refuse_changed,
     refuse_touched,
 )
-from symphony_moe.sources.source import FileStates, Source, experts_of, remarks
+from symphony_moe.sources.source import FileStates, Source, experts_of
 from symphony_moe.text.documents import check_data_exists
 from symphony_moe.text.texts import Texts
 from symphony_moe.training.refusals import refuse_untrainable
@@ -275,7 +275,7 @@ def _note(ready: _Ready, whole: Build, memory: int | None) -> dict[str, str]:
     begun_with = note_versions(folder.begun_with, now, "this build")
     _warn_beyond_context(ready.recipe, ready.opened, "calibration")
     folder.update_json(folder.plan, planned.to_json())
-    for note in (note for source in ready.opened for note in remarks(source)):
+    for note in (note for source in ready.opened for note in source.remarks):
         log.warning("%s", note)
     if memory is not None and planned.peak_memory_bytes > memory:
         log.warning("%s", beyond_memory(planned.peak_memory_bytes, memory))

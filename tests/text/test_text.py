@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -27,7 +28,6 @@ from transformers import (
 )
 
 from conftest import VARIANTS, WORDS, make_text, make_tokenizer
-from symphony_moe.bundled import corpus
 from symphony_moe.errors import TextError
 from symphony_moe.recipe.load import resolve_recipe
 from symphony_moe.recipe.settings import Fit, HubData, Router
@@ -607,13 +607,13 @@ def test_validation_documents_are_some_and_never_all(count: int) -> None:
 
 
 def test_the_validation_text_is_of_documents_of_its_own(tmp_path: Path) -> None:
-    """Some bundled text: no window that a fit is judged by shares a line with one that is fitted on, and
+    """No window that a fit is judged by shares a line with one that is fitted on, and
     together they are as much as was asked for; a method that fits nothing uses all of it."""
-    sources = {}
+    sources: dict[str, Any] = {}
     for name in ("arithmetic", "records"):
-        documents = corpus.documents(name)[:400]
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
+        words, path = random.Random(name), tmp_path / f"{name}.jsonl"
+        lines = [" ".join(words.choices(WORDS, k=300)) for _ in range(200)]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
         sources[name] = {"model": f"bundled:strangers/{name}", "data": str(path)}
     content = {
         "sources": sources,

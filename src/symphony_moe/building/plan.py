@@ -37,7 +37,7 @@ from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
 from symphony_moe.sources.opening import expected_shapes
-from symphony_moe.sources.source import Source, anchor_of, is_tied, public_name, remarks
+from symphony_moe.sources.source import Source, anchor_of, is_tied, public_name
 
 NOTE_PERMUTATION = (
     "align.neurons reorders each expert's hidden neurons; this by itself does not change what an "
@@ -252,7 +252,7 @@ def _notes(
 ) -> list[str]:
     notes = [str(d) for d in differences if d.verdict == "warning"]
     for source in opened:
-        notes += remarks(source)
+        notes += source.remarks
         notes += [f"{source.name}: {note}" for note in _of_adapter(source)]
         notes += [f"{source.name}: {note}" for note in _of_text(recipe, source)]
     notes += _of_ends(recipe, sources)

@@ -226,6 +226,37 @@ class Source:
             self.name, folder, self.own_tokenizer, self.own_rows, special, generation
         )
 
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What a source's files say and the result does not take over, or not as it stands."""
+        found = [*self.dropped, *read_generation(self)[1]]
+        folder = self.tokenizer_folder or self.folder
+        for where, file in ((self.folder, "config.json"), (folder, TOKENIZER_CONFIG)):
+            if code := code_of(where, file):
+                found.append(
+                    f"{file} names code ({', '.join(code)[:80]}), which is never run: the classes "
+                    "of transformers are used, and the result names none"
+                )
+        tokenizer = self.own_tokenizer
+        if gone := left_out(tokenizer):
+            found.append(
+                f"the model has no rows for {some(gone)}, which only the tokenizer's class adds: "
+                "left out"
+            )
+        elif fill := getattr(tokenizer, "fill_token", None):
+            found.append(
+                f"its tokenizer's class makes two texts of one with {fill}; to the result, whose "
+                "class is another, it is a token like others"
+            )
+        text = cut_otherwise(self.source_tokenizer)
+        if text is not None:
+            found.append(
+                f"tokenizer.json says to cut text otherwise than the class does that transformers "
+                f"takes for it, as in {text[:60]!r}; text is cut as by the class, here and by the "
+                "result where it is the anchor"
+            )
+        return [*self.notes, *(f"{self.name}: {remark}" for remark in found)]
+
     def read(self, name: str, rows: slice | None = None, *, as_stored: bool = False) -> Tensor:
         """One tensor (or some of its first axis) as float32, with the adapter in it; `as_stored`:
         in the dtype of the file, where that is one that models are written in.
@@ -470,37 +501,6 @@ def generation_settings(source: Source) -> dict[str, Any]:
             settings["pad_token_id"], source.own_rows, 0
         )
     return {k: value for k, value in settings.items() if k not in CODE}
-
-
-def remarks(source: Source) -> list[str]:
-    """What a source's files say and the result does not take over, or not as it stands."""
-    found = [*source.dropped, *read_generation(source)[1]]
-    folder = source.tokenizer_folder or source.folder
-    for where, file in ((source.folder, "config.json"), (folder, TOKENIZER_CONFIG)):
-        if code := code_of(where, file):
-            found.append(
-                f"{file} names code ({', '.join(code)[:80]}), which is never run: the classes of "
-                "transformers are used, and the result names none"
-            )
-    tokenizer = source.own_tokenizer
-    if gone := left_out(tokenizer):
-        found.append(
-            f"the model has no rows for {some(gone)}, which only the tokenizer's class adds: left "
-            "out"
-        )
-    elif fill := getattr(tokenizer, "fill_token", None):
-        found.append(
-            f"its tokenizer's class makes two texts of one with {fill}; to the result, whose class "
-            "is another, it is a token like others"
-        )
-    text = cut_otherwise(source.source_tokenizer)
-    if text is not None:
-        found.append(
-            f"tokenizer.json says to cut text otherwise than the class does that transformers "
-            f"takes for it, as in {text[:60]!r}; text is cut as by the class, here and by the "
-            "result where it is the anchor"
-        )
-    return [*source.notes, *(f"{source.name}: {remark}" for remark in found)]
 
 
 def by_tensor(

@@ -73,18 +73,31 @@ class SourceTokenizer:
         """Token -> its number, added tokens included."""
         return dict(self.tokenizer.get_vocab())
 
+    @property
+    def backend(self) -> Tokenizer | None:
+        """The tokenizer of the library `tokenizers` within; None for a tokenizer in Python."""
+        found: Tokenizer | None = getattr(self.tokenizer, "backend_tokenizer", None)
+        return found
+
     @cached_property
     def content(self) -> dict[str, Any]:
         """The tokenizer as its library writes it; empty for a tokenizer in Python."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
         # Calls switch padding and truncation on and off: that is no part of what it is.
         off = {"padding": None, "truncation": None}
-        return {} if backend is None else dict(json.loads(backend.to_str())) | off
+        return {} if self.backend is None else dict(json.loads(self.backend.to_str())) | off
 
     @cached_property
     def added(self) -> dict[str, dict[str, Any]]:
-        """Added token -> its entry."""
-        return {token["content"]: token for token in self.content.get("added_tokens", [])}
+        """Added token -> its entry, as tokenizer.json has it."""
+        if self.backend is None:
+            return {}
+        # Not of `content`: writing a large vocabulary as JSON and reading it takes a second.
+        found = sorted(self.backend.get_added_tokens_decoder().items())
+        return {
+            token.content: {"id": number, "content": token.content}
+            | {flag: getattr(token, flag) for flag in FLAGS}
+            for number, token in found
+        }
 
     @cached_property
     def made(self) -> frozenset[str]:
@@ -101,13 +114,12 @@ class SourceTokenizer:
     @property
     def kind(self) -> str:
         """How it makes tokens of text. Only tokenizers of one kind can be merged."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        if self.backend is None:
             return type(self.tokenizer).__name__
-        # Not of `content`: writing a large vocabulary as JSON takes half a second.
-        stages = [s for s in (backend.pre_tokenizer, backend.decoder) if s is not None]
+        # Nor this of `content`.
+        stages = [s for s in (self.backend.pre_tokenizer, self.backend.decoder) if s is not None]
         spelled = " ".join(stage.__getstate__().decode() for stage in stages)
-        return _kind(type(backend.model).__name__, spelled)
+        return _kind(type(self.backend.model).__name__, spelled)
 
     @property
     def filed_kind(self) -> str:

@@ -10,7 +10,7 @@ def cut_otherwise(source: SourceTokenizer) -> str | None:
     """A text that the class that `transformers` takes cuts otherwise than tokenizer.json says; None
     where there is none, or no such file."""
     file = source.folder / "tokenizer.json"
-    if not source.content or not file.is_file() or type(source.tokenizer).__name__ in GENERIC:
+    if source.backend is None or not file.is_file() or type(source.tokenizer).__name__ in GENERIC:
         return None
     as_filed = PreTrainedTokenizerFast(tokenizer_file=str(file))
     texts = texts_for(source.tokenizer)
