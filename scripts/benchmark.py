@@ -3,8 +3,8 @@
     python scripts/benchmark.py strangers --seeds 1 2 3 --out benchmark
 
 From `recipes/<family>.yaml`, for every seed (of windows, held-out text, router and training): the
-plain mean (BTX) under its three routings, the paper's preset and `harmonized`, built; then both of
-these trained on equal tokens, all weights and the router alone. One process of `symphony` a step;
+plain mean (BTX) under its three routings, DUME, the paper's preset and `harmonized`, built; then
+the last two trained on equal tokens, all weights and the router alone. One process of `symphony` a step;
 what is there already is kept, so a run that was stopped goes on. Prints Markdown: losses, seconds,
 peak memory, and the share of the gap from BTX's best routing to the specialists that is closed.
 Measure on an idle machine.
@@ -38,6 +38,7 @@ METHODS = {
         "router.temperature=1e9",
         "router.top_k=4",
     ),
+    "dume": ("method=dume",),
     "symphony": ("method=symphony",),
     "harmonized, aligned only": ("method=harmonized", "fit.method=none"),
     "harmonized, closed form": ("method=harmonized", "fit.epochs=0"),
