@@ -4,10 +4,10 @@
 
 From `recipes/<family>.yaml`, for every seed (of windows, held-out text, router and training): the
 plain mean (BTX) under its three routings, DUME, the paper's preset and `harmonized`, built; then
-the last two trained on equal tokens, all weights and the router alone. One process of `symphony` a step;
-what is there already is kept, so a run that was stopped goes on. Prints Markdown: losses, seconds,
-peak memory, and the share of the gap from BTX's best routing to the specialists that is closed.
-Measure on an idle machine.
+the last two trained on equal tokens, all weights and the router alone. One process of `symphony` a
+step; what is there already is kept, so a run that was stopped goes on. Prints Markdown: losses,
+seconds, peak memory, and the share of the gap from BTX's best routing to the specialists that is
+closed. Measure on an idle machine.
 """
 
 import argparse

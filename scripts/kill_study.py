@@ -5,8 +5,9 @@
 
 Builds once without a break. Then builds again and again, ends each process at a random moment
 (SIGKILL, or by filling the disk until it stops), resumes it until it is done, and compares every
-file. What was found stands in `OUT/found.jsonl`: a study that was stopped goes on. Exits 1 where a
-build did not come to the same bytes, or ended otherwise than it should.
+file. What was found stands in `OUT/found.jsonl`: a study that was stopped goes on. What the builds
+say stands in `kill-study-PID.log` in the folder for temporary files. Exits 1 where a build did not
+come to the same bytes, or ended otherwise than it should.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,9 @@ from symphony_moe.files import hash_folder, sha256_of
 LARGEST_DISK = 16 * 1024**3
 """A disk larger than this (bytes) is not filled: it is not one that was made for this."""
 
+LOG = Path(tempfile.gettempdir()) / f"kill-study-{os.getpid()}.log"
+"""What the builds say: not on the disk that is filled, where it would be lost."""
+
 REFUSED = 2
 """How a build ends that finds no room."""
 
@@ -34,7 +39,7 @@ def build(recipe: Path, run: Path) -> subprocess.Popen[bytes]:
     """Begin a build, or go on with it, in a process of its own."""
     words = [sys.executable, "-m", "symphony_moe", "build", str(recipe), "--out", str(run)]
     run.parent.mkdir(parents=True, exist_ok=True)
-    with (run.parent / "log.txt").open("ab") as log:
+    with LOG.open("ab") as log:
         return subprocess.Popen([*words, "--resume"], stdout=log, stderr=log)
 
 
@@ -82,7 +87,7 @@ def study(recipe: Path, out: Path, times: int, by: str) -> int:
         raise SystemExit(f"{out}: a disk of more than {LARGEST_DISK >> 30} GiB is not filled")
     began = time.monotonic()
     if build(recipe, whole).wait() != 0:
-        raise SystemExit(f"{recipe}: does not build; see {whole.parent / 'log.txt'}")
+        raise SystemExit(f"{recipe}: does not build; see {LOG}")
     lengths = out / "seconds.txt"
     if not lengths.is_file():
         lengths.write_text(str(time.monotonic() - began))

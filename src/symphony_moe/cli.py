@@ -47,6 +47,7 @@ from symphony_moe.errors import (
 from symphony_moe.machine import (
     is_launched,
     is_out_of_memory,
+    is_out_of_room,
     is_refusal,
     process_number,
     use_device,
@@ -355,6 +356,8 @@ def _fail_unforeseen(error: Exception, call: _Call) -> int:
     if is_out_of_memory(error):
         message = f"out of memory: {first_line(error)}{_less_memory(call)}"
         return _fail(message, 2, as_json=call.as_json)
+    if is_out_of_room(error):
+        return _fail(_no_room(error, call), 2, as_json=call.as_json)
     if is_refusal(error):
         return _fail(first_line(error), 2, as_json=call.as_json)
     if not _speaks():
@@ -362,6 +365,14 @@ def _fail_unforeseen(error: Exception, call: _Call) -> int:
     traceback.print_exception(error)
     message = f"a bug in symphony-moe: {type(error).__name__}: {error}"
     return _fail(message, 1, as_json=call.as_json)
+
+
+def _no_room(error: Exception, call: _Call) -> str:
+    """Where there was no room on the disk, and what to do: what a library writes names no file."""
+    place = call.arguments.get("out") or call.arguments.get("folder")
+    again = " and go on with --resume" if "resume" in call.arguments else ""
+    where = f"{place}: " if place else ""
+    return f"{where}no room on the disk: {first_line(error)}. Make room{again}"
 
 
 @contextmanager

@@ -106,7 +106,9 @@ def reserve(file: BinaryIO, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
     except (AttributeError, OSError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RunFolderError(f"{file.name}: no room on the disk: {error}") from None
+            raise RunFolderError(
+                f"{file.name}: no room on the disk: {error}. Make room and go on with --resume"
+            ) from None
         file.truncate(size)  # a file system that cannot reserve
 
 

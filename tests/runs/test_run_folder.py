@@ -510,6 +510,27 @@ def test_a_disk_that_refuses_the_space_is_a_message(
     assert not (out / "checkpoint").exists()
 
 
+def test_a_writer_that_names_no_file_is_told_of_with_the_run(
+    recipes: Recipes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What a library writes fails without the name of a file."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pipeline, "build", full)
+    monkeypatch.setattr(pipeline, "train", full)
+    out = tmp_path / "out"
+    for words in (["build", str(recipes("llama")), "--out", str(out)], ["train", str(out)]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert f"symphony: error: {out}: no room on the disk: " in error
+        assert "Make room and go on with --resume" in error and "Traceback" not in error
+
+
 class Disk:
     """A small file system in memory."""
 
