@@ -38,8 +38,8 @@ from bench_parts.setting import Setting
 
 HEAD = """# How fast, and with how much memory
 
-`make bench` writes this page. Everything is measured on the machine that a part names, in one
-run, what is compared in turn; medians, and the least and the most in brackets. Models have the
+`make bench` writes this page. Each part names its machine and its commit. What is compared is
+measured there in turn; medians, and the least and the most in brackets. Models have the
 shapes of released ones and random weights. Peak memory is what is resident at once, with the pages
 of mapped files. Ratios are this package's number over the other's, unless they say otherwise.
 """

@@ -85,6 +85,7 @@ def study(recipe: Path, out: Path, times: int, by: str) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if by == "full-disk" and shutil.disk_usage(out).total > LARGEST_DISK:
         raise SystemExit(f"{out}: a disk of more than {LARGEST_DISK >> 30} GiB is not filled")
+    print(f"what the builds say: {LOG}", flush=True)
     began = time.monotonic()
     if build(recipe, whole).wait() != 0:
         raise SystemExit(f"{recipe}: does not build; see {LOG}")

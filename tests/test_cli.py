@@ -590,6 +590,19 @@ def test_no_message_repeats_all_of_a_long_argument(
     assert len(error[error.rindex("error: ") :]) < 500
 
 
+@pytest.mark.parametrize(
+    "words", [["--help"], ["plan", "none.yaml"], ["plan", "none.yaml", "--json"]]
+)
+def test_words_on_a_full_disk_end_as_a_refusal(words: list[str], tmp_path: Path) -> None:
+    """Not as a bug of ours, whatever could not be said."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "symphony_moe", *words]
+        done = subprocess.run(command, stdout=full, stderr=full, cwd=tmp_path)
+    assert done.returncode == 2
+
+
 def test_a_message_is_cut_in_its_middle_and_steers_no_terminal() -> None:
     assert shown("a: b\nc") == "a: b\nc"
     assert shown("a\x1b[2J\r\x9b\u202e") == "a\\x1b[2J\\r\\x9b\\u202e"

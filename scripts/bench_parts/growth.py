@@ -57,10 +57,11 @@ def slopes(values: list[float], seconds: list[float]) -> tuple[float, float]:
 
 def describe(found: dict[str, Any]) -> str:
     """The table; the last column is 1 where time grows in a straight line."""
-    rows = []
+    rows, count = [], 0
     for case, runs in found.items():
         method, _, axis = case.partition(", ")
         values = [float(value) for value in runs]
+        count = len(next(iter(runs.values())))
         seconds = [median(taken, "seconds") for taken in runs.values()]
         first, second = slopes(values, seconds)
         rows.append(
@@ -73,5 +74,12 @@ def describe(found: dict[str, Any]) -> str:
                 f"**{second / first:.2f}**",
             ]
         )
-    head = ["method", "what grows", "seconds", "peak memory", "seconds for one more", "ratio"]
+    head = [
+        "method",
+        "what grows",
+        f"seconds (runs: {count})",
+        "peak memory",
+        "seconds for one more",
+        "ratio",
+    ]
     return markdown(head, rows)

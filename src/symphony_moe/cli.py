@@ -17,7 +17,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -107,6 +107,8 @@ def _parse(words: list[str]) -> _Call | int:
         _refuse_usage(error)
     except SystemExit:
         return 0  # the reader of the help has gone: typer ends with 1
+    except OSError as error:  # the help is written to a disk that is full
+        return _fail(first_line(error), 2, as_json=False)
 
 
 def _refuse_usage(error: typer.TyperException) -> NoReturn:
@@ -368,11 +370,12 @@ def _fail_unforeseen(error: Exception, call: _Call) -> int:
 
 
 def _no_room(error: Exception, call: _Call) -> str:
-    """Where there was no room on the disk, and what to do: what a library writes names no file."""
-    place = call.arguments.get("out") or call.arguments.get("folder")
+    """Where nothing more could be written, and what to do. What a library writes names no file."""
+    named = getattr(error, "filename", None)
+    place = named or call.arguments.get("out") or call.arguments.get("folder")
     again = " and go on with --resume" if "resume" in call.arguments else ""
     where = f"{place}: " if place else ""
-    return f"{where}no room on the disk: {first_line(error)}. Make room{again}"
+    return f"{where}nothing more can be written: {first_line(error)}. Make room on the disk{again}"
 
 
 @contextmanager
@@ -443,9 +446,10 @@ def _fail(message: str, code: int, *, as_json: bool) -> int:
     if not _speaks():
         return code
     message = shown(message)
-    if as_json:
-        print(_json({"error": message}))
-    print(f"symphony: error: {message}", file=sys.stderr)
+    with suppress(OSError):  # the disk that is full may be the one that this is written to
+        if as_json:
+            print(_json({"error": message}))
+        print(f"symphony: error: {message}", file=sys.stderr)
     return code
 
 

@@ -105,9 +105,16 @@ def reserve(file: BinaryIO, size: int) -> None:
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except (AttributeError, OSError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        code = getattr(error, "errno", None)
+        if code == errno.EFBIG:
             raise RunFolderError(
-                f"{file.name}: no room on the disk: {error}. Make room and go on with --resume"
+                f"{file.name}: the file system takes no file of {size} bytes; choose "
+                "another --out, or a smaller output.max_shard_size for the weights"
+            ) from None
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFolderError(
+                f"{file.name}: no room on the disk: {error}. Make room; a build goes on with "
+                "--resume"
             ) from None
         file.truncate(size)  # a file system that cannot reserve
 

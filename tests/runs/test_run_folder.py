@@ -527,8 +527,9 @@ def test_a_writer_that_names_no_file_is_told_of_with_the_run(
     for words in (["build", str(recipes("llama")), "--out", str(out)], ["train", str(out)]):
         assert main(words) == 2
         error = capsys.readouterr().err
-        assert f"symphony: error: {out}: no room on the disk: " in error
-        assert "Make room and go on with --resume" in error and "Traceback" not in error
+        assert f"symphony: error: {out}: nothing more can be written: " in error
+        assert "Make room on the disk and go on with --resume" in error
+        assert "Traceback" not in error
 
 
 class Disk:

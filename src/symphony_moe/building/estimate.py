@@ -287,7 +287,7 @@ class _Moments:
         return self.num_sources * self._layer + self._shared
 
 
-# What was measured of builds at 135 M, 0.5 B and 1.1 B parameters (docs/bench.md). Machines differ.
+# Of builds at 135 M, 0.5 B and 1.1 B parameters (docs/lab-log.md). Machines differ.
 _START = 3.0
 """Seconds until the libraries and tokenizers are loaded."""
 _A_LAYER = 0.15
@@ -295,7 +295,7 @@ _A_LAYER = 0.15
 _A_WEIGHT = 4e-9
 """Seconds to hash, read, convert and write what is made of one weight of a source."""
 _ALIGNING, _FITTING = 1.5, 2.5
-"""What a stage takes of the time of its products alone."""
+"""How many times the time of its products a stage takes."""
 _A_LOGIT = 0.7e-9
 """Seconds to pass over one logit in memory."""
 _PASSES = 10 * 6 + len(TEMPERATURES)

@@ -52,7 +52,8 @@ class Solution:
 
 
 class LeastSquares:
-    """Sums of one regression. float64; the products of each batch are float32."""
+    """Sums of one regression, in float64. A batch is multiplied in its own number format, float32
+    at least."""
 
     def __init__(
         self,

@@ -86,8 +86,9 @@ def ridge_router(
 
     `inputs`: for each expert, router inputs on its source's text. With all of them as rows of `X`
     and `Y` one-hot, `(XᵀX + 0.01 I)⁻¹ XᵀY`; each row of the router is then brought to length one
-    and divided by `temperature`. DUME's router also has an intercept. The routers of stock
-    architectures have none, so the regression has none.
+    and divided by `temperature`. Where the matrix is ill-conditioned the ridge is raised. DUME's
+    router also has an intercept. The routers of stock architectures have none, so the regression
+    has none.
     """
     first = inputs[0]
     sums = LeastSquares(first.shape[1], len(inputs), device=first.device)

@@ -227,7 +227,7 @@ class Source:
         )
 
     @cached_property
-    def remarks(self) -> list[str]:
+    def remarks(self) -> tuple[str, ...]:
         """What a source's files say and the result does not take over, or not as it stands."""
         found = [*self.dropped, *read_generation(self)[1]]
         folder = self.tokenizer_folder or self.folder
@@ -255,7 +255,7 @@ class Source:
                 f"takes for it, as in {text[:60]!r}; text is cut as by the class, here and by the "
                 "result where it is the anchor"
             )
-        return [*self.notes, *(f"{self.name}: {remark}" for remark in found)]
+        return (*self.notes, *(f"{self.name}: {remark}" for remark in found))
 
     def read(self, name: str, rows: slice | None = None, *, as_stored: bool = False) -> Tensor:
         """One tensor (or some of its first axis) as float32, with the adapter in it; `as_stored`:
