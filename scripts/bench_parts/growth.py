@@ -57,11 +57,10 @@ def slopes(values: list[float], seconds: list[float]) -> tuple[float, float]:
 
 def describe(found: dict[str, Any]) -> str:
     """The table; the last column is 1 where time grows in a straight line."""
-    rows, count = [], 0
+    rows = []
     for case, runs in found.items():
         method, _, axis = case.partition(", ")
         values = [float(value) for value in runs]
-        count = len(next(iter(runs.values())))
         seconds = [median(taken, "seconds") for taken in runs.values()]
         first, second = slopes(values, seconds)
         rows.append(
@@ -74,6 +73,7 @@ def describe(found: dict[str, Any]) -> str:
                 f"**{second / first:.2f}**",
             ]
         )
+    count = max(len(taken) for runs in found.values() for taken in runs.values())
     head = [
         "method",
         "what grows",

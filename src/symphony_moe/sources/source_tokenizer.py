@@ -116,7 +116,7 @@ class SourceTokenizer:
         """How it makes tokens of text. Only tokenizers of one kind can be merged."""
         if self.backend is None:
             return type(self.tokenizer).__name__
-        # Not of `content` either.
+        # Not of `content`, for the same reason.
         stages = [s for s in (self.backend.pre_tokenizer, self.backend.decoder) if s is not None]
         spelled = " ".join(stage.__getstate__().decode() for stage in stages)
         return _kind(type(self.backend.model).__name__, spelled)
