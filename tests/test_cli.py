@@ -1021,13 +1021,77 @@ def test_help_imports_nothing_heavy() -> None:
         "except SystemExit: pass\n"
         "print(sorted({name.split('.')[0] for name in sys.modules}))"
     )
-    for arguments in (["--help"], ["build", "--help"], ["--version"], ["nonsense"]):
+    for arguments in (
+        ["--help"],
+        ["build", "--help"],
+        ["--version"],
+        ["nonsense"],
+        ["--show-completion"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments], capture_output=True, text=True
         )
         loaded = done.stdout.splitlines()[-1]
         for heavy in ("torch", "transformers", "datasets", "numpy", "pydantic", "huggingface_hub"):
             assert f"'{heavy}'" not in loaded
+
+
+SHELLS: dict[str, Callable[[str], dict[str, str]]] = {
+    "bash": lambda line: {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)},
+    "zsh": lambda line: {"_TYPER_COMPLETE_ARGS": line},
+    "fish": lambda line: {
+        "_TYPER_COMPLETE_ARGS": line,
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    },
+}
+"""Shell -> how it tells a program the command line that is to be completed."""
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_command_line_is_completed(
+    shell: str, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands and options; names of files are the shell's own business."""
+
+    def completed(line: str) -> str:
+        monkeypatch.setenv("_SYMPHONY_COMPLETE", f"complete_{shell}")
+        for name, value in SHELLS[shell](line).items():
+            monkeypatch.setenv(name, value)
+        code, out, err = symphony()
+        assert (code, err) == (0, "")
+        return out
+
+    assert set(re.findall(r"[a-z]+", completed("symphony bui"))) >= {"build"}
+    every = completed("symphony ")
+    assert all(re.search(rf"\b{name}\b", every) for name in cli.command_names())
+    assert "--resume" in completed("symphony build --re")
+    assert completed("symphony plan reci").strip() in ("", "_files")
+
+
+def test_fish_is_told_to_complete_names_of_files(
+    symphony: Symphony, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the exit code."""
+    for line, code in (("symphony plan reci", 1), ("symphony build --re", 0)):
+        monkeypatch.setenv("_SYMPHONY_COMPLETE", "complete_fish")
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", line)
+        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "is-args")
+        assert symphony()[0] == code
+
+
+def test_bash_completes_with_the_script_that_is_shown(tmp_path: Path) -> None:
+    program = tmp_path / "symphony"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m symphony_moe "$@"\n')
+    program.chmod(0o755)
+    script = (
+        'eval "$(symphony --show-completion)"; COMP_WORDS=(symphony ver); COMP_CWORD=1; '
+        '_symphony_completion symphony; echo "${COMPREPLY[@]}"'
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env=os.environ | {"PATH": path}
+    )
+    assert (done.stdout, done.stderr) == ("verify\n", "")
 
 
 def test_version_and_module() -> None:

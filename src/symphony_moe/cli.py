@@ -59,6 +59,9 @@ if TYPE_CHECKING:
 
 DEMO_OUT = "symphony-demo"
 
+_COMPLETING = "_SYMPHONY_COMPLETE"
+"""The variable by which a shell asks what a command line may go on with."""
+
 Result = tuple[Any, str]
 """(for --json, for people)."""
 
@@ -102,10 +105,12 @@ def _parse(words: list[str]) -> _Call | int:
         parsed: _Call | int = typer.main.get_command(_app).main(
             words, prog_name="symphony", standalone_mode=False
         )
-        return parsed
+        return 2 if parsed == 1 else parsed  # 1: a shell that typer has no completion for
     except typer.TyperException as error:
         _refuse_usage(error)
-    except SystemExit:
+    except SystemExit as ended:
+        if _COMPLETING in os.environ:
+            return int(ended.code or 0)  # fish is told by it whether to complete names of files
         return 0  # the reader of the help has gone: typer ends with 1
     except OSError as error:  # the help is written to a disk that is full
         return _fail(first_line(error), 2, as_json=False)
@@ -150,6 +155,11 @@ class _Command(TyperCommand):
 
 
 class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        for option in self.params:  # those that typer has added, for completion, have none
+            _with_default(option)
+        return super().get_params(ctx)
+
     def get_help_option(self, ctx: Any) -> Any:
         return _with_default(super().get_help_option(ctx))
 
@@ -174,7 +184,6 @@ def _choose_help(command: TyperCommand | TyperGroup) -> None:
 
 _app = typer.Typer(
     cls=_Group,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     subcommand_metavar="COMMAND",
