@@ -671,7 +671,7 @@ def test_too_little_calibration_text_is_used_with_a_warning(
         "calibration.tokens=1_000_000",
     )
     assert code == 0
-    warnings = [line for line in err.splitlines() if line.startswith("W ")]
+    warnings = [line for line in err.splitlines() if line.startswith("W calibration text")]
     assert len(warnings) == 3
     for name, line in zip("abc", warnings, strict=True):
         assert f"calibration text of {name}: 333,312 tokens asked for" in line

@@ -528,7 +528,7 @@ def demo(
 
 @_command
 def plan(*, recipe: RecipeFile, memory: Memory = None, overrides: Overrides = None) -> Result:
-    """Say what a build will do. Reads headers only, and writes nothing."""
+    """Say what a build will do. Reads headers and a few rows of weights, and writes nothing."""
     from symphony_moe.recipe.load import load_recipe
     from symphony_moe.recipe.variants import load_variants
 

@@ -164,6 +164,7 @@ def describe_tasks(tasks: Mapping[str, Any]) -> str:
 def describe_plan(plan: "Plan") -> str:
     """A plan as lines of text."""
     from symphony_moe.building.plan import source_in_words
+    from symphony_moe.sources.kinship import two_digits
 
     total, active = plan.total_parameters, plan.active_parameters
     lines = [
@@ -181,6 +182,11 @@ def describe_plan(plan: "Plan") -> str:
             f"  {source['name']}: {source_in_words(source)} ({source['parameters']:,} parameters, "
             f"{source['dtype']}{anchor})"
         )
+    if plan.likeness:
+        cosines = ", ".join(
+            f"{name} {two_digits(cosine)}" for name, cosine in plan.likeness.items()
+        )
+        lines.append(f"  mean cosine of the anchor's weights and theirs: {cosines}")
     lines += ["read by", *(f"  {reading}" for reading in plan.readers)]
     lines.append("differences" if plan.differences else "no differences between the sources")
     lines += [f"  {d.verdict}: {d}" for d in plan.differences]

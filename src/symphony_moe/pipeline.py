@@ -43,6 +43,7 @@ from symphony_moe.runs.folder import (
     start_run,
 )
 from symphony_moe.runs.metrics import Metrics, read_metrics
+from symphony_moe.sources.kinship import beyond_averaging, likeness_to_anchor
 from symphony_moe.sources.opening import (
     are_here,
     open_sources,
@@ -61,8 +62,8 @@ Hashes = Mapping[str, Mapping[str, Future[str]]]
 
 
 def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
-    """What a build of this recipe will do, from headers and tokenizers alone. Writes nothing.
-    `memory`: see `build`.
+    """What a build of this recipe will do, from headers, tokenizers and a few rows of the weights
+    that are here. Writes nothing. `memory`: see `build`.
 
     Raises SymphonyError for everything that `build` refuses before it reads weights: RecipeError,
     SourceError, SourceMismatch or TextError.
@@ -79,7 +80,12 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
 
 
 def _plan(recipe: Recipe, opened: Sequence[Source], memory: int | None) -> Plan:
-    planned = make_plan(recipe, experts_of(recipe, opened), opened, memory)
+    experts = experts_of(recipe, opened)
+    planned = make_plan(recipe, experts, opened, memory)
+    cosines = likeness_to_anchor(experts, recipe.anchor)
+    apart = beyond_averaging(recipe, cosines)
+    notes = planned.notes if apart is None else [apart, *planned.notes]
+    planned = replace(planned, likeness=cosines, notes=notes)
     try:
         refuse_untrainable(recipe)
     except SymphonyError as error:  # a build alone does not mind, nor another machine
@@ -277,6 +283,8 @@ def _note(ready: _Ready, whole: Build, memory: int | None) -> dict[str, str]:
     folder.update_json(folder.plan, planned.to_json())
     for note in (note for source in ready.opened for note in source.remarks):
         log.warning("%s", note)
+    if apart := beyond_averaging(ready.recipe, planned.likeness):
+        log.warning("%s", apart)
     if memory is not None and planned.peak_memory_bytes > memory:
         log.warning("%s", beyond_memory(planned.peak_memory_bytes, memory))
     return begun_with

@@ -1,4 +1,4 @@
-"""What a build will do, from headers and tokenizers alone: refuse early, write nothing.
+"""What a build will do, from headers and tokenizers: refuse early, write nothing.
 
 The list of output tensors comes from the same function that later writes them
 (`families.layer_outputs`), run on tensors without memory.
@@ -6,7 +6,7 @@ The list of output tensors comes from the same function that later writes them
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ NOTE_PERMUTATION = (
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before a weight is read."""
+    """Everything that is known before weights are read, but for `likeness`."""
 
     architecture: str
     """`model_type` of the output."""
@@ -79,6 +79,9 @@ class Plan:
     readers: list[Reading]
     """Which programs read the output, and what each makes of it."""
     notes: list[str]
+    likeness: dict[str, float] = field(default_factory=dict)
+    """Source -> mean cosine of its weights and the anchor's (`sources.kinship`), where both are
+    here: all that a plan reads of weights."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `plan.json`."""

@@ -34,7 +34,7 @@ class RunFolder:
 
     @property
     def plan(self) -> Path:
-        """What was going to happen, from headers alone."""
+        """What was going to happen, as it was known before the build."""
         return self.root / "plan.json"
 
     @property
