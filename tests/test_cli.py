@@ -240,6 +240,8 @@ ODD = os.fsdecode(b"mod\xffel")
         ["report", "?"],
         ["compare", "RECIPE", "--out", "?"],
         ["demo", "--out", "?"],
+        ["init", "?", "?"],
+        ["import", "?"],
     ],
     ids=" ".join,
 )
@@ -571,6 +573,11 @@ def test_no_message_repeats_all_that_it_was_given(
         ["compare", "RECIPE", "--out", "OUT", "--methods", "LONG"],
         ["compare", "RECIPE", "--out", "OUT", "--seeds", "LONG"],
         ["train", "RUN", "--set", "train.LONG=1"],
+        ["init", "LONG", "LONG"],
+        ["init", "x", "y", "--data", "LONG=x"],
+        ["init", "x", "y", "--data", "LONG"],
+        ["init", "x", "y", "--out", "LONG/x"],
+        ["import", "LONG"],
     ],
     ids=" ".join,
 )
@@ -895,6 +902,72 @@ def test_every_command_speaks_json(project: Path, tmp_path: Path, symphony: Symp
     assert Path(reported["paths"]["report"]).is_file()
     verified = parsed(symphony, "verify", out, "--deep")
     assert verified["verified"] is True and "rebuilt" in verified["checks"]
+
+
+THEIRS = """
+base_model: models/a
+gate_mode: random
+experts: [{source_model: models/a}, {source_model: models/b}]
+"""
+
+
+def test_a_recipe_is_made_of_models_and_of_mergekits_and_planned(
+    project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stdout, in JSON, or in a file, where it is the same; a file that is there is left
+    alone."""
+    monkeypatch.chdir(project)
+    (project / "moe.yml").write_text(THEIRS)
+    commands = [
+        ["init", "models/a", "models/b", "--data", "a=a.jsonl", "--data", "b=b.jsonl"],
+        ["import", "moe.yml"],
+    ]
+    for words in commands:
+        _, text, err = symphony(*words)
+        assert err == ""
+        made = parsed(symphony, *words)
+        assert made["recipe"] == text and (made["fill_in"] == []) is (words[0] == "init")
+        wrote = parsed(symphony, *words, "--out", f"{words[0]}.yaml")
+        assert wrote == made | {"paths": {"recipe": f"{words[0]}.yaml"}}
+        assert (project / f"{words[0]}.yaml").read_text() == text
+        before = (project / f"{words[0]}.yaml").stat().st_mtime_ns
+        assert "exists; choose another" in symphony.refused(*words, "--out", f"{words[0]}.yaml")
+        assert (project / f"{words[0]}.yaml").stat().st_mtime_ns == before
+        assert "is a folder" in symphony.refused(*words, "--out", "models")
+        assert "there is no folder nowhere" in symphony.refused(*words, "--out", "nowhere/r.yaml")
+        code, out, _ = symphony(*words, "--out", f"{words[0]}.yaml", "--overwrite")
+        assert code == 0 and out.startswith(f"wrote {words[0]}.yaml\n")
+    assert made["notes"] and all(f"  {note}\n" in out for note in made["notes"])
+    assert "fill in sources.a.data, sources.b.data; then: symphony plan import.yaml" in out
+    assert parsed(symphony, "plan", "init.yaml")["architecture"] == "mixtral"
+    assert "sources.a.data, sources.b.data: expected text" in symphony.refused(
+        "plan", "import.yaml"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["init", "models/a"], "expected two sources or more"),
+        (["init", "models/a", "models/b", "--data", "a"], "--data a: expected NAME=FILE"),
+        (["init", "models/a", "models/b", "--data", "=x"], "--data =x: expected NAME=FILE"),
+        (["init", "models/a", "models/b", "--data", "c=a.jsonl"], "is no source's name"),
+        (["import", "recipe.yaml"], "is a recipe of symphony already"),
+        (["import", "none.yml"], "none.yml: no such recipe file"),
+    ],
+    ids=str,
+)
+def test_what_no_recipe_can_be_made_of_is_named(
+    words: list[str],
+    said: str,
+    project: Path,
+    symphony: Symphony,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(project)
+    before = sorted(project.rglob("*"))
+    assert said in symphony.refused(*words, "--out", "new.yaml")
+    assert sorted(project.rglob("*")) == before
 
 
 def test_run_speaks_json_and_does_everything(

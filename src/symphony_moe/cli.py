@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -55,7 +55,9 @@ from symphony_moe.machine import (
 from symphony_moe.progress import Listener, ignore
 
 if TYPE_CHECKING:
+    from symphony_moe.recipe.mergekit import Imported
     from symphony_moe.runs.folder import RunFolder
+    from symphony_moe.sources.proposal import Proposal
 
 DEMO_OUT = "symphony-demo"
 
@@ -251,7 +253,7 @@ def _command(function: Callable[..., Result]) -> Callable[..., Result]:
     parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     parsed.__annotations__ = {one.name: one.annotation for one in parameters}
     parsed.__doc__ = function.__doc__
-    _app.command(function.__name__, cls=_Command)(parsed)
+    _app.command(function.__name__.removesuffix("_"), cls=_Command)(parsed)
     return function
 
 
@@ -314,6 +316,12 @@ Resume = Annotated[
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", callback=_one_of_two, help="Replace what is there.")
+]
+NewRecipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="FILE", help="Recipe file to write. Default: it is printed on stdout."
+    ),
 ]
 Memory = Annotated[
     int | None,
@@ -524,6 +532,52 @@ def demo(
         f"{table}\n\nHeld-out prompts, continued by the trained model:\n{lines}\n\n"
         f"model:  {folder.trained}\nreport: {folder.report}\ntry:    {_one_liner(folder)}",
     )
+
+
+@_command
+def init(
+    *,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Folders, GGUF files or hub ids of two or more."),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="NAME=FILE",
+            help="Text of a source, which is named after its folder. May be given repeatedly.",
+        ),
+    ] = None,
+    out: NewRecipe = None,
+    overwrite: Overwrite = False,
+) -> Result:
+    """Look at models and text, and write a recipe for them."""
+    _refuse_existing_file(out, overwrite=overwrite)
+    from symphony_moe.sources.kinship import kinship
+    from symphony_moe.sources.proposal import propose_recipe
+
+    made = propose_recipe(models, _text_of_sources(data or ()), out.parent if out else Path())
+    facts = {
+        "method": made.method,
+        "likeness": made.likeness,
+        "kinship": {name: kinship(cosine) for name, cosine in made.likeness.items()},
+    }
+    return _with_recipe(made, out, facts)
+
+
+@_command
+def import_(
+    *,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe of mergekit-moe (YAML).")],
+    out: NewRecipe = None,
+    overwrite: Overwrite = False,
+) -> Result:
+    """Write a recipe that does what one of mergekit-moe does."""
+    _refuse_existing_file(out, overwrite=overwrite)
+    from symphony_moe.recipe.mergekit import import_mergekit
+
+    return _with_recipe(import_mergekit(file, out.parent if out else Path()), out, {})
 
 
 @_command
@@ -800,6 +854,44 @@ def verify(
     checks = pipeline.verify(RunFolder(folder), deep=deep)
     lines = [f"{name}: {found}" for name, found in checks.items()]
     return {"verified": True, "checks": checks}, "\n".join([*lines, "verified"])
+
+
+def _refuse_existing_file(out: Path | None, *, overwrite: bool) -> None:
+    """RecipeError for a recipe that cannot be written, before anything is read."""
+    if out is None:
+        return
+    if out.is_dir() or not out.parent.is_dir():
+        what = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise RecipeError(f"--out {out}: {what}; expected the name of a recipe file to write")
+    if out.exists() and not overwrite:
+        raise RecipeError(f"--out {out}: exists; choose another, or --overwrite it")
+
+
+def _text_of_sources(data: Iterable[str]) -> dict[str, list[str]]:
+    """Source -> files, of `--data NAME=FILE`."""
+    found: dict[str, list[str]] = {}
+    for one in data:
+        name, _, file = one.partition("=")
+        if not name or not file:
+            raise RecipeError(
+                f"--data {shortened(one, 100)}: expected NAME=FILE, such as code=data/code.jsonl"
+            )
+        found.setdefault(name, []).append(file)
+    return found
+
+
+def _with_recipe(made: "Imported | Proposal", out: Path | None, facts: dict[str, Any]) -> Result:
+    """What a command says that has made a recipe, which is written to `out`."""
+    result = {"recipe": made.recipe, "notes": made.notes, "fill_in": made.fill_in} | facts
+    if out is None:
+        return result, made.recipe.rstrip("\n")
+    from symphony_moe.files import write_text
+
+    write_text(out, made.recipe)
+    lines = [f"wrote {out}", *(shown(f"  {note}", 2000) for note in made.notes)]
+    if made.fill_in:
+        lines.append(f"fill in {', '.join(made.fill_in)}; then: symphony plan {out}")
+    return result | {"paths": {"recipe": str(out)}}, "\n".join(lines)
 
 
 def _like(sources_from: Path | None) -> "RunFolder | None":

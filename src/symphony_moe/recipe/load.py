@@ -15,7 +15,7 @@ from pydantic import (
 from symphony_moe.errors import RecipeError, is_text, shortened
 from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.renamed import with_current_names
-from symphony_moe.recipe.settings import BUNDLED, Recipe
+from symphony_moe.recipe.settings import BUNDLED, FILL_IN, Recipe
 from symphony_moe.recipe.yaml_text import read_yaml, spelled
 
 
@@ -38,6 +38,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), *, tell: bool =
 
 def read_content(path: Path, overrides: Iterable[str], *, tell: bool = True) -> dict[Any, Any]:
     """What a recipe file says, in today's names, with `a.b=c` overrides."""
+    content = with_current_names(read_settings(path, "sources"), str(path), tell=tell)
+    for one in overrides:
+        _override(content, one, tell=tell)
+    return content
+
+
+def read_settings(path: Path, setting: str) -> dict[Any, Any]:
+    """The settings in a YAML file. Raises RecipeError where it is not one; `setting` is an example
+    of what was expected."""
     if path.is_dir():
         raise RecipeError(f"{path}: is a folder, not a recipe file")
     if not path.is_file():
@@ -52,16 +61,13 @@ def read_content(path: Path, overrides: Iterable[str], *, tell: bool = True) -> 
     except ValueError as error:
         raise RecipeError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: expected settings such as `sources:`, got {_kind(content)}")
-    content = with_current_names(content, str(path), tell=tell)
-    for one in overrides:
-        _override(content, one, tell=tell)
+        raise RecipeError(f"{path}: expected settings such as `{setting}:`, got {_kind(content)}")
     return content
 
 
 def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe:
     """Check settings and fill in presets and absolute paths. `who` names the recipe in errors."""
-    _refuse_unknown_keys(content, Recipe, who, "")
+    refuse_unknown_keys(content, Recipe, who, "")
     settings = _without_nulls(content)
     method = spelled(settings.get("method", "symphony"))
     if not isinstance(method, str) or method not in PRESETS:
@@ -79,6 +85,7 @@ def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe
     evaluation = settings.get("evaluation")
     try:
         if isinstance(sources, dict) and sources:
+            _refuse_unfilled(sources, who)
             settings["anchor"] = settings.get("anchor", str(next(iter(sources))))
             settings["sources"] = {
                 str(name): _absolute_source(spec, folder, f"{who}: sources.{name}")
@@ -92,7 +99,7 @@ def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe
             settings["evaluation"] = evaluation | {"extra": absolute}
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        raise RecipeError(f"{who}: {_describe_all(error)}") from None
+        raise RecipeError(f"{who}: {describe_mistakes(error)}") from None
     except RecursionError:
         raise RecipeError(f"{who}: a YAML alias stands inside itself") from None
 
@@ -131,6 +138,21 @@ def _override(content: dict[str, Any], spelled_out: str, *, tell: bool) -> None:
         if not isinstance(section, dict):
             raise RecipeError(f"{who}: {shortened(parent, 40)} is a value, not a section")
     section[last] = setting
+
+
+def _refuse_unfilled(sources: Mapping[Any, Any], who: str) -> None:
+    """RecipeError for sources whose text is left for the user to name."""
+    data = {name: spec.get("data") for name, spec in sources.items() if isinstance(spec, Mapping)}
+    unfilled = [
+        name for name, of in data.items() if FILL_IN in (of if isinstance(of, list) else [of])
+    ]
+    if unfilled:
+        listed = ", ".join(f"sources.{shortened(str(name), 40)}.data" for name in unfilled[:3])
+        more = f" and {len(unfilled) - 3} more" if len(unfilled) > 3 else ""
+        raise RecipeError(
+            f"{who}: {listed}{more}: expected text of the source's domain in place of {FILL_IN}: "
+            "a file (.jsonl, .txt, .parquet), a list of files, or {hub: ..., column: ...}"
+        )
 
 
 def _unnested(nested: Any, depth: int) -> tuple[list[str], Any]:
@@ -188,7 +210,7 @@ def _absolute(path: str, folder: Path, where: str) -> Path:
     return absolute
 
 
-def _refuse_unknown_keys(content: Any, model: type[BaseModel], who: str, path: str) -> None:
+def refuse_unknown_keys(content: Any, model: type[BaseModel], who: str, path: str) -> None:
     """RecipeError for the first key that the section does not have, with the nearest that it
     has."""
     if not isinstance(content, Mapping):
@@ -207,9 +229,7 @@ def _refuse_unknown_keys(content: Any, model: type[BaseModel], who: str, path: s
         for section, is_table in _sections(field.annotation):
             items = value.items() if is_table and isinstance(value, Mapping) else [(None, value)]
             for name, item in items:
-                _refuse_unknown_keys(
-                    item, section, who, f"{where}.{name}." if name else f"{where}."
-                )
+                refuse_unknown_keys(item, section, who, f"{where}.{name}." if name else f"{where}.")
 
 
 def _sections(annotation: Any) -> list[tuple[type[BaseModel], bool]]:
@@ -224,7 +244,7 @@ def _sections(annotation: Any) -> list[tuple[type[BaseModel], bool]]:
     return []
 
 
-def _describe_all(error: ValidationError) -> str:
+def describe_mistakes(error: ValidationError) -> str:
     """A sentence for each of the first mistakes, in the recipe's words."""
     found = error.errors()
     if any(one["loc"][:1] == ("sources",) for one in found):

@@ -56,6 +56,9 @@ MOST_STEPS = 10**6
 BUNDLED = "bundled:"
 """Prefix of models and texts that come with the package: `bundled:strangers/python`."""
 
+FILL_IN = "FILL_IN"
+"""Stands in a recipe that a command has written for `data` that only its user can name."""
+
 
 class Section(BaseModel):
     """Settings that belong together. They cannot be changed, and unknown ones are refused."""
