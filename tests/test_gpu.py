@@ -10,6 +10,7 @@ import torch
 from conftest import make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building import candidate
+from symphony_moe.doctor import examine
 from symphony_moe.evaluation.losses import losses_and_routing
 from symphony_moe.files import hash_folder
 from symphony_moe.model import streams
@@ -23,6 +24,15 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+def test_the_doctor_lists_every_gpu() -> None:
+    devices = {one.name: one.value for one in examine().sections["devices"]}
+    for number in range(torch.cuda.device_count()):
+        found = devices[f"cuda:{number}"]
+        assert found["name"] == torch.cuda.get_device_name(number)
+        assert 0 < found["free_bytes"] <= found["total_bytes"]
+        assert "float32" in found["multiplies"]
 
 
 @pytest.mark.parametrize("method", ["symphony", "harmonized"])

@@ -29,6 +29,7 @@ from typer.core import TyperCommand, TyperGroup
 from symphony_moe import __version__
 from symphony_moe.console import (
     describe_build,
+    describe_examination,
     describe_plan,
     describe_tasks,
     is_terminal,
@@ -532,6 +533,15 @@ def demo(
         f"{table}\n\nHeld-out prompts, continued by the trained model:\n{lines}\n\n"
         f"model:  {folder.trained}\nreport: {folder.report}\ntry:    {_one_liner(folder)}",
     )
+
+
+@_command
+def doctor() -> Result:
+    """Say what this machine has, and what to mend: versions, devices, memory, disk, hub."""
+    from symphony_moe.doctor import examine
+
+    found = examine()
+    return found.to_json(), describe_examination(found)
 
 
 @_command

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from symphony_moe.building.plan import Plan
+    from symphony_moe.doctor import Examination
 
 
 def is_terminal(stream: Any) -> bool:
@@ -193,6 +194,22 @@ def describe_plan(plan: "Plan") -> str:
     if plan.notes:
         lines += ["notes", *(f"  {note}" for note in plan.notes)]
     # What they repeat of a source's files may be as long as its author liked.
+    return "\n".join(shown(line, 2000) for line in lines)
+
+
+def describe_examination(found: "Examination") -> str:
+    """What a machine has, section by section, and the problems at the end."""
+    lines = []
+    for section, findings in found.sections.items():
+        width = max((len(one.name) for one in findings), default=0)
+        lines.append(section)
+        for one in findings:
+            mark = "!" if one.problem else " "
+            lines.append(f"{mark} {one.name:<{width}}  {one.words}")
+    if found.problems:
+        lines += ["problems", *(f"  {problem}" for problem in found.problems)]
+    else:
+        lines.append("no problems")
     return "\n".join(shown(line, 2000) for line in lines)
 
 

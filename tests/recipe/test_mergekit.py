@@ -3,6 +3,7 @@ named, and what mergekit-moe would read past in silence is refused."""
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from symphony_moe import pipeline
 from symphony_moe.errors import RecipeError
 from symphony_moe.recipe.load import load_recipe, resolve_recipe
-from symphony_moe.recipe.mergekit import Imported, import_mergekit
+from symphony_moe.recipe.mergekit import _OF_MERGES, Imported, _Expert, _Theirs, import_mergekit
 from symphony_moe.recipe.settings import FILL_IN, Recipe
 from symphony_moe.recipe.yaml_text import read_yaml
 
@@ -69,6 +70,25 @@ def test_what_has_a_counterpart_is_taken_over(tmp_path: Path) -> None:
     assert {backbone.attention, backbone.embeddings, backbone.norms} == {"anchor"}
     assert (recipe.router.init, recipe.router.top_k) == ("hidden", 1)
     assert recipe.output.dtype == "float16" and not recipe.aligns and not recipe.fits_layers
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "from-mergekit.md"
+
+
+def test_the_page_shows_what_comes_of_its_recipe_and_names_every_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    theirs, ours = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name in ("chat", "coder"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    made = imported(tmp_path, theirs).recipe
+    assert made[made.index("sources:\n") :] == ours
+    table = page.partition("## What becomes of each setting")[2]
+    for setting in (*_Theirs.model_fields, *_Expert.model_fields, *_OF_MERGES):
+        where = page if setting in _OF_MERGES else table
+        assert re.search(rf"`{setting}\b", where), setting
 
 
 def test_what_must_be_filled_in_is_named_by_the_recipe_and_by_who_loads_it(tmp_path: Path) -> None:
