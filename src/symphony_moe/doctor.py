@@ -102,11 +102,11 @@ def _software() -> Iterator[Finding]:
     try:
         ours = metadata.metadata(_PACKAGE)
     except metadata.PackageNotFoundError:
-        problem = (
+        unknown = (
             f"{_PACKAGE} is not installed as a package, so the versions that it needs are not "
             "known: pip install -e . in its folder"
         )
-        yield Finding(_PACKAGE, __version__, __version__, problem)
+        yield Finding(_PACKAGE, __version__, __version__, unknown)
         return
     yield Finding(_PACKAGE, __version__, __version__)
     python, needed = platform.python_version(), SpecifierSet(ours["Requires-Python"] or "")
