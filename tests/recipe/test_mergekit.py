@@ -313,12 +313,15 @@ def test_folders_are_named_from_where_the_recipe_lies(
     "odd",
     ["\nanchor: x", "\u2028anchor: x", "\x1b[2J", "'\"#{}[]", "x" * 5000, " ", "\r\nmethod: x"],
 )
-def test_prompts_stay_in_their_comments(odd: str, tmp_path: Path) -> None:
+def test_what_is_repeated_stays_in_its_comment(odd: str, tmp_path: Path) -> None:
+    """Prompts, and names of models."""
     experts = [
         {"source_model": "someone/base", "positive_prompts": [odd] * 9},
         {"source_model": "b/b", "negative_prompts": [odd]},
     ]
-    made = imported(tmp_path, experts=experts)
+    shared = [{"source_model": f"a/b{odd}c"}]
+    made = imported(tmp_path, experts=experts, shared_experts=shared)
     recipe = loaded(made, tmp_path)
-    assert recipe.anchor == "base" and recipe.method == "btx"
-    assert "\x1b" not in made.recipe and " and 5 more" in made.recipe and len(made.recipe) < 5000
+    assert recipe.anchor == "base" and recipe.method == "btx" and len(recipe.sources) == 2
+    assert "\u2028" not in made.recipe
+    assert "\x1b" not in made.recipe and " and 5 more" in made.recipe and len(made.recipe) < 8000

@@ -25,8 +25,10 @@ from symphony_moe import pipeline
 from symphony_moe.cli import main
 from symphony_moe.errors import SourceError
 from symphony_moe.recipe.load import load_recipe
+from symphony_moe.recipe.yaml_text import read_yaml
 from symphony_moe.sources import convert
 from symphony_moe.sources.gguf_file import llama3_parameters, open_gguf
+from symphony_moe.sources.proposal import propose_recipe
 
 WEIGHTS = "model.safetensors"
 
@@ -201,6 +203,17 @@ def test_a_gguf_source_builds_as_the_model_that_it_was_made_of(
     write_gguf(llama, tmp_path / "models" / "b.gguf", gguf.GGMLQuantizationType.Q8_0)
     with pytest.raises(SourceError, match=r"b: .*b.gguf has SHA-256 .* has changed"):
         pipeline.verify(runs[1])
+
+
+def test_a_first_recipe_names_a_gguf_file_in_its_folder(
+    llama: Path, tmp_path: Path, cache: Path
+) -> None:
+    """A plan has its header alone, so it is not known whose branch it is."""
+    write_gguf(llama, tmp_path / "coder.gguf", gguf.GGMLQuantizationType.F32)
+    made = propose_recipe([str(llama), str(tmp_path / "coder.gguf")], {}, tmp_path)
+    spec = read_yaml(made.recipe)["sources"]["coder"]
+    assert (spec["model"], spec["gguf_file"]) == (str(tmp_path), "coder.gguf")
+    assert made.likeness == {} and made.method == "harmonized"
 
 
 def test_gguf_files_that_are_none_are_messages(
