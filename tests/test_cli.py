@@ -948,7 +948,7 @@ def test_a_recipe_is_made_of_models_and_of_mergekits_and_planned(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["init", "models/a"], "expected two sources or more"),
+        (["init", "models/a"], "symphony init: expected two models or more, got 1"),
         (["init", "models/a", "models/b", "--data", "a"], "--data a: expected NAME=FILE"),
         (["init", "models/a", "models/b", "--data", "=x"], "--data =x: expected NAME=FILE"),
         (["init", "models/a", "models/b", "--data", "c=a.jsonl"], "is no source's name"),

@@ -147,7 +147,7 @@ class _Command(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """`RECIPE`, where typer writes `{RECIPE}`."""
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+        return [re.sub("[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
 
     def get_help_option(self, ctx: Any) -> Any:
         return _with_default(super().get_help_option(ctx))
@@ -549,7 +549,7 @@ def init(
     *,
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Folders, GGUF files or hub ids of two or more."),
+        typer.Argument(metavar="MODEL", help="Folders, GGUF files or hub ids, two or more."),
     ],
     data: Annotated[
         list[str] | None,

@@ -156,7 +156,7 @@ def test_models_that_cannot_become_one_are_refused(project: Path) -> None:
 @pytest.mark.parametrize(
     ("models", "data", "error", "said"),
     [
-        (["models/a"], {}, RecipeError, "expected two sources or more"),
+        (["models/a"], {}, RecipeError, "expected two models or more, got 1"),
         (["models/a", "./models/none"], {}, SourceError, "none: no such model folder"),
         (["models/a", "models/b"], {"bb": ["a.jsonl"]}, RecipeError, "did you mean b?"),
         (["models/a", "models/b"], {"zz": ["a.jsonl"]}, RecipeError, "sources are a, b"),

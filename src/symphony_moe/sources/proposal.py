@@ -61,6 +61,8 @@ def propose_recipe(
     that cannot be read, SourceMismatch for models that cannot become one, and TextError for files
     that are not there.
     """
+    if len(models) < 2:
+        raise RecipeError(f"{_WHO}: expected two models or more, got {len(models)}")
     names = source_names([model.removesuffix(".gguf") for model in models])
     _refuse_text_of_nobody(data, names)
     specs: dict[str, dict[str, Any]] = {
