@@ -1,6 +1,7 @@
 """Helpers of several test files: how a checkpoint is loaded, compared and changed."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -348,3 +349,30 @@ def router_name(variant: str) -> str:
 def source_ffn(state: Mapping[str, Tensor], layer: int) -> tuple[Tensor, Tensor, Tensor]:
     a, b, c = (state[f"model.layers.{layer}.mlp.{part}_proj.weight"] for part in FFN)
     return a, b, c
+
+
+def make_adapter(
+    base: Path, folder: Path, rows: int | None = None, save: Any = "auto", **settings: Any
+) -> Path:
+    """A random adapter, saved by peft; its model's tables resized to `rows` before."""
+    import peft  # takes seconds, which most tests need not wait
+
+    torch.manual_seed(7)
+    config: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 12,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "init_lora_weights": False,
+    } | settings
+    own: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if rows is not None:
+        own.resize_token_embeddings(rows)
+    with warnings.catch_warnings(action="ignore"):  # peft's, of adapters that are unusual
+        model = peft.get_peft_model(own, peft.LoraConfig(**config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ("lora_" not in name or config["init_lora_weights"]):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    with warnings.catch_warnings(action="ignore"):
+        model.save_pretrained(str(folder), save_embedding_layers=save)
+    return folder

@@ -199,6 +199,7 @@ class FileHasher:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_HASHERS)
         self._stopped = Event()
+        self._begun: dict[Path, Future[str]] = {}
 
     def __enter__(self) -> "FileHasher":
         return self
@@ -208,8 +209,11 @@ class FileHasher:
         self._threads.shutdown(cancel_futures=True)
 
     def submit(self, path: Path) -> Future[str]:
-        """The hex digest of a file's bytes, once it is known."""
-        return self._threads.submit(self._hash, path)
+        """The hex digest of a file's bytes, once it is known. A file is hashed once, however often
+        it is asked for."""
+        if path not in self._begun:
+            self._begun[path] = self._threads.submit(self._hash, path)
+        return self._begun[path]
 
     def _hash(self, path: Path) -> str:
         found, piece = hashlib.sha256(), memoryview(bytearray(PIECE))

@@ -21,6 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from symphony_moe.building.alike import refuse_alike, say_alike
 from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
 from symphony_moe.building.estimate import measure_speed
 from symphony_moe.building.plan import Plan, beyond_context, beyond_memory, make_plan
@@ -82,6 +83,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
 def _plan(recipe: Recipe, opened: Sequence[Source], memory: int | None) -> Plan:
     experts = experts_of(recipe, opened)
     planned = make_plan(recipe, experts, opened, memory)
+    refuse_alike(recipe, experts)
     cosines = likeness_to_anchor(experts, recipe.anchor)
     apart = beyond_averaging(recipe, cosines)
     notes = planned.notes if apart is None else [apart, *planned.notes]
@@ -281,7 +283,8 @@ def _note(ready: _Ready, whole: Build, memory: int | None) -> dict[str, str]:
     begun_with = note_versions(folder.begun_with, now, "this build")
     _warn_beyond_context(ready.recipe, ready.opened, "calibration")
     folder.update_json(folder.plan, planned.to_json())
-    for note in (note for source in ready.opened for note in source.remarks):
+    remarks = [remark for source in ready.opened for remark in source.remarks]
+    for note in (*remarks, *say_alike(ready.recipe, ready.sources)):
         log.warning("%s", note)
     if apart := beyond_averaging(ready.recipe, planned.likeness):
         log.warning("%s", apart)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checks
+from checks import make_adapter
 from conftest import make_model, make_recipe, make_tokenizer
 from symphony_moe import pipeline
 from symphony_moe.building.plan import make_plan
@@ -39,31 +39,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def make_adapter(
-    base: Path, folder: Path, rows: int | None = None, save: Any = "auto", **settings: Any
-) -> Path:
-    """A random adapter, saved by peft; its model's tables resized to `rows` before."""
-    torch.manual_seed(7)
-    config: dict[str, Any] = {
-        "r": 4,
-        "lora_alpha": 12,
-        "target_modules": ["q_proj", "v_proj", "down_proj"],
-        "init_lora_weights": False,
-    } | settings
-    own = loaded(base)
-    if rows is not None:
-        own.resize_token_embeddings(rows)
-    with warnings.catch_warnings(action="ignore"):  # peft's, of adapters that are unusual
-        model = peft.get_peft_model(own, peft.LoraConfig(**config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and ("lora_" not in name or config["init_lora_weights"]):
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    with warnings.catch_warnings(action="ignore"):
-        model.save_pretrained(str(folder), save_embedding_layers=save)
-    return folder
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -417,6 +392,20 @@ def test_rows_that_were_added_and_trained_one_by_one_need_no_table(
     rows = next(value for name, value in trained.items() if "trainable_tokens" in name)
     assert torch.equal(table[320:], rows.flip(0))
     assert torch.equal(source.read(EMBEDDING, slice(321, 400)), table[321:])
+
+
+def test_rows_that_were_added_are_not_looked_for_in_the_models_file(
+    tied: Path, tmp_path: Path
+) -> None:
+    """What stands behind the table there is another tensor, or the end of the file."""
+    base = tmp_path / "base"
+    shutil.copytree(tied, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    loaded(tied).save_pretrained(base, max_shard_size="20KB")
+    assert len(list(base.glob("*.safetensors"))) > 1
+    settings: dict[str, Any] = {"rows": 322, "trainable_token_indices": [321, 320], "save": False}
+    source = opened(base, make_adapter(base, tmp_path / "adapter", **settings))
+    assert source.read(EMBEDDING).shape == source.read(EMBEDDING, slice(0, 8192)).shape == (322, 32)
+    assert source.read(EMBEDDING, slice(321, 8192)).shape == (1, 32)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -27,7 +27,7 @@ from symphony_moe.model.symmetry import (
     transform_head,
 )
 from symphony_moe.recipe.settings import Recipe
-from symphony_moe.sources.source import Source, anchor_of, is_tied
+from symphony_moe.sources.source import SharedReads, Source, anchor_of, is_tied
 
 
 def aligned_layer(
@@ -52,14 +52,18 @@ def aligned_layer(
 
 
 def aligned_table(
-    recipe: Recipe, source: Source, name: str, alignment: Alignment
+    recipe: Recipe,
+    source: Source,
+    name: str,
+    alignment: Alignment,
+    reads: SharedReads | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows) of a source's token embeddings or output head in the anchor's coordinates,
-    block by block."""
+    block by block. `reads`: the pass over several sources that this is a part of."""
     residual = alignment.residual(source.name)
     gain = gain_of(source.family, source.read(FINAL_NORM))
     stored = EMBEDDING if name == EMBEDDING else source.head_name
-    for first, rows in source.table(stored):
+    for first, rows in source.table(stored, reads):
         if name == HEAD and recipe.folds:
             yield first, transform_head(rows, gain, residual)
         else:
@@ -79,7 +83,8 @@ def fused_tables(
     sources = _by_name(sources)
     shares = _shares(recipe, sources, method)
     for name in names:
-        tables = (aligned_table(recipe, source, name, alignment) for source in sources)
+        reads = SharedReads(sources)
+        tables = (aligned_table(recipe, source, name, alignment, reads) for source in sources)
         for parts in zip(*tables, strict=True):
             first, blocks = parts[0][0], [rows for _, rows in parts]
             if method == "selective-linear":

@@ -63,7 +63,7 @@ from symphony_moe.progress import Listener, Progress
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.runs.metrics import HARMONIZED, PLAIN_MEAN
-from symphony_moe.sources.source import Source, anchor_of
+from symphony_moe.sources.source import SharedReads, Source, anchor_of, read_layers
 from symphony_moe.text.windows import Packed, digest_of, joined
 
 log = logging.getLogger(__name__)
@@ -118,15 +118,16 @@ def refuse_beyond(recipe: Recipe, sources: Sequence[Source]) -> None:
     changed = recipe.folds or recipe.fits_layers or recipe.redraws_neurons
     if dtype != "float16" or changed or sources[0].family.norm_eps is not None:
         return
-    copied = recipe.copies_anchor
-    for source in [anchor_of(recipe, sources)] if copied else sources:
-        for layer in range(source.config.num_hidden_layers):
-            for name in (f"model.layers.{layer}.{part}" for part in source.family.expert):
-                if source.headers[name].dtype == "F16" and source.adapter is None:
-                    continue
-                largest = source.read(name).abs().max()
-                if not bool(largest.to(torch.float16).isfinite()):
-                    raise RecipeError(f"{source.name}: " + beyond(name, float(largest), dtype))
+    copied = [anchor_of(recipe, sources)] if recipe.copies_anchor else sources
+    layers = range(sources[0].config.num_hidden_layers)
+    reads = SharedReads(copied)
+    for name in (f"model.layers.{n}.{part}" for n in layers for part in sources[0].family.expert):
+        for source in copied:
+            if source.headers[name].dtype == "F16" and source.adapter is None:
+                continue
+            largest = source.read(name, reads=reads).abs().max()
+            if not bool(largest.to(torch.float16).isfinite()):
+                raise RecipeError(f"{source.name}: " + beyond(name, float(largest), dtype))
 
 
 @dataclass(frozen=True)
@@ -531,7 +532,7 @@ class Build:
 
     def _read_layer(self, layer: int) -> dict[str, dict[str, Tensor]]:
         """Source -> its layer (name within the layer -> tensor)."""
-        return {s.name: s.read_layer(layer, as_stored=self.copies) for s in self.sources}
+        return read_layers(self.sources, layer, as_stored=self.copies)
 
     def _write_layer(self, layer: int, moe: MoELayer) -> None:
         family, config = self.anchor.family, self.anchor.config

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from symphony_moe.building.alike import say_alike
 from symphony_moe.building.estimate import (
     build_seconds,
     matching_seconds,
@@ -258,6 +259,7 @@ def _notes(
         notes += source.remarks
         notes += [f"{source.name}: {note}" for note in _of_adapter(source)]
         notes += [f"{source.name}: {note}" for note in _of_text(recipe, source)]
+    notes += say_alike(recipe, sources)
     notes += _of_ends(recipe, sources)
     if recipe.aligns_neurons:
         cost = matching_seconds(recipe, sources, anchor_of(recipe, sources).config)
@@ -345,7 +347,8 @@ def _of_adapter(source: Source) -> Iterator[str]:
             f"{'a' if tokenizer.chat_template else 'no'} chat template, text ends with "
             f"{tokenizer.eos_token!r}"
         )
-    unnamed = set(adapter.tokens.get(EMBEDDING, ())).difference(tokenizer.get_vocab().values())
+    trained = adapter.tokens.get(EMBEDDING, ())
+    unnamed = set(trained).difference(tokenizer.get_vocab().values()) if trained else None
     if unnamed:
         yield (
             f"its adapter trained {len(unnamed)} row(s) of no token of its tokenizer, from "

@@ -28,7 +28,7 @@ from symphony_moe.model.precision import float32_results, products
 from symphony_moe.model.streams import Streams, Windows
 from symphony_moe.processes import ALONE, Processes
 from symphony_moe.recipe.settings import Recipe
-from symphony_moe.sources.source import Source
+from symphony_moe.sources.source import Source, by_table
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -59,9 +59,9 @@ class Sweep:
         self._is_judged = validation_windows > 0
         self._judges = len(processes.own(validation_windows))
         own = text[processes.own(len(text))]
-        for source in sources:
-            hidden = source.config.hidden_size
-            streams.embed({source.name: own}, hidden, source.table(EMBEDDING))
+        for alike in by_table(sources, EMBEDDING):
+            hidden, texts = alike[0].config.hidden_size, {source.name: own for source in alike}
+            streams.embed(texts, hidden, alike[0].table(EMBEDDING))
 
     @torch.inference_mode()
     def advance(

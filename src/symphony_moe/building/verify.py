@@ -39,7 +39,7 @@ from symphony_moe.runs.folder import RunFolder
 from symphony_moe.runs.metrics import PLAIN_MEAN
 from symphony_moe.sources.pretrained import load_tokenizer
 from symphony_moe.sources.same_tokenizer import first_difference, settings_of, texts_for
-from symphony_moe.sources.source import Source, anchor_of
+from symphony_moe.sources.source import Source, anchor_of, read_layers
 from symphony_moe.sources.stock import load_alone, load_stock
 
 log = logging.getLogger(__name__)
@@ -281,9 +281,9 @@ def _recompute(
     for layer in range(config.num_hidden_layers):
         moe = read_layer_outputs(anchor.family, config, layer, names, comparison.stored)
         if not fitted:
+            as_read = read_layers(sources, layer)
             aligned = {
-                s.name: aligned_layer(recipe, s, layer, s.read_layer(layer), alignment)
-                for s in sources
+                s.name: aligned_layer(recipe, s, layer, as_read[s.name], alignment) for s in sources
             }
             assembled = assemble_layer(recipe, sources, layer, aligned).to(dtype)
             router = moe.router if recipe.fits_router else assembled.router

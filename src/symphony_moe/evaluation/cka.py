@@ -23,7 +23,7 @@ from symphony_moe.model.layer import (
 )
 from symphony_moe.model.moe_layer import read_layer_outputs
 from symphony_moe.model.streams import Streams, Windows
-from symphony_moe.sources.source import Source
+from symphony_moe.sources.source import Source, by_table, read_layers
 
 CKA_TOKENS = 4096
 """Text of each domain that outputs are compared on, in tokens (whole windows, at least one)."""
@@ -92,11 +92,12 @@ def cka_of_sources(
     """Layer -> CKA of the sources' FFN outputs, each on its own residual stream for the same
     tokens (of the vocabulary that the sources share). The paper's "original models"."""
     streams, hidden = Streams(), sources[0].config.hidden_size
-    for source in sources:
-        streams.embed({source.name: text}, hidden, source.table(EMBEDDING))
+    for alike in by_table(sources, EMBEDDING):
+        streams.embed({source.name: text for source in alike}, hidden, alike[0].table(EMBEDDING))
     found = []
     for layer in range(sources[0].config.num_hidden_layers):
-        models = [load_dense_layer(s.config, layer, s.read_layer(layer)) for s in sources]
+        weights = read_layers(sources, layer)
+        models = [load_dense_layer(s.config, layer, weights[s.name]) for s in sources]
         statistics = OutputCovariance(len(sources), hidden, device())
         for batches in zip(*(streams.batches(source.name) for source in sources), strict=True):
             outputs = []

@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -112,6 +113,11 @@ class Adapter:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that it does not know: see `unknown`
             return PeftConfig.from_pretrained(str(self.folder))
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether rank or alpha depend on the path of what it changes."""
+        return bool(self.config.rank_pattern or self.config.alpha_pattern)
 
     @cached_property
     def unknown(self) -> list[str]:
@@ -319,13 +325,21 @@ def open_adapter(owner: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]
     adapter, shapes = _with_tables(adapter, tensors, shapes)
     for name, written in adapter.stored.items():
         _check_fits(adapter, name, tensors[written], shapes)
-    for path in sorted({n.partition(".lora_")[0] for n in adapter.stored if ".lora_" in n}):
-        parts = {
-            n: torch.empty(tensors[w], device="meta")
-            for n, w in adapter.stored.items()
-            if n.startswith(f"{path}.lora_")
-        }
-        _check_merges(adapter, path, shapes[f"{path}.weight"], parts)
+    by_path: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, written in sorted(adapter.stored.items()):
+        path, lora, part = name.partition(".lora_")
+        if lora:
+            by_path[path][f"{lora}{part}"] = tensors[written]
+    tried: set[Any] = set()
+    for path, parts in by_path.items():
+        shape = shapes[f"{path}.weight"]
+        # Of a layer like one before it peft would say the same, unless settings go by the path.
+        alike = path if adapter.has_patterns else (path in HEAD, path in EMBEDDING)
+        facts = alike, shape, tuple(parts.items())
+        if facts not in tried:
+            tried.add(facts)
+            blank = {f"{path}{part}": torch.empty(s, device="meta") for part, s in parts.items()}
+            _check_merges(adapter, path, shape, blank)
     return replace(adapter, unfilled=_unfilled(adapter, shapes))
 
 

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import (
@@ -23,6 +23,7 @@ from symphony_moe.sources.tokenizer_checks import flags_of, found_otherwise
 from symphony_moe.sources.vocabulary import Vocabulary
 
 Verdict = Literal["error", "warning", "fine"]
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,9 @@ def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> li
     found = _compare_vocabularies(sources, anchor)
     if all(difference.verdict != "error" for difference in found):
         found += _compare_added(sources, anchor)
-    common = set.intersection(*(set(s.own_tokenizer.get_vocab()) for s in sources))
+    tokens = _of_tokenizers(sources, lambda tokenizer: frozenset(tokenizer.get_vocab()))
+    common = frozenset.intersection(*tokens.values())
+    digests = _of_tokenizers(sources, lambda own: _segmentation_digest(own, common))
     rules: dict[str, dict[str, str]] = {
         "tokenizer merges and normalization": {},
         "special tokens": {},
@@ -209,8 +212,7 @@ def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> li
     }
     for source in sources:
         tokenizer = source.own_tokenizer
-        digest = _segmentation_digest(tokenizer, common)
-        rules["tokenizer merges and normalization"][source.name] = digest
+        rules["tokenizer merges and normalization"][source.name] = digests[source.name]
         rules["special tokens"][source.name] = _in_words(
             {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())}
         )
@@ -237,7 +239,8 @@ def _compare_added(sources: Sequence[Source], anchor: str) -> list[Difference]:
     result = next(source.tokenizer for source in sources if source.name == anchor)
     found = []
     for source in sources:
-        tokens = [] if source.name == anchor else found_otherwise(source.source_tokenizer, result)
+        is_one = source.name == anchor or source.own_tokenizer is result
+        tokens = [] if is_one else found_otherwise(source.source_tokenizer, result)
         if tokens:
             flags = {
                 name: flags_of(tokenizer, tokens[0])
@@ -258,14 +261,15 @@ def _of_chat(chat: str, anchor: str) -> str:
 def _compare_vocabularies(sources: Sequence[Source], anchor: str) -> list[Difference]:
     """How each source's tokens differ from the anchor's, and what becomes of them."""
     by_name = {source.name: source for source in sources}
-    vocabularies = {s.name: s.own_tokenizer.get_vocab() for s in sources}
+    vocabularies = _of_tokenizers(sources, lambda tokenizer: tokenizer.get_vocab())
     kinds = {s.name: s.source_tokenizer.kind for s in sources}
     found = []
     if len(set(kinds.values())) > 1:
         why = "no tokenizer can be both; use sources whose tokenizers are of one kind"
         return [Difference("kind of tokenizer", kinds, "error", why)]
     for name, vocabulary in vocabularies.items():
-        if vocabulary == vocabularies[anchor]:
+        of_anchor = vocabularies[anchor]
+        if vocabulary is of_anchor or vocabulary == of_anchor:
             continue
         sizes = {n: f"{len(vocabularies[n])} tokens" for n in (anchor, name)}
         merged = by_name[name].vocabulary
@@ -306,7 +310,19 @@ def _fate(merged: Vocabulary, name: str, anchor: str, own: Collection[str]) -> s
     return "; ".join(parts) or "the same tokens under other numbers; matched by what they say"
 
 
-def _segmentation_digest(tokenizer: PreTrainedTokenizerBase, common: set[str]) -> str:
+def _of_tokenizers(
+    sources: Sequence[Source], find: Callable[[PreTrainedTokenizerBase], _Found]
+) -> dict[str, _Found]:
+    """Source -> what is found of its own tokenizer: once, where several have it."""
+    found: dict[int, _Found] = {}
+    for source in sources:
+        tokenizer = source.own_tokenizer
+        if id(tokenizer) not in found:
+            found[id(tokenizer)] = find(tokenizer)
+    return {source.name: found[id(source.own_tokenizer)] for source in sources}
+
+
+def _segmentation_digest(tokenizer: PreTrainedTokenizerBase, common: Collection[str]) -> str:
     """Digest of what turns text into tokens, apart from the vocabulary itself. `common`: tokens
     that all sources have."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     GenerationConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
 from symphony_moe.bundled import source_folder
@@ -60,7 +61,12 @@ from symphony_moe.sources.source import (
     refuse_dtype,
     within_vocabulary,
 )
-from symphony_moe.sources.source_tokenizer import TOKENIZER_FILES, VOCABULARY_FILES, tokenizer_paths
+from symphony_moe.sources.source_tokenizer import (
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    tokenizer_digest,
+    tokenizer_paths,
+)
 from symphony_moe.sources.vocabulary import is_needed, merge
 
 _BUFFERS = r"rotary_emb\.inv_freq"
@@ -75,8 +81,9 @@ def target_of(recipe: Recipe) -> Target:
 def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
     """Open every source of a recipe, in its order, in one vocabulary. See `open_source`."""
     target = target_of(recipe)
+    hashed: dict[Path, str] = {}  # adapters of one model have its files in common
     sources = [
-        open_source(name, spec, download=download, target=target)
+        open_source(name, spec, download=download, target=target, hashed=hashed)
         for name, spec in recipe.sources.items()
     ]
     return share_vocabulary(sources, recipe.anchor, recipe.output.chat or recipe.anchor)
@@ -95,6 +102,7 @@ def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[
     where none can be found (`find_differences` says why)."""
     if len({source.config.model_type for source in sources}) > 1:
         return list(sources)
+    sources = _with_tokenizers(sources)
     tokenizers = [source.source_tokenizer for source in sources]
     if not is_needed(tokenizers, anchor, chat) or len({one.kind for one in tokenizers}) > 1:
         return list(sources)
@@ -110,14 +118,36 @@ def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[
     return shared
 
 
+def _with_tokenizers(sources: Sequence[Source]) -> list[Source]:
+    """The sources, each with its own tokenizer read. Of files that are the same it is read once,
+    and is one object for all that have it."""
+    read: dict[tuple[str, int], PreTrainedTokenizerBase] = {}
+    digests: dict[Path, str] = {}
+    loaded = []
+    for source in sources:
+        folder = source.tokenizer_folder or source.folder
+        if folder not in digests:
+            digests[folder] = tokenizer_digest(folder)
+        key = digests[folder], source.own_rows
+        if key not in read:
+            read[key] = source.own_tokenizer
+        loaded.append(replace(source, loaded_tokenizer=read[key]))
+    return loaded
+
+
 def open_source(
-    name: str, spec: SourceSpec, *, download: bool = True, target: Target = AUTO
+    name: str,
+    spec: SourceSpec,
+    *,
+    download: bool = True,
+    target: Target = AUTO,
+    hashed: dict[Path, str] | None = None,
 ) -> Source:
     """Open a checkpoint from its headers and prove that it is complete.
 
     `download=False` fetches configuration, tokenizer and headers from the hub, but no weights, and
     does not read weights to compare their hashes. `target`: what the recipe says of the output's
-    architecture.
+    architecture. `hashed`: see `Source.hash_files`.
 
     Raises SourceError for a folder or hub id that is not there, an architecture without a family
     table, a variant that the target cannot hold, and missing, surplus or misshapen tensors;
@@ -150,7 +180,7 @@ def open_source(
     # 5. Special tokens without a row go; the weights are those of the recipe.
     source = replace(source, dropped=tuple(_drop_numbers(name, files.folder, source.config)))
     if spec.sha256 is not None and download:
-        refuse_changed(source, spec.sha256, source.hash_files())
+        refuse_changed(source, spec.sha256, source.hash_files(hashed))
     return source
 
 
@@ -297,8 +327,8 @@ def _adapted(source: Source, adapter: Adapter) -> Source:
         config.vocab_size = adapter.rows
         for name in (EMBEDDING, HEAD):
             if name in headers:
-                shape = (adapter.rows, headers[name].shape[1])
-                headers[name] = replace(headers[name], shape=shape)
+                rows, hidden = headers[name].shape
+                headers[name] = replace(headers[name], shape=(adapter.rows, hidden), rows=rows)
     changed = replace(source, adapter=adapter, config=config, headers=headers)
     beside = tokenizer_paths(adapter.folder)
     if not beside:

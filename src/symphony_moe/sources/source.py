@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -70,6 +71,8 @@ class Header:
     """As safetensors spells it: `BF16`, `F32`, ..."""
     stored: str | None = None
     """Its name in the file, where that is another."""
+    rows: int | None = None
+    """Rows that it has in the file, where an adapter has made that more or fewer."""
     offset: int | None = field(default=None, compare=False)
     """Where its bytes begin in the file; None where the file is not here."""
 
@@ -257,36 +260,37 @@ class Source:
             )
         return (*self.notes, *(f"{self.name}: {remark}" for remark in found))
 
-    def read(self, name: str, rows: slice | None = None, *, as_stored: bool = False) -> Tensor:
+    def read(
+        self,
+        name: str,
+        rows: slice | None = None,
+        *,
+        as_stored: bool = False,
+        reads: "SharedReads | None" = None,
+    ) -> Tensor:
         """One tensor (or some of its first axis) as float32, with the adapter in it; `as_stored`:
-        in the dtype of the file, where that is one that models are written in.
+        in the dtype of the file, where that is one that models are written in. `reads`: the pass
+        over several sources that this is a part of. The tensor may be another source's as well:
+        nobody changes it in place.
 
         Raises SourceError for a file that cannot be read and for values that are not finite.
         """
+        reads = reads or SharedReads([self])
         if self.adapter is None or not self.adapter.touches(name):
-            return self._read(name, rows, as_stored=as_stored)
+            return reads.own(self, name, rows, as_stored=as_stored)
         if rows is not None and self.adapter.needs_all_rows(name):
-            return self.read(name)[rows]
-        weight = None if self.adapter.holds(name) else self._read(name, rows)
+            return self.read(name, reads=reads)[rows]
+        weight = None if self.adapter.holds(name) else reads.own(self, name, rows)
         return self.adapter.merge(name, weight, slice(None) if rows is None else rows)
 
-    def _read(self, name: str, rows: slice | None, *, as_stored: bool = False) -> Tensor:
-        """One tensor of the model's own files."""
-        header = self.headers[name]
-        stored = self._stored(name, header, rows)
-        keeps = header.dtype in _COPIED
-        tensor = stored if keeps and as_stored else stored.float()
-        # The stored numbers: bfloat16 is half as many bytes to look at.
-        if not is_finite(stored if keeps else tensor):
-            own, path = header.stored or name, self.folder / header.file
-            raise SourceError(f"{self.name}: {own} in {path} has {_why_not_finite(stored)}")
-        return tensor
-
-    def _stored(self, name: str, header: Header, rows: slice | None) -> Tensor:
+    def _stored(self, name: str, rows: slice | None) -> Tensor:
         """A tensor, or some of its rows, as it is in the file."""
-        first, last, _ = (rows or slice(None)).indices(header.shape[0])
+        header = self.headers[name]
+        first, last, _ = (rows or slice(None)).indices(header.rows or header.shape[0])
         tensor = torch.empty((max(0, last - first), *header.shape[1:]), dtype=DTYPES[header.dtype])
         per_row = math.prod(header.shape[1:]) * tensor.element_size()
+        if not len(tensor):
+            return tensor  # rows that only the adapter has
         own, path = header.stored or name, self.folder / header.file
         assert header.offset is not None, f"{path}: no file that is here"
         try:
@@ -295,15 +299,20 @@ class Source:
                 read_into(file, tensor.view(torch.uint8).numpy().data.cast("B"))
         except OSError as error:
             raise SourceError(f"{self.name}: {own} in {path} is not readable: {error}") from None
+        # The stored numbers: bfloat16 is half as many bytes to look at.
+        if not is_finite(tensor if header.dtype in _COPIED else tensor.float()):
+            raise SourceError(f"{self.name}: {own} in {path} has {_why_not_finite(tensor)}")
         return tensor
 
-    def table(self, name: str) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
+    def table(
+        self, name: str, reads: "SharedReads | None" = None
+    ) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
         """(first row, rows) of its token embeddings or output head in the shared vocabulary, block
         by block. A token that it lacks is the mean of the pieces that it makes of the token's text;
-        a padding row that it lacks is zero."""
+        a padding row that it lacks is zero. `reads`: see `read`."""
         if self.vocabulary is None:
             for first in range(0, self.headers[name].shape[0], TABLE_ROWS):
-                yield first, self.read(name, slice(first, first + TABLE_ROWS))
+                yield first, self.read(name, slice(first, first + TABLE_ROWS), reads=reads)
             return
         where = self.vocabulary.tables[self.name]
         for first in range(0, self.vocabulary.size, TABLE_ROWS):
@@ -314,31 +323,43 @@ class Source:
                 if number in where.pieces
             }
             parts = torch.tensor([row for rows in pieces.values() for row in rows]).long()
-            rows = self._rows(name, torch.cat((wanted, parts)))
+            rows = self._rows(name, torch.cat((wanted, parts)), reads)
             block, means = rows[: len(wanted)], rows[len(wanted) :]
             for number, these in pieces.items():
                 block[number - first] = means[: len(these)].mean(dim=0)
                 means = means[len(these) :]
             yield first, block
 
-    def _rows(self, name: str, wanted: Int[Tensor, " rows"]) -> Float[Tensor, "rows hidden"]:
+    def _rows(
+        self, name: str, wanted: Int[Tensor, " rows"], reads: "SharedReads | None"
+    ) -> Float[Tensor, "rows hidden"]:
         """Rows of a table by number, zeros for -1; read in blocks, so that no table is ever whole
         in memory."""
         rows = torch.zeros(len(wanted), self.headers[name].shape[1])
         for block in (wanted[wanted >= 0] // TABLE_ROWS).unique().tolist():
             begin = block * TABLE_ROWS
             inside = (wanted >= begin) & (wanted < begin + TABLE_ROWS)
-            part = self.read(name, slice(begin, begin + TABLE_ROWS))
+            part = self.read(name, slice(begin, begin + TABLE_ROWS), reads=reads)
             rows[inside] = part[wanted[inside] - begin]
         return rows
 
-    def read_layer(self, layer: int, *, as_stored: bool = False) -> dict[str, Tensor]:
-        """Every tensor of a decoder layer, by its name within the layer. `as_stored`: see
-        `read`."""
-        prefix = f"model.layers.{layer}."
-        family = self.family
-        names = [*family.shared, *family.expert]
-        return {name: self.read(prefix + name, as_stored=as_stored) for name in names}
+    def read_layer(self, layer: int) -> dict[str, Tensor]:
+        """Every tensor of a decoder layer, by its name within the layer."""
+        return read_layers([self], layer)[self.name]
+
+    @cached_property
+    def changes_expert(self) -> bool:
+        """Whether its adapter changes something of what its expert keeps, in any layer: otherwise
+        that is the model's own."""
+        adapter = self.adapter
+        if adapter is None or adapter.changes_nothing:
+            return False
+        layers = range(self.config.num_hidden_layers)
+        return any(
+            adapter.touches(f"model.layers.{layer}.{name}")
+            for layer in layers
+            for name in self.family.expert
+        )
 
     @property
     def weights(self) -> list[str]:
@@ -361,9 +382,81 @@ class Source:
         """Of every file that a build reads."""
         return {name: file_state(path) for name, path in self.files().items()}
 
-    def hash_files(self) -> dict[str, str]:
-        """Name -> SHA-256, for every file that a build reads."""
-        return {name: sha256_of(path) for name, path in self.files().items()}
+    def hash_files(self, known: dict[Path, str] | None = None) -> dict[str, str]:
+        """Name -> SHA-256, for every file that a build reads. `known`: hashes of files that have
+        been hashed already; those that are not in it are added."""
+        known = {} if known is None else known
+        files = self.files()
+        for path in files.values():
+            if path not in known:
+                known[path] = sha256_of(path)
+        return {name: known[path] for name, path in files.items()}
+
+
+class SharedReads:
+    """One pass over the tensors of several sources, side by side. What stands in a file that some
+    of them share, as adapters of one model do, is read once for all of them: of each such model it
+    keeps the tensor, or the rows, that were read last."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        counted = Counter(source.folder for source in sources)
+        self._shared = {folder for folder, count in counted.items() if count > 1}
+        self._last: dict[Path, _Stored] = {}
+
+    def own(
+        self, source: Source, name: str, rows: slice | None, *, as_stored: bool = False
+    ) -> Tensor:
+        """A tensor of the model's own files, or some of its rows: in float32, or in the dtype of
+        the file (see `Source.read`)."""
+        wanted = name, source.headers[name], rows
+        read = self._last.get(source.folder)
+        if read is None or read.wanted != wanted:
+            read = None
+            self._last.pop(source.folder, None)  # gone before the next is there
+            read = _Stored(wanted, source._stored(name, rows))
+            if source.folder in self._shared:
+                self._last[source.folder] = read
+        return read.tensor if as_stored and wanted[1].dtype in _COPIED else read.as_float
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as it was read."""
+
+    wanted: tuple[str, Header, slice | None]
+    tensor: Tensor
+
+    @cached_property
+    def as_float(self) -> Tensor:
+        """In float32."""
+        return self.tensor.float()
+
+
+def read_layers(
+    sources: Sequence[Source], layer: int, *, as_stored: bool = False
+) -> dict[str, dict[str, Tensor]]:
+    """Source -> every tensor of one of its decoder layers, by its name within the layer. Of a model
+    that several sources are adapters of, each tensor is read once; where none of them changes it,
+    they have it together. `as_stored`: see `Source.read`."""
+    reads, family = SharedReads(sources), sources[0].family
+    layers: dict[str, dict[str, Tensor]] = {source.name: {} for source in sources}
+    for name in (*family.shared, *family.expert):
+        for source in sources:
+            layers[source.name][name] = source.read(
+                f"model.layers.{layer}.{name}", as_stored=as_stored, reads=reads
+            )
+    return layers
+
+
+def by_table(sources: Sequence[Source], name: str) -> list[list[Source]]:
+    """The sources, together where one table of embeddings (or head) is that of all of them."""
+    together: dict[Any, list[Source]] = {}
+    for source in sources:
+        changed = source.adapter is not None and source.adapter.touches(name)
+        alone = changed or source.vocabulary is not None
+        key = source.name if alone else (source.folder, source.headers[name])
+        together.setdefault(key, []).append(source)
+    return list(together.values())
 
 
 def _why_not_finite(stored: Tensor) -> str:
@@ -539,7 +632,7 @@ def has_equal_tables(source: Source) -> bool:
         refuse_dtype(source, table)
     return all(
         torch.equal(
-            *(source._read(table, slice(first, first + TABLE_ROWS)) for table in (EMBEDDING, HEAD))
+            *(source.read(table, slice(first, first + TABLE_ROWS)) for table in (EMBEDDING, HEAD))
         )
         for first in range(0, source.own_rows, TABLE_ROWS)
     )

@@ -3,6 +3,7 @@
 `without_rowless` takes out the tokens that only a tokenizer's class adds.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -151,6 +152,18 @@ def tokenizer_paths(folder: Path) -> list[str]:
     templates = sorted(path.name for path in (folder / CHAT_TEMPLATES).glob("*.jinja"))
     named = [*TOKENIZER_FILES, *(f"{CHAT_TEMPLATES}/{name}" for name in templates)]
     return [name for name in named if (folder / name).is_file()]
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """SHA-256 of everything that a folder's tokenizer is made of: its files, and the config, by
+    which transformers chooses its class."""
+    versioned = sorted(path.name for path in folder.glob("tokenizer*") if path.is_file())
+    found = hashlib.sha256()
+    for name in sorted({*versioned, *tokenizer_paths(folder), "config.json"}):
+        path = folder / name
+        content = path.read_bytes() if path.is_file() else b""
+        found.update(f"{name}\0{len(content)}\0".encode() + content)
+    return found.hexdigest()
 
 
 def stored_files(source: SourceTokenizer) -> dict[str, bytes]:

@@ -81,8 +81,10 @@ class Vocabulary:
 
 def is_needed(sources: Sequence[SourceTokenizer], anchor: str, chat: str) -> bool:
     """Whether the anchor's own tokenizer and tables would not do."""
+    first = sources[0]
     return chat != anchor or any(
-        (source.tokens, source.rows) != (sources[0].tokens, sources[0].rows)
+        source.rows != first.rows
+        or (source.tokenizer is not first.tokenizer and source.tokens != first.tokens)
         for source in sources[1:]
     )
 

@@ -1,0 +1,58 @@
+"""Experts that would be the same: LoRAs of one model that leave its FFN as it is.
+
+A router that chooses between equal experts chooses nothing. All of this is known from headers.
+"""
+
+from collections.abc import Sequence
+
+from symphony_moe.errors import SourceMismatch, shortened
+from symphony_moe.recipe.settings import Recipe
+from symphony_moe.sources.source import Source
+
+
+def refuse_alike(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """Raise SourceMismatch where LoRAs make every expert the same, and nothing of the recipe makes
+    them differ."""
+    if recipe.experts.init != "source" or recipe.fits_layers:
+        return
+    adapted = [source.name for source in sources if source.adapter is not None]
+    folders = {source.folder for source in sources}
+    if not adapted or len(folders) > 1 or any(source.changes_expert for source in sources):
+        return
+    # What has q and o in its experts already cannot be told to do so.
+    bam = "" if recipe.has_attention_experts else " Or method: bam (Llama, Mistral): q and o too."
+    raise SourceMismatch(
+        f"the adapters of {shortened(', '.join(adapted), 100)} change nothing of what an expert "
+        f"keeps ({_parts(sources[0])}): all experts would be {sources[0].public_name}'s, and a "
+        "router would choose between equals. Expected one adapter at least that changes them; "
+        f"train LoRAs on the FFN.{bam} To begin with equal experts: method: sparse-upcycling"
+    )
+
+
+def say_alike(recipe: Recipe, sources: Sequence[Source]) -> list[str]:
+    """A sentence for each source whose adapter leaves its expert as the model has it."""
+    if recipe.copies_anchor:
+        return []
+    sentences = []
+    for source in sources:
+        if source.adapter is None or source.changes_expert:
+            continue
+        begins = recipe.fits_layers or recipe.redraws_neurons
+        alike = [
+            other.name
+            for other in sources
+            if other is not source and other.folder == source.folder and not other.changes_expert
+        ]
+        also = f", as {shortened(', '.join(alike), 100)}'s" if alike and not begins else ""
+        sentences.append(
+            f"{source.name}: its adapter changes nothing of what an expert keeps "
+            f"({_parts(source)}): its expert {'begins as' if begins else 'is'} "
+            f"{source.public_name}'s own{also}. What the adapter changes is averaged with the "
+            "other sources' (backbone)"
+        )
+    return sentences
+
+
+def _parts(source: Source) -> str:
+    """The matrices of an expert, as a LoRA's target_modules name them."""
+    return ", ".join(name.split(".")[-2] for name in source.family.expert)
