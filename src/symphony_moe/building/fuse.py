@@ -66,7 +66,10 @@ def slerp(
     norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in flat])
     if bool((norms == 0).any()):
         return linear_mean(tensors, weights)
-    gram = torch.stack([torch.stack([a.dot(b) for b in flat]) for a in flat])
+    gram = torch.empty(len(flat), len(flat), dtype=torch.float64)
+    for row, one in enumerate(flat):
+        for column, other in enumerate(flat[: row + 1]):
+            gram[row, column] = gram[column, row] = one.dot(other)
     gram = gram / torch.outer(norms, norms)
     coefficients = _karcher_coefficients(gram, shares)
     if coefficients is None:
