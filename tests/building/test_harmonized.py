@@ -1212,7 +1212,7 @@ def test_a_disk_that_fills_up_with_streams_is_a_message(
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(streams, "reserve", full)
-        with pytest.raises(RunFolderError, match="no room on the disk|takes no file of"):
+        with pytest.raises(RunFolderError, match=r"no room on the disk|takes no file of"):
             build(recipes("llama"), run.root)
     assert not run.checkpoint.exists()
     assert run.layer_compared(1).exists() is (moment > 3)
