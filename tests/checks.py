@@ -175,7 +175,13 @@ EXACT = 1e-5
 FFN = ("gate", "up", "down")
 
 
-STACKED = ("input_linear.weight", "output_linear.weight")
+STACKED = {
+    "block_sparse_moe.input_linear.weight": ("w1", "w3"),
+    "block_sparse_moe.output_linear.weight": ("w2",),
+    "block_sparse_moe.experts.gate_up_proj": ("w1", "w3"),
+    "block_sparse_moe.experts.down_proj": ("w2",),
+}
+"""End of the name of what holds a matrix of all experts' -> Mixtral's names of its parts."""
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -190,11 +196,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint folder, as it is stored; what holds all experts' matrices, in
     parts (see `expert_names`)."""
     tensors = tensors_of(folder)
-    for name in [name for name in tensors if name.endswith(STACKED)]:
-        prefix, parts = name.rsplit(".", 2)[0], ("w1", "w3") if "input" in name else ("w2",)
+    for name in [name for name in tensors if name.endswith(tuple(STACKED))]:
+        end = next(end for end in STACKED if name.endswith(end))
+        prefix, parts = name.removesuffix(end), STACKED[end]
         for expert, stack in enumerate(tensors.pop(name)):
             for part, matrix in zip(parts, stack.chunk(len(parts)), strict=True):
-                tensors[f"{prefix}.experts.{expert}.{part}.weight"] = matrix
+                tensors[f"{prefix}block_sparse_moe.experts.{expert}.{part}.weight"] = matrix
     return tensors
 
 
@@ -251,7 +258,7 @@ def expert_names(variant: str, layer: int, expert: int) -> tuple[str, str, str]:
     """gate, up and down of an expert in the output. Granite, which stacks all experts', is taken
     apart into Mixtral's names by `read_tensors`."""
     prefix = f"model.layers.{layer}."
-    if target_of_variant(variant) in ("mixtral", "granitemoe"):
+    if "granitemoe" in target_of_variant(variant) or target_of_variant(variant) == "mixtral":
         a, b, c = (
             f"{prefix}block_sparse_moe.experts.{expert}.{w}.weight" for w in ("w1", "w3", "w2")
         )
@@ -343,6 +350,7 @@ def router_name(variant: str) -> str:
     return {
         "mixtral": "block_sparse_moe.gate.weight",
         "granitemoe": "block_sparse_moe.router.layer.weight",
+        "granitemoe_swa": "block_sparse_moe.router.weight",
     }.get(target_of_variant(variant), "mlp.gate.weight")
 
 

@@ -52,7 +52,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2-untied": {"model_type": "qwen2", "tie_word_embeddings": False},
     "qwen2-granitemoe": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen2-windows": {
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+    },
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": True},
+    "llama-biases": {"model_type": "llama", "attention_bias": True},
 }
 """Every family, with the variations that its target must hold."""
 ARCHITECTURES = {"qwen2-granitemoe": "granitemoe"}
@@ -61,9 +78,19 @@ ARCHITECTURES = {"qwen2-granitemoe": "granitemoe"}
 
 def target_of_variant(variant: str) -> str:
     """`model_type` of the output of a variant's sources."""
-    auto = {"qwen2": "ernie4_5_moe", "qwen3": "qwen3_moe"}
-    model_type = VARIANTS[variant]["model_type"]
-    return ARCHITECTURES.get(variant) or auto.get(model_type, "mixtral")
+    auto = {
+        "qwen2": "ernie4_5_moe",
+        "qwen3": "qwen3_moe",
+        "granite": "granitemoe",
+        "olmo2": "flex_olmo",
+        "smollm3": "granitemoe_swa",
+    }
+    settings = VARIANTS[variant]
+    if settings.get("attention_bias"):
+        return "granitemoe"
+    if settings.get("use_sliding_window"):
+        return "qwen2_moe"
+    return ARCHITECTURES.get(variant) or auto.get(settings["model_type"], "mixtral")
 
 
 def ffn_of(layer: Any) -> Any:

@@ -332,24 +332,30 @@ def test_names_are_per_expert_and_as_stock_writes_them(
     variant: str, built: Callable[[str], RunFolder]
 ) -> None:
     """The names that transformers' own save_pretrained writes (older versions load no others)."""
-    dense_names = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    model_type, target = VARIANTS[variant]["model_type"], target_of_variant(variant)
+    before = "input" if model_type != "olmo2" else "post_feedforward"
+    dense_names = {f"{before}_layernorm.weight", "post_attention_layernorm.weight"}
     dense_names |= {f"self_attn.{part}_proj.weight" for part in "qkvo"}
-    model_type = VARIANTS[variant]["model_type"]
-    to_ernie = target_of_variant(variant) == "ernie4_5_moe"
-    if model_type == "qwen2":
-        dense_names |= {f"self_attn.{part}_proj.bias" for part in "qkvo"}
+    to_ernie = target == "ernie4_5_moe"
+    if model_type == "qwen2" or VARIANTS[variant].get("attention_bias"):
+        parts = "qkv" if target == "qwen2_moe" else "qkvo"
+        dense_names |= {f"self_attn.{part}_proj.bias" for part in parts}
     if to_ernie:
         dense_names |= {"mlp.moe_statics.e_score_correction_bias"}
-    if model_type == "qwen3":
+    if model_type in ("qwen3", "olmo2"):
         dense_names |= {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    if target == "granitemoe_swa":
+        dense_names |= {"self_attn.sinks"}
+    if target == "qwen2_moe":
+        dense_names |= {f"mlp.shared_expert.{part}_proj.weight" for part in FFN}
+        dense_names |= {"mlp.shared_expert_gate.weight"}
     expected = {"model.embed_tokens.weight", "model.norm.weight"}
     for layer in range(2):
         expected |= {f"model.layers.{layer}.{name}" for name in dense_names}
         expected |= {f"model.layers.{layer}.{router_name(variant)}"}
         for expert in range(3):
             expected |= set(expert_names(variant, layer, expert))
-    tied = variant in ("llama-tied-rope3", "qwen2")
-    expected |= set() if tied else {"lm_head.weight"}
+    expected |= set() if VARIANTS[variant].get("tie_word_embeddings") else {"lm_head.weight"}
     expected |= {"lm_head.bias"} if to_ernie else set()
     tensors = read_tensors(built(variant).checkpoint)
     assert tensors.keys() == expected

@@ -24,6 +24,7 @@ from conftest import SIZES, VARIANTS
 from symphony_moe.building import build as build_module
 from symphony_moe.building.align import (
     MIN_GAIN,
+    basis_of,
     choose_maps,
     match,
     match_heads,
@@ -31,6 +32,7 @@ from symphony_moe.building.align import (
     matched_correlation,
     mean_cosine,
     residual_basis,
+    residual_order,
 )
 from symphony_moe.building.alignment import Alignment
 from symphony_moe.building.plan import make_plan
@@ -301,6 +303,24 @@ def test_tokens_without_a_stream_count_as_cosine_zero() -> None:
     found = residual_basis(nothing)
     assert not nothing.any()
     torch.testing.assert_close(found.T @ found, torch.eye(6).double())
+
+
+def test_a_signed_permutation_is_found_again_and_is_the_best() -> None:
+    """`residual_order` undoes any, and no other signed permutation agrees more."""
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.randn(200, 6, generator=generator)
+    for seed in range(5):
+        hidden = random_residual(FAMILIES["olmo2"], 6, torch.Generator().manual_seed(seed))
+        found = residual_order(covariance(stream, stream @ hidden.T, [200]))
+        torch.testing.assert_close(found, hidden.double())
+    product = torch.randn(4, 4, generator=generator).double()
+    best = mean_cosine(product, residual_order(product))
+    for order in itertools.permutations(range(4)):
+        for signs in itertools.product((-1.0, 1.0), repeat=4):
+            other = torch.eye(4).double()[list(order)] * torch.tensor(signs)
+            assert mean_cosine(product, other) <= best + 1e-12
+    assert basis_of(FAMILIES["olmo2"]) is residual_order
+    assert basis_of(FAMILIES["llama"]) is residual_basis
 
 
 def config_of(variant: str, **changes: Any) -> tuple[Family, PreTrainedConfig]:

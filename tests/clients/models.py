@@ -42,6 +42,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.02,
+    "logits_scaling": 8.0,
+}
 NEW = ["<|symphony_a|>", "<|symphony_b|>"]
 """Special tokens that one source has and the anchor lacks: the vocabulary is a union."""
 SENTENCEPIECE = ("mistral-common==1.13.1", "mistral_common/data/tokenizer.model.v1")
@@ -100,8 +106,23 @@ CASES = {
         {"output": {"architecture": "granitemoe"}},
     ),
     "qwen3": Case("Qwen3, head size of its own", "qwen3", "qwen3", {"head_dim": 64}),
+    "granite": Case("Granite", "granite", "llama3", GRANITE),
+    "llama-biases": Case("Llama with biases", "llama", "llama3", {"attention_bias": True}),
+    "olmo2": Case("OLMo 2", "olmo2", "llama3"),
+    "smollm3": Case("SmolLM3", "smollm3", "llama3", {"no_rope_layers": [1, 1, 0]}),
+    "qwen2-windows": Case(
+        "Qwen2 with windows",
+        "qwen2",
+        "qwen2_5",
+        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
+    ),
+    "phi3": Case("Phi-3 (whole heads turned)", "phi3", "sentencepiece", {"sliding_window": None}),
     "bam": Case("Llama, method bam", "llama", "llama3", {}, {"method": "bam"}),
 }
+
+NOT_YET_ASKED = {"granite", "llama-biases", "olmo2", "smollm3", "qwen2-windows", "phi3"}
+"""Cases that are not in docs/engines.json yet: `make test-clients` asks about them and writes it.
+Take one out here then, and say in `model/engines.py` what was found."""
 
 
 def tokenizer_folder(name: str) -> Path:

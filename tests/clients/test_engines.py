@@ -236,9 +236,8 @@ def test_a_program_does_what_is_said_of_it(
     program = next(program for program, names in COLUMNS.items() if name in names)
     config = json.loads((runs(case).checkpoint / "config.json").read_text())
     spaces = CASES[case].tokenizer == "sentencepiece"
-    claim = next(
-        reading for reading in readings(config, sentencepiece=spaces) if reading.program == program
-    )
+    said = readings(config, sentencepiece=spaces, dense=CASES[case].model_type)
+    claim = next(reading for reading in said if reading.program == program)
     entry: dict[str, Any] = {"day": datetime.date.today().isoformat(), "said": claim.verdict}
     asked, expected = reference(case)
     for stage, question_, found, ours in zip(

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from checks import ExactNorm, logits_of
-from conftest import ARCHITECTURES, SIZES, VARIANTS, make_model
+from conftest import ARCHITECTURES, SIZES, VARIANTS, make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building.plan import output_tensors
-from symphony_moe.errors import SourceError
+from symphony_moe.errors import SourceError, SourceMismatch
 from symphony_moe.model.families import (
     FAMILIES,
     NEURON_AXIS,
@@ -204,12 +204,13 @@ def test_every_family_is_tested() -> None:
 @pytest.mark.parametrize(
     ("variant", "changes", "reason"),
     [
-        ("llama", {"attention_bias": True}, "Mixtral has no attention biases"),
         ("llama", {"mlp_bias": True}, "no stock MoE has FFN biases"),
+        ("granite", {"mlp_bias": True}, "no stock MoE has FFN biases"),
+        ("granite", {"head_dim": 16}, "heads of a GraniteMoe are of hidden_size / num"),
         (
-            "qwen2",
-            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
-            "no layers with a sliding window beside layers without",
+            "llama",
+            {"attention_bias": True, "head_dim": 16},
+            "Mixtral has no attention biases.*heads of a GraniteMoe are of hidden_size / num",
         ),
         (
             "qwen3",
@@ -237,7 +238,6 @@ def test_variants_that_no_target_holds_are_refused_with_the_reason(
         ("mistral", {"sliding_window": None}, "heads of a GraniteMoe are of hidden_size / num"),
         ("llama", {"head_dim": 16}, "heads of a GraniteMoe are of hidden_size / num"),
         ("qwen2", {"head_dim": 16}, "heads of a GraniteMoe are of hidden_size / num"),
-        ("llama", {"attention_bias": True}, "attention biases are not in this table"),
     ],
 )
 def test_what_granitemoe_does_not_hold_is_refused(
@@ -261,15 +261,45 @@ def test_what_a_target_has_beyond_the_family_is_known_by_its_name(
     """Of the parameters of the stock class, which may call them otherwise than its file does."""
     del attention
     shape: dict[str, Any] = {**SIZES, "model_type": family.dense, "tie_word_embeddings": False}
+    shape["attention_bias"] = "self_attn.o_proj.bias" in family.vectors
     dense = AutoConfig.for_model(**shape)
     settings = target_config(family, dense, 3, 2, tied=False, dtype="float32")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    found = [name for name, _ in model.named_parameters() if family.is_zero(name)]
-    layers = dense.num_hidden_layers
-    assert len(found) == layers * len(family.zeros) + family.has_head_bias
+    found = [n for n, _ in model.named_parameters() if family.constant(n) is not None]
+    per_layer, layers = len(family.zeros) + len(family.constants), dense.num_hidden_layers
+    assert len(found) == layers * per_layer + family.has_head_bias
     written = output_tensors(family, dense, 3, tied=False)
-    assert sum(map(family.is_zero, written)) == layers * len(family.zeros)
+    assert sum(family.constant(name) is not None for name in written) == layers * per_layer
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "said"),
+    [
+        ("granite", {"residual_multiplier": 0.5}, "residual_multiplier .*one for all experts"),
+        ("llama", {"attention_bias": True}, "architecture that holds it .*output.architecture"),
+        ("llama-biases", {"attention_bias": False}, "architecture that holds it"),
+        ("granite", {"attention_bias": True}, "biases of attention .*same shapes"),
+        ("qwen2-windows", {"use_sliding_window": False}, "architecture that holds it"),
+    ],
+)
+def test_sources_that_no_one_architecture_holds_are_refused(
+    variant: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    recipe = make_recipe(tmp_path, variant, count=2)
+    make_model(tmp_path / "models" / "b", variant, 1, **changes)
+    with pytest.raises(SourceMismatch, match=said):
+        pipeline.plan(load_recipe(recipe))
+
+
+def test_windows_in_some_sources_alone_go_where_both_are_held(tmp_path: Path) -> None:
+    """What `auto` takes for each is another architecture; a recipe that names one that holds all is
+    planned, with a warning of the windows."""
+    recipe = make_recipe(tmp_path, "qwen2-windows", count=2)
+    make_model(tmp_path / "models" / "b", "qwen2-windows", 1, use_sliding_window=False)
+    planned = pipeline.plan(load_recipe(recipe, ["output.architecture=qwen2_moe"]))
+    assert planned.architecture == "qwen2_moe"
+    assert any(difference.what == "sliding_window" for difference in planned.differences)
 
 
 def test_settings_that_change_nothing_are_accepted(tmp_path: Path) -> None:

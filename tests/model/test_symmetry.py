@@ -207,12 +207,12 @@ def test_multi_query_and_multi_head_attention_are_groups_too(groups: int, tmp_pa
         assert model.change(transformed(model, seed)) <= 1e-9
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "olmo2"])
 def test_a_stream_of_another_size_is_the_same_function(
     variant: str, models: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law 1, where the epsilon of the norms that read the stream goes along by the square; and not
-    where it stays."""
+    where it stays. (No norm reads OLMo 2's.)"""
     model = models(variant)
     state = model.map(lambda layer: scale_residual(layer, 0.3))
     state[EMBEDDING] = state[EMBEDDING] * 0.3
@@ -417,12 +417,8 @@ def _gemma(model_type: str) -> Family:
     return replace(
         llama,
         dense=model_type,
-        norms=(
-            "input_layernorm.weight",
-            "post_attention_layernorm.weight",
-            "pre_feedforward_layernorm.weight",
-            "post_feedforward_layernorm.weight",
-        ),
+        norms_before=("input_layernorm.weight", "pre_feedforward_layernorm.weight"),
+        norms_after=("post_attention_layernorm.weight", "post_feedforward_layernorm.weight"),
         symmetries=replace(
             symmetries, gains=gains, residual="signed-permutation", phases="half-turns"
         ),

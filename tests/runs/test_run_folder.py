@@ -616,7 +616,8 @@ def test_training_on_a_really_full_disk_is_a_message(
 def test_streams_that_do_not_fit_the_disk_are_a_message(disk: Disk, llama: Recipe) -> None:
     """A memory-mapped file without space behind it would end the process by SIGBUS."""
     disk.leave(50_000)
-    text = Texts(llama, open_sources(llama)).calibration_windows()
+    sources = open_sources(llama)
+    text = Texts(llama, sources).calibration_windows()
     windows = {name: packed.windows for name, packed in text.items()}
     reached = []
 
@@ -625,7 +626,7 @@ def test_streams_that_do_not_fit_the_disk_are_a_message(disk: Disk, llama: Recip
         yield 0, torch.zeros(300, 32)
 
     with pytest.raises(RunFolderError, match="no room"):
-        Streams(disk.path).embed(windows, 32, table())
+        Streams(disk.path).embed(windows, sources[0].config, table())
     assert not reached
 
 

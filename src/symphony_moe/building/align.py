@@ -10,7 +10,7 @@ Everything here follows from the accumulators of `statistics.py`; `symmetry.py` 
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -64,6 +64,23 @@ def residual_basis(covariance: Float[Tensor, "hidden hidden"]) -> Float[Tensor, 
     left, _, right = torch.linalg.svd(covariance.double())
     result: Tensor = left @ right
     return result
+
+
+def residual_order(covariance: Float[Tensor, "hidden hidden"]) -> Float[Tensor, "hidden hidden"]:
+    """The signed permutation Q that brings the source's stream closest to the anchor's: the same
+    maximum over fewer maps, a linear assignment of the covariances' magnitudes. float64."""
+    covariance = covariance.double()
+    order = assign(covariance.abs())  # entry j: the source's channel at the anchor's place j
+    places = torch.arange(len(order))
+    found = torch.zeros_like(covariance)
+    found[order, places] = torch.where(covariance[order, places] < 0, -1.0, 1.0).double()
+    return found
+
+
+def basis_of(family: Family) -> Callable[[Tensor], Tensor]:
+    """Covariance of the residual stream -> the best basis among those that a family allows."""
+    permutes = family.symmetries.residual == "signed-permutation"
+    return residual_order if permutes else residual_basis
 
 
 def mean_cosine(
@@ -165,37 +182,47 @@ def _check_finite(statistics: Tensor, who: str) -> None:
 
 
 def choose_maps(
-    names: Collection[str], read: Callable[[str], Tensor], sources: Sequence[str], num_layers: int
+    names: Collection[str],
+    read: Callable[[str], Tensor],
+    sources: Sequence[str],
+    num_layers: int,
+    basis: Callable[[Tensor], Tensor] = residual_basis,
 ) -> Alignment:
     """What is used of all layers' findings: one residual basis for all layers, and maps only of
     sources that gain MIN_GAIN by them, on the validation text where there is some.
 
     `names`: of the findings (`alignment.layer_key`). `sources`: all but the anchor. `read`: name of
-    a finding -> tensor. Covariances (hidden x hidden) are read one after another, for the sum over
-    the layers and for the cosines in the basis that follows, and not kept: memory does not grow
-    with depth.
+    a finding -> tensor. `basis`: covariance -> basis of the residual stream. Covariances (hidden x
+    hidden) are read one after another, for the sum over the layers and for the cosines in the basis
+    that follows, and not kept: memory does not grow with depth.
     """
     covariances = (f".{COVARIANCE}", f".{VALIDATION_COVARIANCE}")
     found = Alignment({name: read(name) for name in names if not name.endswith(covariances)})
     for source in sources:
         if layer_key(source, 0, COVARIANCE) in names:
-            found = _choose_residual(found, set(names), read, source, num_layers)
+            records = _Records(set(names), read, num_layers)
+            found = _choose_residual(found, records, source, basis)
         if found.heads(source, 0) is not None:
             found = _choose_heads(found, source, num_layers)
     return found
 
 
+class _Records(NamedTuple):
+    """What was found of all layers."""
+
+    names: Collection[str]
+    read: Callable[[str], Tensor]
+    num_layers: int
+
+
 def _choose_residual(
-    found: Alignment,
-    names: Collection[str],
-    read: Callable[[str], Tensor],
-    source: str,
-    num_layers: int,
+    found: Alignment, records: _Records, source: str, basis: Callable[[Tensor], Tensor]
 ) -> Alignment:
     """The cosines of a source's stream, and its basis where that is worth it."""
+    names, read, num_layers = records
     layers = range(num_layers)
     covariances = [layer_key(source, layer, COVARIANCE) for layer in layers]
-    residual = residual_basis(sum(map(read, covariances), torch.tensor(0.0)))
+    residual = basis(sum(map(read, covariances), torch.tensor(0.0)))
     judges = [layer_key(source, layer, VALIDATION_COVARIANCE) for layer in layers]
     judges = judges if judges[0] in names else covariances
     cosines = [(mean_cosine(one, None), mean_cosine(one, residual)) for one in map(read, judges)]

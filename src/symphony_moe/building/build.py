@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symphony_moe.building.align import choose_maps, match
+from symphony_moe.building.align import basis_of, choose_maps, match
 from symphony_moe.building.alignment import Alignment, layer_key
 from symphony_moe.building.assemble import aligned_table, fused_final_norm, stream_scale_of
 from symphony_moe.building.candidate import Candidate
@@ -311,7 +311,8 @@ class Build:
         if self.is_first:
             findings = Findings(paths)
             others = [name for name in self.names if name != self.recipe.anchor]
-            maps = choose_maps(findings.names, findings.read, others, self.num_layers)
+            basis = basis_of(self.anchor.family)
+            maps = choose_maps(findings.names, findings.read, others, self.num_layers, basis)
             chosen = dict(maps.tensors)
         return Alignment(self.processes.share(chosen))
 
@@ -361,12 +362,11 @@ class Build:
         )
         self.new.begin(state, {name: each[state.numbers(name)] for name, each in windows.items()})
         if self.recipe.fits_layers:
-            hidden = self.anchor.config.hidden_size
             for source in self.sources:
                 name = source.name
                 own = {f"{SOURCE}/{name}": windows[name][state.numbers(name)]}
                 table = aligned_table(self.recipe, source, EMBEDDING, self.new.alignment)
-                state.streams.embed(own, hidden, table)
+                state.streams.embed(own, source.config, table)
             some = {n: each[processes.own(state.plain_windows(n))] for n, each in windows.items()}
             self.plain.begin(state, some)
         begin_streams(state)

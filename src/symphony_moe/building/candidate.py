@@ -82,7 +82,7 @@ class Candidate:
                 yield first_row, rows.to(self.dtype)
 
         named = {f"{self.part}/{name}": text for name, text in texts.items()}
-        state.streams.embed(named, state.config.hidden_size, rounded())
+        state.streams.embed(named, state.config, rounded())
 
     def advance(self, state: FitState, layer: int, moe: MoELayer) -> None:
         """Bring the streams past one of the model's layers, as it is written."""

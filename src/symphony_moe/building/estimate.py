@@ -196,7 +196,7 @@ class _Moments:
     def made(self) -> int:
         """All sources' layers, as they are and aligned; the fused attention, one matrix of it of
         all sources in float64; what waits to be written."""
-        recipe, family = self.recipe, target_of(self.recipe).family(self.config.model_type)
+        recipe, family = self.recipe, target_of(self.recipe).family(self.config)
         held = self.num_sources * self._layer
         if recipe.folds:
             held *= 2

@@ -28,7 +28,7 @@ from symphony_moe.building.fitting import (
     solve,
 )
 from symphony_moe.building.least_squares import LeastSquares, Solution
-from symphony_moe.model.layer import LOGITS_AT_ONCE, device, rms_norm
+from symphony_moe.model.layer import LOGITS_AT_ONCE, device, head_input
 from symphony_moe.model.precision import exact, float32_results, product_dtype
 from symphony_moe.model.streams import in_batches
 from symphony_moe.model.temperature import TEMPERATURES, largest_temperature
@@ -120,7 +120,7 @@ def next_token_losses(state: FitState, part: str, head: Head) -> dict[str, float
 def _normed(state: FitState, hidden: Tensor) -> Tensor:
     hidden = hidden.to(device())
     gain = hidden.new_ones(hidden.shape[-1])
-    return rms_norm(hidden, gain, state.config.rms_norm_eps)
+    return head_input(state.config, gain, hidden)
 
 
 def _chunks(rows: Tensor, head: Tensor) -> Sequence[Tensor]:

@@ -47,18 +47,22 @@ from symphony_moe.building.fitting import (
 from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.building.router_init import hidden_router, regression_router, ridge_router
 from symphony_moe.errors import SourceError
-from symphony_moe.model.families import DOWN, GATE, UP, head_dim
+from symphony_moe.model.families import DOWN, FAMILIES, GATE, UP, head_dim
 from symphony_moe.model.layer import (
     MixtureOfExperts,
     activation_of,
+    after_ffn,
+    attention_input,
     decoder_layer,
     device,
+    ffn_input,
     gated_neurons,
     load_attention,
     load_dense_layer,
     observe,
     rms_norm,
     run_layer,
+    wanted_of,
 )
 from symphony_moe.model.moe_layer import MoELayer, router_matrix, router_rows
 from symphony_moe.model.precision import exact, float32_results
@@ -69,9 +73,8 @@ if TYPE_CHECKING:  # takes seconds to import
 
 log = logging.getLogger(__name__)
 
-_INPUT_NORM, _MIDDLE_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
 _PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_OUTPUT = "self_attn.o_proj.weight"
+_OUTPUT, _OUTPUT_BIAS = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
 
 Rows = Mapping[str, Float[Tensor, " hidden"]]
 """A router: source -> its row."""
@@ -158,7 +161,7 @@ def _routing(state: FitState, layer: int, moe: MoELayer) -> ValidationRouting:
         counts, own = torch.zeros(len(state.names), dtype=torch.int64), 0
         for window in in_batches(new, 1):
             middle = run_layer(attention, window)
-            x = _normed(state.config, moe.shared, _MIDDLE_NORM, middle).flatten(0, 1)
+            x = ffn_input(state.config, moe.shared, middle).flatten(0, 1)
             with exact(device()):
                 choices = (x @ router.to(x).T).topk(top_k, dim=-1).indices.cpu()
             counts += torch.bincount(choices.flatten(), minlength=len(chosen))
@@ -224,7 +227,7 @@ def calibrate_plain(state: FitState, layer: int, plain: MoELayer) -> Rows:
         rows = torch.empty_like(stream[state.validation(name).stop :], device=device())
         for row, hidden in enumerate(in_batches(stream[state.validation(name).stop :], 1)):
             middle = run_layer(attention, hidden)
-            rows[row : row + 1] = _normed(state.config, plain.shared, _MIDDLE_NORM, middle)
+            rows[row : row + 1] = ffn_input(state.config, plain.shared, middle)
         places = state.numbers(name)[state.fitted(name)][: len(rows)] - first
         inputs[name] = state.processes.gather(rows, places, stop - first).flatten(0, 1)
     return _fit_router(state, inputs)
@@ -257,13 +260,6 @@ def _run_attention(state: FitState, layer: int, shared: Mapping[str, Tensor]) ->
                 middle.copy_(run_layer(model, before))
 
 
-def _normed(
-    config: PreTrainedConfig, tensors: Mapping[str, Tensor], norm: str, hidden: Tensor
-) -> Tensor:
-    hidden = hidden.to(device())
-    return rms_norm(hidden, tensors[norm].to(hidden), config.rms_norm_eps)
-
-
 @torch.no_grad()
 def _fit_attention(
     state: FitState,
@@ -280,7 +276,7 @@ def _fit_attention(
     sums = LeastSquares(config.hidden_size, sum(sizes), intercept=has_bias, device=device())
     for name, (new, source) in state.to_fit(NEW, SOURCE):
         wanted = _attention_targets(state.configs[name], aligned[name], start, source)
-        sums.update(_normed(config, start, _INPUT_NORM, new).flatten(0, 1), wanted)
+        sums.update(attention_input(config, start, new).flatten(0, 1), wanted)
     begin = torch.cat([start[name] for name in names])
     intercept = torch.cat([start[name] for name in biases]) if has_bias else None
     fit = solve(state, sums, begin, "q, k and v", intercept)
@@ -290,14 +286,10 @@ def _fit_attention(
         fitted |= dict(zip(biases, fit.intercept.cpu().split(sizes), strict=True))
 
     model = load_attention(config, layer, fitted)
-    width = start[_OUTPUT].shape[1]
-    outputs = LeastSquares(width, config.hidden_size, device=device())
-    for _, (new, middle) in state.to_fit(NEW, MIDDLE):
-        with observe(model) as seen:
-            run_layer(model, new)
-        outputs.update(seen["heads"].flatten(0, 1), (middle - new).flatten(0, 1))
-    second = solve(state, outputs, start[_OUTPUT], "o")
+    second = _fit_output(state, model, start)
     fitted[_OUTPUT] = second.weight.cpu()
+    if second.intercept is not None:
+        fitted[_OUTPUT_BIAS] = second.intercept.cpu()
 
     before, after = (
         _error(state, MIDDLE, partial(run_layer, load_attention(config, layer, candidate)))
@@ -305,6 +297,24 @@ def _fit_attention(
     )
     step = Step(before, after, {"q, k and v": fit, "o": second})
     return (fitted if step.kept else dict(start)), step
+
+
+def _fit_output(state: FitState, model: "PreTrainedModel", start: Mapping[str, Tensor]) -> Solution:
+    """o, from the heads of the fitted q, k and v (`model`) to what is missing to the sources'
+    streams."""
+    config, norms = state.config, state.family.norms_after
+    gain = None if norms is None else start[norms[0]]
+    weight, bias = start[_OUTPUT], start.get(_OUTPUT_BIAS)
+    size = weight.shape[1], config.hidden_size
+    outputs = LeastSquares(*size, intercept=bias is not None, device=device())
+    own, added = weight.to(device()), None if bias is None else bias.to(device())
+    for _, (new, middle) in state.to_fit(NEW, MIDDLE):
+        with observe(model) as seen:
+            run_layer(model, new)
+        heads = seen["heads"].flatten(0, 1)
+        now = None if gain is None else torch.nn.functional.linear(heads, own, added)
+        outputs.update(heads, wanted_of(config, gain, (middle - new).flatten(0, 1), now))
+    return solve(state, outputs, weight, "o", bias)
 
 
 def _attention_targets(
@@ -315,19 +325,20 @@ def _attention_targets(
 ) -> Float[Tensor, "tokens outputs"]:
     """A source's q, k and v before RoPE, side by side. Where a family norms q and k per head, the
     norm takes any scale: the target is the source's normed q in terms of the new model's gain."""
-    normed = _normed(config, tensors, _INPUT_NORM, hidden).flatten(0, 1)
+    normal = attention_input(config, tensors, hidden).flatten(0, 1)
+    whole = FAMILIES[config.model_type].head_norms == "whole"
     targets = []
     for part in _PARTS:
         bias = tensors.get(f"{part}.bias")
         with float32_results(device()):
             rows = torch.nn.functional.linear(
-                normed,
-                tensors[f"{part}.weight"].to(normed),
-                None if bias is None else bias.to(normed),
+                normal,
+                tensors[f"{part}.weight"].to(normal),
+                None if bias is None else bias.to(normal),
             )
         norm = part.replace("_proj", "_norm") + ".weight"
         if norm in tensors:
-            heads = rows.unflatten(1, (-1, head_dim(config)))
+            heads = rows.unflatten(1, (1, -1) if whole else (-1, head_dim(config)))
             gain = start[norm].to(rows)
             own = tensors[norm].to(rows)
             ratio = torch.where(gain.abs() > 1e-3, own / gain, torch.ones_like(gain))
@@ -346,7 +357,7 @@ def _router_inputs(
         here = [row for row, number in enumerate(numbers.tolist()) if number in chosen]
         middle = state.stream(NEW_MIDDLE, name)[here]
         places = (numbers[here] - chosen.start) // chosen.step
-        rows = _normed(state.config, shared, _MIDDLE_NORM, middle)
+        rows = ffn_input(state.config, shared, middle.to(device()))
         inputs[name] = state.processes.gather(rows, places, len(chosen)).flatten(0, 1)
     return inputs
 
@@ -398,7 +409,7 @@ def _input_maps(state: FitState, start: MoELayer, names: Sequence[str]) -> Itera
         for _, pair in state.to_fit(NEW_MIDDLE, MIDDLE, only=name):
             whose = (state.config, state.configs[name])
             rows = (
-                _normed(each, start.shared, _MIDDLE_NORM, stream)
+                ffn_input(each, start.shared, stream)
                 for each, stream in zip(whose, pair, strict=True)
             )
             inputs.update(*(x.flatten(0, 1) for x in rows))
@@ -409,13 +420,17 @@ def _expert_outputs(
     state: FitState, start: MoELayer, experts: Mapping[str, Mapping[str, Tensor]]
 ) -> Iterator[Regression]:
     """From each expert's neurons to what is missing to its source's stream after the layer."""
-    activation = activation_of(state.config)
+    config, activation = state.config, activation_of(state.config)
+    norms = state.family.norms_after
+    gain = None if norms is None else start.shared[norms[1]]
     for name, expert in experts.items():
-        ffn, hidden = state.config.intermediate_size, state.config.hidden_size
+        ffn, hidden = config.intermediate_size, config.hidden_size
         outputs = LeastSquares(ffn, hidden, device=device())
         for _, (new, after) in state.to_fit(NEW_MIDDLE, AFTER, only=name):
-            x = _normed(state.config, start.shared, _MIDDLE_NORM, new).flatten(0, 1)
-            outputs.update(gated_neurons(expert, x, activation), (after - new).flatten(0, 1))
+            x = ffn_input(config, start.shared, new).flatten(0, 1)
+            neurons = gated_neurons(expert, x, activation)
+            now = None if gain is None else neurons @ expert[DOWN].T
+            outputs.update(neurons, wanted_of(config, gain, (after - new).flatten(0, 1), now))
         yield Regression(outputs, expert[DOWN], f"down_proj of {name}")
 
 
@@ -443,7 +458,7 @@ def _refine(
         home += [aligned.experts[name][key] for key in expert]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    gain = start.shared[_MIDDLE_NORM]
+    config = state.config
 
     def loss(batch: Batch) -> Tensor | None:
         if not batch:  # a process that has no part of the step
@@ -451,8 +466,8 @@ def _refine(
         before = torch.cat([x for _, _, x, _ in batch])
         wanted = torch.cat([y for _, _, _, y in batch])
         middle = run_layer(attention, before)
-        x = rms_norm(middle, gain.to(middle), state.config.rms_norm_eps)
-        return _relative_error(middle + mixture(x), wanted)
+        put_out = mixture(ffn_input(config, start.shared, middle))
+        return _relative_error(after_ffn(config, start.shared, middle, put_out), wanted)
 
     def refined() -> MoELayer:
         return MoELayer(
@@ -496,8 +511,8 @@ def _runner(
 
     def run(hidden: Tensor) -> Tensor:
         middle = run_layer(attention, hidden)
-        result: Tensor = middle + mixture(_normed(state.config, moe.shared, _MIDDLE_NORM, middle))
-        return result
+        put_out = mixture(ffn_input(state.config, moe.shared, middle))
+        return after_ffn(state.config, moe.shared, middle, put_out)
 
     return run
 

@@ -145,7 +145,11 @@ def make_plan(
         peak_memory_bytes=peak,
         streams_in_memory=in_memory,
         seconds=build_seconds(recipe, sources, anchor.config),
-        readers=readings(config, sentencepiece=anchor.source_tokenizer.kind == "SentencePiece BPE"),
+        readers=readings(
+            config,
+            sentencepiece=anchor.source_tokenizer.kind == "SentencePiece BPE",
+            dense=family.dense,
+        ),
         notes=notes,
     )
 

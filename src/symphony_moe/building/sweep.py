@@ -60,8 +60,8 @@ class Sweep:
         self._judges = len(processes.own(validation_windows))
         own = text[processes.own(len(text))]
         for alike in by_table(sources, EMBEDDING):
-            hidden, texts = alike[0].config.hidden_size, {source.name: own for source in alike}
-            streams.embed(texts, hidden, alike[0].table(EMBEDDING))
+            texts = {source.name: own for source in alike}
+            streams.embed(texts, alike[0].config, alike[0].table(EMBEDDING))
 
     @torch.inference_mode()
     def advance(

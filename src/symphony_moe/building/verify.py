@@ -31,7 +31,15 @@ from symphony_moe.building.plan import Plan
 from symphony_moe.errors import VerificationError, first_line
 from symphony_moe.files import hash_folder, sha256_of
 from symphony_moe.model.checkpoint import SPELLED
-from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS, Family, moe_config
+from symphony_moe.model.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    HEAD_BIAS,
+    Family,
+    factor,
+    moe_config,
+)
 from symphony_moe.model.layer import load_dense_layer, load_moe_layer, logits_from_stream, run_layer
 from symphony_moe.model.moe_layer import layer_outputs, read_layer_outputs
 from symphony_moe.recipe.settings import Recipe
@@ -129,10 +137,12 @@ def _check_folder(
     problem = _compare_names(folder, plan)
     passed = f"all {len(plan.tensors)} names, shapes and dtypes"
     checks.add(f"{folder.name} tensors", problem, passed)
-    zeros = [name for name in plan.tensors if family.is_zero(name)]
-    if problem is None and zeros:
-        problem = _compare_zeros(folder, zeros)
-        passed = f"all {len(zeros)} tensors that the sources lack are zero"
+    found = {name: family.constant(name) for name in plan.tensors}
+    constants = {name: number for name, number in found.items() if number is not None}
+    if problem is None and constants:
+        problem = _compare_constants(folder, constants, plan.dtype)
+        what = "zero" if not any(constants.values()) else "as they were written"
+        passed = f"all {len(constants)} tensors that the sources lack are {what}"
         checks.add(f"{folder.name} zeros", problem, passed)
 
 
@@ -277,7 +287,7 @@ def _recompute(
         rows = rows.to(dtype)
         comparison.add(name, rows, first)
         inside = (probe >= first) & (probe < first + len(rows))
-        stream[inside] = rows[probe[inside] - first].float()
+        stream[inside] = rows[probe[inside] - first].float() * factor(config, "embeddings")
     for layer in range(config.num_hidden_layers):
         moe = read_layer_outputs(anchor.family, config, layer, names, comparison.stored)
         if not fitted:
@@ -296,17 +306,16 @@ def _recompute(
     comparison.add(FINAL_NORM, norm)
     if HEAD_BIAS in plan.tensors:
         comparison.add(HEAD_BIAS, torch.zeros(plan.tensors[HEAD_BIAS], dtype=dtype))
-    eps = config.rms_norm_eps
     head = HEAD if HEAD in plan.tensors else EMBEDDING
     if fitted:
         rows = comparison.stored(HEAD).float()
-        return comparison, logits_from_stream(stream.cpu(), norm.float(), rows, eps)
+        return comparison, logits_from_stream(config, stream.cpu(), norm.float(), rows)
     logits = []
     for name, first, rows in fused_tables(recipe, sources, [head], alignment):
         rows = rows.to(dtype)
         if name == HEAD:
             comparison.add(name, rows, first)
-        logits.append(logits_from_stream(stream.cpu(), norm.float(), rows.float(), eps))
+        logits.append(logits_from_stream(config, stream.cpu(), norm.float(), rows.float()))
     return comparison, torch.cat(logits, dim=-1)
 
 
@@ -346,15 +355,20 @@ def _compare_names(folder: Path, plan: Plan) -> str | None:
     return f"{len(wrong)} tensors are not as planned, first {wrong[0]}" if wrong else None
 
 
-def _compare_zeros(folder: Path, zeros: Sequence[str]) -> str | None:
-    """What is wrong with tensors that are to be zeros: engines leave them out."""
+def _compare_constants(folder: Path, constants: Mapping[str, float], dtype: str) -> str | None:
+    """What is wrong with tensors that are to hold one number: engines leave them out."""
     stored = _Comparison(folder)
-    learned = [name for name in zeros if bool(stored.stored(name).any())]
+    learned = []
+    for name, number in constants.items():
+        expected = torch.tensor(number, dtype=getattr(torch, dtype))
+        if bool((stored.stored(name) != expected).any()):
+            learned.append(name)
     if not learned:
         return None
+    number = constants[learned[0]]
     return (
-        f"{len(learned)} tensors that the sources lack are not zero, first {learned[0]}; vLLM and "
-        "llama.cpp leave them out, and answer otherwise. Train it again"
+        f"{len(learned)} tensors that the sources lack are not {number:g}, first {learned[0]}; "
+        "vLLM and llama.cpp leave them out, and answer otherwise. Train it again"
     )
 
 
@@ -424,12 +438,12 @@ def _logits_as_read(source: Source, tokens: Tensor) -> Tensor:
     stream = torch.empty(*tokens.shape, config.hidden_size)
     for first, rows in source.table(EMBEDDING):
         inside = (tokens >= first) & (tokens < first + len(rows))
-        stream[inside] = rows[tokens[inside] - first]
+        stream[inside] = rows[tokens[inside] - first] * factor(config, "embeddings")
     for layer in range(config.num_hidden_layers):
         stream = run_layer(load_dense_layer(config, layer, source.read_layer(layer)), stream)
-    norm, eps = source.read(FINAL_NORM), config.rms_norm_eps
+    norm = source.read(FINAL_NORM)
     parts = [
-        logits_from_stream(stream.cpu(), norm, rows, eps)
+        logits_from_stream(config, stream.cpu(), norm, rows)
         for _, rows in source.table(source.head_name)
     ]
     return torch.cat(parts, dim=-1)

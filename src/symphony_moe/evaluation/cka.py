@@ -93,7 +93,8 @@ def cka_of_sources(
     tokens (of the vocabulary that the sources share). The paper's "original models"."""
     streams, hidden = Streams(), sources[0].config.hidden_size
     for alike in by_table(sources, EMBEDDING):
-        streams.embed({source.name: text for source in alike}, hidden, alike[0].table(EMBEDDING))
+        texts = {source.name: text for source in alike}
+        streams.embed(texts, alike[0].config, alike[0].table(EMBEDDING))
     found = []
     for layer in range(sources[0].config.num_hidden_layers):
         weights = read_layers(sources, layer)
@@ -119,7 +120,7 @@ def cka_of_experts(
     model's own, routed to `top_k` experts."""
     streams, config = Streams(), moe_config(anchor.family, anchor.config)
     read, numbers = tensor_reader(checkpoint), [str(number) for number in range(num_experts)]
-    streams.embed({"new": text}, config.hidden_size, [(0, read(EMBEDDING))])
+    streams.embed({"new": text}, config, [(0, read(EMBEDDING))])
     found = []
     for layer in range(config.num_hidden_layers):
         tensors = read_layer_outputs(anchor.family, config, layer, numbers, read)

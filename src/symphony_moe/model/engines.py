@@ -41,12 +41,20 @@ class Reading:
         return f"{self.program}: {words}" + (f" ({self.why})" if self.why else "")
 
 
-def readings(config: Mapping[str, Any], *, sentencepiece: bool = False) -> list[Reading]:
+def readings(
+    config: Mapping[str, Any], *, sentencepiece: bool = False, dense: str = ""
+) -> list[Reading]:
     """What every program of `TRIED` makes of a model with this config, which is one of
-    `families.target_config`. `sentencepiece`: its tokenizer is of that kind."""
+    `families.target_config`. `sentencepiece`: its tokenizer is of that kind. `dense`: `model_type`
+    of its sources."""
     found = [Reading("transformers 5", "exact")]
     untried = _untried(config)
+    asked = _asked(config, dense)
     for program in list(TRIED)[1:]:
+        if program not in asked:
+            why = f"as {config['model_type']} of {dense or 'such'} sources"
+            found.append(Reading(program, "untried", why))
+            continue
         # Without what nobody tried: a program that does not even read that is said to be so.
         verdict, why = _judge(program, {**config, "rope_scaling": None} if untried else config)
         if untried and verdict == "exact":
@@ -58,10 +66,28 @@ def readings(config: Mapping[str, Any], *, sentencepiece: bool = False) -> list[
     return found
 
 
+def _asked(config: Mapping[str, Any], dense: str) -> tuple[str, ...]:
+    """The programs that were asked about such a model."""
+    if config["model_type"] == "qwen2_moe":
+        return ("llama.cpp",) if config["use_sliding_window"] else ("vLLM", "llama.cpp")
+    of_llama = config["model_type"] == "granitemoe" and config["attention_bias"]
+    if dense in ("granite", "olmo2") or (dense == "llama" and of_llama):
+        return "vLLM", "llama.cpp"
+    return () if dense == "smollm3" else tuple(TRIED)
+
+
 _TRIED_ROPE = {
     *(
         (architecture, "default")
-        for architecture in ("mixtral", "granitemoe", "ernie4_5_moe", "qwen3_moe", "jetmoe")
+        for architecture in (
+            "mixtral",
+            "granitemoe",
+            "ernie4_5_moe",
+            "qwen3_moe",
+            "jetmoe",
+            "flex_olmo",
+            "qwen2_moe",
+        )
     ),
     ("mixtral", "llama3"),
     ("granitemoe", "llama3"),
@@ -85,6 +111,9 @@ _BY_ARCHITECTURE: dict[tuple[str, str], tuple[Verdict, str]] = {
         "exact",
         "it warns of missing biases in the experts, and takes zeros",
     ),
+    ("vLLM", "flex_olmo"): ("exact", "by its Transformers backend"),
+    ("llama.cpp", "flex_olmo"): ("refused", "it has no FlexOlmo"),
+    ("llama.cpp", "qwen2_moe"): ("other", "its gates do not add up to one"),
     ("vLLM", "jetmoe"): ("other", "its JetMoE is another model"),
     ("llama.cpp", "jetmoe"): ("refused", "it has no JetMoE"),
     ("llama.cpp", "ernie4_5_moe"): (

@@ -8,11 +8,12 @@ each row must get right was measured: docs/design.md, "Output formats".
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from transformers import PreTrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from symphony_moe.errors import RecipeError, shortened
 
@@ -30,8 +31,12 @@ NEURON_AXIS = {GATE: 0, UP: 0, DOWN: 1}
 _ATTENTION = tuple(f"self_attn.{part}_proj.weight" for part in "qkvo")
 Q_PROJ, K_PROJ, V_PROJ, O_PROJ = _ATTENTION
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
+_BIASES = tuple(f"self_attn.{part}_proj.bias" for part in "qkvo")
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _JETMOE_EPS = 1e-6
+_NEVER = -3e4
+"""A logit whose share in a softmax is 0 in float32, beside any other. Every output dtype holds
+it."""
 
 BY_TOKEN = ("logits", "weights", "experts")
 """What most stock router modules put out: logits (tokens x experts), then the weights and the
@@ -78,12 +83,38 @@ class Symmetries:
     """Bases that the residual stream can take once gains are folded; `signed-permutation` for
     families with gains that do not fold."""
     phases: Literal["any", "half-turns"]
-    """Rotations of a RoPE pair, the same for a group's q and k. `half-turns`: q and k are normed
-    per head, so 0 and pi alone, unless the pair has equal gains, in q_norm and in k_norm."""
+    """Rotations of a RoPE pair, the same for a group's q and k. `half-turns`: q and k are normed,
+    so 0 and pi alone, unless the pair has equal gains, in q_norm and in k_norm."""
 
 
 _Test = Callable[[PreTrainedConfig], Any]
 """A question about a dense config; what is true of the answer counts."""
+
+
+def refusal(refusals: Iterable[tuple[str, _Test]], config: PreTrainedConfig) -> str | None:
+    """The reason of the first test that a dense config fails; None where it fails none."""
+    return next((reason for reason, refuses in refusals if refuses(config)), None)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Numbers that a family multiplies by beside its weights, as fields of its config: the same in
+    the target. None: nothing is multiplied."""
+
+    embeddings: str | None = None
+    """Token embeddings are multiplied by it."""
+    residual: str | None = None
+    """What attention and FFN add to the residual stream is multiplied by it."""
+    attention: str | None = None
+    """Attention scores are multiplied by it, in place of 1 / sqrt(head size)."""
+    logits: str | None = None
+    """The logits are divided by it."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All of them."""
+        named = (self.embeddings, self.residual, self.attention, self.logits)
+        return tuple(name for name in named if name is not None)
 
 
 @dataclass(frozen=True)
@@ -113,15 +144,25 @@ class Family:
     """Matrices fused by `backbone.attention`."""
     vectors: tuple[str, ...] = ()
     """One-dimensional tensors of attention (biases, QK-norm gains): always averaged linearly."""
-    norms: tuple[str, ...] = _NORMS
-    """Norm gains, fused by `backbone.norms`."""
+    norms_before: tuple[str, str] | None = _NORMS
+    """Gains of the norms that attention and FFN read the residual stream through; None where they
+    read it as it is."""
+    norms_after: tuple[str, str] | None = None
+    """Gains of the norms that what attention and FFN put out goes through; None where it is added
+    as it is."""
+    head_norms: Literal["none", "per head", "whole"] = "none"
+    """Norms of q and k: none, of each head alone, or of all heads together."""
+    factors: Factors = field(default_factory=Factors)
+    """What the family multiplies by beside its weights."""
     interleaved_rotary: bool = False
     """The target rotates neighbouring rows of q and k, where the dense family rotates row j with
     row j + head_dim / 2."""
     zeros: Mapping[str, str] = field(default_factory=dict)
     """Tensors that the target has and the family lacks, written as zeros: name -> axes, as words of
-    `hidden` and `experts` (or numbers). Engines leave them out, so they stay zeros: nothing trains
-    them."""
+    `hidden`, `heads` and `experts` (or numbers). Engines leave them out, so they stay zeros:
+    nothing trains them."""
+    constants: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    """The same of tensors that hold another number than zero: name -> (axes, number)."""
     has_head_bias: bool = False
     """The target has a bias in its output head, which the family lacks: zeros, see HEAD_BIAS."""
     attention_router: str | None = None
@@ -140,21 +181,40 @@ class Family:
     `stream_scale`."""
 
     @property
+    def norms(self) -> tuple[str, ...]:
+        """Norm gains of the residual stream, fused by `backbone.norms`."""
+        return (*(self.norms_before or ()), *(self.norms_after or ()))
+
+    @property
     def shared(self) -> tuple[str, ...]:
         """Every tensor of a layer that all experts share."""
         return self.norms + self.attention + self.vectors
 
-    def is_zero(self, tensor: str) -> bool:
-        """Whether a tensor of the target, by its name in the output or in the loaded model, is one
-        that the family lacks. (Transformers puts some of them elsewhere in a model than in its
-        file: the end of the name stays.)"""
-        named = {*self.zeros, *([HEAD_BIAS] if self.has_head_bias else [])}
-        return tensor.split(".")[-2:] in [name.split(".")[-2:] for name in named]
+    def constant(self, tensor: str) -> float | None:
+        """What a tensor of the target is filled with that the family lacks; None of all others. By
+        its name in the output or in the loaded model: transformers puts some of them elsewhere in a
+        model than in its file, and the end of the name stays."""
+        filled = dict.fromkeys((*self.zeros, *([HEAD_BIAS] if self.has_head_bias else ())), 0.0)
+        filled |= {name: number for name, (_, number) in self.constants.items()}
+        return next((n for name, n in filled.items() if _end(name) == _end(tensor)), None)
+
+    def refusal(self, config: PreTrainedConfig) -> str | None:
+        """Why the target does not hold a dense model; None where it does."""
+        if self.moe not in CONFIG_MAPPING:
+            return f"transformers {transformers.__version__} has no {self.moe}; install a newer one"
+        return refusal(self.refusals, config)
 
     @property
     def stacks_experts(self) -> bool:
         """Whether one tensor of the output holds a matrix of all experts."""
         return not any("{expert}" in name for name in self.expert.values())
+
+
+def _end(tensor: str) -> list[str]:
+    """What tells a tensor of a layer from the others, wherever in a model it is. A shared expert's
+    matrices are called as the other experts'."""
+    words = tensor.split(".")
+    return words[-3:] if words[-3:-2] == ["shared_expert"] else words[-2:]
 
 
 def _per_expert(prefix: str, gate: str, up: str, down: str) -> dict[str, str]:
@@ -191,6 +251,19 @@ def _ernie(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str, 
     }
 
 
+def _qwen2_moe(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str, Any]:
+    window = attention_window(config)
+    return _qwen3_moe(config, num_experts, top_k) | {
+        "qkv_bias": True,
+        # Zeros, of the least size that there is.
+        "shared_expert_intermediate_size": 1,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": config.max_window_layers,
+        "layer_types": None if window is None else list(config.layer_types),
+    }
+
+
 def _qwen3_moe(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str, Any]:
     return {
         "intermediate_size": config.intermediate_size,
@@ -212,9 +285,9 @@ def _granitemoe(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[
     return {
         "intermediate_size": config.intermediate_size,
         "head_dim": head_dim(config),
-        "attention_bias": config.model_type == "qwen2",
+        "attention_bias": config.model_type == "qwen2" or has_attention_biases(config),
         "attention_dropout": config.attention_dropout,
-        # Four factors of Granite's own, at what they are in every other family.
+        # Granite's own four factors, at what they are in every other family.
         "attention_multiplier": head_dim(config) ** -0.5,
         "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0,
@@ -261,6 +334,40 @@ def _has_own_head_size(config: PreTrainedConfig) -> bool:
     return bool(head_dim(config) * config.num_attention_heads != config.hidden_size)
 
 
+def _granitemoe_swa(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str, Any]:
+    layers, rope = config.num_hidden_layers, config.rope_parameters
+    rotated = [bool(uses) for uses in config.no_rope_layers[:layers]]
+    return _granitemoe(config, num_experts, top_k) | {
+        # The class must have a window in a layer: one that is as long as the context.
+        "layer_types": ["full_attention"] * (layers - 1) + ["sliding_attention"],
+        "sliding_window": config.max_position_embeddings,
+        # 0: no RoPE. Other programs read the second.
+        "layer_rope_theta": [rope["rope_theta"] if uses else 0 for uses in rotated],
+        "no_rope_layers": [int(uses) for uses in rotated],
+        "shared_intermediate_size": 0,
+    }
+
+
+def _flex_olmo(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str, Any]:
+    return {
+        "intermediate_size": config.intermediate_size,
+        "head_dim": head_dim(config),
+        "attention_bias": False,
+        "attention_dropout": config.attention_dropout,
+        "num_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        # As in Qwen3-MoE.
+        "norm_topk_prob": True,
+    }
+
+
+def has_attention_biases(config: PreTrainedConfig) -> bool:
+    """Whether a config asks for biases in all four matrices of attention. Qwen2, which has three of
+    them, and Mistral, which has none, do not read the setting."""
+    asks = getattr(config, "attention_bias", False)
+    return bool(asks) and config.model_type not in ("mistral", "qwen2")
+
+
 _NO_FFN_BIASES = ("no stock MoE has FFN biases", lambda config: config.mlp_bias)
 _SLIDING = "the target has no layers with a sliding window beside layers without one"
 
@@ -270,6 +377,36 @@ _PRE_NORM = Symmetries(
     residual="orthogonal",
     phases="any",
 )
+
+_NORMS_AFTER = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+_HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+
+_NO_BIASES = ("attention biases are not in this table", has_attention_biases)
+_OWN_HEADS = (
+    "the heads of a GraniteMoe are of hidden_size / num_attention_heads, as most programs read it",
+    _has_own_head_size,
+)
+
+_GRANITE_FACTORS = Factors(
+    embeddings="embedding_multiplier",
+    residual="residual_multiplier",
+    attention="attention_multiplier",
+    logits="logits_scaling",
+)
+
+_GRANITEMOE: dict[str, Any] = {
+    "moe": "granitemoe",
+    "moe_class": "GraniteMoeForCausalLM",
+    "router": "block_sparse_moe.router.layer.weight",
+    "expert": {
+        GATE: "block_sparse_moe.input_linear.weight",
+        UP: "block_sparse_moe.input_linear.weight",
+        DOWN: "block_sparse_moe.output_linear.weight",
+    },
+    "router_outputs": (BY_TOKEN, ("experts", "weights", "logits"), BY_EXPERT),
+    "target_settings": _granitemoe,
+}
+"""What GraniteMoe is, whichever family is in it."""
 
 _MIXTRAL_EXPERTS = _per_expert("block_sparse_moe.experts", "w1", "w3", "w2")
 _QWEN_EXPERTS = _per_expert("mlp.experts", "gate_proj", "up_proj", "down_proj")
@@ -286,7 +423,7 @@ FAMILIES: dict[str, Family] = {
             target_settings=_mixtral,
             symmetries=_PRE_NORM,
             refusals=(
-                ("Mixtral has no attention biases", lambda config: config.attention_bias),
+                ("Mixtral has no attention biases", has_attention_biases),
                 _NO_FFN_BIASES,
             ),
         ),
@@ -308,7 +445,7 @@ FAMILIES: dict[str, Family] = {
             target_settings=_ernie,
             symmetries=_PRE_NORM,
             refusals=((_SLIDING, _has_window),),
-            vectors=tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
+            vectors=_BIASES[:3],
             interleaved_rotary=True,
             has_head_bias=True,
             router_outputs=(BY_TOKEN, ("logits", "experts", "weights")),
@@ -327,12 +464,116 @@ FAMILIES: dict[str, Family] = {
             symmetries=replace(_PRE_NORM, phases="half-turns"),
             refusals=(
                 (_SLIDING, _has_window),
-                ("attention biases are not in this family's table", lambda c: c.attention_bias),
+                ("attention biases are not in this family's table", has_attention_biases),
             ),
-            vectors=("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+            vectors=_HEAD_NORMS,
+            head_norms="per head",
+        ),
+        Family(
+            dense="granite",
+            symmetries=_PRE_NORM,
+            refusals=(_NO_BIASES, _NO_FFN_BIASES, _OWN_HEADS),
+            factors=_GRANITE_FACTORS,
+            **_GRANITEMOE,
+        ),
+        Family(
+            dense="smollm3",
+            moe="granitemoe_swa",
+            moe_class="GraniteMoeSWAForCausalLM",
+            router="block_sparse_moe.router.weight",
+            expert={
+                GATE: "block_sparse_moe.experts.gate_up_proj",
+                UP: "block_sparse_moe.experts.gate_up_proj",
+                DOWN: "block_sparse_moe.experts.down_proj",
+            },
+            target_settings=_granitemoe_swa,
+            symmetries=_PRE_NORM,
+            refusals=(
+                (_SLIDING, _has_window),
+                _NO_BIASES,
+                _NO_FFN_BIASES,
+            ),
+            # One more place that attention may look at, which it never does.
+            constants={"self_attn.sinks": ("heads", _NEVER)},
+        ),
+        Family(
+            dense="olmo2",
+            moe="flex_olmo",
+            moe_class="FlexOlmoForCausalLM",
+            router="mlp.gate.weight",
+            expert=_QWEN_EXPERTS,
+            target_settings=_flex_olmo,
+            # Gains after a sublayer fold into nothing.
+            symmetries=Symmetries({}, 0.0, "signed-permutation", "half-turns"),
+            refusals=(_NO_BIASES,),
+            vectors=_HEAD_NORMS,
+            norms_before=None,
+            norms_after=_NORMS_AFTER,
+            head_norms="whole",
         ),
     )
 }
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A family that is another one of the table under other names, with some matrices fused. Its
+    checkpoints are read as that one's, and from there on they are that one's."""
+
+    dense: str
+    """Its `model_type`."""
+    read_as: str
+    """That of the family in the table."""
+    fused: Mapping[str, tuple[str, ...]]
+    """Matrix in its files -> those of the other family that lie below one another in it."""
+    settings: Callable[[PreTrainedConfig], dict[str, Any]]
+    """What the other family's config says."""
+    refusals: tuple[tuple[str, _Test], ...] = ()
+    """As of a `Family`."""
+
+
+def _phi3(config: PreTrainedConfig) -> dict[str, Any]:
+    rope = {k: v for k, v in config.rope_parameters.items() if k != "partial_rotary_factor"}
+    if rope["rope_type"] == "longrope":
+        rope["original_max_position_embeddings"] = config.original_max_position_embeddings
+    same = (*_SAME_IN_EVERY_TARGET, "intermediate_size", "attention_dropout", "sliding_window")
+    settings = {name: getattr(config, name) for name in same}
+    return settings | {"head_dim": head_dim(config), "rope_parameters": rope}
+
+
+ALIASES = {
+    alias.dense: alias
+    for alias in (
+        Alias(
+            dense="phi3",
+            read_as="mistral",
+            fused={
+                "self_attn.qkv_proj.weight": (Q_PROJ, K_PROJ, V_PROJ),
+                "mlp.gate_up_proj.weight": (GATE, UP),
+            },
+            settings=_phi3,
+            refusals=(
+                (
+                    "it rotates a part of each head (partial_rotary_factor), and Mixtral all of it",
+                    lambda config: config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
+                ),
+            ),
+        ),
+    )
+}
+"""`model_type` -> how it is read."""
+
+HELD_BY_NONE = {
+    "gemma2": "no MoE class of transformers caps the logits of attention, as Gemma 2 does",
+    "gemma3_text": "no MoE class of transformers has its four norms and its windows exactly",
+    "gemma3": "it reads images, and no MoE class of transformers holds Gemma 3 exactly",
+    "stablelm": "PhiMoE, the one MoE class of transformers with LayerNorms as it has, turns all of "
+    "each head, and its gates do not add up to one",
+}
+"""`model_type` -> why no stock class holds it, of families that are asked for."""
+
+FACTORS = tuple(dict.fromkeys(name for row in FAMILIES.values() for name in row.factors.fields))
+"""Every config field that a family multiplies by."""
 
 
 def _with_attention_experts(family: Family, lacks: str, refuses: _Test) -> Family:
@@ -356,6 +597,7 @@ def _with_attention_experts(family: Family, lacks: str, refuses: _Test) -> Famil
         renamed=dict.fromkeys((K_PROJ, V_PROJ), "self_attention.kv_proj.weight"),
         repeats_kv=True,
         zeros={"mlp.bias": "hidden", "self_attention.experts.bias": "hidden"},
+        constants={},
         norm_eps=_JETMOE_EPS,
         router_outputs=(BY_EXPERT,),
         has_head_bias=False,
@@ -371,27 +613,20 @@ def _in_granite(
 ) -> Family:
     """The family in GraniteMoe. `refusals`: variants of the family that it cannot hold. Heads of
     another size than usual are refused in every family."""
-    heads = (
-        "the heads of a GraniteMoe are of hidden_size / num_attention_heads, as most programs read "
-        "it"
-    )
     return replace(
         family,
-        moe="granitemoe",
-        moe_class="GraniteMoeForCausalLM",
-        router="block_sparse_moe.router.layer.weight",
-        expert={
-            GATE: "block_sparse_moe.input_linear.weight",
-            UP: "block_sparse_moe.input_linear.weight",
-            DOWN: "block_sparse_moe.output_linear.weight",
-        },
         interleaved_rotary=False,
         has_head_bias=False,
-        router_outputs=(BY_TOKEN, ("experts", "weights", "logits"), BY_EXPERT),
-        target_settings=_granitemoe,
-        refusals=(*refusals, (heads, _has_own_head_size)),
+        refusals=(*refusals, _OWN_HEADS),
         zeros=zeros or {},
+        **_GRANITEMOE,
     )
+
+
+def _with_biases(family: Family) -> Family:
+    """A row of GraniteMoe for models with biases in all four matrices of attention."""
+    refusals = tuple(refusal for refusal in family.refusals if refusal != _NO_BIASES)
+    return replace(family, vectors=_BIASES, refusals=refusals)
 
 
 def _always(config: PreTrainedConfig) -> bool:
@@ -399,14 +634,32 @@ def _always(config: PreTrainedConfig) -> bool:
     return True
 
 
-_ATTENTION_BIASES = ("attention biases are not in this table", lambda c: c.attention_bias)
+_LLAMA_IN_GRANITE = _in_granite(FAMILIES["llama"], (_NO_BIASES, _NO_FFN_BIASES))
+_QWEN2_WITH_WINDOWS = replace(
+    FAMILIES["qwen2"],
+    moe="qwen2_moe",
+    moe_class="Qwen2MoeForCausalLM",
+    target_settings=_qwen2_moe,
+    refusals=(),
+    interleaved_rotary=False,
+    has_head_bias=False,
+    router_outputs=(BY_TOKEN,),
+    # An expert that every token goes to, and that puts out nothing.
+    zeros={
+        "mlp.shared_expert.gate_proj.weight": "1 hidden",
+        "mlp.shared_expert.up_proj.weight": "1 hidden",
+        "mlp.shared_expert.down_proj.weight": "hidden 1",
+        "mlp.shared_expert_gate.weight": "1 hidden",
+    },
+)
 _NO_WINDOW = ("GraniteMoe has no sliding window; use mixtral", _has_window)
 
 TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
     "shared": {
         "llama": (
             FAMILIES["llama"],
-            _in_granite(FAMILIES["llama"], (_ATTENTION_BIASES, _NO_FFN_BIASES)),
+            _LLAMA_IN_GRANITE,
+            _with_biases(_LLAMA_IN_GRANITE),
         ),
         "mistral": (FAMILIES["mistral"], _in_granite(FAMILIES["mistral"], (_NO_WINDOW,))),
         "qwen2": (
@@ -416,22 +669,29 @@ TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
                 FAMILIES["qwen2"].refusals,
                 zeros={"self_attn.o_proj.bias": "hidden"},
             ),
+            _QWEN2_WITH_WINDOWS,
         ),
         "qwen3": (FAMILIES["qwen3"],),
+        "olmo2": (FAMILIES["olmo2"],),
+        "smollm3": (FAMILIES["smollm3"],),
+        "granite": (FAMILIES["granite"], _with_biases(FAMILIES["granite"])),
     },
     "source": {
         dense: (_with_attention_experts(FAMILIES[dense], lacks, refuses),)
         for dense, lacks, refuses in (
-            ("llama", "attention biases", lambda config: config.attention_bias),
+            ("llama", "attention biases", has_attention_biases),
             ("mistral", "sliding window", _has_window),
             ("qwen2", "attention biases", _always),
             ("qwen3", "norms of queries and keys", _always),
+            ("granite", "factors of Granite's", _always),
+            ("olmo2", "norms after attention and FFN", _always),
+            ("smollm3", "layers without RoPE", _always),
         )
     },
 }
 """`experts.attention` -> `model_type` of the sources -> the architectures that hold them, of which
-`output.architecture: auto` takes the first. BAM's attention experts have a stock class for some
-variants of some families."""
+`output.architecture: auto` takes the first that holds the variant at hand. BAM's attention experts
+have a stock class for some variants of some families."""
 
 
 def router_outputs_of(moe: str) -> tuple[tuple[str, ...], ...]:
@@ -448,18 +708,25 @@ class Target(NamedTuple):
     architecture: str = "auto"
     """`output.architecture`."""
 
-    def family(self, dense: str) -> Family:
-        """The row for sources of a `model_type`. Raises RecipeError where there is none."""
+    def rows(self, dense: str) -> list[Family]:
+        """The rows for sources of a `model_type`, the preferred one first. Raises RecipeError where
+        there is none."""
         held = TARGETS[self.attention][dense]
         found = [f for f in held if self.architecture in ("auto", f.moe)]
         if not found:
-            others = " and ".join(family.moe for family in held)
+            others = " and ".join(dict.fromkeys(family.moe for family in held))
             raise RecipeError(
                 f"output.architecture: {shortened(repr(self.architecture), 60)} does not hold "
                 f"{dense} with experts.attention {self.attention} exactly; expected {others} (or "
                 "auto, the first of them)"
             )
-        return found[0]
+        return found
+
+    def family(self, config: PreTrainedConfig) -> Family:
+        """The row for a source: the first that holds it. Where none does, the first of all, which
+        says why. Raises RecipeError where there is none for its `model_type`."""
+        rows = self.rows(config.model_type)
+        return next((row for row in rows if row.refusal(config) is None), rows[0])
 
 
 AUTO = Target()
@@ -499,14 +766,21 @@ def usual_shapes(family: Family, config: PreTrainedConfig) -> dict[str, tuple[in
         return None
     hidden, ffn, size = config.hidden_size, config.intermediate_size, head_dim(config)
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_NORMS, (hidden,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(family.norms, (hidden,))
     shapes |= {Q_PROJ: (queries, hidden), K_PROJ: (keys, hidden), V_PROJ: (keys, hidden)}
     shapes |= {O_PROJ: (hidden, queries), GATE: (ffn, hidden), UP: (ffn, hidden)}
     shapes |= {DOWN: (hidden, ffn)}
     for name in family.vectors:  # biases are as long as their matrix, norms of q and k as a head
-        matrix = name.replace("bias", "weight")
-        shapes[name] = shapes[matrix][:1] if matrix in shapes else (size,)
+        matrix = name.replace("bias", "weight").replace("_norm", "_proj")
+        whole = name.endswith("bias") or family.head_norms == "whole"
+        shapes[name] = shapes[matrix][:1] if whole else (size,)
     return shapes
+
+
+def factor(config: PreTrainedConfig, part: Literal["embeddings", "residual", "logits"]) -> float:
+    """A dense model's factor (see `Factors`); 1 where its family has none."""
+    name = getattr(FAMILIES[config.model_type].factors, part)
+    return 1.0 if name is None else float(getattr(config, name))
 
 
 def queries_per_kv(config: PreTrainedConfig) -> int:
@@ -524,6 +798,7 @@ def target_config(
     """
     settings = {name: getattr(dense, name, None) for name in _SAME_IN_EVERY_TARGET}
     settings |= family.target_settings(dense, num_experts, top_k)
+    settings |= {name: getattr(dense, name) for name in family.factors.fields}
     rope = dict(dense.rope_parameters)
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     settings |= {

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from symphony_moe.model.families import DOWN, GATE, UP
+from symphony_moe.model.families import DOWN, FAMILIES, GATE, UP, factor
 from symphony_moe.model.moe_layer import MoELayer, router_matrix
 from symphony_moe.model.precision import exact, product_dtype
 
@@ -29,6 +29,12 @@ _ATTENTION = "self_attn."
 
 WINDOWS_TOKENS = 4096
 """Tokens run through a layer at once (whole windows, at least one)."""
+
+_BY_LAYER = ("layer_types", "no_rope_layers")
+"""Config fields that say something of each layer."""
+
+_LEAST_GAIN = 1e-3
+"""A gain below this puts out next to nothing, and says nothing of what should come in."""
 
 LOGITS_AT_ONCE = 2**25
 """Logits of one model that are in memory at once."""
@@ -46,10 +52,14 @@ def one_layer_model(config: PreTrainedConfig, layer: int) -> PreTrainedModel:
 
     alone = copy.deepcopy(config)
     alone.num_hidden_layers = 1
-    if getattr(alone, "layer_types", None):
-        alone.layer_types = [alone.layer_types[layer]]
+    for name in _BY_LAYER:
+        if getattr(alone, name, None):
+            setattr(alone, name, [getattr(alone, name)[layer]])
     # The embeddings are bypassed: do not even describe them at their size.
     alone.vocab_size, alone.pad_token_id = 1, None
+    bypassed = FAMILIES[config.model_type].factors.embeddings
+    if bypassed is not None:
+        setattr(alone, bypassed, 1.0)
     alone.use_cache = False
     with torch.device("meta"):
         model = AutoModel.from_config(alone, dtype=torch.float32)
@@ -142,8 +152,86 @@ def load_attention(
     model = one_layer_model(config, layer)
     decoder_layer(model).mlp = _Nothing()
     model = _with_weights(model, shared)
-    decoder_layer(model).post_attention_layernorm = nn.Identity()  # nothing reads it
+    family = FAMILIES[config.model_type]
+    for norms in (family.norms_before, family.norms_after):
+        if norms is not None:
+            # Nothing reads what the FFN's norms put out.
+            setattr(decoder_layer(model), norms[1].removesuffix(".weight"), nn.Identity())
     return model
+
+
+def first_of_ffn(model: PreTrainedModel) -> Any:
+    """What reads the residual stream after attention: the FFN's norm, or the FFN itself."""
+    before = FAMILIES[model.config.model_type].norms_before
+    name = "mlp" if before is None else before[1].removesuffix(".weight")
+    return getattr(decoder_layer(model), name)
+
+
+def ffn_input(
+    config: PreTrainedConfig,
+    shared: Mapping[str, Tensor],
+    middle: Float[Tensor, "... hidden"],
+) -> Float[Tensor, "... hidden"]:
+    """What the FFN, its experts and their router read of the stream after attention."""
+    before = FAMILIES[config.model_type].norms_before
+    return middle if before is None else normed(config, shared, before[1], middle)
+
+
+def attention_input(
+    config: PreTrainedConfig,
+    shared: Mapping[str, Tensor],
+    stream: Float[Tensor, "... hidden"],
+) -> Float[Tensor, "... hidden"]:
+    """What q, k and v read of the stream before the layer."""
+    before = FAMILIES[config.model_type].norms_before
+    return stream if before is None else normed(config, shared, before[0], stream)
+
+
+def after_ffn(
+    config: PreTrainedConfig,
+    shared: Mapping[str, Tensor],
+    middle: Float[Tensor, "... hidden"],
+    put_out: Float[Tensor, "... hidden"],
+) -> Float[Tensor, "... hidden"]:
+    """The residual stream after the layer. `put_out`: by the FFN, or by the experts together."""
+    after = FAMILIES[config.model_type].norms_after
+    if after is not None:
+        put_out = normed(config, shared, after[1], put_out)
+    times = factor(config, "residual")
+    return middle + (put_out if times == 1 else put_out * times)
+
+
+def wanted_of(
+    config: PreTrainedConfig,
+    gain: Tensor | None,
+    missing: Float[Tensor, "tokens hidden"],
+    put_out: Float[Tensor, "tokens hidden"] | None,
+) -> Float[Tensor, "tokens hidden"]:
+    """What o_proj or down_proj should put out, so that the stream gains what it is `missing`.
+
+    Where it goes through a norm afterwards (with this `gain`), the direction alone counts: it is
+    asked for at the length of what is `put_out` now (of no interest otherwise), so that weights
+    that are right already are what is asked for. Where a gain is next to nothing, so is what is put
+    out there.
+    """
+    times = factor(config, "residual")
+    missing = missing if times == 1 else missing / times
+    if gain is None or put_out is None:
+        return missing
+    gain = gain.to(missing)
+    length = (put_out.square().mean(dim=-1, keepdim=True) + config.rms_norm_eps).sqrt()
+    reached = gain.abs() > _LEAST_GAIN
+    return torch.where(reached, missing / torch.where(reached, gain, 1.0) * length, put_out)
+
+
+def normed(
+    config: PreTrainedConfig,
+    tensors: Mapping[str, Tensor],
+    norm: str,
+    hidden: Float[Tensor, "... hidden"],
+) -> Float[Tensor, "... hidden"]:
+    """A layer's norm, by the name of its gain."""
+    return rms_norm(hidden, tensors[norm].to(hidden), config.rms_norm_eps)
 
 
 @contextmanager
@@ -175,7 +263,7 @@ def observe(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
         ),
         getattr(attention, "k_norm", attention.k_proj).register_forward_hook(keep_output("keys")),
         attention.o_proj.register_forward_pre_hook(keep_input("heads")),
-        layer.post_attention_layernorm.register_forward_pre_hook(keep_input("middle")),
+        first_of_ffn(model).register_forward_pre_hook(keep_input("middle")),
     ]
     if hasattr(layer.mlp, "down_proj"):
         down = layer.mlp.down_proj
@@ -347,11 +435,20 @@ def rms_norm(
     return hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + eps) * gain
 
 
+def head_input(
+    config: PreTrainedConfig, gain: Float[Tensor, " hidden"], hidden: Float[Tensor, "... hidden"]
+) -> Float[Tensor, "... hidden"]:
+    """What the output head makes logits of: the last stream, normed; where a family divides its
+    logits, that is done here."""
+    normal, divisor = rms_norm(hidden, gain, config.rms_norm_eps), factor(config, "logits")
+    return normal if divisor == 1 else normal / divisor
+
+
 def logits_from_stream(
+    config: PreTrainedConfig,
     hidden: Float[Tensor, "windows sequence hidden"],
     norm: Float[Tensor, " hidden"],
     head: Float[Tensor, "vocabulary hidden"],
-    eps: float,
 ) -> Float[Tensor, "windows sequence vocabulary"]:
     """Final RMS norm and output head, in float32."""
-    return rms_norm(hidden, norm, eps) @ head.T
+    return head_input(config, norm, hidden) @ head.T

@@ -174,10 +174,15 @@ def layer_outputs(
     for output, names in _by_output(family.shared, family.renamed).items():
         parts = [_to_target(family, config, name, moe.shared[name]) for name in names]
         yield prefix + output, parts[0] if len(parts) == 1 else torch.cat(parts)
-    sizes = {"hidden": router.shape[1], "experts": len(experts)}
-    for name, axes in family.zeros.items():
+    sizes = {
+        "hidden": router.shape[1],
+        "heads": config.num_attention_heads,
+        "experts": len(experts),
+    }
+    filled = {name: (axes, 0.0) for name, axes in family.zeros.items()} | dict(family.constants)
+    for name, (axes, number) in filled.items():
         shape = [sizes.get(axis) or int(axis) for axis in axes.split()]
-        yield prefix + name, torch.zeros(shape, dtype=router.dtype)
+        yield prefix + name, torch.full(shape, number, dtype=router.dtype)
     yield prefix + family.router, router
     if family.attention_router is not None:
         assert moe.attention_router is not None

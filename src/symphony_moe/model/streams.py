@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from symphony_moe.files import reserve
+from symphony_moe.model.families import factor
 from symphony_moe.model.layer import WINDOWS_TOKENS, device
 
 Windows = Int[Tensor, "windows sequence"]
@@ -52,10 +54,15 @@ class Streams:
         return stream
 
     def embed(
-        self, texts: Mapping[str, Windows], hidden: int, table: Iterable[tuple[int, Tensor]]
+        self,
+        texts: Mapping[str, Windows],
+        config: PreTrainedConfig,
+        table: Iterable[tuple[int, Tensor]],
     ) -> None:
-        """Begin streams at the token embeddings: name -> its text. `table`: (first row, rows),
-        block by block, so that no table is ever whole in memory."""
+        """Begin streams at the token embeddings, as a dense model of this config has them: name ->
+        its text. `table`: (first row, rows), block by block, so that no table is ever whole in
+        memory."""
+        hidden, times = config.hidden_size, factor(config, "embeddings")
         targets = {
             name: self.new(name, text.shape[0], text.shape[1], hidden)
             for name, text in texts.items()
@@ -66,6 +73,7 @@ class Streams:
                 places = torch.where((flat >= first) & (flat < first + len(rows)))[0]
                 target = targets[name].view(-1, hidden)
                 chosen = rows[flat[places] - first].to(target)
+                chosen = chosen if times == 1 else chosen * times
                 target.index_copy_(0, places.to(target.device), chosen)
 
     def __getitem__(self, name: str) -> Float[Tensor, "windows sequence hidden"]:

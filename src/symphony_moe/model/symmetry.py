@@ -127,8 +127,12 @@ def reorder_heads(
     per_group = num_heads // groups
     group_order = _check_heads(heads, num_heads, groups, size)
     moved = dict(tensors)
-    turns = _turns(family, tensors, heads.phases)
-    for part, order, share in ((_Q, heads.order, per_group), (_K, group_order, 1)):
+    parts = ((_Q, heads.order, per_group), (_K, group_order, 1))
+    if family.head_norms == "whole":  # each head has gains of its own, which go along
+        for name, (_, order, _) in zip(_HEAD_GAINS, parts, strict=True):
+            moved[name] = tensors[name].unflatten(0, (len(order), size))[order].flatten()
+    turns = _turns(family, moved, heads.phases)
+    for part, order, share in parts:
         for name in (f"{part}.weight", f"{part}.bias"):
             if name in tensors:
                 rows = tensors[name].unflatten(0, (len(order), size))[order]
@@ -151,17 +155,21 @@ def _turns(
     family: Family, tensors: Mapping[str, Tensor], phases: Float[Tensor, "groups half_head"]
 ) -> tuple[Float[Tensor, "groups half_head"], Float[Tensor, "groups half_head"]]:
     """Cosine and sine of the phases (float64). Raises ValueError for a phase that does not commute
-    with the gains of the family's norms of q and k."""
+    with the gains of the family's norms of q and k, which are at their new places in `tensors`."""
     cosine, sine = phases.double().cos(), phases.double().sin()
     if family.symmetries.phases == "any":
         return cosine, sine
-    pairs = [tensors[name].unflatten(0, (2, -1)).to(phases.device) for name in _HEAD_GAINS]
-    free = (pairs[0][0] == pairs[0][1]) & (pairs[1][0] == pairs[1][1])
+    groups, half = phases.shape
+    free = torch.ones_like(phases, dtype=torch.bool)
+    for name in _HEAD_GAINS:  # gains of one head, for all of them, or of each head
+        first, second = tensors[name].to(phases.device).view(-1, 2, half).unbind(dim=1)
+        equal = first == second
+        free &= equal.view(groups, -1, half).all(dim=1) if len(equal) > 1 else equal
     wrong = ~free & (sine.abs() > 1e-6)
     if bool(wrong.any()):
         group, pair = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"phases: {family.dense} norms q and k per head, and the gains of pair {pair} differ; "
+            f"phases: {family.dense} norms q and k, and the gains of pair {pair} differ; "
             f"expected 0 or pi, got {float(phases[group, pair]):.6g} in group {group} (and "
             f"{int(wrong.sum()) - 1} more)"
         )

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from symphony_moe.errors import SourceMismatch
-from symphony_moe.model.families import attention_window, head_dim
+from symphony_moe.model.families import FACTORS, attention_window, head_dim
 from symphony_moe.model.layer import activation_of, rotations
 from symphony_moe.sources.same_tokenizer import other_settings
 from symphony_moe.sources.source import CODE, SPECIAL, Source, read_generation, some
@@ -45,6 +45,7 @@ class Difference:
 
 
 _EXPERTS_ALIKE = "experts of one model must have the same shapes; use checkpoints of one size"
+_ONE_FACTOR = "the result has one for all experts; use checkpoints that share it"
 _ANCHOR_WINS = "the anchor's is used for the whole model"
 
 _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
@@ -62,8 +63,14 @@ _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
         "warning",
         _ANCHOR_WINS + "; the others' attention was trained under other positions and will suffer",
     ),
+    (
+        "no_rope_layers",
+        "warning",
+        _ANCHOR_WINS + "; the others' attention was trained with RoPE in other layers",
+    ),
     ("sliding_window", "warning", _ANCHOR_WINS),
     ("max_position_embeddings", "warning", _ANCHOR_WINS),
+    *((name, "error", _ONE_FACTOR) for name in FACTORS),
 )
 """(config field, verdict where sources differ, consequence)."""
 
@@ -144,6 +151,15 @@ def find_differences(
 
     for field, verdict, consequence in _CONFIG_RULES:
         differ(field, _config_values(field, sources, anchor), verdict, consequence)
+    if len({s.config.model_type for s in sources}) == 1:
+        differ(
+            "architecture that holds it",
+            {s.name: s.family.moe for s in sources},
+            "error",
+            "one must hold all sources; name it as output.architecture",
+        )
+        biases = {s.name: any(".bias" in name for name in s.family.vectors) for s in sources}
+        differ("biases of attention", biases, "error", _EXPERTS_ALIKE)
     differ(
         "tie_word_embeddings",
         {s.name: s.config.tie_word_embeddings for s in sources},

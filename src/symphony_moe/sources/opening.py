@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -22,12 +23,16 @@ from symphony_moe.bundled import source_folder
 from symphony_moe.errors import SourceError, first_line, shortened
 from symphony_moe.files import sha256_of
 from symphony_moe.model.families import (
+    ALIASES,
     AUTO,
     EMBEDDING,
     FAMILIES,
     FINAL_NORM,
     HEAD,
+    HELD_BY_NONE,
+    Alias,
     Target,
+    refusal,
     usual_shapes,
 )
 from symphony_moe.model.layer import decoder_layer, one_layer_model
@@ -44,6 +49,7 @@ from symphony_moe.sources.convert import (
     tokenizer_over,
     weight_map,
 )
+from symphony_moe.sources.fused import config_read_as, split_headers
 from symphony_moe.sources.gguf_file import GGUFFile, open_gguf
 from symphony_moe.sources.hub import SMALL_FILES, fetch, has_weights, hub_headers, is_on_hub
 from symphony_moe.sources.pretrained import load_config
@@ -163,6 +169,9 @@ def open_source(
     else:
         headers, notes = hub_headers(name, spec) if remote else _read_headers(name, files.folder)
     notes += [] if files.gguf is None else files.gguf.notes
+    if files.alias is not None:
+        headers = split_headers(name, files.alias, headers, expected_shapes(files.config))
+        notes.append(f"{name}: a {files.alias.dense} model, read as {files.alias.read_as}")
     # 3. The source, with the head that transformers gives it, proved to be complete.
     source = Source(
         name, spec.model, files.folder, files.config, headers, target=target, notes=tuple(notes)
@@ -231,6 +240,8 @@ class _Files:
     """The files that the weights in `folder` were converted from, where they were."""
     gguf: GGUFFile | None = None
     """The GGUF file among them."""
+    alias: Alias | None = None
+    """How they are read, where their family is read as another one."""
 
 
 def _readable_files(
@@ -247,9 +258,17 @@ def _readable_files(
     if hint:
         raise SourceError(f"{name}: {folder} has no .safetensors weights{hint}")
     config = _read_config(name, folder, target)
+    alias = ALIASES.get(_declared(name, folder)["model_type"])
+    if alias is not None and spec.adapter is not None:
+        raise SourceError(
+            f"{name}: an adapter of a {alias.dense} model changes fused matrices, which are read "
+            f"in parts ({', '.join(alias.fused)}); merge it into the model with peft, save the "
+            f"result, and leave sources.{name}.adapter out"
+        )
     pickles = pickles_of(name, folder)
     if not pickles or (on_hub and not download and is_on_hub(spec, SAFETENSORS)):
-        return _Files(folder, config)  # safetensors on the hub are preferred, fetched or not
+        # Safetensors on the hub are preferred, fetched or not.
+        return _Files(folder, config, alias=alias)
     if not spec.allow_pickle:
         raise SourceError(
             f"{name}: {folder} has no .safetensors weights, only {pickles[0].name}, which is "
@@ -257,7 +276,7 @@ def _readable_files(
             "and converted"
         )
     made = from_pickle(name, folder, pickles)
-    return _Files(made, config, tuple(path.name for path in pickles))
+    return _Files(made, config, tuple(path.name for path in pickles), alias=alias)
 
 
 def _gguf_hint(name: str, path: Path) -> str:
@@ -344,27 +363,39 @@ def _adapted(source: Source, adapter: Adapter) -> Source:
     return changed
 
 
-def _read_config(name: str, folder: Path, target: Target) -> PreTrainedConfig:
+def _declared(name: str, folder: Path) -> dict[str, Any]:
+    """What a model's config.json says. Raises SourceError for a family without a row."""
     path = folder / "config.json"
     if not path.is_file():
         raise SourceError(f"{name}: {folder} has no config.json; is it a model folder?")
     try:
         declared = json.loads(path.read_text(encoding="utf-8"))
-        model_type = declared.get("model_type") if isinstance(declared, dict) else None
-        if model_type is None:
-            raise SourceError(f"{name}: {path} names no model_type; is it a model's?")
-        if model_type not in FAMILIES:
-            raise SourceError(
-                f"{name}: {folder} is a {model_type!r} model; "
-                f"families with an exact MoE target: {', '.join(FAMILIES)}"
-            )
-        config = load_config(folder)
-        # It refuses sizes and settings that make no model.
-        expected_shapes(config)
-    except SourceError:
-        raise
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SourceError(f"{name}: {path} is not JSON: {error}") from None
+    model_type = declared.get("model_type") if isinstance(declared, dict) else None
+    if model_type is None:
+        raise SourceError(f"{name}: {path} names no model_type; is it a model's?")
+    if model_type not in FAMILIES and model_type not in ALIASES:
+        known = ", ".join([*FAMILIES, *ALIASES])
+        why = f": {HELD_BY_NONE[model_type]}" if model_type in HELD_BY_NONE else ""
+        raise SourceError(
+            f"{name}: {folder} is a {model_type!r} model{why}; families with an exact MoE target: "
+            f"{known}"
+        )
+    return dict(declared)
+
+
+def _read_config(name: str, folder: Path, target: Target) -> PreTrainedConfig:
+    path = folder / "config.json"
+    declared = _declared(name, folder)
+    alias = ALIASES.get(declared["model_type"])
+    try:
+        config = load_config(folder)
+        reason = None if alias is None else refusal(alias.refusals, config)
+        if alias is not None and reason is None:
+            config = config_read_as(alias, config)
+        # It refuses sizes and settings that make no model.
+        expected_shapes(config) if reason is None else None
     except Exception as error:
         # Every config class and module checks, or stumbles, in its own way.
         reason = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", 250)
@@ -374,9 +405,11 @@ def _read_config(name: str, folder: Path, target: Target) -> PreTrainedConfig:
             f"{name}: {folder} is quantized; expected plain floating-point weights. "
             "Use the checkpoint that it was quantized from"
         )
-    for reason, refuses in target.family(model_type).refusals:
-        if refuses(config):
-            raise SourceError(f"{name}: {folder} cannot become an expert: {reason}")
+    rows = [] if reason else target.rows(config.model_type)
+    reasons = [reason] if reason else [row.refusal(config) for row in rows]
+    if None not in reasons:
+        every = "; ".join(dict.fromkeys(map(str, reasons)))
+        raise SourceError(f"{name}: {folder} cannot become an expert: {every}")
     return config
 
 

@@ -125,7 +125,7 @@ class Source:
     @property
     def family(self) -> Family:
         """The row of its architecture, for the output that the recipe asks for."""
-        return self.target.family(self.config.model_type)
+        return self.target.family(self.config)
 
     @property
     def head_name(self) -> str:

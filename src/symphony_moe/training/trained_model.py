@@ -49,8 +49,8 @@ def choose_parameters(model: PreTrainedModel, scope: str, family: Family) -> int
     """Freeze what the scope leaves out; the number of parameters that learn.
 
     `router`: the routers' matrices. `experts`: those and the experts' (of FFN and attention).
-    `all`: everything that the sources have. What the target has beyond that stays zero, whatever
-    the scope (`Family.zeros`): vLLM and llama.cpp leave it out.
+    `all`: everything that the sources have. What the target has beyond that stays as it is,
+    whatever the scope (`Family.constant`): vLLM and llama.cpp leave some of it out.
     """
     for name, parameter in model.named_parameters():
         learns = {
@@ -58,7 +58,7 @@ def choose_parameters(model: PreTrainedModel, scope: str, family: Family) -> int
             "experts": bool(_ROUTER.search(name) or _EXPERT.search(name)),
             "all": True,
         }[scope]
-        parameter.requires_grad_(learns and not family.is_zero(name))
+        parameter.requires_grad_(learns and family.constant(name) is None)
     return count_trained(model)
 
 
