@@ -72,6 +72,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-biases": {"model_type": "llama", "attention_bias": True},
 }
 """Every family, with the variations that its target must hold."""
+COMMON = [
+    "llama",
+    "llama-tied-rope3",
+    "mistral",
+    "qwen2",
+    "qwen2-untied",
+    "qwen2-granitemoe",
+    "qwen3",
+]
+"""Those for tests of what no family does otherwise."""
 ARCHITECTURES = {"qwen2-granitemoe": "granitemoe"}
 """Variant -> `output.architecture`, where that is not `auto`."""
 

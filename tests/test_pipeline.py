@@ -36,7 +36,7 @@ from checks import (
     router_name,
     source_ffn,
 )
-from conftest import VARIANTS, make_recipe, make_text, router_of, target_of_variant
+from conftest import COMMON, VARIANTS, make_recipe, make_text, router_of, target_of_variant
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
 from symphony_moe.errors import RecipeError, RunFolderError, SourceError, VerificationError
@@ -228,7 +228,7 @@ def test_one_recipe_gives_one_set_of_bytes(
     assert (again.checkpoint / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 def test_no_path_and_no_time_in_the_checkpoint(
     variant: str, recipes: Callable[[str], Path], built: Callable[[str], RunFolder]
 ) -> None:
@@ -365,7 +365,7 @@ def test_names_are_per_expert_and_as_stock_writes_them(
         assert len(zeros) == 5 and not any(tensors[name].any() for name in zeros)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 def test_shards_hold_the_same_model(
     variant: str, recipes: Callable[[str], Path], built: Callable[[str], RunFolder], tmp_path: Path
 ) -> None:
@@ -412,7 +412,7 @@ def test_the_head_bias_can_be_left_out(
     assert torch.equal(logits_of(model.eval(), text), logits_of(whole, text))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 def test_the_tokenizer_is_the_anchors(
     variant: str, recipes: Callable[[str], Path], built: Callable[[str], RunFolder]
 ) -> None:
@@ -512,7 +512,7 @@ def test_aligning_neurons_by_itself_changes_nothing(
     assert changed == expected
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 def test_neurons_are_matched_by_the_stock_models_activations(
     variant: str, recipes: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -582,7 +582,7 @@ def test_shuffled_twins_are_brought_back(tmp_path: Path) -> None:
             assert torch.equal(stored[ours], stored[theirs])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 def test_upcycling_one_model_gives_that_model(
     variant: str, recipes: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -72,7 +72,8 @@ def test_a_twins_parameters_are_strange(
             assert abs(cosine(tensor, after[name])) < 0.2, name
         elif variant == "olmo2" and name != FINAL_NORM:  # gains that do not fold go along
             assert torch.equal(after[name].sort().values, tensor.sort().values), name
-            assert not torch.equal(after[name], tensor), name
+            # Two KV heads may be drawn in the order that they have.
+            assert not torch.equal(after[name], tensor) or "k_norm" in name, name
         elif name.endswith("layernorm.weight") or name == FINAL_NORM:
             assert torch.equal(after[name], torch.ones_like(tensor)), name
         elif name.endswith("_norm.weight"):

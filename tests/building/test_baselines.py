@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from checks import difference, tensors_of
-from conftest import VARIANTS, make_model, make_recipe
+from conftest import COMMON, make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building.align import match_neurons
 from symphony_moe.building.fuse import drop_neurons
@@ -34,7 +34,7 @@ from twin import scramble
 BASELINES = ("btx", "drop-upcycling", "sparse-upcycling", "dume")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 @pytest.mark.parametrize("method", BASELINES)
 def test_a_baseline_is_what_the_paper_says(
     method: str, variant: str, recipes: Callable[[str], Path], tmp_path: Path
@@ -74,7 +74,7 @@ def test_a_baseline_is_what_the_paper_says(
             assert 0.01 < float(router.std()) < 0.03
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 @pytest.mark.parametrize("method", BASELINES)
 def test_equal_sources_make_the_dense_model(method: str, variant: str, tmp_path: Path) -> None:
     """Law 2; for Drop-Upcycling at share 0."""

@@ -35,7 +35,7 @@ from checks import (
     router_name,
     source_ffn,
 )
-from conftest import VARIANTS, make_recipe, make_text, router_of, target_of_variant
+from conftest import COMMON, VARIANTS, make_recipe, make_text, router_of, target_of_variant
 from symphony_moe import pipeline
 from symphony_moe.building import build as build_module
 from symphony_moe.building import candidate
@@ -324,7 +324,7 @@ def test_reordering_sources_permutes_experts_and_routers_only(
     assert run.read_json(run.metrics)["fit"] == usual.read_json(usual.metrics)["fit"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 def test_one_recipe_gives_one_set_of_bytes(
     variant: str, recipes: Recipes, fitted: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -466,7 +466,7 @@ def test_the_checkpoint_computes_what_the_build_says(
     assert fit["loss"]["harmonized"] == pytest.approx(sum(losses) / 3, abs=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 def test_every_step_says_what_it_did(variant: str, fitted: Runs) -> None:
     """For each layer and for the head: the error on the validation text, before and after, and
     whether the step was kept, which is whether it was lowered."""
@@ -531,7 +531,7 @@ def test_fitting_lowers_the_error_of_every_family(
 # ------------------------------------------------------------------------- what each tensor is
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 def test_embeddings_are_weighted_by_how_often_a_token_is_in_each_text(
     variant: str, recipes: Recipes, fitted: Runs
 ) -> None:

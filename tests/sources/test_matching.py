@@ -94,7 +94,7 @@ PAIRS: list[tuple[str, Change, int, str]] = [
     ("kv heads", config(num_key_value_heads=4), ERROR, "num_key_value_heads (a: 2; b: 4)"),
     ("head size", config(head_dim=16), ERROR, "head_dim (a: 8; b: 16)"),
     ("activation", config(hidden_act="gelu"), ERROR, "hidden_act (a: silu; b: gelu)"),
-    ("attention bias", config(attention_bias=True), ERROR, "cannot become an expert"),
+    ("attention bias", config(attention_bias=True), ERROR, "biases of attention (a: False; b: T"),
     ("ffn bias", config(mlp_bias=True), ERROR, "cannot become an expert"),
     ("tokenizer kind", tokenizer(sentencepiece, 301), ERROR, "b: SentencePiece BPE"),
     ("unigram", tokenizer(unigram, 301), ERROR, "b: Unigram"),

@@ -526,9 +526,7 @@ def test_a_family_without_a_table_is_refused_with_those_there_are(model: Path) -
     assert all(family in message for family in ("llama", "mistral", "qwen2", "qwen3"))
 
 
-@pytest.mark.parametrize(
-    "field", [{"attention_bias": True}, {"mlp_bias": True}, {"quantization_config": {"bits": 4}}]
-)
+@pytest.mark.parametrize("field", [{"mlp_bias": True}, {"quantization_config": {"bits": 4}}])
 def test_a_variant_that_the_target_cannot_hold_is_refused(
     field: dict[str, Any], model: Path
 ) -> None:

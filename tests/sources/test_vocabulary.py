@@ -26,7 +26,7 @@ from checks import (
     sentence_piece_tokenizer,
     with_beginning,
 )
-from conftest import VARIANTS, make_model, make_recipe
+from conftest import COMMON, make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building.alignment import Alignment
 from symphony_moe.building.assemble import fused_tables
@@ -1077,7 +1077,7 @@ def test_tokens_that_only_a_class_adds_need_rows(union: bool, named: bool, tmp_p
 
 
 @pytest.mark.parametrize("union", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 def test_no_reader_has_to_know_the_newest_class_name(
     variant: str, union: bool, tmp_path: Path
 ) -> None:

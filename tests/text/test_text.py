@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from conftest import VARIANTS, WORDS, make_text, make_tokenizer
+from conftest import COMMON, WORDS, make_text, make_tokenizer
 from symphony_moe.errors import TextError
 from symphony_moe.recipe.load import resolve_recipe
 from symphony_moe.recipe.settings import Fit, HubData, Router
@@ -372,7 +372,7 @@ def test_positions_count_from_the_beginning_of_document_and_window(
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", COMMON)
 def test_stock_models_attend_to_a_tokens_own_document(
     variant: str, attention: str, built: Callable[[str], RunFolder]
 ) -> None:

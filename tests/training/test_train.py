@@ -666,7 +666,10 @@ def test_stacked_experts_are_trained_where_transformers_can(
         RecipeError, match=rf"the {name} of transformers 5\.9\.0 has no load-balance loss"
     ):
         refuse_untrainable(recipe)
-    refuse_untrainable(load_recipe(recipes("llama"), ["method=btx"]))
+    unnamed = load_recipe(recipes("llama"), ["method=btx"])
+    refuse_untrainable(unnamed)
+    with pytest.raises(RecipeError, match=rf"the {name} of transformers 5\.9\.0"):
+        refuse_untrainable(unnamed, name)  # what `auto` has become
 
 
 def test_one_process_trains_on_one_gpu(

@@ -152,14 +152,15 @@ def find_differences(
     for field, verdict, consequence in _CONFIG_RULES:
         differ(field, _config_values(field, sources, anchor), verdict, consequence)
     if len({s.config.model_type for s in sources}) == 1:
-        differ(
-            "architecture that holds it",
-            {s.name: s.family.moe for s in sources},
-            "error",
-            "one must hold all sources; name it as output.architecture",
-        )
         biases = {s.name: any(".bias" in name for name in s.family.vectors) for s in sources}
         differ("biases of attention", biases, "error", _EXPERTS_ALIKE)
+        if len(set(biases.values())) == 1:
+            differ(
+                "architecture that holds it",
+                {s.name: s.family.moe for s in sources},
+                "error",
+                "one must hold all sources; name it as output.architecture",
+            )
     differ(
         "tie_word_embeddings",
         {s.name: s.config.tie_word_embeddings for s in sources},

@@ -372,8 +372,10 @@ def _declared(name: str, folder: Path) -> dict[str, Any]:
         declared = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SourceError(f"{name}: {path} is not JSON: {error}") from None
+    except (OSError, RecursionError) as error:  # no rights to it; nested without end
+        raise SourceError(_not_usable(name, path, error)) from None
     model_type = declared.get("model_type") if isinstance(declared, dict) else None
-    if model_type is None:
+    if not isinstance(model_type, str):
         raise SourceError(f"{name}: {path} names no model_type; is it a model's?")
     if model_type not in FAMILIES and model_type not in ALIASES:
         known = ", ".join([*FAMILIES, *ALIASES])
@@ -385,6 +387,11 @@ def _declared(name: str, folder: Path) -> dict[str, Any]:
     return dict(declared)
 
 
+def _not_usable(name: str, path: Path, error: Exception) -> str:
+    reason = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", 250)
+    return f"{name}: {path} is not usable: {reason}"
+
+
 def _read_config(name: str, folder: Path, target: Target) -> PreTrainedConfig:
     path = folder / "config.json"
     declared = _declared(name, folder)
@@ -392,14 +399,12 @@ def _read_config(name: str, folder: Path, target: Target) -> PreTrainedConfig:
     try:
         config = load_config(folder)
         reason = None if alias is None else refusal(alias.refusals, config)
-        if alias is not None and reason is None:
-            config = config_read_as(alias, config)
-        # It refuses sizes and settings that make no model.
-        expected_shapes(config) if reason is None else None
+        if reason is None:
+            config = config if alias is None else config_read_as(alias, config)
+            expected_shapes(config)  # refuses sizes and settings that make no model
     except Exception as error:
         # Every config class and module checks, or stumbles, in its own way.
-        reason = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", 250)
-        raise SourceError(f"{name}: {path} is not usable: {reason}") from None
+        raise SourceError(_not_usable(name, path, error)) from None
     if declared.get("quantization_config"):
         raise SourceError(
             f"{name}: {folder} is quantized; expected plain floating-point weights. "

@@ -14,15 +14,17 @@ STACKED_TRAIN = Version("5.18")
 """The first version whose stock JetMoE and GraniteMoe have a load-balance loss in training."""
 
 
-def refuse_untrainable(recipe: Recipe) -> None:
+def refuse_untrainable(recipe: Recipe, architecture: str | None = None) -> None:
     """SymphonyError for what `train_run` could not do on this machine, before anything else is
     done: text that fills no step of one process, loggers that are not there, and an architecture
-    that this version of transformers does not train."""
+    that this version of transformers does not train. `architecture`: the result's, once it is
+    known; without it, as far as the recipe says it."""
     settings, sources = recipe.train, len(recipe.sources)
     windows = windows_per_source(recipe, sources) * sources
     refuse_short(windows, settings.batch_size * settings.gradient_accumulation, settings)
     _refuse_loggers(settings)
-    _refuse_architecture(recipe)
+    named = "jetmoe" if recipe.has_attention_experts else recipe.output.architecture
+    _refuse_architecture(architecture or named)
 
 
 def _refuse_loggers(settings: Train) -> None:
@@ -42,9 +44,8 @@ def _refuse_loggers(settings: Train) -> None:
         raise RecipeError(f"train.report_to: {name!r} is none of {known}")
 
 
-def _refuse_architecture(recipe: Recipe) -> None:
+def _refuse_architecture(target: str) -> None:
     """RecipeError for an architecture that this version of transformers does not train."""
-    target = "jetmoe" if recipe.has_attention_experts else recipe.output.architecture
     too_old = Version(transformers.__version__) < STACKED_TRAIN
     if target in ("jetmoe", "granitemoe") and too_old:
         raise RecipeError(

@@ -22,7 +22,7 @@ from symphony_moe.model.families import FINAL_NORM
 from symphony_moe.progress import Listener, ignore
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
-from symphony_moe.sources.source import Source
+from symphony_moe.sources.source import Source, anchor_of
 from symphony_moe.text.memory_maps import TrainingText
 from symphony_moe.text.texts import Texts
 from symphony_moe.training.job import Measure, TrainingJob
@@ -72,7 +72,7 @@ def train_run(  # noqa: PLR0913 (all but three are keywords)
     # 1. What cannot be trained is refused, before anything is written.
     run.require_checkpoint()
     refuse_lost(run)
-    refuse_untrainable(recipe)
+    refuse_untrainable(recipe, anchor_of(recipe, sources).family.moe)
     # 2. A finished training is left as it is. One that was cut short has a state to go on from.
     if is_trained_already(run, recipe.train, resume=resume, overwrite=overwrite):
         return
