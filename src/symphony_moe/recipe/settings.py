@@ -248,9 +248,9 @@ class Output(Section):
     """How the new checkpoint is written."""
 
     architecture: Name = "auto"
-    """Architecture of the output. `auto`: the family's first one (docs/engines.md). `granitemoe`:
-    for Qwen2 in llama.cpp and MLX, and for Llama 3 in MLX. Any other name must be an architecture
-    that holds the sources."""
+    """Architecture of the output. `auto`: the family's first one that holds the source
+    (docs/engines.md). `granitemoe`: for Qwen2 in llama.cpp and MLX, and for Llama 3 in MLX. Any
+    other name must be an architecture that holds the sources."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number format of the written weights."""
     max_shard_size: Name = "5GB"
