@@ -261,11 +261,37 @@ def test_the_model_card_reads_the_same_by_every_reader(
     _, head, body = (run.checkpoint / "README.md").read_text().split("---\n", 2)
     shown = body.split("```yaml\n")[1].split("```")[0]
     for read in (read_yaml, yaml.safe_load):
-        assert read(head)["base_model"] == names
+        assert read(head)["tags"] == ["moe", "merge", "symphony-moe"]
         assert list(read(shown)["sources"]) == names
         assert read(run.recipe.read_text()) == run.read_recipe().model_dump(
             mode="json", exclude={"compare"}
         )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_code_in_a_model_card_runs(
+    variant: str,
+    built: Callable[[str], RunFolder],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the checkpoint's folder, as it stands there; the model writes."""
+    monkeypatch.chdir(built(variant).checkpoint)
+    card = Path("README.md").read_text()
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+def test_the_code_in_a_model_card_asks_a_chat_model_in_a_chat(
+    recipes: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(recipes("llama").parent, tmp_path / "project")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    (tmp_path / "project" / "models" / "a" / "chat_template.jinja").write_text(template)
+    run = build(tmp_path / "project" / "recipe.yaml", tmp_path / "run", "method=btx")
+    code = (run.checkpoint / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace('name = "."', f"name = {str(run.checkpoint)!r}"), {})
+    assert "<user>Who are you?<answer>" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -1075,7 +1101,13 @@ def test_verify_deep_builds_again(built: Callable[[str], RunFolder], tmp_path: P
     """A second build has the same tensors; where the manifest's hashes differ, it says so."""
     shutil.copytree(built("llama").root, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
-    assert "the same 35 tensors" in pipeline.verify(run, deep=True)["rebuilt"]
+    assert pipeline.verify(run, deep=True)["rebuilt"] == "a second build has the same 35 tensors"
+    # A source's card may be edited at any time: that is said, and is no fault of the weights.
+    with (run.checkpoint / "README.md").open("a") as card:
+        card.write("\n")
+    files = run.read_json(run.manifest)["files"]
+    run.update_json(run.manifest, {"files": files | hash_folder(run.checkpoint)})
+    assert "its model card differs" in pipeline.verify(run, deep=True)["rebuilt"]
     hashes = run.read_json(run.manifest)["tensors"]
     hashes["checkpoint"]["model.norm.weight"] = "0" * 64
     run.update_json(run.manifest, {"tensors": hashes})

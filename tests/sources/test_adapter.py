@@ -172,6 +172,8 @@ def test_an_adapter_is_named_with_the_model_it_was_trained_on(
     run = pipeline.build(load_recipe(path), tmp_path / "out")
     card = (run.checkpoint / "README.md").read_text()
     assert f"| 1 | b | b, with the LoRA my-lora of {name} |" in card
+    assert card.startswith(f"---\nbase_model:\n- {name}\nlibrary_name:")
+    assert "none stated and, for its adapter, none stated" in card
     assert "adapter: my-lora" in card and str(tmp_path) not in card
     described = run.read_json(run.plan)["sources"][1]
     assert (described["adapter"], described["adapter_base"]) == ("my-lora", name)

@@ -97,7 +97,8 @@ def write_gguf(
         }
         if value is not None:
             add[type(value)](
-                key if key.startswith(("split.", "tokenizer.")) else f"{arch}.{key}", value
+                key if key.startswith(("general.", "split.", "tokenizer.")) else f"{arch}.{key}",
+                value,
             )
     content = json.loads((model / "tokenizer.json").read_text())["model"]
     tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
@@ -183,14 +184,21 @@ def test_a_gguf_source_builds_as_the_model_that_it_was_made_of(
     path = make_recipe(tmp_path, "llama", count=2)
     shutil.copytree(llama, tmp_path / "models" / "b", dirs_exist_ok=True)
     runs = [pipeline.build(load_recipe(path), tmp_path / "plain")]
-    write_gguf(llama, tmp_path / "models" / "b.gguf", gguf.GGMLQuantizationType.F32)
+    said = {
+        "general.source.huggingface.repository": "some/model",
+        "general.base_model.0.repo_url": "https://huggingface.co/some/base",
+        "general.license": "apache-2.0",
+    }
+    write_gguf(llama, tmp_path / "models" / "b.gguf", settings=said)
     content = json.loads(path.read_text())
     content["sources"]["b"] |= {"model": "./models", "gguf_file": "b.gguf"}
     path.write_text(json.dumps(content))
     assert main(["plan", str(path)]) == 0
     assert "  b: models, b.gguf (" in capsys.readouterr().out
     runs.append(pipeline.build(load_recipe(path), tmp_path / "gguf"))
-    assert "| 1 | b | models, b.gguf |" in (runs[1].checkpoint / "README.md").read_text()
+    card = (runs[1].checkpoint / "README.md").read_text()
+    assert "| 1 | b | models, b.gguf | apache-2.0 |" in card
+    assert card.startswith("---\nbase_model:\n- some/model\nlibrary_name:")
     pipeline.verify(runs[1])
     pipeline.evaluate(runs[1])
     hashes = [run.read_json(run.manifest)["tensors"]["checkpoint"] for run in runs]

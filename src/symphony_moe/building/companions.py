@@ -11,16 +11,15 @@ from typing import Any
 
 import transformers
 
-from symphony_moe.building.plan import Plan, source_in_words
+from symphony_moe.building.model_card import model_card
+from symphony_moe.building.plan import Plan
 from symphony_moe.files import sync_folder, write_bytes, write_text
-from symphony_moe.recipe.settings import BUNDLED, Recipe
-from symphony_moe.recipe.yaml_text import write_yaml
+from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.source import (
     GENERATION,
     Source,
     anchor_of,
     generation_settings,
-    public_name,
 )
 from symphony_moe.sources.tokenizer_files import tokenizer_files
 
@@ -49,8 +48,15 @@ def write_companions(folder: Path, plan: Plan, recipe: Recipe, sources: Sequence
         folder / GENERATION,
         settings | {"transformers_version": transformers.__version__},
     )
-    write_text(folder / "README.md", model_card(plan, recipe, sources))
+    card = model_card(plan, recipe, sources, has_chat_template=_has_chat_template(files))
+    write_text(folder / "README.md", card)
     sync_folder(folder)
+
+
+def _has_chat_template(files: Mapping[str, bytes]) -> bool:
+    """Whether a tokenizer's files hold a chat template."""
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    return "chat_template.jinja" in files or bool(settings.get("chat_template"))
 
 
 def _all_ends(numbers: Any, sources: Sequence[Source]) -> dict[str, Any]:
@@ -66,48 +72,3 @@ def _all_ends(numbers: Any, sources: Sequence[Source]) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """A JSON file as `transformers` writes its own: indented, keys sorted."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def model_card(plan: Plan, recipe: Recipe, sources: Sequence[Source]) -> str:
-    """README.md of the output, with the hub's metadata."""
-    metadata = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        # The hub takes names only, `name` or `owner/name`.
-        "base_model": [source.public_name.removeprefix(BUNDLED) for source in sources],
-        "base_model_relation": "merge",
-        "tags": ["moe", "merge", "symphony-moe"],
-    }
-    rows = "\n".join(
-        f"| {number} | {source['name']}{' (anchor)' if source['anchor'] else ''} | "
-        f"{source_in_words(source)} |"
-        for number, source in enumerate(plan.sources)
-    )
-    shown = recipe.model_dump(mode="json", exclude={"train", "evaluation"})
-    for name, spec in shown["sources"].items():
-        named = {key: public_name(spec[key]) for key in ("model", "adapter") if spec[key]}
-        others = ("revision", "gguf_file", "adapter_revision")
-        shown["sources"][name] = named | {key: spec[key] for key in others if spec[key]}
-    total, active = plan.total_parameters, plan.active_parameters
-    made = (
-        f"A `{plan.architecture}` model with {total:,} parameters, {active:,} of them active per "
-        f"token (top {recipe.router.top_k}), built from {len(sources)} `{plan.family}` models with "
-        f"symphony-moe, method `{recipe.method}`, after the paper "
-        "[Symphony-MoE](https://arxiv.org/abs/2509.18542)."
-    )
-    return f"""---
-{write_yaml(metadata)}---
-
-# Mixture of {len(sources)} experts
-
-{made}
-
-| expert | source | model |
-|---|---|---|
-{rows}
-
-## Recipe
-
-```yaml
-{write_yaml(shown)}```
-"""

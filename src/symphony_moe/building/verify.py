@@ -43,9 +43,10 @@ from symphony_moe.model.families import (
 from symphony_moe.model.layer import load_dense_layer, load_moe_layer, logits_from_stream, run_layer
 from symphony_moe.model.moe_layer import layer_outputs, read_layer_outputs
 from symphony_moe.recipe.settings import Recipe
-from symphony_moe.runs.folder import RunFolder
+from symphony_moe.runs.folder import RunFolder, changed_files
 from symphony_moe.runs.metrics import PLAIN_MEAN
 from symphony_moe.sources.pretrained import load_tokenizer
+from symphony_moe.sources.provenance import CARD
 from symphony_moe.sources.same_tokenizer import first_difference, settings_of, texts_for
 from symphony_moe.sources.source import Source, anchor_of, read_layers
 from symphony_moe.sources.stock import load_alone, load_stock
@@ -132,7 +133,7 @@ def _check_folder(
     checks: _Checks, folder: Path, listed: Mapping[str, str], plan: Plan, family: Family
 ) -> None:
     """The files of a checkpoint, the names of its tensors, and those that must be zero."""
-    problem = _compare_files(folder, listed)
+    problem = changed_files(folder, listed)
     checks.add(f"{folder.name} files", problem, "hashes equal the manifest's")
     problem = _compare_names(folder, plan)
     passed = f"all {len(plan.tensors)} names, shapes and dtypes"
@@ -174,9 +175,16 @@ def compare_builds(run: RunFolder, rebuilt: RunFolder) -> str:
         raise VerificationError(
             f"{run.root}: a second build differs in {len(different)} tensors, first {different[0]}"
         )
-    if hash_folder(run.checkpoint) != hash_folder(rebuilt.checkpoint):
+    num_tensors = len(first)
+    first, second = hash_folder(run.checkpoint), hash_folder(rebuilt.checkpoint)
+    files = sorted(n for n in first.keys() | second.keys() if first.get(n) != second.get(n))
+    found = f"a second build has the same {num_tensors} tensors"
+    if files == [f"{run.checkpoint.name}/{CARD}"]:
+        why = "it tells of the sources' cards and licences, and of versions of software"
+        return f"{found}; its model card differs: {why}"
+    if files:
         raise VerificationError(f"{run.root}: a second build differs from checkpoint/")
-    return f"a second build has the same {len(first)} tensors"
+    return found
 
 
 def _check_maps(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> str | None:
@@ -317,25 +325,6 @@ def _recompute(
             comparison.add(name, rows, first)
         logits.append(logits_from_stream(config, stream.cpu(), norm.float(), rows.float()))
     return comparison, torch.cat(logits, dim=-1)
-
-
-def _compare_files(folder: Path, expected: Mapping[str, str]) -> str | None:
-    found = hash_folder(folder)
-    listed = {
-        name: digest for name, digest in expected.items() if name.startswith(folder.name + "/")
-    }
-    if found == listed:
-        return None
-    wrong = sorted(
-        name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name)
-    )
-
-    def state(name: str) -> str:
-        if name not in found:
-            return "missing"
-        return "changed" if name in listed else "not in the manifest"
-
-    return "not what the manifest says: " + ", ".join(f"{n} ({state(n)})" for n in wrong)
 
 
 def _compare_names(folder: Path, plan: Plan) -> str | None:

@@ -8,6 +8,7 @@ to the recipe's folder), so a resolved recipe means the same everywhere on the m
 import re
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -94,6 +95,11 @@ class HubData(Section):
     streaming: bool = False
     """Read rows one by one, and only as many as the tokens need. Otherwise the whole split is
     fetched first. Works for datasets of any size, on the hub or in a local folder."""
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether `hub` is an id, and no folder: loading made those absolute."""
+        return not Path(self.hub).is_absolute()
 
 
 Data = str | list[str] | HubData

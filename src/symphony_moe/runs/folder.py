@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError
-from symphony_moe.files import locked, publish, sync_folder, to_json, write_text
+from symphony_moe.files import hash_folder, locked, publish, sync_folder, to_json, write_text
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
 
@@ -384,6 +384,27 @@ def retire(run: RunFolder, finished: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
     finished.rename(retired)
     shutil.rmtree(retired)
+
+
+def changed_files(folder: Path, expected: Mapping[str, str]) -> str | None:
+    """What in a finished folder is not as the manifest lists it (`<folder's name>/<file>` ->
+    SHA-256), in words; None where all is. Reads every file."""
+    found = hash_folder(folder)
+    listed = {
+        name: digest for name, digest in expected.items() if name.startswith(folder.name + "/")
+    }
+    if found == listed:
+        return None
+    wrong = sorted(
+        name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name)
+    )
+
+    def state(name: str) -> str:
+        if name not in found:
+            return "missing"
+        return "changed" if name in listed else "not in the manifest"
+
+    return "not what the manifest says: " + ", ".join(f"{n} ({state(n)})" for n in wrong)
 
 
 class _LogFile(logging.FileHandler):

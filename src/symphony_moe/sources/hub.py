@@ -6,9 +6,10 @@ from pathlib import Path
 from symphony_moe.errors import SourceError, first_line
 from symphony_moe.recipe.settings import SourceSpec
 from symphony_moe.sources.convert import INDEX, SAFETENSORS, weight_map
+from symphony_moe.sources.provenance import FILES as OF_PROVENANCE
 from symphony_moe.sources.source import Header, by_tensor
 
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", *OF_PROVENANCE]
 
 
 def fetch(name: str, hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:

@@ -53,6 +53,7 @@ from symphony_moe.sources.fused import config_read_as, split_headers
 from symphony_moe.sources.gguf_file import GGUFFile, open_gguf
 from symphony_moe.sources.hub import SMALL_FILES, fetch, has_weights, hub_headers, is_on_hub
 from symphony_moe.sources.pretrained import load_config
+from symphony_moe.sources.provenance import FILES as OF_PROVENANCE
 from symphony_moe.sources.source import (
     GENERATION,
     NO_HEAD,
@@ -311,7 +312,8 @@ def _open_adapter(name: str, spec: SourceSpec, adapter: str, config: PreTrainedC
     """The recipe's adapter. It is small: from the hub it is fetched whole, for a plan too."""
     folder = Path(adapter)
     if not folder.is_absolute():
-        patterns = [*ADAPTER_FILES, *TOKENIZER_FILES, "additional_chat_templates/*.jinja"]
+        templates = "additional_chat_templates/*.jinja"
+        patterns = [*ADAPTER_FILES, *TOKENIZER_FILES, templates, *OF_PROVENANCE]
         folder = fetch(f"{name}: adapter", adapter, spec.adapter_revision, patterns)
     if not folder.is_dir():
         raise SourceError(f"{name}: no such adapter folder: {folder}")

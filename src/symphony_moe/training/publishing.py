@@ -1,7 +1,6 @@
 """What a training leaves: `trained/`, its hashes in `manifest.json`, its numbers in
 `metrics.json`."""
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from symphony_moe.files import hash_folder, publish, write_bytes
 from symphony_moe.machine import peak_rss_bytes
 from symphony_moe.model.checkpoint import CheckpointWriter
 from symphony_moe.recipe.settings import Recipe
+from symphony_moe.recipe.yaml_text import write_yaml
 from symphony_moe.runs.folder import RunFolder, manifest_of_build, retire
 from symphony_moe.training.trainer import MoETrainer
 
@@ -139,8 +139,8 @@ def _write_trained(
     hashes = _stream_weights(run, recipe, raw)
     _copy_companions(run)
     card = run.staged_trained / "README.md"
-    settings = json.dumps(recipe.train.model_dump(), indent=2)
-    more = f"\n## Training\n\nTrained after building, with\n\n```json\n{settings}\n```\n"
+    settings = write_yaml(recipe.train.model_dump(mode="json", exclude={"report_to"}))
+    more = f"\n## Training\n\nTrained after building, with\n\n```yaml\n{settings}```\n"
     write_bytes(card, card.read_bytes() + more.encode())
     return hashes
 
