@@ -24,7 +24,7 @@ from symphony_moe.machine import process_number
 PACKAGE = Path(symphony_moe.__file__).parent
 FUNCTIONS = [
     *("load_recipe", "plan", "build", "verify", "train", "evaluate", "report"),
-    *("run", "load_variants", "compare"),
+    *("push", "run", "load_variants", "compare"),
 ]
 """In an order in which each finds what it needs."""
 
@@ -47,7 +47,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_public_names_are_there() -> None:
-    asked = "Recipe load_recipe plan build verify train evaluate report compare run RunFolder"
+    asked = "Recipe load_recipe plan build verify train evaluate report push compare run RunFolder"
     assert {*asked.split(), "Progress", "SymphonyError", "__version__"} <= {*symphony_moe.__all__}
     for name in symphony_moe.__all__:
         assert getattr(symphony_moe, name) is not None

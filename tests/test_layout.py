@@ -31,7 +31,7 @@ ORDER = [
     *("errors", "machine", "processes", "progress", "files"),
     *("bundled", "recipe", "runs", "model", "text", "sources"),
     *("building", "training", "evaluation", "reporting"),
-    *("pipeline", "comparison", "doctor", "console", "cli", "__main__"),
+    *("uploading", "pipeline", "comparison", "doctor", "console", "cli", "__main__"),
 ]
 """Folders and modules at the top, each of which knows those before it alone."""
 

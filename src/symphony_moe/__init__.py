@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from symphony_moe.building.plan import Plan
     from symphony_moe.comparison import Comparison, compare
     from symphony_moe.errors import SymphonyError
-    from symphony_moe.pipeline import build, evaluate, plan, report, run, train, verify
+    from symphony_moe.pipeline import build, evaluate, plan, push, report, run, train, verify
     from symphony_moe.progress import Listener, Progress
     from symphony_moe.recipe.load import load_recipe
     from symphony_moe.recipe.settings import Recipe
     from symphony_moe.recipe.variants import load_variants
     from symphony_moe.runs.folder import RunFolder
     from symphony_moe.runs.metrics import Metrics
+    from symphony_moe.uploading import Upload
 
 __version__ = "0.2.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "Recipe",
     "RunFolder",
     "SymphonyError",
+    "Upload",
     "__version__",
     "build",
     "compare",
@@ -43,6 +45,7 @@ __all__ = [
     "load_recipe",
     "load_variants",
     "plan",
+    "push",
     "report",
     "run",
     "train",
@@ -53,13 +56,14 @@ _MODULES = {
     "building.plan": ["Plan"],
     "comparison": ["Comparison", "compare"],
     "errors": ["SymphonyError"],
-    "pipeline": ["build", "evaluate", "plan", "report", "run", "train", "verify"],
+    "pipeline": ["build", "evaluate", "plan", "push", "report", "run", "train", "verify"],
     "progress": ["Listener", "Progress"],
     "recipe.load": ["load_recipe"],
     "recipe.settings": ["Recipe"],
     "recipe.variants": ["load_variants"],
     "runs.folder": ["RunFolder"],
     "runs.metrics": ["Metrics"],
+    "uploading": ["Upload"],
 }
 """Where each public name is."""
 

@@ -40,6 +40,7 @@ from symphony_moe.console import (
 from symphony_moe.errors import (
     RecipeError,
     SymphonyError,
+    UploadError,
     first_line,
     is_text,
     shortened,
@@ -216,6 +217,12 @@ def _device(text: str | None) -> str | None:
     raise typer.BadParameter(f"expected cpu, cuda or cuda:N, got {text!r}")
 
 
+def _model(text: str | None) -> str | None:
+    if text in (None, "checkpoint", "trained"):
+        return text
+    raise typer.BadParameter(f"expected checkpoint or trained, got {text!r}")
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more, to stderr.")]
 Device = Annotated[
@@ -349,7 +356,8 @@ SourcesFrom = Annotated[
 
 def _perform(call: _Call) -> int:
     """Run a command; the process's exit code."""
-    handler = _log(call.verbose)
+    is_sent = call.command is push and not call.as_json and is_terminal(sys.stderr)
+    handler = _log(call.verbose, bars=call.verbose or is_sent)
     try:
         _refuse_processes(call)
         if call.device is not None:
@@ -471,8 +479,9 @@ def _fail(message: str, code: int, *, as_json: bool) -> int:
     return code
 
 
-def _log(verbose: bool) -> logging.StreamHandler[Any]:
-    """Set up this process's logging; the handler that writes to stderr."""
+def _log(verbose: bool, *, bars: bool) -> logging.StreamHandler[Any]:
+    """Set up this process's logging; the handler that writes to stderr. `bars`: the libraries may
+    draw theirs."""
     package = logging.getLogger("symphony_moe")
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
     if process_number() > 0:
@@ -484,10 +493,11 @@ def _log(verbose: bool) -> logging.StreamHandler[Any]:
     if not verbose:
         # Their notices are about their own calls; ours are checked where they matter.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
         warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|datasets)\.")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     return handler
 
 
@@ -864,6 +874,53 @@ def verify(
     checks = pipeline.verify(RunFolder(folder), deep=deep)
     lines = [f"{name}: {found}" for name, found in checks.items()]
     return {"verified": True, "checks": checks}, "\n".join([*lines, "verified"])
+
+
+@_command
+def push(
+    *,
+    folder: Folder,
+    repo_id: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub to make or update.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="BRANCH", help="Default: main.")
+    ] = None,
+    what: Annotated[
+        str | None,
+        typer.Option(
+            "--what",
+            metavar="MODEL",
+            callback=_model,
+            help="checkpoint or trained. Default: trained, if the run is trained.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")
+    ] = False,
+) -> Result:
+    """Send a finished model to the Hugging Face Hub, with a model card."""
+    from symphony_moe import pipeline
+    from symphony_moe.runs.folder import RunFolder
+    from symphony_moe.uploading import MAIN
+
+    try:
+        sent = pipeline.push(
+            RunFolder(folder),
+            repo_id,
+            private=private,
+            revision=revision or MAIN,
+            what=what,
+            dry_run=dry_run,
+        )
+    except UploadError:
+        if is_terminal(sys.stderr):
+            print(file=sys.stderr)  # the client may have left a bar there
+        raise
+    return sent.to_json(), sent.url or f"nothing is sent; its README.md would be\n\n{sent.card}"
 
 
 def _refuse_existing_file(out: Path | None, *, overwrite: bool) -> None:

@@ -36,6 +36,10 @@ class VerificationError(SymphonyError):
     """A finished checkpoint does not hold what its sources and its manifest say it must."""
 
 
+class UploadError(SymphonyError):
+    """A model could not be put on the hub: no token, no permission, no connection."""
+
+
 class LostProcess(SymphonyError):
     """Another process of the same command, on this machine or another one, has ended."""
 

@@ -26,7 +26,7 @@ from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
 from symphony_moe.building.estimate import measure_speed
 from symphony_moe.building.plan import Plan, beyond_context, beyond_memory, make_plan
 from symphony_moe.errors import RecipeError, SymphonyError
-from symphony_moe.files import FileHasher, to_json, write_text
+from symphony_moe.files import FileHasher, locked, to_json, write_text
 from symphony_moe.machine import (
     process_number,
     versions,
@@ -51,10 +51,21 @@ from symphony_moe.sources.opening import (
     refuse_changed,
     refuse_touched,
 )
+from symphony_moe.sources.provenance import CARD
 from symphony_moe.sources.source import FileStates, Source, experts_of
 from symphony_moe.text.documents import check_data_exists
 from symphony_moe.text.texts import Texts
 from symphony_moe.training.refusals import refuse_untrainable
+from symphony_moe.uploading import (
+    MAIN,
+    Upload,
+    checked_files,
+    describe_upload,
+    model_folder,
+    refuse_name,
+    send,
+    token_of_user,
+)
 
 log = logging.getLogger(__name__)
 
@@ -471,6 +482,51 @@ def report(folder: RunFolder) -> Path:
     html = render(metrics, folder.read_json(folder.plan), _as_trained(recipe, metrics))
     write_text(folder.report, html)
     return folder.report
+
+
+def push(
+    folder: RunFolder,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str = MAIN,
+    what: str | None = None,
+    dry_run: bool = False,
+) -> Upload:
+    """Send a finished model to the hub, as `owner/name`, with a model card that has its losses.
+
+    `private` makes a new repository private. `revision`: the branch. `what`: `checkpoint` or
+    `trained`; without it the trained model, where there is one. `dry_run` sends nothing and says
+    what would be sent. The token is the one of HF_TOKEN or of `hf auth login`. Everything goes in
+    one commit, and nothing changes in the run folder. Returns what was sent (sizes in bytes), and
+    where it is. Raises RecipeError for what is no `owner/name`, RunFolderError where there is no
+    finished model or a file of it is not what the manifest says, and UploadError where the hub, or
+    the way to it, refuses.
+
+    >>> from pathlib import Path
+    >>> from symphony_moe import RunFolder, push
+    >>> planned = push(RunFolder(Path("run")), "someone/some-moe", dry_run=True)
+    >>> planned.model, planned.url, "model.safetensors" in planned.files
+    ('trained', None, True)
+    """
+    from symphony_moe.reporting.published_card import published_card
+
+    refuse_name(repo_id)
+    token = None if dry_run else token_of_user(repo_id)
+    recipe, chosen = folder.read_recipe(), model_folder(folder, what)
+    metrics = read_metrics(folder)
+    with locked(folder.root):  # nobody trains it again meanwhile
+        files = checked_files(folder, chosen)
+        stage = "built" if chosen == folder.checkpoint else "trained"
+        own = files[CARD].read_text(encoding="utf-8")
+        card = published_card(own, repo_id, stage, recipe, metrics)
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        sizes[CARD] = len(card.encode())
+        upload = Upload(repo_id, revision, chosen.name, sizes, card)
+        log.info("%s %s", "would send" if dry_run else "sending", describe_upload(upload))
+        if not getattr(metrics, stage):
+            log.warning("%s was not evaluated, and its card has no losses", chosen)
+        return upload if token is None else send(upload, files, token, private=private)
 
 
 def _as_trained(recipe: Recipe, metrics: Metrics) -> Recipe:
