@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check fmt lock test-slow test-newest test-clients test-real test-gpu bench gpu-study bundled clean
+.PHONY: install demo test check fmt lock test-slow test-newest test-clients test-real test-gpu bench gpu-study bundled wheel clean
 
 install: $(INSTALLED)
 
@@ -84,5 +84,11 @@ gpu-study: install
 bundled: install
 	$(BIN)/python scripts/train_bundled.py --jobs 2
 
+# What is published: an sdist and a wheel, in dist/. `make test-slow` installs the wheel and runs it.
+wheel:
+	$(PYTHON) -m venv .venv-build
+	.venv-build/bin/python -m pip install --quiet --disable-pip-version-check build
+	.venv-build/bin/python -m build --outdir dist .
+
 clean:
-	rm -rf .venv .venv-lock .venv-newest symphony-demo symphony-demo-paper test-real build/bench build/gpu-study
+	rm -rf .venv .venv-lock .venv-newest .venv-build dist symphony-demo symphony-demo-paper test-real build/bench build/gpu-study
