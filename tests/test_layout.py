@@ -229,6 +229,21 @@ def test_one_version() -> None:
     assert project["scripts"] == {"symphony": "symphony_moe.cli:main"}
 
 
+def test_the_image_is_made_of_what_is_there() -> None:
+    """Files that are copied into it are sent to the builder, and extras are the package's."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    sent = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    copied = [
+        word for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for word in line.split()
+    ]
+    assert {"pyproject.toml", "constraints.txt", "src"} <= set(copied)
+    for name in copied:
+        assert (ROOT / name).exists() and f"!{name}" in sent, name
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (extras,) = re.findall(r"'\.\[(.*)\]'", text)
+    assert set(extras.split(",")) <= set(settings["project"]["optional-dependencies"])
+
+
 def test_the_paper_map_names_code_that_is_there() -> None:
     text = (ROOT / "docs" / "paper-map.md").read_text(encoding="utf-8")
     rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("|")]
