@@ -38,8 +38,8 @@ _TEXTS = (
 )
 """The hub's name of a licence -> what its text begins with."""
 
-_BEGINNING = 4096
-"""Characters of a licence file that are looked at."""
+_CARD, _LICENCE = 2**20, 2**12
+"""Characters of a README.md and of a licence file that are looked at: either may be of any size."""
 
 _OWN_FOLDERS = re.compile(
     r"(?:\.|models?|checkpoints?|outputs?|results?|runs?|data|tmp|workspace|content)/|.*/checkpoint-\d+$",
@@ -178,7 +178,7 @@ def _card_head(folder: Path) -> Mapping[str, Any]:
 
     path = folder / CARD
     try:
-        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+        text = _beginning(path, _CARD) if path.is_file() else ""
         block = REGEX_YAML_BLOCK.search(text)
         head = read_yaml(block[2]) if block else {}
     except (OSError, ValueError):
@@ -215,6 +215,11 @@ def _of_gguf(settings: Mapping[str, Any]) -> Iterator[list[str]]:
         yield [one.removeprefix(HUB).rstrip("/") for one in named if isinstance(one, str)]
 
 
+def _beginning(path: Path, characters: int, errors: str = "strict") -> str:
+    with path.open(encoding="utf-8-sig", errors=errors) as file:
+        return file.read(characters)
+
+
 def _licence_files(folder: Path) -> list[Path]:
     found = {path for pattern in FILES[1:] for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
@@ -224,8 +229,7 @@ def _read(path: Path) -> Licence:
     """The licence that a file holds the text of; `OTHER`, by the file's name, where that is not
     known here."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(_BEGINNING)
+        text = _beginning(path, _LICENCE, errors="replace")
     except OSError:
         text = ""
     for identifier, begins in _TEXTS:
