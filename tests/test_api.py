@@ -24,7 +24,7 @@ from symphony_moe.machine import process_number
 PACKAGE = Path(symphony_moe.__file__).parent
 FUNCTIONS = [
     *("load_recipe", "plan", "build", "verify", "train", "evaluate", "report"),
-    *("push", "run", "load_variants", "compare"),
+    *("add", "remove", "replace", "push", "run", "load_variants", "compare"),
 ]
 """In an order in which each finds what it needs."""
 

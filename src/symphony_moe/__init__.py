@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from symphony_moe.building.plan import Plan
     from symphony_moe.comparison import Comparison, compare
     from symphony_moe.errors import SymphonyError
-    from symphony_moe.pipeline import build, evaluate, plan, push, report, run, train, verify
+    from symphony_moe.pipeline import (
+        add,
+        build,
+        evaluate,
+        plan,
+        push,
+        remove,
+        replace,
+        report,
+        run,
+        train,
+        verify,
+    )
     from symphony_moe.progress import Listener, Progress
     from symphony_moe.recipe.load import load_recipe
     from symphony_moe.recipe.settings import Recipe
@@ -39,6 +51,7 @@ __all__ = [
     "SymphonyError",
     "Upload",
     "__version__",
+    "add",
     "build",
     "compare",
     "evaluate",
@@ -46,6 +59,8 @@ __all__ = [
     "load_variants",
     "plan",
     "push",
+    "remove",
+    "replace",
     "report",
     "run",
     "train",
@@ -56,7 +71,10 @@ _MODULES = {
     "building.plan": ["Plan"],
     "comparison": ["Comparison", "compare"],
     "errors": ["SymphonyError"],
-    "pipeline": ["build", "evaluate", "plan", "push", "report", "run", "train", "verify"],
+    "pipeline": [
+        *("add", "build", "evaluate", "plan", "push", "remove", "replace"),
+        *("report", "run", "train", "verify"),
+    ],
     "progress": ["Listener", "Progress"],
     "recipe.load": ["load_recipe"],
     "recipe.settings": ["Recipe"],

@@ -236,7 +236,10 @@ Device = Annotated[
 ]
 
 
-_RUNS_MODELS = {"demo", "run", "build", "verify", "train", "evaluate", "compare"}
+_RUNS_MODELS = {
+    *("demo", "run", "build", "verify", "train", "evaluate", "compare"),
+    *("add", "replace"),
+}
 """The commands that can be told where to compute."""
 
 
@@ -312,6 +315,14 @@ def _one_of_two(ctx: Any, param: Any, value: bool) -> bool:
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")]
 NewFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to make.")]
+ExpertName = Annotated[str, typer.Argument(metavar="NAME", help="The expert's name.")]
+Model = Annotated[
+    str, typer.Option(metavar="MODEL", help="The expert's model: a folder, hub id or bundled:NAME.")
+]
+TextFiles = Annotated[
+    list[str],
+    typer.Option(metavar="FILE", help="Text of its domain. May be given repeatedly."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -651,6 +662,95 @@ def build(
 
 
 @_command
+def add(
+    *,
+    folder: Folder,
+    name: ExpertName,
+    model: Model,
+    data: TextFiles,
+    out: NewFolder,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    overrides: Overrides = None,
+    progress: Listener = ignore,
+) -> Result:
+    """Add an expert to a finished run, in a new run folder. Everything else is kept."""
+    from symphony_moe import pipeline
+    from symphony_moe.runs.folder import RunFolder
+
+    run = pipeline.add(
+        RunFolder(folder),
+        name,
+        out,
+        model=model,
+        data=_data(data),
+        overrides=overrides or (),
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return _changed(run)
+
+
+@_command
+def remove(
+    *,
+    folder: Folder,
+    name: ExpertName,
+    out: NewFolder,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    overrides: Overrides = None,
+    progress: Listener = ignore,
+) -> Result:
+    """Leave an expert of a finished run out, in a new run folder. Everything else is kept."""
+    from symphony_moe import pipeline
+    from symphony_moe.runs.folder import RunFolder
+
+    run = pipeline.remove(
+        RunFolder(folder),
+        name,
+        out,
+        overrides=overrides or (),
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return _changed(run)
+
+
+@_command
+def replace(
+    *,
+    folder: Folder,
+    name: ExpertName,
+    model: Model,
+    data: TextFiles,
+    out: NewFolder,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    overrides: Overrides = None,
+    progress: Listener = ignore,
+) -> Result:
+    """Put another model in an expert's place, in a new run folder. Everything else is kept."""
+    from symphony_moe import pipeline
+    from symphony_moe.runs.folder import RunFolder
+
+    run = pipeline.replace(
+        RunFolder(folder),
+        name,
+        out,
+        model=model,
+        data=_data(data),
+        overrides=overrides or (),
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return _changed(run)
+
+
+@_command
 def train(
     *,
     folder: Folder,
@@ -866,12 +966,21 @@ def verify(
     deep: Annotated[
         bool, typer.Option("--deep", help="Build again and compare every tensor.")
     ] = False,
+    parent: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The run that this one was made of by add, remove or replace. Default: the folder "
+            "of its name beside DIR.",
+        ),
+    ] = None,
 ) -> Result:
     """Check a finished run against its sources and stock transformers."""
     from symphony_moe import pipeline
     from symphony_moe.runs.folder import RunFolder
 
-    checks = pipeline.verify(RunFolder(folder), deep=deep)
+    old = None if parent is None else RunFolder(parent)
+    checks = pipeline.verify(RunFolder(folder), deep=deep, parent=old)
     lines = [f"{name}: {found}" for name, found in checks.items()]
     return {"verified": True, "checks": checks}, "\n".join([*lines, "verified"])
 
@@ -959,6 +1068,22 @@ def _with_recipe(made: "Imported | Proposal", out: Path | None, facts: dict[str,
     if made.fill_in:
         lines.append(f"fill in {', '.join(made.fill_in)}; then: symphony plan {out}")
     return result | {"paths": {"recipe": str(out)}}, "\n".join(lines)
+
+
+def _data(files: list[str]) -> str | list[str]:
+    """Text as a recipe has it: one file, or a list of them."""
+    return files[0] if len(files) == 1 else files
+
+
+def _changed(folder: "RunFolder") -> Result:
+    """What is said of a run whose experts were changed."""
+    about = folder.read_json(folder.manifest)["parent"]
+    kept, made = (", ".join(about[part]["experts"]) or "none" for part in ("kept", "made"))
+    return (
+        {"parent": about, "paths": {"checkpoint": str(folder.checkpoint)}},
+        f"built {folder.checkpoint}\nkept of {about['folder']}/{about['model']}: backbone, experts "
+        f"{kept}\nmade: {made}",
+    )
 
 
 def _like(sources_from: Path | None) -> "RunFolder | None":

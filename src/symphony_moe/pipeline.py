@@ -9,6 +9,7 @@ building/build.py, those of a training in training/run.py; `compare`, many runs,
 comparison.py. A folder knows only those before it (tests/test_layout.py).
 """
 
+import dataclasses
 import logging
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from typing import Any
 from symphony_moe.building.alike import refuse_alike, say_alike
 from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
 from symphony_moe.building.estimate import measure_speed
+from symphony_moe.building.kept import KeptModel
 from symphony_moe.building.plan import Plan, beyond_context, beyond_memory, make_plan
-from symphony_moe.errors import RecipeError, SymphonyError
+from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError
 from symphony_moe.files import FileHasher, locked, to_json, write_text
 from symphony_moe.machine import (
     process_number,
@@ -34,7 +36,14 @@ from symphony_moe.machine import (
 from symphony_moe.model.layer import device
 from symphony_moe.processes import ALONE, Processes
 from symphony_moe.progress import Listener, ignore
-from symphony_moe.recipe.settings import Recipe, Train
+from symphony_moe.recipe.changes import (
+    refuse_not_new,
+    refuse_not_removable,
+    refuse_too_few,
+    with_source,
+    without_source,
+)
+from symphony_moe.recipe.settings import Data, Recipe, Train
 from symphony_moe.runs.folder import (
     RunFolder,
     log_to,
@@ -87,6 +96,7 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     >>> planned.active_parameters <= planned.total_parameters
     True
     """
+    _refuse_changed_run(recipe)
     _check_text(recipe)
     return _plan(recipe, open_sources(recipe, download=False), memory)
 
@@ -102,7 +112,9 @@ def _plan(recipe: Recipe, opened: Sequence[Source], memory: int | None) -> Plan:
     try:
         refuse_untrainable(recipe)
     except SymphonyError as error:  # a build alone does not mind, nor another machine
-        planned = replace(planned, notes=[*planned.notes, f"`symphony train` stops here: {error}"])
+        planned = dataclasses.replace(
+            planned, notes=[*planned.notes, f"`symphony train` stops here: {error}"]
+        )
     return planned
 
 
@@ -182,21 +194,192 @@ def build(  # noqa: PLR0913 (all but two are keywords)
     >>> built.checkpoint.is_dir()
     True
     """
-    out, started = Path(out), time.monotonic()
+    _refuse_changed_run(recipe)
+    asked = _Asked(recipe, Path(out), resume, overwrite, memory, texts, progress, processes)
+    return _build(asked)
+
+
+def add(  # noqa: PLR0913 (all but three are keywords)
+    folder: RunFolder,
+    name: str,
+    out: str | Path,
+    *,
+    model: str,
+    data: Data,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Listener = ignore,
+) -> RunFolder:
+    """A run with one expert more than a finished one has: a new run folder, `out`, whose
+    `checkpoint/` has the backbone and the experts of the old run's model (the trained one, where
+    there is one), byte for byte, and one expert made of `model`. The old run is not touched.
+
+    `model`, `data`: as a recipe has them. `overrides`: other settings of the source, as
+    `sources.NAME.column=messages`, and `router.top_k`. The others: see `build`. Raises
+    SymphonyError for what cannot be added, before the run folder is made, and as `build` does.
+
+    >>> from pathlib import Path
+    >>> from symphony_moe import RunFolder, add
+    >>> more = add(RunFolder(Path("run")), "again", "more", model="models/b", data="b.jsonl")
+    >>> more.read_recipe().expert_names
+    ['a', 'b', 'again']
+    """
+    refuse_not_new(folder.read_finished(), name)
+    spec = {"model": model, "data": data}
+    asked = _Change(folder, name, Path(out), resume, overwrite, progress)
+    return _change(asked, spec, overrides)
+
+
+def remove(  # noqa: PLR0913 (all but three are keywords)
+    folder: RunFolder,
+    name: str,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Listener = ignore,
+) -> RunFolder:
+    """A run without one of the experts of a finished one, in a new run folder. Everything else is
+    that run's, byte for byte: see `add`. `overrides`: `router.top_k`, where fewer experts are left
+    than a token has. Raises SymphonyError as `add` does.
+
+    >>> from pathlib import Path
+    >>> from symphony_moe import RunFolder, remove
+    >>> remove(RunFolder(Path("more")), "again", "less").read_recipe().expert_names
+    ['a', 'b']
+    """
+    recipe = folder.read_finished()
+    refuse_not_removable(recipe, name, "remove")
+    refuse_too_few(recipe, name)
+    asked = _Change(folder, name, Path(out), resume, overwrite, progress)
+    return _change(asked, None, overrides)
+
+
+def replace(  # noqa: PLR0913 (all but three are keywords)
+    folder: RunFolder,
+    name: str,
+    out: str | Path,
+    *,
+    model: str,
+    data: Data,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Listener = ignore,
+) -> RunFolder:
+    """A run with another model in the place of an expert of a finished one, in a new run folder:
+    see `add`. Raises SymphonyError as `add` does.
+
+    >>> from pathlib import Path
+    >>> from symphony_moe import RunFolder, replace
+    >>> other = replace(RunFolder(Path("run")), "b", "other", model="models/b", data="b.jsonl")
+    >>> other.read_recipe().expert_names
+    ['a', 'b']
+    """
+    refuse_not_removable(folder.read_finished(), name, "replace")
+    spec = {"model": model, "data": data}
+    asked = _Change(folder, name, Path(out), resume, overwrite, progress)
+    return _change(asked, spec, overrides)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What is asked of a change of experts."""
+
+    old: RunFolder
+    name: str
+    out: Path
+    resume: bool
+    overwrite: bool
+    progress: Listener
+
+
+def _change(asked: _Change, spec: Mapping[str, Any] | None, overrides: Sequence[str]) -> RunFolder:
+    """A new run with an expert of an old one's changed. `spec`: of its source; None where it is
+    left out."""
+    old, name = asked.old.read_recipe(), asked.name
+    _refuse_inside(asked.old.root, asked.out)
+    refuse_existing(asked.out, resume=asked.resume, overwrite=asked.overwrite)
+    kept = KeptModel.of(asked.old)
+    removed = name if name in old.sources else None
+    if spec is None:
+        recipe = without_source(old, name, overrides, kept.parent(added=None, removed=removed))
+    else:
+        parent = kept.parent(added=name, removed=removed)
+        recipe = with_source(old, name, spec, overrides, parent)
+    return _build(
+        _Asked(
+            recipe,
+            asked.out,
+            asked.resume,
+            asked.overwrite,
+            progress=asked.progress,
+            kept=kept,
+        )
+    )
+
+
+def _refuse_inside(old: Path, out: Path) -> None:
+    """RunFolderError where a new run would be written over or into the one that it comes of."""
+    old, new = old.resolve(), out.resolve()
+    if old == new or old in new.parents or new in old.parents:
+        raise RunFolderError(
+            f"{out}: is in the old run, or holds it ({old}), which is left as it is; choose an "
+            "--out beside it"
+        )
+
+
+def _refuse_changed_run(recipe: Recipe) -> None:
+    """RecipeError for the recipe of a run that came of another one: no build makes it again."""
+    if recipe.parent is not None:
+        raise RecipeError(
+            "parent: this recipe is of a run that `symphony add`, `remove` or `replace` made of "
+            "another one. To build anew with the same sources, take `parent` out of the recipe"
+        )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of a build: see there."""
+
+    recipe: Recipe
+    out: Path
+    resume: bool = False
+    overwrite: bool = False
+    memory: int | None = None
+    texts: Texts | None = None
+    progress: Listener = ignore
+    processes: Processes = ALONE
+    kept: KeptModel | None = None
+    """The model whose experts are changed; None: all is made."""
+
+
+def _build(asked: _Asked) -> RunFolder:
+    out, processes, started = asked.out, asked.processes, time.monotonic()
+    how = {"resume": asked.resume, "overwrite": asked.overwrite}
     # The first of several processes alone reads and writes what is in the run folder.
     if processes.is_first:
-        refuse_existing(out, resume=resume, overwrite=overwrite)
-    ready = _prepare(recipe, memory, texts, processes)
+        refuse_existing(out, **how)
+    ready = _prepare(asked.recipe, asked.memory, asked.texts, processes)
     folder = RunFolder(out)
     if processes.is_first:
-        folder = _begin(ready, out, resume=resume, overwrite=overwrite)
+        folder = _begin(ready, out, **how)
     if processes.agree(processes.is_first and folder.checkpoint.is_dir()):
         log.info("%s is finished already", folder.checkpoint)
         return folder
-    whole = Build(ready.recipe, ready.sources, ready.planned, ready.text, folder, processes)
+    parts = (ready.recipe, ready.sources, ready.planned, ready.text, folder, processes)
+    whole = Build(*parts, asked.kept)
+
+    def refuse_touched() -> None:
+        ready.refuse_touched()
+        if asked.kept is not None:
+            asked.kept.refuse_touched()
+
     with log_to(folder) if processes.is_first else nullcontext():
-        begun_with = _note(ready, whole, memory) if processes.is_first else {}
-        whole.run(begun_with, started, progress, ready.refuse_touched)
+        begun_with = _note(ready, whole, asked.memory) if processes.is_first else {}
+        whole.run(begun_with, started, asked.progress, refuse_touched)
     return folder
 
 
@@ -240,19 +423,28 @@ def _prepare(
             measure_speed(recipe, opened[0].config)  # the others wait, and nothing is hashed yet
             processes.wait()
         states = {source.name: source.file_states() for source in opened}
-        hashes = _begin_hashing(opened if processes.is_first_here else [], hasher)
+        read = _read_by(recipe, opened)
+        hashes = _begin_hashing(read if processes.is_first_here else [], hasher)
         planned = _plan(recipe, opened, memory)
         if processes.is_first:
-            refuse_beyond(recipe, experts_of(recipe, opened))
+            made = {source.name for source in read}
+            refuse_beyond(recipe, [s for s in experts_of(recipe, opened) if s.name in made])
         texts = Texts.of(recipe, opened, texts)
-        text = CalibrationText(
-            texts.calibration_windows() if recipe.aligns or recipe.fits else {},
-            texts.validation_windows(),
-        )
+        text = CalibrationText({}, {})
+        if recipe.needs_calibration:
+            text = CalibrationText(texts.calibration_windows(), texts.validation_windows())
         if processes.is_first_here:
-            recipe = _with_hashes(recipe, opened, hashes)
+            recipe = _with_hashes(recipe, read, hashes)
     _refuse_different(recipe, text, processes)
     return _Ready(recipe, opened, states, planned, text)
+
+
+def _read_by(recipe: Recipe, opened: Sequence[Source]) -> Sequence[Source]:
+    """The sources whose weights are read: all, but of a change of experts the anchor and the
+    newcomer. The others are as they are pinned, or `verify` says so."""
+    if recipe.parent is None:
+        return opened
+    return [source for source in opened if source.name in (recipe.anchor, recipe.newcomer)]
 
 
 def _refuse_different(recipe: Recipe, text: CalibrationText, processes: Processes) -> None:
@@ -304,9 +496,12 @@ def _note(ready: _Ready, whole: Build, memory: int | None) -> dict[str, str]:
     return begun_with
 
 
-def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, str]:
+def verify(
+    folder: RunFolder, *, deep: bool = False, parent: RunFolder | None = None
+) -> dict[str, str]:
     """Check a finished run against its manifest, its sources and stock `transformers`; `deep`
-    builds it a second time and compares every tensor.
+    builds it a second time and compares every tensor. `parent`: of a run that came by `add`,
+    `remove` or `replace` the old run, where that is not beside it any more.
 
     Returns what each check has found. Raises VerificationError for a check that fails, and
     RunFolderError where there is no finished build.
@@ -326,13 +521,34 @@ def verify(folder: RunFolder, *, deep: bool = False) -> dict[str, str]:
     folder.require_checkpoint()
     if deep:
         refuse_several_processes(folder)
+    kept, found = _find_kept(folder, recipe, parent, needed=deep)
     sources = experts_of(recipe, open_sources(recipe))
-    checks = verify_run(folder, recipe, sources, make_plan(recipe, sources))
+    checks = verify_run(folder, recipe, sources, make_plan(recipe, sources), kept)
     if deep:
         with tempfile.TemporaryDirectory(prefix="verify-", dir=folder.root) as again:
-            rebuilt = build(recipe, Path(again) / "run")
+            rebuilt = _build(_Asked(recipe, Path(again) / "run", kept=kept))
             checks["rebuilt"] = compare_builds(folder, rebuilt)
-    return checks
+    return {**found, **checks}
+
+
+def _find_kept(
+    folder: RunFolder, recipe: Recipe, parent: RunFolder | None, *, needed: bool
+) -> tuple[KeptModel | None, dict[str, str]]:
+    """What a run that came by a change of experts has kept, and what is said of it. Raises
+    RunFolderError where it is not found and asked for (`needed`, or `parent`)."""
+    if recipe.parent is None:
+        if parent is not None:
+            raise RunFolderError(f"{folder.root}: was built, and did not come of another run")
+        return None, {}
+    try:
+        kept = KeptModel.find(folder, recipe, parent)
+    except SymphonyError as error:
+        if needed or parent is not None:
+            raise
+        said = f"what was kept of it is not compared with it ({error}); --parent DIR names it"
+        log.warning("old run: %s", said)
+        return None, {"old run": said}
+    return kept, {"old run": "found, the model that this run came of"}
 
 
 def train(
@@ -567,4 +783,4 @@ def _with_hashes(recipe: Recipe, sources: Sequence[Source], hashes: Hashes) -> R
         if spec.sha256 is not None:
             refuse_changed(source, spec.sha256, found)
         pinned[source.name] = spec.model_copy(update={"sha256": found})
-    return recipe.model_copy(update={"sources": pinned})
+    return recipe.model_copy(update={"sources": {**recipe.sources, **pinned}})

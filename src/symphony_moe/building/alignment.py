@@ -1,6 +1,6 @@
 """What aligning the sources has found, and what is used of it: `alignment.safetensors`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,10 @@ class Alignment:
         named = {f"{source}.tokens": count for source, count in counts.items()}
         return Alignment({**self.tensors, **named})
 
+    def of(self, sources: Collection[str]) -> "Alignment":
+        """What is there of some sources."""
+        return Alignment({k: v for k, v in self.tensors.items() if _owner(k) in sources})
+
     def with_residual(
         self,
         source: str,
@@ -158,6 +162,12 @@ class Alignment:
             "neurons": self.neurons(source, 0),
         }
         return found[kind] is not None
+
+
+def _owner(key: str) -> str:
+    """The source that a tensor of the file is of."""
+    of_all_layers = key.endswith((".residual", ".tokens"))
+    return key.rpartition("." if of_all_layers else ".layers.")[0]
 
 
 def _of_layers(source: str, num_layers: int, kinds: tuple[str, ...]) -> set[str]:

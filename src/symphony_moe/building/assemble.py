@@ -138,10 +138,24 @@ def assemble_layer(
         method = backbone.norms if name in family.norms else backbone.attention
         mean = slerp if method == "slerp" and name in family.attention else linear_mean
         shared[name] = mean(tensors, _shares(recipe, ordered, method))
+    return assemble_experts(recipe, sources, layer, aligned, shared)
+
+
+def assemble_experts(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    layer: int,
+    scaled: Mapping[str, Mapping[str, Tensor]],
+    shared: Mapping[str, Tensor],
+) -> MoELayer:
+    """The experts of some sources around a backbone, `shared`, and random routers for them.
+    `scaled`: the layers that the experts are taken from (`origin_of`), aligned, at the scale of the
+    new model's stream."""
+    family = sources[0].family
     experts: dict[str, Mapping[str, Tensor]] = {}
     for source in sources:
-        origin = recipe.anchor if recipe.copies_anchor else source.name
-        expert = {name: aligned[origin][name] for name in family.expert}
+        origin = scaled[origin_of(recipe, source.name)]
+        expert = {name: origin[name] for name in family.expert}
         if recipe.redraws_neurons:
             key = f"{recipe.seed}/{layer}/{source.name}"
             expert = drop_neurons(expert, NEURON_AXIS, recipe.experts.drop_share, key)
@@ -155,6 +169,11 @@ def assemble_layer(
     has_attention = family.attention_router is not None
     attention_router = router("attention-router") if has_attention else None
     return MoELayer(shared, experts, router("router"), attention_router)
+
+
+def origin_of(recipe: Recipe, expert: str) -> str:
+    """The source whose matrices an expert begins with."""
+    return recipe.anchor if recipe.copies_anchor else expert
 
 
 def stream_scale_of(recipe: Recipe, sources: Sequence[Source]) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from symphony_moe.building.align import basis_of, choose_maps, match
 from symphony_moe.building.alignment import Alignment, layer_key
-from symphony_moe.building.assemble import aligned_table, fused_final_norm, stream_scale_of
+from symphony_moe.building.assemble import aligned_table, stream_scale_of
 from symphony_moe.building.candidate import Candidate
 from symphony_moe.building.companions import write_companions
 from symphony_moe.building.fit_head import HeadFit, fit_head
@@ -31,6 +31,7 @@ from symphony_moe.building.fit_layer import (
     fit_layer,
 )
 from symphony_moe.building.fitting import NEW, PLAIN, SOURCE, FitState
+from symphony_moe.building.kept import ChangedCandidate, KeptModel
 from symphony_moe.building.plan import Plan
 from symphony_moe.building.records import (
     Findings,
@@ -159,7 +160,7 @@ class ModelFit:
 class Build:
     """One build, into a run folder that has been begun."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (a class has as many parts as it has)
         self,
         recipe: Recipe,
         sources: Sequence[Source],
@@ -167,9 +168,11 @@ class Build:
         text: CalibrationText,
         folder: RunFolder,
         processes: Processes = ALONE,
+        kept: KeptModel | None = None,
     ) -> None:
         """`sources`: those that become experts, in the order of the experts. `processes`: those
-        that share the text, each with a build of its own; the first writes."""
+        that share the text, each with a build of its own; the first writes. `kept`: the model whose
+        experts are changed, and all else is kept; None: all is made."""
         self.recipe = recipe
         self.sources = sources
         self.planned = planned
@@ -182,7 +185,11 @@ class Build:
         self.anchor = anchor_of(recipe, sources)
         self.names = [source.name for source in sources]
         self.num_layers: int = self.anchor.config.num_hidden_layers
-        self.copies = recipe.copies_experts and stream_scale_of(recipe, sources) == 1
+        self.kept = kept
+        self.fits_model = recipe.fits_layers and kept is None
+        """Whether backbone and head are fitted, beside the plain mean."""
+        copies = recipe.copies_experts and stream_scale_of(recipe, sources) == 1
+        self.copies = copies or recipe.only_removes
         """Whether experts are written as they are read."""
 
     @property
@@ -190,7 +197,7 @@ class Build:
         """What the rounding of the result depends on, as it is recorded: the number format of
         products of matrices, and the number of processes where there are several. Nothing where a
         build multiplies nothing."""
-        if not (self.recipe.aligns or self.recipe.fits):
+        if not self.recipe.needs_calibration:
             return {}
         asked, hidden = self.recipe.calibration.precision, self.anchor.config.hidden_size
         products = "bfloat16" if is_reduced(asked, hidden, device()) else "float32"
@@ -211,8 +218,10 @@ class Build:
         alignment = self._align(listen)
         if self.recipe.fits_layers:
             counts = self.text.count_tokens(self.anchor.config.vocab_size)
-            alignment = alignment.with_token_counts(counts)
-        self.new = Candidate(self.recipe, self.sources, alignment, NEW)
+            alignment = alignment.with_token_counts(
+                {n: counts[n] for n in counts if self._makes(n)}
+            )
+        self.new = self._candidate(alignment)
         self.plain = Candidate(self.recipe, self.sources, Alignment(), PLAIN)
         if not self.is_first:  # what all have computed, the first one writes
             if self.recipe.fits:
@@ -231,11 +240,13 @@ class Build:
                 fit = self._write_model(started, listen)
             tensor_hashes, file_hashes = self.writer.finish(), self.writer.file_hashes()
         chosen = None if fit is None else fit.chosen
-        if chosen == PLAIN_MEAN:
+        if self.kept is not None:
+            chosen = self.kept.chosen
+        if chosen == PLAIN_MEAN and self.kept is None:
             alignment = alignment.without_maps()
         try:
             check()
-        except SourceError:
+        except (SourceError, RunFolderError):
             self._forget_layers()
             raise
         # 6. Write what stands beside the weights, and publish it all by one rename.
@@ -280,19 +291,23 @@ class Build:
         # the better of the two.
         tensors = self.planned.tensors
         if self.is_first:
-            self.writer.write(FINAL_NORM, fused_final_norm(self.recipe, self.sources))
+            self.writer.write(FINAL_NORM, self.new.final_norm())
         fit = self._finish_fit()
-        if HEAD in tensors and not self.recipe.fits_layers:
+        if HEAD in tensors and not self.fits_model:
             self._write_tables(self.new, HEAD)
         if HEAD_BIAS in tensors and self.is_first:
             self.writer.write(HEAD_BIAS, torch.zeros(tensors[HEAD_BIAS]))
         return fit
 
     def _align(self, listen: Listener) -> Alignment:
-        """One sweep of all sources over the whole calibration text. Layers that an interrupted
-        build has compared are not compared again."""
-        if not self.recipe.aligns:
-            return Alignment()
+        """One sweep of all sources over the whole calibration text; of a change of experts, of the
+        anchor and the newcomer. Layers that an interrupted build has compared are not compared
+        again."""
+        known = self._kept_maps()
+        others = [name for name in self.names if name != self.recipe.anchor and self._makes(name)]
+        if not self.recipe.aligns or not others or (self.kept and self.kept.is_plain_mean):
+            return known
+        self.compared = [s for s in self.sources if s.name in (self.recipe.anchor, *others)]
         paths = [self.folder.layer_compared(layer) for layer in range(self.num_layers)]
         compared = [
             self.processes.agree(self.is_first and is_compared(path, self.digest)) for path in paths
@@ -300,7 +315,7 @@ class Build:
         if not all(compared):
             streams = self._streams()
             text, validation = self.text.together(), self.text.num_validation
-            sweep = Sweep(self.recipe, self.sources, streams, text, validation, self.processes)
+            sweep = Sweep(self.recipe, self.compared, streams, text, validation, self.processes)
             for layer in range(self.num_layers):
                 self._compare_layer(layer, sweep, known=compared[layer])
                 log.info("compared layer %d of %d", layer + 1, self.num_layers)
@@ -310,16 +325,37 @@ class Build:
         chosen = {}
         if self.is_first:
             findings = Findings(paths)
-            others = [name for name in self.names if name != self.recipe.anchor]
-            basis = basis_of(self.anchor.family)
-            maps = choose_maps(findings.names, findings.read, others, self.num_layers, basis)
+            maps = choose_maps(
+                findings.names,
+                findings.read,
+                others,
+                self.num_layers,
+                basis_of(self.anchor.family),
+            )
             chosen = dict(maps.tensors)
-        return Alignment(self.processes.share(chosen))
+        return Alignment({**known.tensors, **self.processes.share(chosen)})
+
+    def _makes(self, name: str) -> bool:
+        """Whether a source's expert is made here, and not kept."""
+        return self.kept is None or name == self.recipe.newcomer
+
+    def _kept_maps(self) -> Alignment:
+        """The maps of the sources whose experts are kept."""
+        if self.kept is None:
+            return Alignment()
+        return self.kept.alignment.of([name for name in self.names if not self._makes(name)])
+
+    def _candidate(self, alignment: Alignment) -> Candidate:
+        """The new model."""
+        if self.kept is None:
+            return Candidate(self.recipe, self.sources, alignment, NEW)
+        return ChangedCandidate(self.recipe, self.sources, alignment, NEW, self.kept)
 
     def _compare_layer(self, layer: int, sweep: Sweep, *, known: bool) -> None:
         """Bring all sources past one layer; record how it compares with the anchor's, unless that
         is `known`. (A function of its own: what it holds is freed before the next layer.)"""
-        found = sweep.advance(layer, self._read_layer(layer), compare=not known)
+        weights = self._read_layer(layer, self.compared)
+        found = sweep.advance(layer, weights, compare=not known)
         if known:
             return
         processes, matched = self.processes, {}
@@ -342,7 +378,7 @@ class Build:
 
     def _begin_fit(self) -> FitState | None:
         """All streams of the fit at their token embeddings; None where nothing is fitted."""
-        if not self.recipe.fits:
+        if not self.recipe.fits or self.recipe.only_removes:
             return None
         text = self.text
         texts = {n: joined((text.validation[n], text.fitted[n])) for n in sorted(text.fitted)}
@@ -359,14 +395,18 @@ class Build:
             {source.name: source.known for source in self.sources},
             {name: each.positions for name, each in texts.items()},
             processes=processes,
+            newcomer=self.recipe.newcomer,
         )
         self.new.begin(state, {name: each[state.numbers(name)] for name, each in windows.items()})
         if self.recipe.fits_layers:
             for source in self.sources:
                 name = source.name
+                if not self._makes(name):
+                    continue
                 own = {f"{SOURCE}/{name}": windows[name][state.numbers(name)]}
                 table = aligned_table(self.recipe, source, EMBEDDING, self.new.alignment)
                 state.streams.embed(own, source.config, table)
+        if self.fits_model:
             some = {n: each[processes.own(state.plain_windows(n))] for n, each in windows.items()}
             self.plain.begin(state, some)
         begin_streams(state)
@@ -388,7 +428,7 @@ class Build:
         if self.state is not None:
             # What follows is fitted to the layer as it is written: rounding is an error too.
             self.new.advance(self.state, layer, self._read_written(layer))
-            if self.recipe.fits_layers:
+            if self.fits_model:
                 router = self._advance_plain(self.state, layer, finished)
         if self.is_first and not finished:
             text, measured = self.digest, to_json(note)
@@ -421,7 +461,7 @@ class Build:
     def _aligned(self, model: Candidate, layer: int) -> dict[str, dict[str, Tensor]]:
         """Source -> its layer as a model has it. What was read is not kept beside: while a layer is
         fitted, that would be a third of the memory, and to read it again takes no time."""
-        return model.aligned(layer, self._read_layer(layer))
+        return model.aligned(layer, self._read_layer(layer, model.made_of))
 
     def _new_layer(self, layer: int) -> dict[str, Any]:
         """Make a layer and write it; what was measured."""
@@ -463,7 +503,7 @@ class Build:
             self.writer.settle()
             records = [self.folder.layer_done(layer) for layer in range(self.num_layers)]
             layers = [json.loads(read_note(record)) for record in records]
-        if not self.recipe.fits_layers:
+        if not self.fits_model:
             return ModelFit(layers)
         own = {source.name: self.new.aligned_head(source) for source in self.sources}
         head, head_fit = fit_head(self.state, self.new.whole_head(), own)
@@ -509,6 +549,7 @@ class Build:
                 **self.arithmetic,
                 **({} if begun_with == now | self.arithmetic else {"begun_with": dict(begun_with)}),
                 **({} if chosen is None else {"model": chosen}),
+                **({} if self.kept is None else {"parent": self._about_parent(self.kept)}),
                 "sources": {name: spec.sha256 for name, spec in sources.items()},
                 "files": {
                     folder.alignment.name: sha256_of(folder.alignment),
@@ -517,6 +558,30 @@ class Build:
                 "tensors": {"checkpoint": dict(tensor_hashes)},
             },
         )
+
+    def _about_parent(self, kept: KeptModel) -> dict[str, Any]:
+        """For `manifest.json`: which run's model was changed, what is kept of it, and what was
+        made."""
+        assert self.recipe.parent is not None
+        made = [name for name in self.names if self._makes(name)]
+        others = [name for name in self.names if not self._makes(name)]
+        assert isinstance(self.new, ChangedCandidate)
+        # A calibrated router knows its experts by one another's text: all of its rows are new.
+        calibrates = bool(made) and self.recipe.fits_router
+        return {
+            "folder": kept.run.root.resolve().name,
+            **self.recipe.parent.model_dump(include={"model", "sha256", "added", "removed"}),
+            "kept": {
+                "backbone": True,
+                "experts": others,
+                "router_rows": [] if calibrates else others,
+            },
+            "made": {
+                "experts": made,
+                "router_rows": self.names if calibrates else made,
+                "token_rows": int((self.new.token_rows < 0).sum()),
+            },
+        }
 
     def _streams(self) -> Streams:
         """Streams in memory, or in files, as planned."""
@@ -530,9 +595,9 @@ class Build:
             )
         return Streams(folder if self.is_first else folder / f"process-{self.processes.number}")
 
-    def _read_layer(self, layer: int) -> dict[str, dict[str, Tensor]]:
+    def _read_layer(self, layer: int, sources: Sequence[Source]) -> dict[str, dict[str, Tensor]]:
         """Source -> its layer (name within the layer -> tensor)."""
-        return read_layers(self.sources, layer, as_stored=self.copies)
+        return read_layers(sources, layer, as_stored=self.copies)
 
     def _write_layer(self, layer: int, moe: MoELayer) -> None:
         family, config = self.anchor.family, self.anchor.config

@@ -11,6 +11,7 @@ from symphony_moe.building.assemble import (
     aligned_layer,
     aligned_table,
     assemble_layer,
+    fused_final_norm,
     fused_tables,
 )
 from symphony_moe.building.fit_head import next_token_losses
@@ -40,6 +41,11 @@ class Candidate:
     """Its streams: `fitting.NEW` or `fitting.PLAIN`."""
 
     @property
+    def made_of(self) -> Sequence[Source]:
+        """The sources whose layers are read."""
+        return self.sources
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the weights are rounded to when they are written."""
         found: torch.dtype = getattr(torch, self.recipe.output.dtype)
@@ -66,8 +72,12 @@ class Candidate:
             source.name: aligned_layer(
                 self.recipe, source, layer, weights[source.name], self.alignment
             )
-            for source in self.sources
+            for source in self.made_of
         }
+
+    def final_norm(self) -> Tensor:
+        """The gains of the norm before the head."""
+        return fused_final_norm(self.recipe, self.sources)
 
     def assemble(self, layer: int, aligned: Mapping[str, Mapping[str, Tensor]]) -> MoELayer:
         """A layer before any fit."""

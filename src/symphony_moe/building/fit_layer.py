@@ -132,21 +132,22 @@ def fit_layer(
 def _fit(
     state: FitState, layer: int, start: MoELayer, aligned: Aligned
 ) -> tuple[MoELayer, LayerFit]:
-    recipe = state.recipe
+    recipe, part = state.recipe, state.fitted_part
     shared, attention, experts, refinement = dict(start.shared), None, None, None
     if recipe.fits_layers:
-        _run_sources(state, layer, aligned)
-        shared, attention = _fit_attention(state, layer, shared, aligned)
+        _run_sources(part, layer, aligned)
+        if state.newcomer is None:
+            shared, attention = _fit_attention(state, layer, shared, aligned)
     _run_attention(state, layer, shared)
     router = start.router
     if recipe.fits_router:
         router = _fit_router(state, _router_inputs(state, shared))
     moe = MoELayer(shared, start.experts, router)
     if recipe.fits_layers:
-        moe, experts = _fit_experts(state, layer, moe)
+        moe, experts = _fit_experts(part, layer, moe)
         if recipe.fit.epochs > 0:
-            moe, refinement = _refine(state, layer, moe, start, experts.error)
-        for name in state.names:
+            moe, refinement = _refine(part, layer, moe, start, experts.error)
+        for name in part.names:
             state.streams.swap(f"{SOURCE}/{name}", f"{AFTER}/{name}")
     return moe, LayerFit(_routing(state, layer, moe), attention, experts, refinement)
 
@@ -175,12 +176,10 @@ def _routing(state: FitState, layer: int, moe: MoELayer) -> ValidationRouting:
 
 def begin_streams(state: FitState) -> None:
     """Make room for the streams that live within a layer."""
-    parts = [NEW_MIDDLE]
-    if state.recipe.fits_layers:
-        parts += [MIDDLE, AFTER]
+    fitted = state.fitted_part.names if state.recipe.fits_layers else []
     for name in state.names:
         windows, sequence = len(state.numbers(name)), state.windows[name].shape[1]
-        for part in parts:
+        for part in [NEW_MIDDLE, MIDDLE, AFTER] if name in fitted else [NEW_MIDDLE]:
             hidden = state.config.hidden_size
             state.streams.new(f"{part}/{name}", windows, sequence, hidden)
 
@@ -189,7 +188,7 @@ def begin_streams(state: FitState) -> None:
 def advance_sources(state: FitState, layer: int, aligned: Aligned) -> None:
     """Bring the sources' streams past a layer that is finished."""
     with state.products():
-        for name in state.names:
+        for name in state.fitted_part.names:
             model = load_dense_layer(state.configs[name], layer, aligned[name])
             for (hidden,) in state.batches(name, SOURCE):
                 hidden.copy_(run_layer(model, hidden))
@@ -394,24 +393,23 @@ def _fit_experts(state: FitState, layer: int, start: MoELayer) -> tuple[MoELayer
             fitted[name][DOWN] = down.weight
             solutions[f"down_proj of {name}"] = down
             experts[name] = {key: tensor.cpu() for key, tensor in fitted[name].items()}
-    whole = MoELayer(start.shared, experts, start.router)
+    whole = MoELayer(start.shared, {**start.experts, **experts}, start.router)
     errors = [_layer_error(state, layer, moe) for moe in (start, whole)]
     step = Step(errors[0], errors[1], solutions)
     return (whole if step.kept else start), step
 
 
 def _input_maps(state: FitState, start: MoELayer, names: Sequence[str]) -> Iterator[Regression]:
-    """From the new model's FFN input to each source's, on that source's text."""
+    """From the new model's FFN input to each source's, on that source's text. The sources' gains
+    are folded; the new model's are not where it has been trained."""
     hidden = state.config.hidden_size
+    neutral = dict.fromkeys(state.family.norms, torch.ones(hidden))
     identity = torch.eye(hidden, device=device())
     for name in names:
         inputs = LeastSquares(hidden, hidden, device=device())
         for _, pair in state.to_fit(NEW_MIDDLE, MIDDLE, only=name):
-            whose = (state.config, state.configs[name])
-            rows = (
-                ffn_input(each, start.shared, stream)
-                for each, stream in zip(whose, pair, strict=True)
-            )
+            whose = ((state.config, start.shared), (state.configs[name], neutral))
+            rows = (ffn_input(*each, stream) for each, stream in zip(whose, pair, strict=True))
             inputs.update(*(x.flatten(0, 1) for x in rows))
         yield Regression(inputs, identity, f"input map of {name}")
 
@@ -438,24 +436,29 @@ def _refine(
     state: FitState, layer: int, start: MoELayer, aligned: MoELayer, error: float
 ) -> tuple[MoELayer, Step]:
     """Gradient steps on one layer's weights, toward the sources' streams after it; pulled toward
-    the `aligned` ones, where the fit began. `error`: that of `start`."""
+    the `aligned` ones, where the fit began. `error`: that of `start`. Of a change of experts the
+    newcomer's alone learn."""
+    names, is_whole = sorted(start.experts), state.newcomer is None
     shared = {name: tensor.clone() for name, tensor in start.shared.items()}
     attention = load_attention(state.config, layer, shared)
     family = state.family
     learned: dict[str, Tensor] = {
         name: parameter
         for name, parameter in decoder_layer(attention).named_parameters()
-        if name in family.attention + family.vectors
+        if is_whole and name in family.attention + family.vectors
     }
     # Copies: on the CPU the modules would learn on the weights that they were given.
     experts = {n: {k: v.clone() for k, v in e.items()} for n, e in start.experts.items()}
     router = {name: row.clone() for name, row in start.router.items()}
-    mixture = _mixture(state, MoELayer({}, experts, router), state.names)
-    parameters = [*learned.values(), mixture.router]
-    home = [*(aligned.shared[name] for name in learned), None]  # no router is aligned
-    for name, expert in zip(state.names, mixture.experts, strict=True):
-        parameters += list(expert.values())
-        home += [aligned.experts[name][key] for key in expert]
+    mixture = _mixture(state, MoELayer({}, experts, router), names)
+    parameters: list[Tensor] = list(learned.values())
+    home: list[Tensor | None] = [aligned.shared[name] for name in learned]
+    if is_whole:
+        parameters, home = [*parameters, mixture.router], [*home, None]  # no router is aligned
+    for name, expert in zip(names, mixture.experts, strict=True):
+        if name in state.names:
+            parameters += list(expert.values())
+            home += [aligned.experts[name][key] for key in expert]
     for parameter in parameters:
         parameter.requires_grad_(True)
     config = state.config
@@ -474,9 +477,9 @@ def _refine(
             {**start.shared, **{name: tensor.detach().cpu() for name, tensor in learned.items()}},
             {
                 name: {key: tensor.detach().cpu() for key, tensor in expert.items()}
-                for name, expert in zip(state.names, mixture.experts, strict=True)
+                for name, expert in zip(names, mixture.experts, strict=True)
             },
-            router_rows(mixture.router.detach().cpu(), state.names),
+            router_rows(mixture.router.detach().cpu(), names),
         )
 
     def error_so_far() -> float:
@@ -521,7 +524,7 @@ def _runner(
 def _layer_error(state: FitState, layer: int, moe: MoELayer) -> float:
     """The error of a layer, under its real routing."""
     attention = load_attention(state.config, layer, moe.shared)
-    return _error(state, AFTER, _runner(state, attention, moe, state.names))
+    return _error(state, AFTER, _runner(state, attention, moe, sorted(moe.experts)))
 
 
 def _error(state: FitState, target: str, run: Callable[[Tensor], Tensor]) -> float:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,16 @@ class FitState:
     """What has been said, and need not be said of every layer."""
     processes: Processes = ALONE
     """Those that share the text."""
+    newcomer: str | None = None
+    """The one source whose expert is fitted, where backbone and other experts are kept; None: all
+    is fitted."""
+
+    @property
+    def fitted_part(self) -> "FitState":
+        """The same on the text of the sources whose experts are fitted."""
+        if self.newcomer is None:
+            return self
+        return replace(self, windows={self.newcomer: self.windows[self.newcomer]})
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -304,7 +314,8 @@ def descend(state: FitState, descent: Descent) -> int:
     names, first = state.names, state.num_validation
     rows = {name: len(state.windows[name]) - first[name] for name in names}
     sequence = state.windows[names[0]].shape[1]
-    each = max(1, WINDOWS_TOKENS // (sequence * len(names)))
+    # Of a newcomer's text no more in a step than where all experts are fitted: as many steps.
+    each = max(1, WINDOWS_TOKENS // (sequence * len(state.recipe.expert_names)))
     num_steps = math.ceil(settings.epochs * sum(rows.values()) / (each * len(names)))
     generator = torch.Generator().manual_seed(state.recipe.calibration.seed + descent.seed)
     draws = {name: _draw(rows[name], each, generator) for name in names}

@@ -152,7 +152,7 @@ def _hub_data(recipe: Recipe) -> dict[str, HubData]:
 
 def _shown(recipe: Recipe) -> dict[str, Any]:
     """The recipe without the machine's paths, hashes and what a build does not ask for."""
-    shown = recipe.model_dump(mode="json", exclude={"train", "evaluation", "compare"})
+    shown = recipe.to_content(without=("train", "evaluation", "compare"))
     on_hub = _hub_data(recipe)
     for name, spec in shown["sources"].items():
         named = {key: public_name(spec[key]) for key in ("model", "adapter") if spec[key]}

@@ -21,12 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from symphony_moe.building.alignment import Alignment
-from symphony_moe.building.assemble import (
-    aligned_layer,
-    assemble_layer,
-    fused_final_norm,
-    fused_tables,
-)
+from symphony_moe.building.assemble import aligned_layer
+from symphony_moe.building.candidate import Candidate
+from symphony_moe.building.fitting import NEW
+from symphony_moe.building.kept import ChangedCandidate, KeptModel, made_of, new_expert
 from symphony_moe.building.plan import Plan
 from symphony_moe.errors import VerificationError, first_line
 from symphony_moe.files import hash_folder, sha256_of
@@ -41,7 +39,12 @@ from symphony_moe.model.families import (
     moe_config,
 )
 from symphony_moe.model.layer import load_dense_layer, load_moe_layer, logits_from_stream, run_layer
-from symphony_moe.model.moe_layer import layer_outputs, read_layer_outputs
+from symphony_moe.model.moe_layer import (
+    MoELayer,
+    layer_outputs,
+    named_parts,
+    read_layer_outputs,
+)
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder, changed_files
 from symphony_moe.runs.metrics import PLAIN_MEAN
@@ -85,9 +88,14 @@ class _Checks:
 
 
 def verify_run(
-    run: RunFolder, recipe: Recipe, sources: Sequence[Source], plan: Plan
+    run: RunFolder,
+    recipe: Recipe,
+    sources: Sequence[Source],
+    plan: Plan,
+    kept: KeptModel | None = None,
 ) -> dict[str, str]:
-    """Every check and what it found. Raises VerificationError with all that failed.
+    """Every check and what it found. Raises VerificationError with all that failed. `kept`: what a
+    run that came by a change of experts has kept; without it that is not compared.
 
     Opening the sources has already compared their hashes with the recipe's.
     """
@@ -114,7 +122,11 @@ def verify_run(
     probe = torch.randint(
         plan.tensors[EMBEDDING][0], _PROBE, generator=torch.Generator().manual_seed(recipe.seed)
     )
-    comparison, expected = _recompute(run, recipe, sources, plan, probe)
+    new = Candidate(recipe, sources, Alignment.load(run.alignment), NEW)
+    if recipe.parent is None:
+        comparison, expected = _recompute(run, new, plan, probe)
+    else:
+        comparison, expected = _recompute_change(run, new, plan, probe, kept)
     checks.add("experts and backbone", comparison.problem(), comparison.summary())
     for folder in folders:
         problem, passed = _check_stock(
@@ -238,19 +250,28 @@ class _Comparison:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 self._where |= dict.fromkeys(file.keys(), path)
+        self.num_parts = len(self._where)
+        """What there is to compare: tensors, or parts of them."""
+        self.made_of = "the sources"
+        self.others = "were fitted"
+        """What those are that are not computed again."""
 
     def add(self, name: str, expected: Tensor, first_row: int = 0) -> None:
         """Compare a tensor, or some of its rows."""
         with safe_open(self._where[name], framework="pt") as file:
             stored = file.get_slice(name)[first_row : first_row + len(expected)]
-            last_bit = torch.finfo(stored.dtype).eps
-            if torch.equal(stored, expected):
-                self.equal.add(name)
-            elif torch.allclose(stored.float(), expected.float(), rtol=last_bit, atol=0):
-                # Another machine may add in another order and round the last bit the other way.
-                self.rounded.add(name)
-            else:
-                self.different.add(name)
+            self.compare(name, stored, expected)
+
+    def compare(self, name: str, stored: Tensor, expected: Tensor) -> None:
+        """Compare a part of what is stored, or some of its rows."""
+        last_bit = torch.finfo(stored.dtype).eps
+        if torch.equal(stored, expected):
+            self.equal.add(name)
+        elif torch.allclose(stored.float(), expected.float(), rtol=last_bit, atol=0):
+            # Another machine may add in another order and round the last bit the other way.
+            self.rounded.add(name)
+        else:
+            self.different.add(name)
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is on disk."""
@@ -271,27 +292,27 @@ class _Comparison:
         """What was found, where nothing is wrong."""
         rounded = f", {len(self.rounded)} up to the last bit" if self.rounded else ""
         equal = len(self.equal - self.rounded)
-        fitted = len(self._where) - len(self.equal | self.rounded)
-        rest = f"; {fitted} were fitted, and are what the manifest says" if fitted else ""
-        return f"computed again from the sources: {equal} tensors equal{rounded}{rest}"
+        fitted = self.num_parts - len(self.equal | self.rounded)
+        rest = f"; {fitted} {self.others}, and are what the manifest says" if fitted else ""
+        return f"computed again from {self.made_of}: {equal} tensors equal{rounded}{rest}"
 
 
 @torch.inference_mode()
 def _recompute(
-    run: RunFolder, recipe: Recipe, sources: Sequence[Source], plan: Plan, probe: Tensor
+    run: RunFolder, new: Candidate, plan: Plan, probe: Tensor
 ) -> tuple[_Comparison, Tensor]:
     """Compare the checkpoint with what its sources give, and run the probe through the recomputed
     layers, or through the checkpoint's where they are fitted: (comparison, the pipeline's
     logits)."""
+    recipe, sources = new.recipe, new.sources
     anchor = anchor_of(recipe, sources)
     config = moe_config(anchor.family, anchor.config)
     dtype = getattr(torch, plan.dtype)
     comparison = _Comparison(run.checkpoint)
-    alignment = Alignment.load(run.alignment)
     names = [source.name for source in sources]
     stream = torch.empty(*probe.shape, config.hidden_size)
     fitted = recipe.fits_layers and not _is_plain_mean(run, recipe)
-    for name, first, rows in fused_tables(recipe, sources, [EMBEDDING], alignment):
+    for name, first, rows in new.tables([EMBEDDING]):
         rows = rows.to(dtype)
         comparison.add(name, rows, first)
         inside = (probe >= first) & (probe < first + len(rows))
@@ -299,18 +320,15 @@ def _recompute(
     for layer in range(config.num_hidden_layers):
         moe = read_layer_outputs(anchor.family, config, layer, names, comparison.stored)
         if not fitted:
-            as_read = read_layers(sources, layer)
-            aligned = {
-                s.name: aligned_layer(recipe, s, layer, as_read[s.name], alignment) for s in sources
-            }
-            assembled = assemble_layer(recipe, sources, layer, aligned).to(dtype)
+            aligned = new.aligned(layer, read_layers(sources, layer))
+            assembled = new.assemble(layer, aligned).to(dtype)
             router = moe.router if recipe.fits_router else assembled.router
             moe = replace(assembled, router=router)
             for name, tensor in layer_outputs(anchor.family, config, layer, moe, names):
                 comparison.add(name, tensor)
         model = load_moe_layer(config, layer, moe, recipe.router.top_k)
         stream = run_layer(model, stream)
-    norm = fused_final_norm(recipe, sources).to(dtype)
+    norm = new.final_norm().to(dtype)
     comparison.add(FINAL_NORM, norm)
     if HEAD_BIAS in plan.tensors:
         comparison.add(HEAD_BIAS, torch.zeros(plan.tensors[HEAD_BIAS], dtype=dtype))
@@ -319,12 +337,73 @@ def _recompute(
         rows = comparison.stored(HEAD).float()
         return comparison, logits_from_stream(config, stream.cpu(), norm.float(), rows)
     logits = []
-    for name, first, rows in fused_tables(recipe, sources, [head], alignment):
+    for name, first, rows in new.tables([head]):
         rows = rows.to(dtype)
         if name == HEAD:
             comparison.add(name, rows, first)
         logits.append(logits_from_stream(config, stream.cpu(), norm.float(), rows.float()))
     return comparison, torch.cat(logits, dim=-1)
+
+
+@torch.inference_mode()
+def _recompute_change(
+    run: RunFolder, new: Candidate, plan: Plan, probe: Tensor, kept: KeptModel | None
+) -> tuple[_Comparison, Tensor]:
+    """Compare the checkpoint of a changed run with what the old run's model and the newcomer's
+    source give, part by part, and run the probe through its layers. Without `kept` the newcomer's
+    expert alone is compared."""
+    recipe, sources = new.recipe, new.sources
+    anchor = anchor_of(recipe, sources)
+    config = moe_config(anchor.family, anchor.config)
+    dtype = getattr(torch, plan.dtype)
+    comparison = _Comparison(run.checkpoint)
+    names = [source.name for source in sources]
+    tables = [name for name in (EMBEDDING, HEAD) if name in plan.tensors]
+    changed = None
+    comparison.others = "were kept or fitted"
+    if kept is not None:
+        comparison.made_of, comparison.others = "the old run and the sources", "were fitted"
+        changed = ChangedCandidate(recipe, sources, new.alignment, NEW, kept)
+        comparison.add(FINAL_NORM, changed.final_norm().to(dtype))
+        for name, first, rows in changed.tables(tables):
+            comparison.add(name, rows.to(dtype), first)
+    comparison.num_parts = 1 + len(tables)
+    stream = comparison.stored(EMBEDDING)[probe].float() * factor(config, "embeddings")
+    for layer in range(config.num_hidden_layers):
+        stored = read_layer_outputs(anchor.family, config, layer, names, comparison.stored)
+        parts = named_parts(stored)
+        comparison.num_parts += len(parts)
+        for part, tensor in _expected_parts(changed or new, layer, stored, dtype).items():
+            comparison.compare(f"model.layers.{layer}.{part}", parts[part], tensor)
+        stream = run_layer(load_moe_layer(config, layer, stored, recipe.router.top_k), stream)
+    norm, head = (comparison.stored(name).float() for name in (FINAL_NORM, tables[-1]))
+    return comparison, logits_from_stream(config, stream.cpu(), norm, head)
+
+
+def _expected_parts(
+    new: Candidate, layer: int, stored: MoELayer, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The parts of a changed run's layer that can be computed again: without the kept model the
+    newcomer's alone, and nothing of what was fitted."""
+    recipe, name = new.recipe, new.recipe.newcomer
+    sources = made_of(new)
+    weights = read_layers(sources, layer)
+    aligned = {
+        source.name: aligned_layer(recipe, source, layer, weights[source.name], new.alignment)
+        for source in sources
+    }
+    if isinstance(new, ChangedCandidate):
+        expected = new.assemble(layer, aligned)
+    elif name is not None:
+        expected = replace(new_expert(new, layer, aligned, {}), shared={})
+    else:
+        return {}
+    found = named_parts(expected.to(dtype))
+    if name is None:
+        return found
+    unknown = [f"experts\n{name}\n"] if recipe.fits_layers else []
+    unknown += ["router\n"] if recipe.fits_router else []
+    return {part: t for part, t in found.items() if not part.startswith(tuple(unknown))}
 
 
 def _compare_names(folder: Path, plan: Plan) -> str | None:

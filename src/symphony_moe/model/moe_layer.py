@@ -49,10 +49,10 @@ def shared_layer(processes: Processes, layer: MoELayer | None) -> MoELayer:
     if processes.count == 1:
         assert layer is not None
         return layer
-    return _from_named(processes.share(None if layer is None else _named(layer)))
+    return _from_named(processes.share(None if layer is None else named_parts(layer)))
 
 
-def _named(layer: MoELayer) -> dict[str, Tensor]:
+def named_parts(layer: MoELayer) -> dict[str, Tensor]:
     """The layer's tensors, each by the path to it (a name may hold any character but a newline)."""
     parts: dict[str, Mapping[str, Tensor]] = {"shared": layer.shared, "router": layer.router}
     if layer.attention_router is not None:
@@ -64,7 +64,7 @@ def _named(layer: MoELayer) -> dict[str, Tensor]:
 
 
 def _from_named(tensors: Mapping[str, Tensor]) -> MoELayer:
-    """The inverse of `_named`."""
+    """The inverse of `named_parts`."""
     parts: dict[str, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
         part, name = path.rsplit("\n", 1)

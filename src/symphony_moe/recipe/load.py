@@ -40,7 +40,7 @@ def read_content(path: Path, overrides: Iterable[str], *, tell: bool = True) -> 
     """What a recipe file says, in today's names, with `a.b=c` overrides."""
     content = with_current_names(read_settings(path, "sources"), str(path), tell=tell)
     for one in overrides:
-        _override(content, one, tell=tell)
+        apply_override(content, one, tell=tell)
     return content
 
 
@@ -116,8 +116,9 @@ def _without_nulls(settings: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _override(content: dict[str, Any], spelled_out: str, *, tell: bool) -> None:
-    """Apply one `a.b=c`; the value is read as YAML."""
+def apply_override(content: dict[str, Any], spelled_out: str, *, tell: bool = True) -> None:
+    """Set one `a.b=c` in a recipe's content; the value is read as YAML. Raises RecipeError where it
+    is not."""
     path, _, value = spelled_out.partition("=")
     names = path.strip().split(".")
     who = f"--set {shortened(spelled_out, 100)}"

@@ -6,6 +6,7 @@ to the recipe's folder), so a resolved recipe means the same everywhere on the m
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -364,6 +365,22 @@ class Compare(Section):
     none}}`."""
 
 
+class Parent(Section):
+    """The run that a change of experts began with. `symphony add`, `remove` and `replace` write it;
+    the new run's backbone and other experts are that run's."""
+
+    model: Literal["checkpoint", "trained"]
+    """Which of its models."""
+    sha256: Name
+    """What tells that model from others: of the hashes of its tensors (`KeptModel`)."""
+    added: Name | None = None
+    """The expert that was made anew."""
+    removed: Name | None = None
+    """The expert that was left out. `replace` adds and removes one of the same name."""
+    tied_head: bool
+    """Whether its head is its token embeddings, and so the new run's."""
+
+
 class Recipe(Section):
     """Everything that one build needs to know, checked."""
 
@@ -390,6 +407,9 @@ class Recipe(Section):
     chat_date: date = TEMPLATE_DATE
     """Today's date for chat templates (those of Llama 3.2 write it). It is fixed, so that the same
     recipe gives the same text on any day."""
+    parent: Parent | None = None
+    """The run whose experts were changed. Not for recipes that are written by hand: what stands
+    here, `symphony add`, `remove` and `replace` have found."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -399,6 +419,21 @@ class Recipe(Section):
         refuse_contradictions(self)
         parse_size(self.output.max_shard_size)
         return self
+
+    @property
+    def newcomer(self) -> str | None:
+        """The one expert that a change of experts makes; None where all are made, or none."""
+        return None if self.parent is None else self.parent.added
+
+    @property
+    def only_removes(self) -> bool:
+        """Whether nothing is computed, as an expert was left out and none is new."""
+        return self.parent is not None and self.parent.added is None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether stage 1 runs models on calibration text."""
+        return (self.aligns or self.fits) and not self.only_removes
 
     @property
     def copies_anchor(self) -> bool:
@@ -533,8 +568,12 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe of one build: every setting spelled out."""
-        content = self.model_dump(mode="json", exclude={"compare"})
-        return write_yaml(content)
+        return write_yaml(self.to_content(without=("compare",)))
+
+    def to_content(self, without: Collection[str]) -> dict[str, Any]:
+        """Every setting, without some sections, as YAML writes it."""
+        unspoken = {*without} | ({"parent"} if self.parent is None else set())
+        return self.model_dump(mode="json", exclude=unspoken)
 
 
 def parse_size(text: str, setting: str = "output.max_shard_size") -> int:

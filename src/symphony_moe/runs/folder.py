@@ -171,6 +171,23 @@ class RunFolder:
                 f"{self.root}` (with --resume where a build was cut short)"
             )
 
+    def read_finished(self) -> Recipe:
+        """The recipe of a run whose experts can be changed. RunFolderError unless it is built, and
+        trained to the end where a training was begun."""
+        if not self.recipe.is_file() and any(self.root.glob("*/recipe.yaml")):
+            raise RunFolderError(
+                f"{self.root}: holds several runs, as `symphony compare` makes them; name one of "
+                "the folders in it"
+            )
+        recipe = self.read_recipe()
+        self.require_checkpoint()
+        if self.training_begun.is_file():
+            raise RunFolderError(
+                f"{self.root}: a training is under way, or was cut short; `symphony train "
+                f"{self.root} --resume` finishes it, --overwrite begins it again"
+            )
+        return recipe
+
     def read_json(self, path: Path) -> dict[str, Any]:
         """Content of one of the folder's JSON files. Raises RunFolderError where it is not there,
         not JSON, or not what a run writes there."""

@@ -509,6 +509,8 @@ def anchor_of(recipe: Recipe, sources: Sequence[Source]) -> Source:
 
 def is_tied(recipe: Recipe, sources: Sequence[Source]) -> bool:
     """Whether the output's head is its token embeddings."""
+    if recipe.parent is not None:
+        return recipe.parent.tied_head
     return all(source.config.tie_word_embeddings for source in sources) and not recipe.folds
 
 
