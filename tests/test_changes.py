@@ -33,6 +33,7 @@ from symphony_moe.building.kept import KeptModel
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError, SourceMismatch, VerificationError
 from symphony_moe.files import hash_folder, sha256_of
+from symphony_moe.progress import Progress
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
 
@@ -365,6 +366,10 @@ def test_only_a_finished_run_is_changed(run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="a training is under way, or was cut short"):
         remove(run, "b", tmp_path / "less")
     shutil.rmtree(run.work)
+    run.alignment.rename(tmp_path / "maps")
+    with pytest.raises(RunFolderError, match=r"alignment\.safetensors: not what"):
+        remove(run, "b", tmp_path / "less")
+    (tmp_path / "maps").rename(run.alignment)
     with (run.checkpoint / "config.json").open("a") as file:
         file.write("\n")
     with pytest.raises(RunFolderError, match=r"not what manifest\.json says"):
@@ -376,6 +381,18 @@ def test_only_a_finished_run_is_changed(run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="holds several runs"):
         remove(RunFolder(tmp_path / "table"), "b", tmp_path / "less")
     assert not (tmp_path / "less").exists()
+
+
+def test_an_old_run_that_changes_while_it_is_read_is_noticed(
+    run: RunFolder, newcomer: Callable[[str], Spec], tmp_path: Path
+) -> None:
+    def write(step: Progress) -> None:
+        if step.stage == "build":
+            (run.checkpoint / "config.json").write_text("{}")
+
+    with pytest.raises(RunFolderError, match="was changed while it was read"):
+        add(run, "d", tmp_path / "more", **newcomer("llama"), progress=write)
+    assert not (tmp_path / "more" / "checkpoint").exists()
 
 
 def test_no_build_claims_to_make_a_changed_run(run: RunFolder, tmp_path: Path) -> None:

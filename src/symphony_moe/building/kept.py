@@ -67,14 +67,15 @@ class KeptModel:
         experts, manifest = run.read_recipe().expert_names, run.read_json(run.manifest)
         states = {path.name: file_state(path) for path in folder.iterdir()}
         listed = {k: v for k, v in manifest["files"].items() if k.startswith(f"{folder.name}/")}
-        if hash_folder(folder) != listed:
+        digests = manifest["tensors"].get(folder.name)
+        if not isinstance(digests, dict) or hash_folder(folder) != listed:
             raise RunFolderError(
                 f"{folder}: not what {run.manifest.name} says; `symphony verify {run.root}` says "
                 "more. Put it back, or make the run again"
             )
-        if sha256_of(run.alignment) != manifest["files"].get(run.alignment.name):
-            raise RunFolderError(f"{run.alignment}: not what {run.manifest.name} says; put it back")
-        digests = manifest["tensors"][folder.name]
+        maps = run.alignment
+        if not maps.is_file() or sha256_of(maps) != manifest["files"].get(maps.name):
+            raise RunFolderError(f"{maps}: not what {run.manifest.name} says; put it back")
         digest = sha256(to_json(dict(sorted(digests.items()))).encode()).hexdigest()
         return cls(run, folder, experts, manifest.get("model"), digest, states)
 
