@@ -413,6 +413,7 @@ def test_a_change_that_was_killed_looks_unfinished_and_goes_on(
     newcomer: Callable[[str], Spec],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     whole, calls = build_module.layer_outputs, 0
 
@@ -427,6 +428,7 @@ def test_a_change_that_was_killed_looks_unfinished_and_goes_on(
         patch.setattr(build_module, "layer_outputs", killed)
         with pytest.raises(Killed):
             add(fitted, "d", tmp_path / "cut", **newcomer("llama"))
+    assert "d is a stranger to the run" in caplog.text
     cut = RunFolder(tmp_path / "cut")
     assert not cut.checkpoint.exists()
     with pytest.raises(RunFolderError, match="no finished checkpoint"):

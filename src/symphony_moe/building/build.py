@@ -333,7 +333,16 @@ class Build:
                 basis_of(self.anchor.family),
             )
             chosen = dict(maps.tensors)
-        return Alignment({**known.tensors, **self.processes.share(chosen)})
+        found = Alignment({**known.tensors, **self.processes.share(chosen)})
+        name = self.recipe.newcomer
+        if name is not None and found.residual(name) is not None:
+            log.warning(
+                "%s is a stranger to the run: its residual stream has other coordinates. It is "
+                "rotated, but the kept backbone knows little of it; a run that is built anew with "
+                "it may lose much less (docs/changing-experts.md)",
+                name,
+            )
+        return found
 
     def _makes(self, name: str) -> bool:
         """Whether a source's expert is made here, and not kept."""
