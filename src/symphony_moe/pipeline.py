@@ -108,7 +108,7 @@ def _plan(recipe: Recipe, opened: Sequence[Source], memory: int | None) -> Plan:
     cosines = likeness_to_anchor(experts, recipe.anchor)
     apart = beyond_averaging(recipe, cosines)
     notes = planned.notes if apart is None else [apart, *planned.notes]
-    planned = replace(planned, likeness=cosines, notes=notes)
+    planned = dataclasses.replace(planned, likeness=cosines, notes=notes)
     try:
         refuse_untrainable(recipe)
     except SymphonyError as error:  # a build alone does not mind, nor another machine

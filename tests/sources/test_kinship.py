@@ -18,7 +18,7 @@ from symphony_moe.bundled.corpus import DOMAINS
 from symphony_moe.errors import SourceError
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.presets import PRESETS
-from symphony_moe.recipe.settings import SourceSpec
+from symphony_moe.recipe.settings import Parent, SourceSpec
 from symphony_moe.sources import kinship as module
 from symphony_moe.sources.kinship import beyond_averaging, kinship, likeness, likeness_to_anchor
 from symphony_moe.sources.opening import open_source, open_sources
@@ -113,6 +113,20 @@ def test_what_is_set_beside_the_method_counts(recipes: Recipes) -> None:
     distant = said("experts.sources=[a, b]")
     assert distant and "b (0.50)" in distant and "c (" not in distant
     assert "the further apart" in distant and "strangers" not in distant
+
+
+def test_of_a_change_of_experts_the_newcomer_alone_counts(recipes: Recipes) -> None:
+    """The kept backbone has been averaged already, and no method averages it again."""
+    old, apart = load_recipe(recipes("llama"), ["method=btx"]), {"b": 0.01, "c": 0.02}
+    added, removed = (
+        beyond_averaging(old.model_copy(update={"parent": parent}), apart)
+        for parent in (
+            Parent(model="checkpoint", sha256="0", tied_head=False, added="c"),
+            Parent(model="checkpoint", sha256="0", tied_head=False, removed="d"),
+        )
+    )
+    assert added and added.startswith("c (0.02):") and "build anew" in added
+    assert removed is None
 
 
 def test_a_build_warns_once_and_keeps_the_numbers(

@@ -7,6 +7,7 @@ they know: the cosine of two independent draws of n numbers is 0 with a deviatio
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -65,9 +66,14 @@ def _matrices(source: Source) -> Iterator[str]:
 
 
 def likeness_to_anchor(sources: Sequence[Source], anchor: str) -> dict[str, float]:
-    """Source -> `likeness` to the anchor, of the others; without those that cannot be compared."""
+    """Source -> `likeness` to the anchor, of the others; without those that cannot be compared. A
+    model that several of them are adapters of is read once."""
     of_anchor = next(source for source in sources if source.name == anchor)
-    found = {s.name: likeness(of_anchor, s) for s in sources if s.name != anchor}
+    of_models: dict[Path, float | None] = {of_anchor.folder: 1.0}
+    for source in sources:
+        if source.folder not in of_models:
+            of_models[source.folder] = likeness(of_anchor, source)
+    found = {s.name: of_models[s.folder] for s in sources if s.name != anchor}
     return {name: cosine for name, cosine in found.items() if cosine is not None}
 
 
@@ -80,18 +86,27 @@ def kinship(cosine: float) -> Kinship:
 
 def beyond_averaging(recipe: Recipe, cosines: Mapping[str, float]) -> str | None:
     """That the recipe puts sources into one backbone that share no coordinates, and what to set
-    instead; None where it does not. `cosines`: see `likeness_to_anchor`."""
+    instead; None where it does not. Of a change of experts the newcomer alone counts. `cosines`:
+    see `likeness_to_anchor`."""
     if recipe.aligns_residual or recipe.copies_anchor:
         return None
     apart = {
         name: cosine
         for name, cosine in cosines.items()
-        if name in recipe.expert_names and kinship(cosine) != "branches"
+        if name in recipe.expert_names
+        and kinship(cosine) != "branches"
+        and (recipe.parent is None or name == recipe.newcomer)
     }
     if not apart:
         return None
     who = ", ".join(f"{name} ({two_digits(apart[name])})" for name in [*apart][:4])
     who += f" and {len(apart) - 4} more" if len(apart) > 4 else ""
+    told = (
+        f"{who}: no branch of {recipe.anchor}'s base, by the mean cosine of weights "
+        f"({BRANCHES_FROM} or more)."
+    )
+    if recipe.parent is not None:
+        return f"{told} The kept backbone knows little of it; build anew, by method: harmonized"
     strangers = any(kinship(cosine) == "strangers" for cosine in apart.values())
     why = (
         "the mean of strangers keeps little of what they know"
@@ -101,9 +116,8 @@ def beyond_averaging(recipe: Recipe, cosines: Mapping[str, float]) -> str | None
     aligns = PRESETS[recipe.method]["align"]["residual"] != "none"
     instead = "align.residual: orthogonal, align.heads: all" if aligns else "method: harmonized"
     return (
-        f"{who}: no branch of {recipe.anchor}'s base, by the mean cosine of weights "
-        f"({BRANCHES_FROM} or more). Method {recipe.method} here puts all into one backbone as "
-        f"they are: {why}. Set {instead}"
+        f"{told} Method {recipe.method} here puts all into one backbone as they are: {why}. Set "
+        f"{instead}"
     )
 
 

@@ -438,6 +438,8 @@ def read_layers(
     """Source -> every tensor of one of its decoder layers, by its name within the layer. Of a model
     that several sources are adapters of, each tensor is read once; where none of them changes it,
     they have it together. `as_stored`: see `Source.read`."""
+    if not sources:
+        return {}
     reads, family = SharedReads(sources), sources[0].family
     layers: dict[str, dict[str, Tensor]] = {source.name: {} for source in sources}
     for name in (*family.shared, *family.expert):
