@@ -2,11 +2,12 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,20 @@ from conftest import WORDS, target_of_variant
 from symphony_moe.recipe.settings import SourceSpec
 from symphony_moe.sources.opening import open_source
 from symphony_moe.sources.source import Source
+
+
+def mostly_slow(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """Cases of a parametrized test, all but the `fast` ones as slow tests: their law is the same,
+    and their way through the code nearly so. Each of `fast` must be among them."""
+    cases = list(cases)
+    assert all(case in cases for case in fast), fast
+
+    def marked(case: Any) -> Any:
+        values = case if isinstance(case, tuple) else (case,)
+        return case if case in fast else pytest.param(*values, marks=pytest.mark.slow)
+
+    return [marked(case) for case in cases]
+
 
 ADDED = [f"<|{word}|>" for word in ("fim", "im_start", "im_end", "tool", "pad", "x1", "x2", "x3")]
 

@@ -263,6 +263,7 @@ def test_a_build(kills: str, project: Project) -> None:
     check(project, "build", chosen(states, kills, 6), whole)
 
 
+@pytest.mark.slow
 @HOW_MANY
 def test_a_build_over_another(kills: str, project: Project, trained: Kept) -> None:
     more = ["--set", "seed=5"]
@@ -287,6 +288,7 @@ def test_a_training(kills: str, project: Project, built: Kept, trained: Kept) ->
     check(project, "train", chosen(states, kills, 6), trained)
 
 
+@pytest.mark.slow
 @HOW_MANY
 def test_a_training_over_another(kills: str, project: Project, built: Kept, trained: Kept) -> None:
     more = ["--set", "train.scope=router"]
@@ -304,6 +306,7 @@ def test_a_training_over_another(kills: str, project: Project, built: Kept, trai
     )
 
 
+@pytest.mark.slow
 @HOW_MANY
 def test_a_training_over_one_that_was_cut_short(kills: str, project: Project, built: Kept) -> None:
     """The old training's states go at once: none is taken for one of the new training."""
@@ -349,6 +352,7 @@ def test_a_comparison(kills: str, project: Project) -> None:
     check(project, "compare", chosen(states, kills, 2), whole, *METHODS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", ["--resume", "--overwrite"])
 @HOW_MANY
 def test_a_comparison_over_another(kills: str, again: str, project: Project, trained: Kept) -> None:

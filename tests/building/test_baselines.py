@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from checks import difference, tensors_of
+from checks import difference, mostly_slow, tensors_of
 from conftest import COMMON, make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.building.align import match_neurons
@@ -642,8 +642,18 @@ def test_dropped_neurons_leave_attention_experts(bam: Callable[[str], RunFolder]
         )
 
 
-@pytest.mark.parametrize(("names", "top_k"), [(["a"], 1), (["a", "c"], 2)])
-@pytest.mark.parametrize("method", ["symphony", "harmonized", "dume"])
+@pytest.mark.parametrize(
+    ("method", "names", "top_k"),
+    mostly_slow(
+        [
+            (method, *which)
+            for method in ("symphony", "harmonized", "dume")
+            for which in ((["a"], 1), (["a", "c"], 2))
+        ],
+        ("symphony", ["a"], 1),
+        ("harmonized", ["a", "c"], 2),
+    ),
+)
 def test_some_of_the_sources_are_experts(
     method: str, names: list[str], top_k: int, recipes: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
+from checks import mostly_slow
 from conftest import SIZES, VARIANTS, make_recipe
 from symphony_moe.building import fit_head as fit_head_module
 from symphony_moe.building import fit_layer as fit_layer_module
@@ -1363,7 +1364,7 @@ def test_the_head_is_fitted_and_judged_where_a_document_goes_on(everything_is_ke
 # ------------------------------------------------------------------------------- in bfloat16
 
 
-@pytest.mark.parametrize("variant", FITTED)
+@pytest.mark.parametrize("variant", mostly_slow(FITTED, "qwen2"))
 def test_a_fit_in_bfloat16_is_the_fit(
     variant: str, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

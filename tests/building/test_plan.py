@@ -1,6 +1,7 @@
 """What a plan says a build will take, against what it takes."""
 
 import copy
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from checks import mostly_slow
 from symphony_moe import pipeline
 from symphony_moe.building import estimate
 from symphony_moe.building.estimate import streams_bytes
@@ -54,8 +56,15 @@ def largest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("tokens", [200, 1536, 6000])
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    mostly_slow(
+        itertools.product(SETTINGS, [200, 1536, 6000]),
+        *((settings, 1536) for settings in SETTINGS if settings != "nothing"),
+        ("a fit", 200),
+        ("a router", 6000),
+    ),
+)
 def test_streams_take_what_was_planned(
     settings: str, tokens: int, recipes: Recipes, tmp_path: Path, largest: list[int]
 ) -> None:

@@ -441,8 +441,11 @@ def test_every_kind_of_model_is_built_by_two(
 
 @pytest.mark.parametrize(
     ("process", "function", "calls"),
-    [(1, "fit_layer", 1), (0, "fit_head", 0), (1, "match", 1)],
-    ids=["the second, in a layer", "the first, at the head", "the second, while it aligns"],
+    [
+        pytest.param(1, "fit_layer", 1, id="the second, in a layer"),
+        pytest.param(0, "fit_head", 0, id="the first, at the head", marks=pytest.mark.slow),
+        pytest.param(1, "match", 1, id="the second, while it aligns", marks=pytest.mark.slow),
+    ],
 )
 def test_a_process_that_is_killed_ends_all_and_the_build_goes_on(
     process: int, function: str, calls: int, recipe: Path, pair: RunFolder, tmp_path: Path

@@ -15,6 +15,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoConfig
 
+from checks import mostly_slow
 from symphony_moe import pipeline
 from symphony_moe.building.plan import Plan
 from symphony_moe.recipe.load import load_recipe
@@ -384,17 +385,7 @@ FOUND: Mapping[str, set[str]] = {
 }
 
 
-SMALLER_QWENS = ("qwen2.5-0.5b.yaml", "qwen2.5-1.5b.yaml")
-"""They differ from the largest one by nothing that is not found there."""
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in SMALLER_QWENS else name
-        for name in PUBLISHED
-    ],
-)
+@pytest.mark.parametrize("name", mostly_slow(PUBLISHED, "llama2-codellama-7b.yaml"))
 def test_released_models_are_planned_as_published(name: str, planned: Callable[..., Plan]) -> None:
     """Parameters, shapes, disk and every difference; nothing else differs."""
     plan = planned(name)

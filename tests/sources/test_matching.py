@@ -236,8 +236,19 @@ def test_every_mismatch_is_named(
     # A consequence follows what differs.
     line = next(line for line in shown.out.splitlines() if said in line)
     assert len(line.partition("): ")[2]) > 20, line
-    recipe = load_recipe(path, ["method=harmonized", "fit.epochs=0"])
-    run = pipeline.build(recipe, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change", [p[1] for p in PAIRS if not p[2]], ids=[p[0] for p in PAIRS if not p[2]]
+)
+def test_what_a_mismatch_allows_is_built_and_right(
+    change: Change, good: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(good, tmp_path / "pair")
+    change(tmp_path / "pair" / "models" / "b")
+    recipe = load_recipe(tmp_path / "pair" / "recipe.yaml", ["method=harmonized", "fit.epochs=0"])
+    run = pipeline.build(recipe, tmp_path / "out")
     pipeline.verify(run)
     assert (
         load_stock(run.checkpoint).num_parameters() == run.read_json(run.plan)["total_parameters"]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from checks import mostly_slow
 from conftest import WORDS, make_model, make_recipe, make_text, make_tokenizer
 from symphony_moe import pipeline
 from symphony_moe.errors import TextError
@@ -191,8 +192,14 @@ RECORDED = {
 out, to fit on, to validate by, to train on."""
 
 
-@pytest.mark.parametrize("where", ["kept", "not kept", "in files"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "where"),
+    mostly_slow(
+        itertools.product(CASES, ["kept", "not kept", "in files"]),
+        *((case, "kept") for case in CASES),
+        *itertools.product(["chats", "stream", "repeated"], ["not kept", "in files"]),
+    ),
+)
 def test_windows_are_those_that_every_use_has_read_for_itself(
     case: str,
     where: str,

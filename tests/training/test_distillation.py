@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
+from checks import mostly_slow
 from conftest import make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.errors import RunFolderError
@@ -86,8 +87,19 @@ def expected_first_loss(
     return (1 - weight) * plain + weight * float(together) + balance, float(together)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize(("weight", "temperature"), [(0.7, 1.0), (1.0, 2.0), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("variant", "weight", "temperature"),
+    mostly_slow(
+        [
+            (variant, *how)
+            for variant in ("llama", "qwen2", "qwen3")
+            for how in ((0.7, 1.0), (1.0, 2.0), (0.0, 1.0))
+        ],
+        ("llama", 0.7, 1.0),
+        ("llama", 0.0, 1.0),
+        ("qwen2", 1.0, 2.0),
+    ),
+)
 def test_the_loss_is_a_mixture(
     weight: float, temperature: float, variant: str, copied: Callable[[str], RunFolder]
 ) -> None:
@@ -114,7 +126,7 @@ def test_accumulated_batches_count_once(copied: Callable[[str], RunFolder]) -> N
     assert curve(run)[0]["divergence"] == pytest.approx(divergence, abs=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+@pytest.mark.parametrize("variant", mostly_slow(["llama", "qwen2"], "llama"))
 def test_teachers_in_turn_give_what_teachers_together_give(
     variant: str, copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:

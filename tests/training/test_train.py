@@ -1,6 +1,7 @@
 """Stage 2 changes what its scope says, lowers the loss, and can be killed."""
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import integration_utils
 
-from checks import Killed, load_clean, tensors_of
+from checks import Killed, load_clean, mostly_slow, tensors_of
 from conftest import VARIANTS, WORDS, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.cli import main
@@ -88,12 +89,18 @@ def zeros(tensors: dict[str, Tensor]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("variant", "scope"),
-    [(variant, "all") for variant in VARIANTS]
-    + [
-        (variant, scope)
-        for variant in ("llama", "qwen2", "qwen2-granitemoe", "qwen3")
-        for scope in ("router", "experts")
-    ],
+    mostly_slow(
+        [
+            *((variant, "all") for variant in VARIANTS),
+            *itertools.product(
+                ("llama", "qwen2", "qwen2-granitemoe", "qwen3"), ("router", "experts")
+            ),
+        ],
+        # What the targets have beyond the sources differs; the scopes themselves do not.
+        *((variant, "all") for variant in ("qwen2", "qwen2-granitemoe", "smollm3", "olmo2")),
+        *((variant, "router") for variant in ("llama", "qwen2-granitemoe")),
+        ("qwen2", "experts"),
+    ),
 )
 def test_a_scope_changes_its_tensors_and_no_others(
     variant: str, scope: str, copied: Callable[[str], RunFolder]
@@ -314,8 +321,12 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(TrainingProgress, "on_step_begin", killed)
 
 
-@pytest.mark.parametrize("step", [1, 5, 6])
-@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("variant", "step"),
+    mostly_slow(
+        itertools.product(["llama", "qwen2"], [1, 5, 6]), ("llama", 5), ("llama", 6), ("qwen2", 1)
+    ),
+)
 def test_resumed_training_equals_training_in_one_go(
     variant: str,
     step: int,
@@ -522,6 +533,7 @@ class Bomb:
 
 STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
 OTHERS = ["model.safetensors", "config.json"]
+HARMS = ("gone", "cut", "other", "empty", "garbage", "pickle", "archive")
 NOTES = ["settings.json", "versions.json", "text.json"]
 
 
@@ -546,8 +558,15 @@ def cut_short(
 
 @pytest.mark.parametrize(
     ("name", "harm"),
-    [(name, harm) for name in [*STATE, *OTHERS, *NOTES] for harm in ("gone", "cut", "other")]
-    + [(name, harm) for name in STATE for harm in ("empty", "garbage", "pickle", "archive")],
+    mostly_slow(
+        [
+            *((name, harm) for name in [*STATE, *OTHERS, *NOTES] for harm in HARMS[:3]),
+            *((name, harm) for name in STATE for harm in HARMS[3:]),
+        ],
+        *((name, "other") for name in [*STATE, *OTHERS, *NOTES]),
+        *(("rng_state.pth", harm) for harm in HARMS if harm != "other"),
+        ("settings.json", "gone"),
+    ),
 )
 def test_a_damaged_state_is_named_and_runs_no_code(
     name: str,
@@ -972,7 +991,9 @@ def nats(folder: Path, text: Packed, temperature: float = 1.0) -> float:
     return float(loss_by_hand(logits, text).mean())
 
 
-@pytest.mark.parametrize("variant", ["llama-tied-rope3", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "variant", mostly_slow(["llama-tied-rope3", "qwen2", "qwen3"], "llama-tied-rope3")
+)
 def test_temperature_scaling_costs_what_it_may_and_changes_the_final_norm_alone(
     variant: str, copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
