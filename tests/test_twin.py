@@ -163,8 +163,8 @@ def test_what_is_there_is_left_alone(
 
 def test_models_that_cannot_be_sources_are_refused(tmp_path: Path) -> None:
     """With the source's own message, and nothing written."""
-    biased = make_model(tmp_path / "biased", "llama", 0, attention_bias=True)
-    with pytest.raises(SourceError, match=r"biased: .*Mixtral has no attention biases"):
+    biased = make_model(tmp_path / "biased", "llama", 0, mlp_bias=True)
+    with pytest.raises(SourceError, match=r"biased: .*no stock MoE has FFN biases"):
         scramble(biased, tmp_path / "out", seed=1)
     with pytest.raises(SourceError, match="no such model folder"):
         scramble(tmp_path / "absent", tmp_path / "out", seed=1)

@@ -870,7 +870,7 @@ def test_what_is_settled_from_is_read_when_asked_for_and_keeps_no_file_mapped(
     planned = make_plan(recipe, sources, sources)
     text = build_module.CalibrationText(windows, {})
     record = build_module.Build(recipe, sources, planned, text, folder)._align(ignore)
-    assert settled == [(["b", "c"], 2)]
+    assert settled == [(["b", "c"], 2, residual_basis)]
     assert "b.layers.1.cosine" in record.tensors
 
 

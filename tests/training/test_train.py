@@ -197,7 +197,7 @@ def test_training_can_be_repeated_to_the_bit(copied: Callable[[str], RunFolder])
     assert "\ntokens: 512\n" in card and str(first.root) not in card
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", mostly_slow(["llama", "qwen2", "qwen3"], "qwen2"))
 def test_the_load_balance_loss_reaches_the_model(
     variant: str, copied: Callable[[str], RunFolder]
 ) -> None:

@@ -35,7 +35,8 @@ def say_alike(recipe: Recipe, sources: Sequence[Source]) -> list[str]:
         return []
     sentences = []
     for source in sources:
-        if source.adapter is None or source.changes_expert:
+        # What changes nothing at all has a sentence of its own.
+        if source.adapter is None or source.changes_expert or source.adapter.changes_nothing:
             continue
         begins = recipe.fits_layers or recipe.redraws_neurons
         alike = [
