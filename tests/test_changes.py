@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,7 +35,8 @@ from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, RunFolderError, SourceMismatch, VerificationError
 from symphony_moe.files import hash_folder, sha256_of
 from symphony_moe.progress import Progress
-from symphony_moe.recipe.settings import Recipe
+from symphony_moe.recipe.changes import with_source, without_source
+from symphony_moe.recipe.settings import Parent, Recipe, SourceSpec
 from symphony_moe.runs.folder import RunFolder
 
 Built = Callable[[str], RunFolder]
@@ -158,7 +160,60 @@ def test_where_no_layer_is_fitted_adding_is_building_anew_with_no_share_in_the_b
     old = build(three, tmp_path / "three")
     more = add(old, "d", tmp_path / "more", model=spec.model, data=spec.data)
     assert tensor_hashes(more) == tensor_hashes(build(whole, tmp_path / "whole"))
-    assert more.read_recipe().backbone.weights == shares
+    # Nothing of a kept backbone is left in the recipe: without `parent` it builds anew, with all.
+    assert more.read_recipe().backbone.weights is None
+
+
+def test_a_share_for_who_builds_anew_is_the_mean_of_the_others() -> None:
+    spec = SourceSpec(model="org/m", data="text.jsonl")
+    facts = {"sources": dict.fromkeys("ab", spec), "anchor": "a"}
+    old = Recipe.model_validate(facts | {"backbone": {"weights": {"a": 3.0, "b": 1.0}}})
+    parent = Parent(model="checkpoint", sha256="0", tied_head=False, added="c")
+    new = with_source(old, "c", {"model": "/c", "data": "/c.jsonl"}, (), parent)
+    assert new.backbone.weights == {"a": 3.0, "b": 1.0, "c": 2.0}
+
+
+def test_names_on_the_hub_stay_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever folders there are where the command is called; the newcomer's are looked for."""
+    data = {"hub": "org/text"}
+    spec = SourceSpec.model_validate({"model": "org/m", "adapter": "org/lora", "data": data})
+    old = Recipe.model_validate({"sources": dict.fromkeys("abc", spec), "anchor": "a"})
+    for name in ("m", "lora", "text"):
+        (tmp_path / "org" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    parent = Parent(model="checkpoint", sha256="0", tied_head=False)
+    assert without_source(old, "c", (), parent).sources == dict.fromkeys("ab", spec)
+    new = with_source(old, "d", {"model": "org/m", "data": "d.jsonl"}, (), parent)
+    assert new.sources["a"] == spec and new.sources["d"].model == str(tmp_path / "org" / "m")
+
+
+def test_the_card_tells_of_models_whose_experts_are_gone(
+    newcomer: Callable[[str], Spec], tmp_path: Path
+) -> None:
+    """Their weights are in the backbone: so are their licences and ids in the card, however many
+    changes there were."""
+    path = make_recipe(tmp_path / "sources", count=3, method="btx")
+    for name, licence in (("a", "apache-2.0"), ("b", "cc-by-nc-4.0"), ("c", "apache-2.0")):
+        card = f"---\nlicense: {licence}\nbase_model: org/{name}\n---\n"
+        (path.parent / "models" / name / "README.md").write_text(card)
+    old = build(load_recipe(path), tmp_path / "old")
+    fewer = remove(old, "b", tmp_path / "fewer")
+    other = replace(fewer, "c", tmp_path / "other", **newcomer("llama"))
+    heads = [
+        ModelCard.load(run.checkpoint / "README.md").data.to_dict() for run in (old, fewer, other)
+    ]
+    assert [head["base_model"] for head in heads[:2]] == [["org/a", "org/b", "org/c"]] * 2 or (
+        sorted(heads[1]["base_model"]) == ["org/a", "org/b", "org/c"]
+    )
+    assert {"org/a", "org/b", "org/c"} <= set(heads[2]["base_model"])
+    assert [head["license"] for head in heads] == ["other"] * 3
+    text = (other.checkpoint / "README.md").read_text()
+    assert "The backbone was made with b, c too, whose experts were taken out" in text
+    assert "b (in the backbone; its expert was taken out): cc-by-nc-4.0" in text
+    assert "had been trained" not in text
+    verify(other)
 
 
 def test_an_expert_is_replaced_in_its_place(

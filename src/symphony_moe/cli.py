@@ -982,7 +982,9 @@ def verify(
     old = None if parent is None else RunFolder(parent)
     checks = pipeline.verify(RunFolder(folder), deep=deep, parent=old)
     lines = [f"{name}: {found}" for name, found in checks.items()]
-    return {"verified": True, "checks": checks}, "\n".join([*lines, "verified"])
+    unseen = checks.get("old run", "found").startswith("what was kept")
+    end = "verified, but not against the old run (--parent DIR)" if unseen else "verified"
+    return {"verified": True, "checks": checks}, "\n".join([*lines, end])
 
 
 @_command

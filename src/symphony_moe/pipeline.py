@@ -61,7 +61,7 @@ from symphony_moe.sources.opening import (
     refuse_touched,
 )
 from symphony_moe.sources.provenance import CARD
-from symphony_moe.sources.source import FileStates, Source, experts_of
+from symphony_moe.sources.source import FileStates, Source, anchor_of, experts_of
 from symphony_moe.text.documents import check_data_exists
 from symphony_moe.text.texts import Texts
 from symphony_moe.training.refusals import refuse_untrainable
@@ -105,12 +105,15 @@ def _plan(recipe: Recipe, opened: Sequence[Source], memory: int | None) -> Plan:
     experts = experts_of(recipe, opened)
     planned = make_plan(recipe, experts, opened, memory)
     refuse_alike(recipe, experts)
-    cosines = likeness_to_anchor(experts, recipe.anchor)
+    compared = [] if recipe.only_removes else experts
+    if recipe.newcomer is not None:
+        compared = [one for one in experts if one.name in (recipe.anchor, recipe.newcomer)]
+    cosines = likeness_to_anchor(compared, recipe.anchor)
     apart = beyond_averaging(recipe, cosines)
     notes = planned.notes if apart is None else [apart, *planned.notes]
     planned = dataclasses.replace(planned, likeness=cosines, notes=notes)
     try:
-        refuse_untrainable(recipe)
+        refuse_untrainable(recipe, planned.architecture)
     except SymphonyError as error:  # a build alone does not mind, nor another machine
         planned = dataclasses.replace(
             planned, notes=[*planned.notes, f"`symphony train` stops here: {error}"]
@@ -143,11 +146,15 @@ def run(  # noqa: PLR0913 (all but two are keywords)
     >>> finished.trained.is_dir(), finished.report.is_file()
     (True, True)
     """
+    _refuse_changed_run(recipe)
     out = Path(out)
     is_to_train = overwrite or not RunFolder(out).trained.is_dir()
     if is_to_train:
-        refuse_untrainable(recipe)
-    texts = Texts(recipe, open_sources(recipe, download=False))
+        refuse_untrainable(recipe)  # before models are looked for
+    sources = open_sources(recipe, download=False)
+    if is_to_train:
+        refuse_untrainable(recipe, anchor_of(recipe, sources).family.moe)
+    texts = Texts(recipe, sources)
     texts.held_out_text()
     if is_to_train:
         texts.refuse_short_training_text()

@@ -82,9 +82,9 @@ def test_a_plan_names_every_program(variant: str, recipes: Callable[[str], Path]
         ("qwen2", (), {"vLLM": "exact", "llama.cpp": "refused", "MLX": "refused"}),
         ("qwen2-granitemoe", (), {"vLLM": "other", "llama.cpp": "exact", "MLX": "exact"}),
         ("qwen3", (), {"vLLM": "exact", "llama.cpp": "exact", "MLX": "exact"}),
-        ("granite", (), {"vLLM": "exact", "llama.cpp": "exact", "MLX": "untried"}),
-        ("llama-biases", (), {"vLLM": "other", "llama.cpp": "exact", "MLX": "untried"}),
-        ("olmo2", (), {"vLLM": "exact", "llama.cpp": "refused", "transformers 4.57": "untried"}),
+        ("granite", (), {"vLLM": "untried", "llama.cpp": "untried", "MLX": "untried"}),
+        ("llama-biases", (), {"vLLM": "other", "llama.cpp": "untried", "MLX": "untried"}),
+        ("olmo2", (), {"vLLM": "untried", "llama.cpp": "refused", "MLX": "untried"}),
         ("smollm3", (), {"vLLM": "untried", "llama.cpp": "untried", "MLX": "untried"}),
         ("qwen2-windows", (), {"vLLM": "untried", "llama.cpp": "other", "MLX": "untried"}),
         ("llama", ("method=bam",), {"vLLM": "other", "llama.cpp": "refused", "MLX": "refused"}),
@@ -98,6 +98,15 @@ def test_a_plan_says_who_reads_the_result(
 ) -> None:
     found = said(recipes(variant), *settings)
     assert {program: found[program][0] for program in expected} == expected
+
+
+@pytest.mark.parametrize("variant", sorted(NOT_YET_ASKED & VARIANTS.keys()))
+def test_no_program_is_said_to_read_what_was_not_measured(
+    variant: str, recipes: Callable[[str], Path]
+) -> None:
+    verdicts = {program: verdict for program, (verdict, _) in said(recipes(variant)).items()}
+    assert verdicts.pop("transformers 5") == "exact"
+    assert "exact" not in verdicts.values()
 
 
 @pytest.mark.parametrize(

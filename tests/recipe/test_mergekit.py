@@ -72,6 +72,17 @@ def test_what_has_a_counterpart_is_taken_over(tmp_path: Path) -> None:
     assert recipe.output.dtype == "float16" and not recipe.aligns and not recipe.fits_layers
 
 
+@pytest.mark.parametrize("model", ["a+b+c", "x@", "x@1@2", "a+", "+b", "a@1+b@"])
+def test_what_is_no_reference_is_refused(model: str, tmp_path: Path) -> None:
+    assert "base_model: expected a folder or hub id" in refusal(tmp_path, base_model=model)
+
+
+def test_qwen_moe_has_a_counterpart(tmp_path: Path) -> None:
+    assert loaded(imported(tmp_path, architecture="qwen moe"), tmp_path).output.architecture == (
+        "qwen2_moe"
+    )
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "from-mergekit.md"
 
 

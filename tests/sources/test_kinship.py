@@ -63,6 +63,18 @@ def test_weights_that_are_not_here_or_of_another_shape_are_not_compared(recipes:
     assert likeness_to_anchor([a, replace(b, headers=remote), c], "a").keys() == {"c"}
 
 
+def test_rows_of_zeros_say_nothing(project: Path) -> None:
+    """A layer that was pruned, or has not begun to learn."""
+    for name in "ab":
+        edit_weights(
+            project / "models" / name,
+            lambda tensors: [t.zero_() for n, t in tensors.items() if "layers.1" in n],
+        )
+    shutil.copytree(project / "models" / "a", project / "models" / "b", dirs_exist_ok=True)
+    sources = open_sources(load_recipe(project / "recipe.yaml"))
+    assert likeness(sources[0], sources[1]) == pytest.approx(1, abs=1e-6)
+
+
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
 def test_a_plan_reads_a_few_rows_of_matrices(
     variant: str, recipes: Recipes, monkeypatch: pytest.MonkeyPatch
@@ -110,6 +122,9 @@ def test_what_is_set_beside_the_method_counts(recipes: Recipes) -> None:
     assert said("align.residual=orthogonal") is None
     unaligned = said("method=harmonized", "align.residual=none", "align.heads=none")
     assert unaligned and "Set align.residual: orthogonal, align.heads: all" in unaligned
+    kept = said("backbone.attention=anchor", "backbone.embeddings=anchor")
+    assert kept and "a's backbone, whose residual stream is not theirs" in kept
+    assert "keeps little" not in kept
     distant = said("experts.sources=[a, b]")
     assert distant and "b (0.50)" in distant and "c (" not in distant
     assert "the further apart" in distant and "strangers" not in distant

@@ -691,6 +691,18 @@ def test_stacked_experts_are_trained_where_transformers_can(
         refuse_untrainable(unnamed, name)  # what `auto` has become
 
 
+def test_what_auto_becomes_is_refused_before_it_is_built(
+    recipes: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Granite has one class, which old versions do not train; a build alone does not mind."""
+    monkeypatch.setattr(refusals.transformers, "__version__", "5.9.0")
+    recipe = load_recipe(recipes("granite"))
+    assert any("granitemoe of transformers 5.9.0" in note for note in pipeline.plan(recipe).notes)
+    with pytest.raises(RecipeError, match=r"granitemoe of transformers 5\.9\.0"):
+        pipeline.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_trains_on_one_gpu(
     copied: Callable[[str], RunFolder],
     monkeypatch: pytest.MonkeyPatch,

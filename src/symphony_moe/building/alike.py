@@ -15,6 +15,9 @@ def refuse_alike(recipe: Recipe, sources: Sequence[Source]) -> None:
     them differ."""
     if recipe.experts.init != "source" or recipe.fits_layers:
         return
+    if recipe.parent is not None:
+        _refuse_empty_newcomer(recipe, sources)
+        return
     adapted = [source.name for source in sources if source.adapter is not None]
     folders = {source.folder for source in sources}
     if not adapted or len(folders) > 1 or any(source.changes_expert for source in sources):
@@ -29,12 +32,24 @@ def refuse_alike(recipe: Recipe, sources: Sequence[Source]) -> None:
     )
 
 
+def _refuse_empty_newcomer(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """SourceMismatch for an expert that is added by a LoRA that changes nothing of it: what else
+    the LoRA changes has no place in a backbone that is kept."""
+    new = next((source for source in sources if source.name == recipe.newcomer), None)
+    if new is not None and new.adapter is not None and not new.changes_expert:
+        raise SourceMismatch(
+            f"{new.name}: its adapter changes nothing of what an expert keeps ({_parts(new)}), and "
+            "a change of experts keeps all else as it is: nothing of the adapter would be in the "
+            f"result. Expected a LoRA of the FFN; or build anew with {new.name} among the sources"
+        )
+
+
 def say_alike(recipe: Recipe, sources: Sequence[Source]) -> list[str]:
     """A sentence for each source whose adapter leaves its expert as the model has it."""
     if recipe.copies_anchor:
         return []
     sentences = []
-    for source in sources:
+    for source in sources if recipe.parent is None else ():
         # What changes nothing at all has a sentence of its own.
         if source.adapter is None or source.changes_expert or source.adapter.changes_nothing:
             continue

@@ -7,7 +7,7 @@ part stays as it is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -26,15 +26,17 @@ from symphony_moe.building.assemble import (
     stream_scale_of,
 )
 from symphony_moe.building.candidate import Candidate
-from symphony_moe.errors import RunFolderError
+from symphony_moe.errors import RunFolderError, SymphonyError
 from symphony_moe.files import hash_folder, sha256_of, to_json
 from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD
 from symphony_moe.model.moe_layer import MoELayer, read_layer_outputs
 from symphony_moe.model.symmetry import scale_residual
-from symphony_moe.recipe.settings import Parent, Recipe
+from symphony_moe.recipe.settings import FormerSource, Parent, Recipe, SourceSpec
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.runs.metrics import PLAIN_MEAN
+from symphony_moe.sources.opening import open_source
 from symphony_moe.sources.pretrained import load_tokenizer
+from symphony_moe.sources.provenance import Provenance, provenance
 from symphony_moe.sources.source import TABLE_ROWS, FileStates, Source, anchor_of, file_state
 
 
@@ -99,8 +101,13 @@ class KeptModel:
 
     def parent(self, *, added: str | None, removed: str | None) -> Parent:
         """What the recipe of a run that comes of this one says of it."""
+        old = self.run.read_recipe()
+        is_trained = self.folder == self.run.trained
+        former = [] if removed is None else [_former(removed, old.sources[removed])]
         return Parent(
-            model="trained" if self.folder == self.run.trained else "checkpoint",
+            model="trained" if is_trained else "checkpoint",
+            trained=is_trained or (old.parent is not None and old.parent.trained),
+            former=[*(() if old.parent is None else old.parent.former), *former],
             sha256=self.sha256,
             added=added,
             removed=removed,
@@ -261,6 +268,21 @@ class ChangedCandidate(Candidate):
         if self.newcomer is not None:
             parts.append(new_expert(self, layer, aligned, kept.shared))
         return _together(parts)
+
+
+def _former(name: str, spec: SourceSpec) -> FormerSource:
+    """What is still to be said of a source whose expert is taken out: its weights stay in the
+    backbone. Of one that is not there any more nothing is known."""
+    try:
+        found = provenance(open_source(name, spec, download=False), spec)
+    except SymphonyError:
+        found = Provenance()
+    return FormerSource(
+        name=name,
+        hub_ids=list(found.hub_ids),
+        licences=[None if one is None else asdict(one) for one in found.licences],
+        languages=list(found.languages),
+    )
 
 
 def made_of(model: Candidate) -> list[Source]:

@@ -14,7 +14,13 @@ from symphony_moe.model.engines import TRIED
 from symphony_moe.model.loading import loading_code
 from symphony_moe.recipe.settings import HubData, Recipe
 from symphony_moe.recipe.yaml_text import write_yaml
-from symphony_moe.sources.provenance import OTHER, Licence, Provenance, provenance
+from symphony_moe.sources.provenance import (
+    OTHER,
+    Licence,
+    Provenance,
+    provenance,
+    provenance_of,
+)
 from symphony_moe.sources.source import Source, public_name
 
 TAGS = ("moe", "merge", "symphony-moe")
@@ -29,6 +35,8 @@ def model_card(
     """The card of what is built of `sources`, the experts: metadata as the hub reads them, and
     text. `has_chat_template`: of the tokenizer that is written."""
     found = {source.name: provenance(source, recipe.sources[source.name]) for source in sources}
+    for one in () if recipe.parent is None else recipe.parent.former:
+        found[f"{one.name} (in the backbone; its expert was taken out)"] = provenance_of(one)
     total, active = plan.total_parameters, plan.active_parameters
     return f"""---
 {write_yaml(_metadata(recipe, found))}---
@@ -42,7 +50,7 @@ A `{plan.architecture}` model with {total:,} parameters, {active:,} of them acti
 | expert | source | model | licence |
 |---|---|---|---|
 {_rows(plan, found)}
-
+{_history(recipe)}
 ## Use
 
 ```python
@@ -63,6 +71,20 @@ By method `{recipe.method}`, with {_versions()}.
 ```yaml
 {write_yaml(_shown(recipe))}```
 """
+
+
+def _history(recipe: Recipe) -> str:
+    """What a changed run is, beside its experts; nothing of a run that was built."""
+    if recipe.parent is None:
+        return ""
+    said = "Its backbone and all experts but the newest were kept from an earlier run"
+    if recipe.parent.added is None:
+        said = "Its backbone and experts were kept from an earlier run"
+    said += ", whose weights had been trained" if recipe.parent.trained else ""
+    if recipe.parent.former:
+        names = ", ".join(one.name for one in recipe.parent.former)
+        said += f". The backbone was made with {names} too, whose experts were taken out"
+    return f"\n{said}.\n"
 
 
 def _metadata(recipe: Recipe, found: Mapping[str, Provenance]) -> dict[str, Any]:

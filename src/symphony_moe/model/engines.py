@@ -49,16 +49,12 @@ def readings(
     of its sources."""
     found = [Reading("transformers 5", "exact")]
     untried = _untried(config)
-    asked = _asked(config, dense)
+    unknown = untried or _unrecorded(config, dense)
     for program in list(TRIED)[1:]:
-        if program not in asked:
-            why = f"as {config['model_type']} of {dense or 'such'} sources"
-            found.append(Reading(program, "untried", why))
-            continue
         # Without what nobody tried: a program that does not even read that is said to be so.
         verdict, why = _judge(program, {**config, "rope_scaling": None} if untried else config)
-        if untried and verdict == "exact":
-            verdict, why = "untried", untried
+        if unknown and verdict == "exact":
+            verdict, why = "untried", unknown
         if program == "llama.cpp" and verdict == "exact" and sentencepiece:
             more = "it splits spaces that begin a text, and text after a special token, otherwise"
             why = f"{why}; {more}" if why else more
@@ -66,14 +62,14 @@ def readings(
     return found
 
 
-def _asked(config: Mapping[str, Any], dense: str) -> tuple[str, ...]:
-    """The programs that were asked about such a model."""
-    if config["model_type"] == "qwen2_moe":
-        return ("llama.cpp",) if config["use_sliding_window"] else ("vLLM", "llama.cpp")
-    of_llama = config["model_type"] == "granitemoe" and config["attention_bias"]
-    if dense in ("granite", "olmo2") or (dense == "llama" and of_llama):
-        return "vLLM", "llama.cpp"
-    return () if dense == "smollm3" else tuple(TRIED)
+def _unrecorded(config: Mapping[str, Any], dense: str) -> str:
+    """The kind of model that no measurement is recorded of (`docs/engines.json`); empty where there
+    is one. That a program refuses such a model, or answers otherwise, is known all the same."""
+    kind = config["model_type"]
+    biased_llama = dense == "llama" and config.get("attention_bias")
+    if kind == "qwen2_moe" or biased_llama or dense in ("granite", "olmo2", "smollm3"):
+        return f"as {kind} of {dense or 'such'} sources"
+    return ""
 
 
 _TRIED_ROPE = {

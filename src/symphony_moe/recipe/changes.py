@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from symphony_moe.errors import RecipeError
+from symphony_moe.errors import RecipeError, shortened
 from symphony_moe.recipe.load import apply_override, resolve_recipe
 from symphony_moe.recipe.settings import Parent, Recipe
 
@@ -64,10 +64,11 @@ def with_source(
     chosen = recipe.experts.sources
     if chosen is not None and name not in chosen:
         content["experts"]["sources"] = [*chosen, name]
-    if name not in recipe.sources:  # the backbone has nothing of it
-        shares = recipe.backbone.weights or dict.fromkeys(recipe.sources, 1.0)
-        content["backbone"]["weights"] = {**shares, name: 0.0}
-    return _resolved(content, overrides, ("router.top_k", f"sources.{name}."))
+    shares = recipe.backbone.weights
+    if shares is not None and name not in shares:
+        # The kept backbone does not read it: it is for whoever builds anew.
+        content["backbone"]["weights"] = {**shares, name: sum(shares.values()) / len(shares)}
+    return _resolved(content, overrides, name)
 
 
 def without_source(recipe: Recipe, name: str, overrides: Sequence[str], parent: Parent) -> Recipe:
@@ -85,23 +86,27 @@ def without_source(recipe: Recipe, name: str, overrides: Sequence[str], parent: 
     if recipe.backbone.weights is not None:
         left = {one: share for one, share in recipe.backbone.weights.items() if one != name}
         content["backbone"]["weights"] = left if sum(left.values()) > 0 else None
-    return _resolved(content, overrides, ("router.top_k",))
+    return _resolved(content, overrides, None)
 
 
 def _content(recipe: Recipe, parent: Parent) -> dict[str, Any]:
     return recipe.to_content(without=("compare",)) | {"parent": parent.model_dump(mode="json")}
 
 
-def _resolved(content: dict[str, Any], overrides: Sequence[str], allowed: Sequence[str]) -> Recipe:
+def _resolved(content: dict[str, Any], overrides: Sequence[str], newcomer: str | None) -> Recipe:
+    """The changed recipe. Paths of the newcomer are relative to the working directory; all others
+    have been resolved before."""
+    allowed = ["router.top_k"] if newcomer is None else ["router.top_k", f"sources.{newcomer}."]
     for override in overrides:
         setting = override.partition("=")[0].strip()
         if not any(
             setting == one or (one[-1] == "." and setting.startswith(one)) for one in allowed
         ):
-            can = ", ".join(one + "..." if one[-1] == "." else one for one in allowed)
+            can = ", ".join(one + "KEY" if one[-1] == "." else one for one in allowed)
             raise RecipeError(
-                f"--set {override}: the other experts and the backbone are kept as they are; what "
-                f"can change is: {can}"
+                f"--set {shortened(override, 100)}: the other experts and the backbone are kept as "
+                f"they are; what can change is: {can}"
             )
         apply_override(content, override)
-    return resolve_recipe(content, Path.cwd(), "the changed recipe")
+    relative = [] if newcomer is None else [newcomer]
+    return resolve_recipe(content, Path.cwd(), "the changed recipe", relative=relative)

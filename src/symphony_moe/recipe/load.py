@@ -3,7 +3,7 @@
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,16 @@ def read_settings(path: Path, setting: str) -> dict[Any, Any]:
     return content
 
 
-def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe:
-    """Check settings and fill in presets and absolute paths. `who` names the recipe in errors."""
+def resolve_recipe(
+    content: Mapping[Any, Any],
+    folder: Path,
+    who: str,
+    *,
+    relative: Collection[str] | None = None,
+) -> Recipe:
+    """Check settings and fill in presets and absolute paths. `who` names the recipe in errors.
+    `relative`: the sources whose paths are relative to the folder, where the others are resolved
+    already; None: all are, and those of `evaluation.extra`."""
     refuse_unknown_keys(content, Recipe, who, "")
     settings = _without_nulls(content)
     method = spelled(settings.get("method", "symphony"))
@@ -89,9 +97,12 @@ def resolve_recipe(content: Mapping[Any, Any], folder: Path, who: str) -> Recipe
             settings["anchor"] = settings.get("anchor", str(next(iter(sources))))
             settings["sources"] = {
                 str(name): _absolute_source(spec, folder, f"{who}: sources.{name}")
+                if relative is None or name in relative
+                else spec
                 for name, spec in sources.items()
             }
-        if isinstance(evaluation, dict) and isinstance(extra := evaluation.get("extra"), dict):
+        extra = evaluation.get("extra") if isinstance(evaluation, dict) else None
+        if isinstance(evaluation, dict) and isinstance(extra, dict) and relative is None:
             absolute = {
                 str(name): _absolute_data(data, folder, f"{who}: evaluation.extra.{name}")
                 for name, data in extra.items()

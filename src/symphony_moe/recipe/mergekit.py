@@ -144,7 +144,7 @@ _PROMPTS = (
 _ARCHITECTURES = {
     "mixtral": "mixtral",
     "qwen3 moe": "qwen3_moe",
-    "qwen moe": None,
+    "qwen moe": "qwen2_moe",
     "deepseek moe": None,
 }
 """mergekit-moe's name of an output, in small letters -> ours."""
@@ -201,10 +201,13 @@ def _model(value: Any, where: str) -> _Model:
         model, lora = table.get("model"), table.get("lora")
     else:
         text = spelled(value)
-        model, _, lora = text.partition("+") if isinstance(text, str) else ("", "", "")
+        parts = text.split("+") if isinstance(text, str) else []
+        model, lora = parts if len(parts) == 2 else (parts[0] if len(parts) == 1 else "", None)
+        if lora == "":
+            model = ""
     path, revision = _path(model)
     adapter, adapter_revision = _path(lora)
-    if path is None:
+    if path is None or (lora and adapter is None):
         raise RecipeError(
             f"{where}: expected a folder or hub id, such as someone/model, someone/model@revision "
             f"or someone/model+someone/lora, got {shortened(repr(value), 80)}"
@@ -220,7 +223,9 @@ def _path(value: Any) -> tuple[str | None, str | None]:
     text = spelled(value)
     if not isinstance(text, str):
         return None, None
-    path, _, revision = text.strip().partition("@")
+    path, at, revision = text.strip().partition("@")
+    if "@" in revision or (at and not revision):
+        return None, None
     return path or None, revision or None
 
 

@@ -365,6 +365,19 @@ class Compare(Section):
     none}}`."""
 
 
+class FormerSource(Section):
+    """A model that is in the backbone of a changed run, and whose expert was taken out."""
+
+    name: Name
+    """What the recipe called it."""
+    hub_ids: list[Name] = []
+    """Its ids on the hub, as far as its files or the recipe say them."""
+    licences: list[dict[str, Name | None] | None] = [None]
+    """Of the model, and of its adapter (`sources.provenance.Licence`). Null: no file names one."""
+    languages: list[Name] = []
+    """As ISO 639 abbreviates them."""
+
+
 class Parent(Section):
     """The run that a change of experts began with. `symphony add`, `remove` and `replace` write it;
     the new run's backbone and other experts are that run's."""
@@ -379,6 +392,10 @@ class Parent(Section):
     """The expert that was left out. `replace` adds and removes one of the same name."""
     tied_head: bool
     """Whether its head is its token embeddings, and so the new run's."""
+    trained: bool = False
+    """Whether weights that were kept have been trained."""
+    former: list[FormerSource] = []
+    """The models whose experts this change and earlier ones have taken out."""
 
 
 class Recipe(Section):

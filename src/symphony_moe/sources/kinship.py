@@ -36,8 +36,8 @@ def likeness(source: Source, other: Source) -> float | None:
     """The mean cosine of two models' weights: of the first rows of every matrix of their first,
     middle and last layer. Of a source with an adapter, its model's.
 
-    None where the weights are not here, or have other shapes. Raises SourceError for weights that
-    cannot be read or are not finite.
+    None where the weights are not here, have other shapes, or are all zero. Raises SourceError for
+    weights that cannot be read or are not finite.
     """
     one, two = (replace(each, adapter=None) for each in (source, other))
     names = list(_matrices(one))
@@ -51,8 +51,9 @@ def likeness(source: Source, other: Source) -> float | None:
     for name in names:
         rows = slice(0, max(1, _NUMBERS // one.headers[name].shape[1]))
         first, second = (each.read(name, rows).flatten().double() for each in (one, two))
-        cosines.append(torch.cosine_similarity(first, second, dim=0))
-    return float(torch.stack(cosines).mean())
+        if bool(first.any()) or bool(second.any()):  # rows of zeros in both say nothing
+            cosines.append(torch.cosine_similarity(first, second, dim=0))
+    return float(torch.stack(cosines).mean()) if cosines else None
 
 
 def _matrices(source: Source) -> Iterator[str]:
@@ -68,7 +69,9 @@ def _matrices(source: Source) -> Iterator[str]:
 def likeness_to_anchor(sources: Sequence[Source], anchor: str) -> dict[str, float]:
     """Source -> `likeness` to the anchor, of the others; without those that cannot be compared. A
     model that several of them are adapters of is read once."""
-    of_anchor = next(source for source in sources if source.name == anchor)
+    of_anchor = next((source for source in sources if source.name == anchor), None)
+    if of_anchor is None:
+        return {}
     of_models: dict[Path, float | None] = {of_anchor.folder: 1.0}
     for source in sources:
         if source.folder not in of_models:
@@ -107,6 +110,12 @@ def beyond_averaging(recipe: Recipe, cosines: Mapping[str, float]) -> str | None
     )
     if recipe.parent is not None:
         return f"{told} The kept backbone knows little of it; build anew, by method: harmonized"
+    if recipe.backbone.attention == "anchor":
+        return (
+            f"{told} Method {recipe.method} here puts their experts on {recipe.anchor}'s backbone, "
+            "whose residual stream is not theirs. Set method: harmonized, and take out what is set "
+            "of backbone and router.init"
+        )
     strangers = any(kinship(cosine) == "strangers" for cosine in apart.values())
     why = (
         "the mean of strangers keeps little of what they know"

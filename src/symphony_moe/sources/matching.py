@@ -149,9 +149,12 @@ def find_differences(
         if len(set(spelled.values())) > 1:
             found.append(Difference(what, spelled, verdict, consequence))
 
+    one_family = len({source.config.model_type for source in sources}) == 1
     for field, verdict, consequence in _CONFIG_RULES:
+        if field in FACTORS and not one_family:
+            continue  # that they are of several families is said
         differ(field, _config_values(field, sources, anchor), verdict, consequence)
-    if len({s.config.model_type for s in sources}) == 1:
+    if one_family:
         biases = {s.name: any(".bias" in name for name in s.family.vectors) for s in sources}
         differ("biases of attention", biases, "error", _EXPERTS_ALIKE)
         if len(set(biases.values())) == 1:

@@ -383,8 +383,8 @@ def _declared(name: str, folder: Path) -> dict[str, Any]:
         known = ", ".join([*FAMILIES, *ALIASES])
         why = f": {HELD_BY_NONE[model_type]}" if model_type in HELD_BY_NONE else ""
         raise SourceError(
-            f"{name}: {folder} is a {model_type!r} model{why}; families with an exact MoE target: "
-            f"{known}"
+            f"{name}: {folder} is a {model_type!r} model{why}. Choose models of a family that a "
+            f"stock MoE holds exactly: {known}"
         )
     return dict(declared)
 

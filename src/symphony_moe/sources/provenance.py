@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from symphony_moe.recipe.settings import BUNDLED, SourceSpec
+from symphony_moe.recipe.settings import BUNDLED, FormerSource, SourceSpec
 from symphony_moe.recipe.yaml_text import read_yaml
 from symphony_moe.sources.gguf_file import open_gguf
 from symphony_moe.sources.source import Source
@@ -98,6 +98,15 @@ def provenance(source: Source, spec: SourceSpec) -> Provenance:
         tuple(part.licence() for part in parts),
         tuple(dict.fromkeys(language for part in parts for language in part.languages())),
     )
+
+
+def provenance_of(former: FormerSource) -> Provenance:
+    """Where a former source comes from."""
+    licences = tuple(
+        None if one is None else Licence(str(one["identifier"]), one.get("name"), one.get("link"))
+        for one in former.licences
+    )
+    return Provenance(tuple(former.hub_ids), licences, tuple(former.languages))
 
 
 class _Part:
