@@ -37,6 +37,7 @@ from symphony_moe.model.layer import device
 from symphony_moe.processes import ALONE, Processes
 from symphony_moe.progress import Listener, ignore
 from symphony_moe.recipe.changes import (
+    refuse_concatenated,
     refuse_not_new,
     refuse_not_removable,
     refuse_too_few,
@@ -307,6 +308,7 @@ def _change(asked: _Change, spec: Mapping[str, Any] | None, overrides: Sequence[
     """A new run with an expert of an old one's changed. `spec`: of its source; None where it is
     left out."""
     old, name = asked.old.read_recipe(), asked.name
+    refuse_concatenated(old, name)
     _refuse_inside(asked.old.root, asked.out)
     refuse_existing(asked.out, resume=asked.resume, overwrite=asked.overwrite)
     kept = KeptModel.of(asked.old)

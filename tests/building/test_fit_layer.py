@@ -123,7 +123,7 @@ def begin(recipe: Recipe) -> Begun:
     windows = {name: joined((aside[name], to_fit[name])).windows for name in names}
     kept = {name: len(aside[name]) for name in names}
     configs = {source.name: source.config for source in sources}
-    state = FitState(recipe, family, configs, recipe.anchor, windows, kept, Streams())
+    state = FitState(recipe, family, configs, config, windows, kept, Streams())
     fused = [
         (first, rows) for _, first, rows in fused_tables(recipe, sources, [EMBEDDING], Alignment())
     ]
@@ -741,7 +741,7 @@ def by_hand(counts: Mapping[str, int], sequence: int = 8, **fit_settings: Any) -
             stream.copy_(torch.randn(stream.shape, generator=generator))
     configs = dict.fromkeys(counts, config)
     kept = {name: max(1, count // 16) for name, count in counts.items()}
-    return FitState(recipe, FAMILIES["llama"], configs, recipe.anchor, windows, kept, streams)
+    return FitState(recipe, FAMILIES["llama"], configs, config, windows, kept, streams)
 
 
 def random_heads(state: FitState) -> dict[str, Tensor]:

@@ -270,7 +270,7 @@ def test_a_step_has_one_gradient_however_it_is_dealt_out(monkeypatch: pytest.Mon
             Recipe.model_validate(content),
             FAMILIES["llama"],
             dict.fromkeys("abc", config),
-            "a",
+            config,
             {name: torch.zeros(6, 4, dtype=torch.int64) for name in "abc"},
             dict.fromkeys("abc", 1),
             Streams(),

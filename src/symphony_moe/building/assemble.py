@@ -13,7 +13,15 @@ from torch import Tensor
 from symphony_moe.building.alignment import Alignment
 from symphony_moe.building.fuse import drop_neurons, linear_mean, selective_linear, slerp
 from symphony_moe.building.router_init import random_router
-from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, NEURON_AXIS, stream_scale
+from symphony_moe.model.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    HEAD_AXIS,
+    NEURON_AXIS,
+    O_PROJ,
+    stream_scale,
+)
 from symphony_moe.model.moe_layer import MoELayer, router_rows
 from symphony_moe.model.symmetry import (
     fold_gains,
@@ -135,10 +143,22 @@ def assemble_layer(
     ordered = _by_name(sources)
     for name in family.shared:
         tensors = [aligned[source.name][name] for source in ordered]
+        if recipe.concatenates_heads and name in HEAD_AXIS:
+            shares = _shares(recipe, ordered, backbone.attention)
+            shared[name] = concatenated(name, tensors, shares)
+            continue
         method = backbone.norms if name in family.norms else backbone.attention
         mean = slerp if method == "slerp" and name in family.attention else linear_mean
         shared[name] = mean(tensors, _shares(recipe, ordered, method))
     return assemble_experts(recipe, sources, layer, aligned, shared)
+
+
+def concatenated(name: str, tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """The heads of several sources side by side. Each source's o counts by its share, so that the
+    heads of equal sources put out together what those of one do."""
+    if name == O_PROJ:
+        tensors = [tensor.float() * share for tensor, share in zip(tensors, shares, strict=True)]
+    return torch.cat(list(tensors), dim=HEAD_AXIS[name])
 
 
 def assemble_experts(

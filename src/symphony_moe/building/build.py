@@ -64,7 +64,7 @@ from symphony_moe.progress import Listener, Progress
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.runs.metrics import HARMONIZED, PLAIN_MEAN
-from symphony_moe.sources.source import SharedReads, Source, anchor_of, read_layers
+from symphony_moe.sources.source import SharedReads, Source, anchor_of, new_config, read_layers
 from symphony_moe.text.windows import Packed, digest_of, joined
 
 log = logging.getLogger(__name__)
@@ -183,6 +183,7 @@ class Build:
         self.is_first = processes.is_first
         self.state: FitState | None = None
         self.anchor = anchor_of(recipe, sources)
+        self.config = new_config(recipe, sources)
         self.names = [source.name for source in sources]
         self.num_layers: int = self.anchor.config.num_hidden_layers
         self.kept = kept
@@ -397,7 +398,7 @@ class Build:
             self.recipe,
             self.anchor.family,
             {source.name: source.config for source in self.sources},
-            self.anchor.name,
+            self.config,
             windows,
             {name: len(each) for name, each in text.validation.items()},
             self._streams(),
@@ -609,13 +610,13 @@ class Build:
         return read_layers(sources, layer, as_stored=self.copies)
 
     def _write_layer(self, layer: int, moe: MoELayer) -> None:
-        family, config = self.anchor.family, self.anchor.config
+        family, config = self.anchor.family, self.config
         if self.is_first:
             for name, tensor in layer_outputs(family, config, layer, moe, self.names):
                 self.writer.write(name, tensor)
 
     def _read_written(self, layer: int) -> MoELayer:
-        family, config, moe = self.anchor.family, self.anchor.config, None
+        family, config, moe = self.anchor.family, self.config, None
         if self.is_first:
             moe = read_layer_outputs(family, config, layer, self.names, self.writer.read)
         return shared_layer(self.processes, moe)

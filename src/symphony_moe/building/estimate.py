@@ -157,13 +157,19 @@ class _Moments:
 
     @cached_property
     def _shared(self) -> int:
-        """Bytes of one layer beside the FFN."""
-        return self._layer - self._experts // self.num_sources
+        """Bytes of one layer of the new model beside the FFN."""
+        return self._times * (self._layer - self._experts // self.num_sources)
+
+    @property
+    def _times(self) -> int:
+        """How many sources' heads the new model's attention has."""
+        return self.num_sources if self.recipe.concatenates_heads else 1
 
     @cached_property
     def _largest(self) -> int:
-        """Numbers in the largest matrix of attention."""
-        return max(math.prod(s) for name, s in self._shapes.items() if ".self_attn." in name)
+        """Numbers in the largest matrix of attention, of the new model."""
+        largest = max(math.prod(s) for name, s in self._shapes.items() if ".self_attn." in name)
+        return self._times * largest
 
     @cached_property
     def _widths(self) -> tuple[int, int, int]:
@@ -227,7 +233,8 @@ class _Moments:
         """The Gram matrix of an FFN's neurons, with the ridge, and factored; what it is solved
         for. The experts that are solved already."""
         hidden, ffn = self._hidden, self._ffn
-        solving = 3 * 8 * (ffn + 1) ** 2 + 4 * 8 * ffn * hidden
+        inputs = max(ffn, self._times * self._widths[0])  # of the neurons' regression, and of o's
+        solving = 3 * 8 * (inputs + 1) ** 2 + 4 * 8 * inputs * hidden
         return self._while_fitted + self._experts + solving
 
     def refined(self) -> int:
@@ -240,7 +247,7 @@ class _Moments:
         top_k = self.recipe.router.top_k
         # Of each expert that a token goes to: its input, what its neurons are made of, its output.
         of_experts = top_k * (4 * ffn + 3 * hidden) + 2 * ffn
-        of_attention = 12 * hidden + 6 * queries + 4 * keys
+        of_attention = 12 * hidden + self._times * (6 * queries + 4 * keys)
         activations = 4 * min(tokens, self._tokens) * (of_experts + of_attention)
         return self._while_fitted + self._experts + learned + activations
 
@@ -325,6 +332,9 @@ def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedC
         # The assignment: between 1 and 3 times what is measured (docs/bench.md).
         elsewhere += 1.1 * (config.intermediate_size / 10_000) ** 2 * pairs
     active = one_source * recipe.router.top_k  # an upper bound: attention counts once
+    if recipe.concatenates_heads:
+        experts = 3 * layers * config.hidden_size * config.intermediate_size
+        active += (count - 1) * (one_source - experts)
     if recipe.fits:  # beside a fit of layers, the plain mean runs too
         fitting += 2.0 * every * (2 if recipe.fits_layers else 1) * active
     if recipe.fits_layers:

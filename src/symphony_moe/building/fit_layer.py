@@ -268,21 +268,8 @@ def _fit_attention(
 ) -> tuple[dict[str, Tensor], Step]:
     """q, k, v, then o, on all sources' text together."""
     config = state.config
-    names = [f"{part}.weight" for part in _PARTS]
-    biases = [f"{part}.bias" for part in _PARTS]
-    has_bias = biases[0] in start
-    sizes = [len(start[name]) for name in names]
-    sums = LeastSquares(config.hidden_size, sum(sizes), intercept=has_bias, device=device())
-    for name, (new, source) in state.to_fit(NEW, SOURCE):
-        wanted = _attention_targets(state.configs[name], aligned[name], start, source)
-        sums.update(attention_input(config, start, new).flatten(0, 1), wanted)
-    begin = torch.cat([start[name] for name in names])
-    intercept = torch.cat([start[name] for name in biases]) if has_bias else None
-    fit = solve(state, sums, begin, "q, k and v", intercept)
-    fitted = dict(start)
-    fitted |= dict(zip(names, fit.weight.cpu().split(sizes), strict=True))
-    if fit.intercept is not None:
-        fitted |= dict(zip(biases, fit.intercept.cpu().split(sizes), strict=True))
+    projections, solutions = _fit_projections(state, start, aligned)
+    fitted = {**start, **projections}
 
     model = load_attention(config, layer, fitted)
     second = _fit_output(state, model, start)
@@ -294,8 +281,58 @@ def _fit_attention(
         _error(state, MIDDLE, partial(run_layer, load_attention(config, layer, candidate)))
         for candidate in (start, fitted)
     )
-    step = Step(before, after, {"q, k and v": fit, "o": second})
+    step = Step(before, after, {**solutions, "o": second})
     return (fitted if step.kept else dict(start)), step
+
+
+def _fit_projections(
+    state: FitState, start: Mapping[str, Tensor], aligned: Aligned
+) -> tuple[dict[str, Tensor], dict[str, Solution]]:
+    """q, k and v with their biases, and the regressions that gave them: of heads that all sources
+    share one on the text of all, of concatenated heads one for each source's, on its own text."""
+    matrices = [f"{part}.weight" for part in _PARTS]
+    biases = [bias for part in _PARTS if (bias := f"{part}.bias") in start]
+    groups, whose = [state.names], [""]
+    if state.recipe.concatenates_heads:
+        groups, whose = [[name] for name in state.names], [f" of {name}" for name in state.names]
+    blocks = [
+        {name: start[name].chunk(len(groups))[place] for name in (*matrices, *biases)}
+        for place in range(len(groups))
+    ]
+    regressions = (
+        Regression(
+            _projection_sums(state, start, aligned, group),
+            torch.cat([block[name] for name in matrices]),
+            f"q, k and v{of}",
+            torch.cat([block[name] for name in biases]) if biases else None,
+        )
+        for group, of, block in zip(groups, whose, blocks, strict=True)
+    )
+    solved = solve_all(state, regressions)
+    for block, solution in zip(blocks, solved, strict=True):
+        sizes = [len(block[name]) for name in matrices]
+        block |= zip(matrices, solution.weight.cpu().split(sizes), strict=True)
+        if solution.intercept is not None:
+            block |= zip(biases, solution.intercept.cpu().split(sizes), strict=True)
+    fitted = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    return fitted, {f"q, k and v{of}": each for of, each in zip(whose, solved, strict=True)}
+
+
+def _projection_sums(
+    state: FitState, start: Mapping[str, Tensor], aligned: Aligned, names: Sequence[str]
+) -> LeastSquares:
+    """The regression of q, k and v of some sources on their text."""
+    sums: LeastSquares | None = None
+    has_bias = f"{_PARTS[0]}.bias" in start
+    for name in names:
+        for _, (new, source) in state.to_fit(NEW, SOURCE, only=name):
+            wanted = _attention_targets(state.configs[name], aligned[name], start, source)
+            if sums is None:
+                size = state.config.hidden_size, wanted.shape[1]
+                sums = LeastSquares(*size, intercept=has_bias, device=device())
+            sums.update(attention_input(state.config, start, new).flatten(0, 1), wanted)
+    assert sums is not None
+    return sums
 
 
 def _fit_output(state: FitState, model: "PreTrainedModel", start: Mapping[str, Tensor]) -> Solution:

@@ -52,7 +52,8 @@ class FitState:
     family: Family
     configs: Mapping[str, PreTrainedConfig]
     """Each source's own."""
-    anchor: str
+    config: PreTrainedConfig
+    """The new model's dense counterpart, see `new_config`."""
     windows: Mapping[str, Windows]
     """Source -> calibration text of its domain: first the validation text, to judge by, then what
     is fitted on. All of it; the streams are those of this process's part."""
@@ -77,11 +78,6 @@ class FitState:
         if self.newcomer is None:
             return self
         return replace(self, windows={self.newcomer: self.windows[self.newcomer]})
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The new model's dense counterpart: the anchor's config."""
-        return self.configs[self.anchor]
 
     @property
     def names(self) -> list[str]:

@@ -21,6 +21,7 @@ from symphony_moe.building.estimate import (
     streams_in_memory,
     work_bytes,
 )
+from symphony_moe.errors import SourceMismatch
 from symphony_moe.model.checkpoint import BYTES, assign_shards
 from symphony_moe.model.engines import Reading, readings
 from symphony_moe.model.families import (
@@ -38,7 +39,7 @@ from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
 from symphony_moe.sources.opening import expected_shapes
-from symphony_moe.sources.source import Source, anchor_of, is_tied, public_name
+from symphony_moe.sources.source import Source, anchor_of, is_tied, new_config, public_name
 
 NOTE_PERMUTATION = (
     "align.neurons reorders each expert's hidden neurons; this by itself does not change what an "
@@ -106,15 +107,16 @@ def make_plan(
     refuse_mismatch(differences)
     anchor = anchor_of(recipe, sources)
     family = anchor.family
-    tied = is_tied(recipe, sources)
-    tensors = output_tensors(family, anchor.config, len(sources), tied=tied)
+    tied, ours = is_tied(recipe, sources), new_config(recipe, sources)
+    _refuse_more_heads(recipe, family, ours)
+    tensors = output_tensors(family, ours, len(sources), tied=tied)
     if family.has_head_bias and recipe.output.head_bias:
         tensors[HEAD_BIAS] = (anchor.config.vocab_size,)
     total = sum(math.prod(shape) for shape in tensors.values())
     active = total - _one_expert(family, anchor.config) * (len(sources) - recipe.router.top_k)
     config = target_config(
         family,
-        anchor.config,
+        ours,
         len(sources),
         recipe.router.top_k,
         tied=tied,
@@ -152,6 +154,21 @@ def make_plan(
         ),
         notes=notes,
     )
+
+
+def _refuse_more_heads(recipe: Recipe, family: Family, config: PreTrainedConfig) -> None:
+    """Raise SourceMismatch where the heads of all sources have no room in one attention. `config`:
+    see `new_config`."""
+    if not recipe.concatenates_heads:
+        return
+    reason = family.refusal(config)
+    if family.head_norms == "whole":
+        reason = "its norms of q and k take all heads together"
+    if reason is not None:
+        raise SourceMismatch(
+            f"backbone.attention: concatenated: {family.dense} as {family.moe} cannot have the "
+            f"heads of {len(recipe.expert_names)} sources: {reason}. Set it to linear or slerp"
+        )
 
 
 def describe(source: Source, recipe: Recipe) -> dict[str, Any]:
@@ -277,12 +294,7 @@ def _notes(
     if any(source.config.tie_word_embeddings for source in sources) and recipe.folds:
         notes.append("the output's head is untied: the final norm's gain is folded into it")
     anchor = anchor_of(recipe, sources)
-    grown = queries_per_kv(anchor.config)
-    if anchor.family.repeats_kv and grown > 1:
-        notes.append(
-            f"{anchor.family.moe} has a KV head for every query head: k and v, and the KV cache of "
-            f"the result, are {grown} times the sources'"
-        )
+    notes += _of_heads(recipe, sources)
     scale = stream_scale(anchor.family, anchor.config)
     if scale != 1:
         notes.append(
@@ -303,6 +315,23 @@ def _notes(
     if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:
         notes.append("backbone.weights has no effect on attention: it is the anchor's")
     return notes + _without_effect(recipe)
+
+
+def _of_heads(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
+    """Where the result has more attention heads than a source."""
+    anchor, count = anchor_of(recipe, sources), len(sources)
+    grown = queries_per_kv(anchor.config)
+    if anchor.family.repeats_kv and grown > 1:
+        yield (
+            f"{anchor.family.moe} has a KV head for every query head: k and v, and the KV cache of "
+            f"the result, are {grown} times the sources'"
+        )
+    if recipe.concatenates_heads:
+        yield (
+            f"backbone.attention concatenated: the result has the attention heads of {count} "
+            f"sources; its KV cache, and the parameters of its attention, are {count} times as "
+            "large"
+        )
 
 
 def _of_text(recipe: Recipe, source: Source) -> Iterator[str]:

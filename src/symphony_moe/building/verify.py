@@ -51,7 +51,7 @@ from symphony_moe.runs.metrics import PLAIN_MEAN
 from symphony_moe.sources.pretrained import load_tokenizer
 from symphony_moe.sources.provenance import CARD
 from symphony_moe.sources.same_tokenizer import first_difference, settings_of, texts_for
-from symphony_moe.sources.source import Source, anchor_of, read_layers
+from symphony_moe.sources.source import Source, anchor_of, new_config, read_layers
 from symphony_moe.sources.stock import load_alone, load_stock
 
 log = logging.getLogger(__name__)
@@ -306,7 +306,7 @@ def _recompute(
     logits)."""
     recipe, sources = new.recipe, new.sources
     anchor = anchor_of(recipe, sources)
-    config = moe_config(anchor.family, anchor.config)
+    config = moe_config(anchor.family, new_config(recipe, sources))
     dtype = getattr(torch, plan.dtype)
     comparison = _Comparison(run.checkpoint)
     names = [source.name for source in sources]
@@ -354,7 +354,7 @@ def _recompute_change(
     expert alone is compared."""
     recipe, sources = new.recipe, new.sources
     anchor = anchor_of(recipe, sources)
-    config = moe_config(anchor.family, anchor.config)
+    config = moe_config(anchor.family, new_config(recipe, sources))
     dtype = getattr(torch, plan.dtype)
     comparison = _Comparison(run.checkpoint)
     names = [source.name for source in sources]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from symphony_moe.evaluation.routing import rounded
 from symphony_moe.model.checkpoint import tensor_reader
@@ -113,12 +113,18 @@ def cka_of_sources(
 
 @torch.inference_mode()
 def cka_of_experts(
-    checkpoint: Path, anchor: Source, num_experts: int, top_k: int, text: Windows
+    checkpoint: Path,
+    anchor: Source,
+    num_experts: int,
+    top_k: int,
+    text: Windows,
+    config: PreTrainedConfig | None = None,
 ) -> list[Float[Tensor, "experts experts"]]:
     """Layer -> CKA of the experts' outputs in a checkpoint folder of ours: every expert on every
     token's router input, wherever the router sends the token. The stream between layers is the
-    model's own, routed to `top_k` experts."""
-    streams, config = Streams(), moe_config(anchor.family, anchor.config)
+    model's own, routed to `top_k` experts. `config`: see `new_config`;
+    the anchor's, where nothing is given."""
+    streams, config = Streams(), moe_config(anchor.family, config or anchor.config)
     read, numbers = tensor_reader(checkpoint), [str(number) for number in range(num_experts)]
     streams.embed({"new": text}, config, [(0, read(EMBEDDING))])
     found = []

@@ -47,7 +47,7 @@ from symphony_moe.runs.metrics import (
     Timing,
     read_metrics,
 )
-from symphony_moe.sources.source import Source, anchor_of
+from symphony_moe.sources.source import Source, anchor_of, new_config
 from symphony_moe.sources.stock import load_source, load_stock
 from symphony_moe.text.texts import Texts
 from symphony_moe.text.windows import Pieces, as_pieces, digest_of
@@ -105,9 +105,8 @@ def evaluate_run(
         )
         if with_others is not None:
             dynamic[stage] = with_others
-        likeness = cka_of_experts(
-            folder, anchor_of(recipe, sources), len(names), recipe.router.top_k, shared
-        )
+        anchor, config = anchor_of(recipe, sources), new_config(recipe, sources)
+        likeness = cka_of_experts(folder, anchor, len(names), recipe.router.top_k, shared, config)
         alike[stage] = Cka.model_validate(describe_cka(names, likeness, shared.numel()))
         log.info("evaluated %s: %s", stage, _spell(losses[stage]))
         done += 1

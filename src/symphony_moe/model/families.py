@@ -30,6 +30,10 @@ NEURON_AXIS = {GATE: 0, UP: 0, DOWN: 1}
 
 _ATTENTION = tuple(f"self_attn.{part}_proj.weight" for part in "qkvo")
 Q_PROJ, K_PROJ, V_PROJ, O_PROJ = _ATTENTION
+HEAD_AXIS = {f"self_attn.{part}_proj.{kind}": 0 for part in "qkv" for kind in ("weight", "bias")}
+HEAD_AXIS[O_PROJ] = 1
+"""The axis of each tensor of attention that counts heads."""
+
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 _BIASES = tuple(f"self_attn.{part}_proj.bias" for part in "qkvo")
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -781,6 +785,15 @@ def factor(config: PreTrainedConfig, part: Literal["embeddings", "residual", "lo
     """A dense model's factor (see `Factors`); 1 where its family has none."""
     name = getattr(FAMILIES[config.model_type].factors, part)
     return 1.0 if name is None else float(getattr(config, name))
+
+
+def with_more_heads(config: PreTrainedConfig, times: int) -> PreTrainedConfig:
+    """A dense config with so many times as many attention heads, of the same size."""
+    changed = copy.deepcopy(config)
+    changed.head_dim = head_dim(config)
+    changed.num_attention_heads = times * config.num_attention_heads
+    changed.num_key_value_heads = times * config.num_key_value_heads
+    return changed
 
 
 def queries_per_kv(config: PreTrainedConfig) -> int:

@@ -40,6 +40,16 @@ def refuse_not_removable(recipe: Recipe, name: str, what: str) -> None:
         )
 
 
+def refuse_concatenated(recipe: Recipe, name: str) -> None:
+    """RecipeError where the heads of attention belong to the experts' sources, as the experts do: a
+    change of experts keeps attention as it is."""
+    if recipe.concatenates_heads:
+        raise RecipeError(
+            f"{name}: the run's attention has the heads of each source (backbone.attention: "
+            "concatenated), which a change of experts would leave as they are; build anew"
+        )
+
+
 def refuse_too_few(recipe: Recipe, name: str) -> None:
     """RecipeError where no mixture is left without an expert."""
     if len(recipe.expert_names) <= 2:

@@ -143,6 +143,12 @@ RULES = (
         "copies of one expert have no attention of their sources",
     ),
     _not_with_attention_experts(
+        "backbone.attention",
+        lambda r: r.concatenates_heads,
+        "linear",
+        "each expert has the heads of its source already",
+    ),
+    _not_with_attention_experts(
         "fit.method", lambda r: r.fits_layers, "none", _SHARED_ATTENTION_ONLY
     ),
     _not_with_attention_experts(

@@ -164,9 +164,11 @@ class Calibration(Section):
 class Backbone(Section):
     """How the sources' shared parts are merged: attention, embeddings and norms."""
 
-    attention: Literal["linear", "slerp", "anchor"] = "slerp"
+    attention: Literal["linear", "slerp", "anchor", "concatenated"] = "slerp"
     """How q, k, v and o are merged. `linear`: weighted mean. `slerp`: spherical interpolation.
-    `anchor`: the anchor's. For biases and QK-norm gains `slerp` takes the weighted mean too."""
+    `anchor`: the anchor's. For biases and QK-norm gains `slerp` takes the weighted mean too.
+    `concatenated`: nothing is merged, and the result has the attention heads of all sources. Its KV
+    cache is as many times as large."""
     embeddings: Literal["selective-linear", "linear", "anchor"] = "selective-linear"
     """How token embeddings and output head are merged. `selective-linear`: a token's row is the
     weighted mean over the sources that have the token. `linear`: the weighted mean over all
@@ -467,6 +469,11 @@ class Recipe(Section):
         """Whether every expert's weights are written as they are read, and nothing is computed
         with a layer but means."""
         return not (self.aligns or self.fits or self.folds or self.redraws_neurons)
+
+    @property
+    def concatenates_heads(self) -> bool:
+        """Whether the new model has the attention heads of all sources."""
+        return self.backbone.attention == "concatenated"
 
     @property
     def has_attention_experts(self) -> bool:

@@ -21,7 +21,7 @@ from transformers import (
 from symphony_moe.errors import SourceError, first_line
 from symphony_moe.files import read_into, sha256_of
 from symphony_moe.model.checkpoint import is_finite
-from symphony_moe.model.families import AUTO, EMBEDDING, HEAD, Family, Target
+from symphony_moe.model.families import AUTO, EMBEDDING, HEAD, Family, Target, with_more_heads
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.adapter import FILES as ADAPTER_FILES
 from symphony_moe.sources.adapter import Adapter
@@ -507,6 +507,14 @@ def experts_of(recipe: Recipe, sources: Sequence[Source]) -> list[Source]:
 def anchor_of(recipe: Recipe, sources: Sequence[Source]) -> Source:
     """The source that the others are aligned to, and that settles what they differ in."""
     return next(source for source in sources if source.name == recipe.anchor)
+
+
+def new_config(recipe: Recipe, sources: Sequence[Source]) -> PreTrainedConfig:
+    """The dense config by which the new model's attention runs: the anchor's, with the heads of all
+    experts' sources where they are concatenated."""
+    config = anchor_of(recipe, sources).config
+    times = len(recipe.expert_names)
+    return with_more_heads(config, times) if recipe.concatenates_heads else config
 
 
 def is_tied(recipe: Recipe, sources: Sequence[Source]) -> bool:
