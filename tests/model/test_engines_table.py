@@ -32,6 +32,9 @@ def test_a_page_has_the_measured_table(page: Path, measured: Any) -> None:
     assert text.count("<!-- engines") == 1
 
 
+MORE_HEADS = ("backbone.attention=concatenated",)
+
+
 def test_everything_that_is_said_was_measured(measured: Any) -> None:
     """Every program was asked about every model, built and trained, and did what is said of it."""
     asked = {name for names in COLUMNS.values() for name in names}
@@ -87,6 +90,9 @@ def test_a_plan_names_every_program(variant: str, recipes: Callable[[str], Path]
         ("olmo2", (), {"vLLM": "untried", "llama.cpp": "refused", "MLX": "untried"}),
         ("smollm3", (), {"vLLM": "untried", "llama.cpp": "untried", "MLX": "untried"}),
         ("qwen2-windows", (), {"vLLM": "untried", "llama.cpp": "other", "MLX": "untried"}),
+        ("llama", MORE_HEADS, {"vLLM": "exact", "llama.cpp": "exact", "MLX": "refused"}),
+        ("qwen2", MORE_HEADS, {"vLLM": "untried", "llama.cpp": "refused"}),
+        ("qwen3", MORE_HEADS, {"vLLM": "exact", "llama.cpp": "exact"}),
         ("llama", ("method=bam",), {"vLLM": "other", "llama.cpp": "refused", "MLX": "refused"}),
     ],
 )

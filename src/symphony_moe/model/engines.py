@@ -69,6 +69,10 @@ def _unrecorded(config: Mapping[str, Any], dense: str) -> str:
     biased_llama = dense == "llama" and config.get("attention_bias")
     if kind == "qwen2_moe" or biased_llama or dense in ("granite", "olmo2", "smollm3"):
         return f"as {kind} of {dense or 'such'} sources"
+    if kind == "ernie4_5_moe":
+        size, heads = config["head_dim"], config["num_attention_heads"]
+        if size * heads != config["hidden_size"]:
+            return "with heads of another size than hidden_size / num_attention_heads"
     return ""
 
 
