@@ -299,16 +299,17 @@ def _fit_projections(
         {name: start[name].chunk(len(groups))[place] for name in (*matrices, *biases)}
         for place in range(len(groups))
     ]
-    regressions = (
-        Regression(
-            _projection_sums(state, start, aligned, group),
-            torch.cat([block[name] for name in matrices]),
-            f"q, k and v{of}",
-            torch.cat([block[name] for name in biases]) if biases else None,
-        )
-        for group, of, block in zip(groups, whose, blocks, strict=True)
-    )
-    solved = solve_all(state, regressions)
+
+    def regressions() -> Iterator[Regression]:
+        for group, of, block in zip(groups, whose, blocks, strict=True):
+            start_at = torch.cat([block[name] for name in matrices])
+            size = state.config.hidden_size, len(start_at)
+            sums = LeastSquares(*size, intercept=bool(biases), device=device())
+            _add_projections(state, start, aligned, group, sums)
+            intercept = torch.cat([block[name] for name in biases]) if biases else None
+            yield Regression(sums, start_at, f"q, k and v{of}", intercept)
+
+    solved = solve_all(state, regressions())
     for block, solution in zip(blocks, solved, strict=True):
         sizes = [len(block[name]) for name in matrices]
         block |= zip(matrices, solution.weight.cpu().split(sizes), strict=True)
@@ -318,21 +319,18 @@ def _fit_projections(
     return fitted, {f"q, k and v{of}": each for of, each in zip(whose, solved, strict=True)}
 
 
-def _projection_sums(
-    state: FitState, start: Mapping[str, Tensor], aligned: Aligned, names: Sequence[str]
-) -> LeastSquares:
-    """The regression of q, k and v of some sources on their text."""
-    sums: LeastSquares | None = None
-    has_bias = f"{_PARTS[0]}.bias" in start
+def _add_projections(
+    state: FitState,
+    start: Mapping[str, Tensor],
+    aligned: Aligned,
+    names: Sequence[str],
+    sums: LeastSquares,
+) -> None:
+    """Add what q, k and v of some sources are on their text."""
     for name in names:
         for _, (new, source) in state.to_fit(NEW, SOURCE, only=name):
             wanted = _attention_targets(state.configs[name], aligned[name], start, source)
-            if sums is None:
-                size = state.config.hidden_size, wanted.shape[1]
-                sums = LeastSquares(*size, intercept=has_bias, device=device())
             sums.update(attention_input(state.config, start, new).flatten(0, 1), wanted)
-    assert sums is not None
-    return sums
 
 
 def _fit_output(state: FitState, model: "PreTrainedModel", start: Mapping[str, Tensor]) -> Solution:
