@@ -106,10 +106,7 @@ def _plan(recipe: Recipe, opened: Sequence[Source], memory: int | None) -> Plan:
     experts = experts_of(recipe, opened)
     planned = make_plan(recipe, experts, opened, memory)
     refuse_alike(recipe, experts)
-    compared = [] if recipe.only_removes else experts
-    if recipe.newcomer is not None:
-        compared = [one for one in experts if one.name in (recipe.anchor, recipe.newcomer)]
-    cosines = likeness_to_anchor(compared, recipe.anchor)
+    cosines = likeness_to_anchor(_read_by(recipe, experts), recipe.anchor)
     apart = beyond_averaging(recipe, cosines)
     notes = planned.notes if apart is None else [apart, *planned.notes]
     planned = dataclasses.replace(planned, likeness=cosines, notes=notes)

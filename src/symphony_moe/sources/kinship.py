@@ -69,9 +69,7 @@ def _matrices(source: Source) -> Iterator[str]:
 def likeness_to_anchor(sources: Sequence[Source], anchor: str) -> dict[str, float]:
     """Source -> `likeness` to the anchor, of the others; without those that cannot be compared. A
     model that several of them are adapters of is read once."""
-    of_anchor = next((source for source in sources if source.name == anchor), None)
-    if of_anchor is None:
-        return {}
+    of_anchor = next(source for source in sources if source.name == anchor)
     of_models: dict[Path, float | None] = {of_anchor.folder: 1.0}
     for source in sources:
         if source.folder not in of_models:
