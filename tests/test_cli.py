@@ -4,9 +4,11 @@ is all that stdout holds; `--help` answers at once."""
 import fcntl
 import itertools
 import json
+import logging
 import os
 import pty
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -26,7 +28,7 @@ import yaml
 import symphony_moe
 from checks import edit_weights, mostly_slow
 from conftest import make_model
-from symphony_moe import cli, console, pipeline
+from symphony_moe import cli, console, pipeline, progress
 from symphony_moe.cli import main
 from symphony_moe.errors import RecipeError, shown
 from symphony_moe.machine import use_device
@@ -1040,9 +1042,10 @@ def test_people_read_what_was_aligned_and_fitted(
         for what in ("cosine of residual streams", "correlation of heads"):
             assert any(line.startswith(f"{source}: {what} ") and " after" in line for line in lines)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    fit = next(line for line in lines if "nats per token on validation text" in line)
     for name in ("harmonized", "plain mean"):
-        assert f"{name} {metrics['fit']['loss'][name]:.3f}" in lines[-1]
-    assert metrics["fit"]["chosen"] in lines[-1].rpartition(";")[2]
+        assert f"{name} {metrics['fit']['loss'][name]:.3f}" in fit
+    assert metrics["fit"]["chosen"] in fit.rpartition(";")[2]
     assert "compared layer 2 of 2" in err
     built = parsed(symphony, "build", recipe, "--out", tmp_path / "again", *more)
     assert built["fit"] == metrics["fit"] and built["alignment"] == metrics["alignment"]
@@ -1258,7 +1261,10 @@ def test_a_person_sees_a_bar_and_whole_lines(project: Path, tmp_path: Path) -> N
     code, stdout, stderr = in_a_terminal(words)
     assert code == 0
     for stage in ("build", "train", "evaluate"):
-        assert re.search(rf"{stage} .*\d+/\d+", stderr), stage
+        unit = progress.UNITS[stage]
+        assert re.search(rf"{stage} .*\d+ of \d+ {unit}", stderr), stage
+    assert re.search(r"steps, \S+ (s each|a second), [\d,]+ tokens a second", stderr)
+    assert "I layer " not in stderr  # the bar says it
     assert f"I built {out}/checkpoint\n" in stderr
     assert "\x1b[?25l" not in stderr, "a killed command would leave the cursor hidden"
     assert f"\nmodel:  {out}/trained\n" in stdout
@@ -1298,6 +1304,87 @@ def test_losses_that_are_no_numbers_are_json_and_a_table(
     rows = console.losses_as_table(metrics).splitlines()
     assert rows[1].split() == ["a", "1.000", "nan", "1.000", "nan"]
     assert rows[2].split() == ["built", "nan", "2.000", "nan", "2.000"]
+
+
+def test_what_a_run_loses_is_set_beside_its_sources() -> None:
+    """Each on its own text is the limit; of one source alone, the best for all of it."""
+    metrics = {
+        "sources": {"a": {"a": 1.0, "b": 4.0, "x": 2.0}, "b": {"a": 9.0, "b": 2.0, "x": 3.0}},
+        "built": {"a": 1.5, "b": 2.5, "x": 2.5},
+        "trained": {"a": 1.25, "b": 2.25, "x": 1.75},
+    }
+    head, *rows, out = console.standing_as_table(metrics).splitlines()
+    assert head.split()[-4:] == ["nats", "per", "token", "difference"]
+    assert [row.rsplit(maxsplit=2)[-2:] for row in rows[1:]] == [
+        ["2.000", "+0.500"],
+        ["1.750", "+0.250"],
+        ["2.500", "+1.000"],
+    ]
+    assert rows[0].split() == ["each", "source", "on", "its", "own", "text", "1.500"]
+    assert rows[3].startswith("the best source alone, a ")
+    assert out == "out of domain: built 2.500; trained 1.750; the best source alone, a, 2.000"
+    nothing = {"sources": {"a": {"a": None}, "b": {"a": 1.0, "b": 2.0}}, "built": {"a": 1.0}}
+    nothing["sources"]["a"]["b"] = nothing["built"]["b"] = None
+    assert "the best source alone, b" in console.standing_as_table(nothing)  # NaN is never best
+
+
+def test_each_command_says_the_next_one(project: Path, tmp_path: Path, symphony: Symphony) -> None:
+    """From the plan to the report, by what stands after `next:` alone."""
+    words, done = ["plan", str(project / "recipe.yaml"), "--set", "train.learning_rate=1e-3"], []
+    while words[0] != "push":
+        code, out, err = symphony(*words)
+        assert code == 0, err
+        done.append(words[0])
+        words = shlex.split(out.strip().splitlines()[-1].removeprefix("next: symphony "))
+        words = [str(tmp_path / "the run") if word == "run" else word for word in words]
+    assert done == ["plan", "build", "verify", "train", "evaluate", "report"]
+    assert words[1:] == [str(tmp_path / "the run"), "OWNER/NAME"]
+
+
+def test_lines_of_steps_are_few_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in 30 seconds and the last one of a stage, with how fast it goes; all other lines."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    few, every = console.log_handler(every_step=False), console.log_handler(every_step=True)
+    shown: dict[bool, list[str]] = {True: [], False: []}
+
+    def say(words: str, step: progress.Progress | None = None) -> None:
+        record = logging.LogRecord("symphony_moe", logging.INFO, "", 0, words, (), None)
+        if step is not None:
+            record.progress = step
+        for handler in (few, every):
+            if handler.filter(record):
+                shown[handler is every].append(handler.format(record))
+
+    for layer in range(1, 9):
+        clock[0] += 11.0
+        say(f"layer {layer}", progress.Progress("build", layer, 8))
+    say("built")
+    assert [line.partition(";")[0] for line in shown[True]] == [
+        *(f"I layer {layer}" for layer in range(1, 9)),
+        "I built",
+    ]
+    assert shown[False] == [
+        "I layer 3",  # the first that it hears of: nothing to measure by
+        "I layer 6; 11.0 s each, 22 s left",
+        "I layer 8; 11.0 s each",
+        "I built",
+    ]
+
+
+def test_a_pace_counts_from_where_it_began_and_counts_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    pace = progress.Pace()
+    assert pace.after(progress.Progress("train", 50, 100, 2048)) == ""
+    clock[0] += 5.0
+    found = pace.after(progress.Progress("train", 60, 100, 2048))
+    assert found == "2.0 a second, 4,096 tokens a second, 20 s left"
+    assert pace.after(progress.Progress("evaluate", 1, 2)) == ""
+    clock[0] += 7200.0
+    assert pace.after(progress.Progress("train", 61, 100, 2048)).endswith(" h left")
 
 
 @pytest.mark.slow

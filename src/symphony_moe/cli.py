@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -35,7 +35,9 @@ from symphony_moe.console import (
     is_terminal,
     log_handler,
     losses_as_table,
+    next_command,
     progress_bar,
+    standing_as_table,
 )
 from symphony_moe.errors import (
     RecipeError,
@@ -497,7 +499,7 @@ def _log(verbose: bool, *, bars: bool) -> logging.StreamHandler[Any]:
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
     if process_number() > 0:
         package.setLevel(logging.ERROR)  # the first process speaks for all
-    handler = log_handler()
+    handler = log_handler(every_step=verbose)
     package.handlers = [handler]
     package.propagate = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -546,7 +548,7 @@ def demo(
     losses = {stage: paper_metrics[stage] for stage in ("built", "trained")}
     texts = pipeline.generate(folder)
     lines = "\n".join(f"\n[{domain}] {prompt!r}\n    -> {text!r}" for domain, prompt, text in texts)
-    table = losses_as_table(metrics, {f"paper's, {stage}": of for stage, of in losses.items()})
+    table = _losses_as_text(metrics, {f"paper's, {stage}": of for stage, of in losses.items()})
     return (
         metrics
         | {"paths": _paths(folder), "continuations": texts}
@@ -623,7 +625,9 @@ def plan(*, recipe: RecipeFile, memory: Memory = None, overrides: Overrides = No
     from symphony_moe import pipeline
 
     planned = pipeline.plan(loaded, memory=memory)
-    return planned.to_json(), describe_plan(planned)
+    sets = [word for override in overrides or () for word in ("--set", override)]
+    then = next_command("build", recipe, "--out", "run", *sets)
+    return planned.to_json(), f"{describe_plan(planned)}\n{then}"
 
 
 @_command
@@ -657,7 +661,8 @@ def build(
     if process_number() > 0:
         return {}, ""  # the first process says what there is
     metrics = folder.read_json(folder.metrics)
-    text = "\n".join(filter(None, (f"built {folder.checkpoint}", describe_build(metrics))))
+    said = describe_build(metrics), f"built {folder.checkpoint}", next_command("verify", out)
+    text = "\n".join(filter(None, said))
     return metrics | {"paths": {"checkpoint": str(folder.checkpoint)}}, text
 
 
@@ -768,7 +773,8 @@ def train(
     if process_number() > 0:
         return {}, ""  # the first process may still be writing
     training = run.read_json(run.metrics)["training"]
-    text = f"trained {run.trained}: {training['steps']} steps, {training['seconds']:.0f} s"
+    made = f"trained {run.trained}: {training['steps']} steps, {training['seconds']:.0f} s"
+    text = f"{made}\n{next_command('evaluate', folder)}"
     return {"training": training, "paths": {"trained": str(run.trained)}}, text
 
 
@@ -834,7 +840,7 @@ def evaluate(
         like = _like(sources_from)
         found = pipeline.evaluate(run, overrides or (), like=like, progress=progress)
         metrics = found.to_json()
-        return metrics, losses_as_table(metrics)
+        return metrics, f"{_losses_as_text(metrics)}\n\n{next_command('report', folder)}"
     if sources_from:
         raise RecipeError("--sources-from: has no effect with --tasks")
     if overrides:
@@ -858,7 +864,8 @@ def report(*, folder: Folder) -> Result:
     from symphony_moe.runs.folder import RunFolder
 
     path = pipeline.report(RunFolder(folder))
-    return {"paths": {"report": str(path)}}, f"wrote {path}"
+    then = next_command("push", folder, "OWNER/NAME")
+    return {"paths": {"report": str(path)}}, f"wrote {path}\n{then}"
 
 
 @_command
@@ -891,7 +898,8 @@ def run(
     metrics = folder.read_json(folder.metrics)
     return (
         metrics | {"paths": _paths(folder)},
-        f"{losses_as_table(metrics)}\n\nmodel:  {folder.trained}\nreport: {folder.report}",
+        f"{_losses_as_text(metrics)}\n\nmodel:  {folder.trained}\nreport: {folder.report}\n"
+        f"try:    {_one_liner(folder)}",
     )
 
 
@@ -984,7 +992,9 @@ def verify(
     lines = [f"{name}: {found}" for name, found in checks.items()]
     unseen = checks.get("old run", "found").startswith("what was kept")
     end = "verified, but not against the old run (--parent DIR)" if unseen else "verified"
-    return {"verified": True, "checks": checks}, "\n".join([*lines, end])
+    then = "evaluate" if RunFolder(folder).trained.is_dir() else "train"
+    text = "\n".join([*lines, end, next_command(then, folder)])
+    return {"verified": True, "checks": checks}, text
 
 
 @_command
@@ -1084,8 +1094,15 @@ def _changed(folder: "RunFolder") -> Result:
     return (
         {"parent": about, "paths": {"checkpoint": str(folder.checkpoint)}},
         f"built {folder.checkpoint}\nkept of {about['folder']}/{about['model']}: backbone, experts "
-        f"{kept}\nmade: {made}",
+        f"{kept}\nmade: {made}\n{next_command('verify', folder.root)}",
     )
+
+
+def _losses_as_text(
+    metrics: Mapping[str, Any], others: Mapping[str, dict[str, float | None]] | None = None
+) -> str:
+    """All losses, and what they come to."""
+    return f"{losses_as_table(metrics, others)}\n\n{standing_as_table(metrics)}"
 
 
 def _like(sources_from: Path | None) -> "RunFolder | None":

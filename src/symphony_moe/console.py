@@ -8,13 +8,15 @@ import io
 import logging
 import math
 import os
+import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from symphony_moe.errors import shown
-from symphony_moe.progress import Listener, Progress
+from symphony_moe.progress import UNITS, Listener, Pace, Progress, duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,15 +34,49 @@ def is_terminal(stream: Any) -> bool:
 # Log lines and the progress bar
 
 
+STEP_SECONDS = 30.0
+"""Where there is no bar, seconds between two log lines that only say how far a stage is."""
+
+
 class _Formatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(levelname).1s %(message)s")
+        self._pace = Pace()
+
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return shown(super().formatMessage(record))  # a traceback that follows it stays whole
+        line = super().formatMessage(record)
+        step = getattr(record, "progress", None)
+        pace = "" if step is None else self._pace.after(step)
+        return shown(f"{line}; {pace}" if pace else line)  # a traceback that follows it stays whole
 
 
-def log_handler() -> logging.StreamHandler[TextIO]:
-    """A handler that writes log lines to stderr."""
+class StepLines(logging.Filter):
+    """Lets only some of the lines through that say that a step is done (`progress.of_step`): the
+    last of a stage, and before it one in `STEP_SECONDS`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = time.monotonic()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is shown."""
+        step = getattr(record, "progress", None)
+        if step is None:
+            return True
+        now = time.monotonic()
+        if step.done < step.total and now - self._last < STEP_SECONDS:
+            return False
+        self._last = now
+        return True
+
+
+def log_handler(*, every_step: bool) -> logging.StreamHandler[TextIO]:
+    """A handler that writes log lines to stderr. `every_step`: a line for each step of a stage,
+    however many there are."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter("%(levelname).1s %(message)s"))
+    handler.setFormatter(_Formatter())
+    if not every_step:
+        handler.addFilter(StepLines())
     return handler
 
 
@@ -72,29 +108,39 @@ def progress_bar(handler: logging.StreamHandler[Any]) -> Iterator[Listener]:
     bar = progress.Progress(
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[words]}", markup=False),
         console=console,
         auto_refresh=False,  # no thread, which processes that the command starts would inherit
         transient=True,
         redirect_stdout=False,
     )
     stages: dict[str, progress.TaskID] = {}
+    pace = Pace()
 
     def draw(step: Progress) -> None:
         if step.stage not in stages:
             for earlier in stages.values():
                 bar.remove_task(earlier)
             stages.clear()
-            stages[step.stage] = bar.add_task(step.stage)
-        bar.update(stages[step.stage], completed=step.done, total=step.total, refresh=True)
+            stages[step.stage] = bar.add_task(step.stage, words="")
+        count = f"{step.done} of {step.total} {UNITS.get(step.stage, 'steps')}"
+        words = ", ".join(filter(None, (count, pace.after(step))))
+        bar.update(
+            stages[step.stage], completed=step.done, total=step.total, words=words, refresh=True
+        )
+
+    def is_news(record: logging.LogRecord) -> bool:
+        """Whether a log line says what the bar does not."""
+        return getattr(record, "progress", None) is None
 
     plain = handler.stream
     handler.setStream(_AboveTheBar(console))
+    handler.addFilter(is_news)
     try:
         with bar:
             yield draw
     finally:
+        handler.removeFilter(is_news)
         handler.setStream(plain)
 
 
@@ -147,8 +193,44 @@ def losses_as_table(
 
 
 def _mean(losses: Mapping[str, float | None], domains: Sequence[str]) -> str:
+    return f"{_mean_of(losses, domains):.3f}"
+
+
+def _mean_of(losses: Mapping[str, float | None], domains: Sequence[str]) -> float:
     values = (losses[domain] for domain in domains)
-    return f"{sum(math.nan if v is None else v for v in values) / len(domains):.3f}"
+    return sum(math.nan if value is None else value for value in values) / len(domains)
+
+
+def standing_as_table(metrics: Mapping[str, Any]) -> str:
+    """How the new model stands against its sources, on the sources' text: beside each source on its
+    own text, which is the limit, and beside the best source for all of it. And the same on text out
+    of domain, where no source has text of its own."""
+    of_sources, names = metrics["sources"], list(metrics["sources"])
+    made = {stage: metrics[stage] for stage in ("built", "trained") if stage in metrics}
+    own = {name: losses[name] for name, losses in of_sources.items()}
+    limit = _mean_of(own, names)
+    best = min(names, key=lambda name: _or_infinite(_mean_of(of_sources[name], names)))
+    means = {stage: _mean_of(losses, names) for stage, losses in made.items()}
+    means[f"the best source alone, {best}"] = _mean_of(of_sources[best], names)
+    rows = [["each source on its own text", f"{limit:.3f}", ""]]
+    rows += [[who, f"{mean:.3f}", f"{mean - limit:+.3f}"] for who, mean in means.items()]
+    text = table(["mean of the sources' domains", "nats per token", "difference"], rows)
+    out = [domain for domain in next(iter(made.values())) if domain not in names]
+    if not out:
+        return text
+    alone = min(names, key=lambda name: _or_infinite(_mean_of(of_sources[name], out)))
+    words = [f"{stage} {_mean_of(losses, out):.3f}" for stage, losses in made.items()]
+    words.append(f"the best source alone, {alone}, {_mean_of(of_sources[alone], out):.3f}")
+    return f"{text}\nout of domain: {'; '.join(words)}"
+
+
+def _or_infinite(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def next_command(*words: object) -> str:
+    """What to type next, as a shell takes it."""
+    return f"next: {shlex.join(['symphony', *map(str, words)])}"
 
 
 def describe_tasks(tasks: Mapping[str, Any]) -> str:
@@ -174,7 +256,7 @@ def describe_plan(plan: "Plan") -> str:
         f"  on disk     {plan.disk_bytes / 1e9:.3f} GB in {plan.dtype}, {plan.shards} file(s); "
         f"{plan.work_bytes / 1e9:.3f} GB more until stage 1 ends",
         f"  memory      about {plan.peak_memory_bytes / 1e9:.1f} GB at the peak of stage 1",
-        f"  time        about {_duration(plan.seconds)} for stage 1 on this machine",
+        f"  time        about {duration(plan.seconds)} for stage 1 on this machine",
         "sources",
     ]
     for source in plan.sources:
@@ -231,9 +313,3 @@ def describe_build(metrics: Mapping[str, Any]) -> str:
         chosen = metrics["fit"]["chosen"]
         lines.append(f"{losses} nats per token on validation text; wrote the {chosen} model")
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

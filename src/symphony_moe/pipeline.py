@@ -138,9 +138,9 @@ def run(  # noqa: PLR0913 (all but two are keywords)
 
     >>> from symphony_moe import load_recipe, run
     >>> finished = run(load_recipe("recipe.yaml"), "whole", progress=print)  # doctest: +ELLIPSIS
-    Progress(stage='align', done=1, total=2)
+    Progress(stage='align', done=1, total=2, tokens=0)
     ...
-    Progress(stage='evaluate', done=4, total=4)
+    Progress(stage='evaluate', done=4, total=4, tokens=0)
     >>> finished.trained.is_dir(), finished.report.is_file()
     (True, True)
     """

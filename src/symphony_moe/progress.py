@@ -1,7 +1,17 @@
 """How far a command has come, for whoever wants to show it."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+UNITS = {
+    "align": "layers",
+    "build": "layers",
+    "train": "steps",
+    "evaluate": "models",
+    "compare": "runs",
+}
+"""Stage -> what its steps are."""
 
 
 @dataclass(frozen=True)
@@ -13,6 +23,8 @@ class Progress:
     done: int
     """Steps of the stage that are done: layers, training steps, models or runs."""
     total: int
+    tokens: int = 0
+    """Tokens of text in one step. 0: they are not counted."""
 
 
 Listener = Callable[[Progress], None]
@@ -21,3 +33,38 @@ Listener = Callable[[Progress], None]
 
 def ignore(progress: Progress) -> None:
     """The listener of a caller that wants to hear nothing."""
+
+
+def of_step(step: Progress) -> dict[str, Progress]:
+    """The `extra` of a log line that says no more than that a step is done: a terminal shows a bar
+    in its place, and other outputs need not show each."""
+    return {"progress": step}
+
+
+class Pace:
+    """How long the steps of a stage take, and how long the rest will. It is measured from the
+    first step that it hears of, so what a run of before has done does not count."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, tuple[int, float]] = {}
+
+    def after(self, step: Progress) -> str:
+        """`4.1 s each, 53 s left`, from the second step of a stage on; before it nothing."""
+        now = time.monotonic()
+        first, began = self._begun.setdefault(step.stage, (step.done, now))
+        if step.done <= first or now <= began:
+            return ""
+        each = (now - began) / (step.done - first)
+        words = [f"{each:.1f} s each" if each >= 1 else f"{1 / each:.1f} a second"]
+        if step.tokens:
+            words.append(f"{step.tokens / each:,.0f} tokens a second")
+        if step.done < step.total:
+            words.append(f"{duration(each * (step.total - step.done))} left")
+        return ", ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """About how long, in the unit that people would take."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -372,9 +372,11 @@ def test_every_optimizer_step_is_told(
 
     with pytest.raises(Killed):
         train(resume=False)
-    assert told == [Progress("train", step, 7) for step in range(1, 6)]
+    settings = recipe.train
+    tokens = settings.sequence_length * settings.batch_size * settings.gradient_accumulation
+    assert told == [Progress("train", step, 7, tokens) for step in range(1, 6)]
     train(resume=True)
-    assert told[5:] == [Progress("train", step, 7) for step in range(5, 8)]
+    assert told[5:] == [Progress("train", step, 7, tokens) for step in range(5, 8)]
     assert run.trained.is_dir()
 
 

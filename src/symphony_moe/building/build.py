@@ -60,7 +60,7 @@ from symphony_moe.model.moe_layer import (
 from symphony_moe.model.precision import is_reduced
 from symphony_moe.model.streams import Streams, Windows
 from symphony_moe.processes import ALONE, Processes
-from symphony_moe.progress import Listener, Progress
+from symphony_moe.progress import Listener, Progress, of_step
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.runs.metrics import HARMONIZED, PLAIN_MEAN
@@ -286,8 +286,10 @@ class Build:
             if not self.copies:
                 release_freed_memory()
             seconds = time.monotonic() - started
-            log.info("layer %d of %d, %.0f s", layer + 1, self.num_layers, seconds)
-            listen(Progress("build", layer + 1, self.num_layers))
+            step = Progress("build", layer + 1, self.num_layers)
+            words = "layer %d of %d, %.0f s"
+            log.info(words, step.done, step.total, seconds, extra=of_step(step))
+            listen(step)
         # 5. The final norm and the head. A head that is fitted comes with the choice of a model:
         # the better of the two.
         tensors = self.planned.tensors
@@ -319,8 +321,9 @@ class Build:
             sweep = Sweep(self.recipe, self.compared, streams, text, validation, self.processes)
             for layer in range(self.num_layers):
                 self._compare_layer(layer, sweep, known=compared[layer])
-                log.info("compared layer %d of %d", layer + 1, self.num_layers)
-                listen(Progress("align", layer + 1, self.num_layers))
+                step = Progress("align", layer + 1, self.num_layers)
+                log.info("compared layer %d of %d", step.done, step.total, extra=of_step(step))
+                listen(step)
                 release_freed_memory()
             streams.release()
         chosen = {}

@@ -37,7 +37,8 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         """Tell the listener."""
         if args.process_index == 0:
-            self.listener(Progress("train", state.global_step, state.max_steps))
+            step = Progress("train", state.global_step, state.max_steps, self.tokens_per_step)
+            self.listener(step)
 
     def on_log(
         self,
