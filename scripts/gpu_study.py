@@ -55,7 +55,9 @@ from train_bundled import shuffled_forever, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 HOLDOUT = 0.05
-DOMAINS = (*corpus.DOMAINS, corpus.OUT_OF_DOMAIN)
+OUTSIDE = "headers"
+"""Of no source's domain."""
+DOMAINS = (*corpus.DOMAINS, OUTSIDE)
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,7 @@ def go_the_whole_way(study: Study, method: str) -> dict[str, Any]:
             "tokens": size.evaluation,
             "sequence_length": size.sequence,
             "holdout": HOLDOUT,
-            "extra": {corpus.OUT_OF_DOMAIN: str(text / f"{corpus.OUT_OF_DOMAIN}.jsonl")},
+            "extra": {OUTSIDE: str(text / f"{OUTSIDE}.jsonl")},
         },
     }
     gc.collect()  # what the method before has left on the device
@@ -391,8 +393,8 @@ def _page_of_losses(methods: dict[str, Any]) -> str:
     first = next(iter(methods.values()))["losses"]
     rows = [_losses(name, of) for name, of in first["sources"].items()]
     own = {name: of[name] for name, of in first["sources"].items()}
-    outside = min(of[corpus.OUT_OF_DOMAIN] for of in first["sources"].values())
-    best = own | {corpus.OUT_OF_DOMAIN: outside}
+    outside = min(of[OUTSIDE] for of in first["sources"].values())
+    best = own | {OUTSIDE: outside}
     rows.append(_losses("specialists (out of domain: the best of them)", best))
     for name, of in methods.items():
         for stage in ("built", "trained"):

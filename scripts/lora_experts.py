@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmark import LIMIT, in_domain, losses_of, make, table, train
 from symphony_moe.bundled import source_folder
-from symphony_moe.bundled.corpus import DOMAINS, OUT_OF_DOMAIN
+from symphony_moe.bundled.corpus import DOMAINS
 from symphony_moe.evaluation.losses import losses_and_routing
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.reporting.comparison_table import spread_text
@@ -103,7 +103,7 @@ def write_recipe(adapters: Path, path: Path) -> None:
         "evaluation": {
             "tokens": 16_384,
             "sequence_length": SEQUENCE,
-            "extra": {OUT_OF_DOMAIN: f"bundled:{OUT_OF_DOMAIN}"},
+            "extra": {"headers": "bundled:headers"},
         },
     }
     path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")

@@ -250,7 +250,7 @@ def train_all(names: Sequence[str], out: Path, base: Path, jobs: int) -> None:
 def table(family: str, out: Path) -> str:
     """Held-out loss of every source on every domain, in nats per token, as a markdown table."""
     tokenizer = AutoTokenizer.from_pretrained(out / family / DOMAINS[0])
-    columns = (*DOMAINS, OUT_OF_DOMAIN)
+    columns = (*DOMAINS, *OUT_OF_DOMAIN)
     texts = {name: held_out_text(name, tokenizer, TABLE_TOKENS) for name in columns}
     lines = [f"| {family} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for domain in DOMAINS:

@@ -1323,8 +1323,10 @@ def test_what_a_run_loses_is_set_beside_its_sources() -> None:
     assert rows[0].split() == ["each", "source", "on", "its", "own", "text", "1.500"]
     assert rows[3].startswith("the best source alone, a ")
     assert out == "out of domain: built 2.500; trained 1.750; the best source alone, a, 2.000"
-    nothing = {"sources": {"a": {"a": None}, "b": {"a": 1.0, "b": 2.0}}, "built": {"a": 1.0}}
-    nothing["sources"]["a"]["b"] = nothing["built"]["b"] = None
+    nothing: dict[str, Any] = {
+        "sources": {"a": {"a": None, "b": None}, "b": {"a": 1.0, "b": 2.0}},
+        "built": {"a": 1.0, "b": None},
+    }
     assert "the best source alone, b" in console.standing_as_table(nothing)  # NaN is never best
 
 

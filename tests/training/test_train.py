@@ -372,8 +372,8 @@ def test_every_optimizer_step_is_told(
 
     with pytest.raises(Killed):
         train(resume=False)
-    settings = recipe.train
-    tokens = settings.sequence_length * settings.batch_size * settings.gradient_accumulation
+    train_as = recipe.train
+    tokens = train_as.sequence_length * train_as.batch_size * train_as.gradient_accumulation
     assert told == [Progress("train", step, 7, tokens) for step in range(1, 6)]
     train(resume=True)
     assert told[5:] == [Progress("train", step, 7, tokens) for step in range(5, 8)]

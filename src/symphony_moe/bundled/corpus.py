@@ -1,13 +1,14 @@
-"""Text of five domains, made at run time on any machine, offline.
+"""Text of seven domains, made at run time on any machine, offline.
 
-Four domains have a bundled source each; the fifth, C and C++ headers, is seen by none of them and
-stands for out-of-domain text. Code and prose are read from what is installed anyway (the standard
-library and this package's dependencies), arithmetic and records are written here from fixed seeds,
-so that no text has to be shipped. Content is deterministic on one machine; `english`, `python` and
-`headers` follow the installed versions.
+Four domains have a bundled source each. The other three are out of domain, as no source sees them:
+C and C++ headers, the licences of packages, and what packages say of themselves. Code and prose are
+read from what is installed anyway (the standard library and this package's dependencies),
+arithmetic and records are written here from fixed seeds, so that no text has to be shipped. Content
+is deterministic on one machine; what is read follows the installed versions.
 """
 
 import ast
+import email
 import functools
 import hashlib
 import importlib.util
@@ -18,6 +19,7 @@ import random
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from symphony_moe.errors import TextError
@@ -28,7 +30,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 DOMAINS = ("english", "python", "arithmetic", "records")
-OUT_OF_DOMAIN = "headers"
+OUT_OF_DOMAIN = ("headers", "licences", "readmes")
 
 DOMAIN_CHARACTERS = 4_000_000
 """Text per domain at most, in characters."""
@@ -43,6 +45,17 @@ PROSE_PACKAGES = _words(
     """
 )
 """Dependencies, direct or of a dependency, whose docstrings are the technical English."""
+
+DISTRIBUTIONS = _words(
+    """
+    accelerate aiohttp certifi datasets dill filelock fsspec gguf httpx huggingface-hub jinja2
+    markdown-it-py multiprocess networkx numpy packaging pandas peft psutil pyarrow pydantic
+    pydantic-core pygments pyyaml regex requests rich safetensors setuptools sympy tokenizers torch
+    tqdm transformers typer xxhash yarl
+    """
+)
+"""Dependencies, as they are named where they are installed from, whose licences and descriptions
+are out-of-domain text. What is not installed is left out."""
 
 PROSE_SOURCE_CHARACTERS = 900_000
 """Source parsed per package, in characters: parsing is what takes the time."""
@@ -73,7 +86,9 @@ def make_documents(domain: str) -> list[str]:
         "python": _python,
         "arithmetic": lambda: _sheets(random.Random("symphony-moe arithmetic"), _problem_sheet),
         "records": lambda: _sheets(random.Random("symphony-moe records"), _record_sheet),
-        OUT_OF_DOMAIN: _headers,
+        "headers": _headers,
+        "licences": _licences,
+        "readmes": _readmes,
     }
     if domain not in makers:
         raise TextError(f"no domain is named {domain!r}; the bundled ones are {', '.join(makers)}")
@@ -111,6 +126,47 @@ def _headers() -> Iterator[str]:
     for folder in folders:
         for text in _texts(folder, (".h", ".hpp", ".cuh")):
             yield from _split(opening.sub("", text).lstrip("\n"))
+
+
+def _licences() -> Iterator[str]:
+    """Legal English: the licences that packages come with, theirs and of what they contain. A
+    licence that many packages have, with another year or name, comes once."""
+    seen: set[str] = set()
+    for package in _distributions():
+        files = [file for file in package.files or [] if _is_licence(file.name)]
+        for file in sorted(files, key=str):
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            for document in _split(text):
+                # The beginning has names and years; whole documents differ by them alone.
+                middle = "".join(document[len(document) // 3 :].split())[:200]
+                if middle not in seen:
+                    seen.add(middle)
+                    yield document
+
+
+def _is_licence(name: str) -> bool:
+    known = r"(licen[cs]e|copying|notice)"
+    return re.match(known, name, re.IGNORECASE) is not None and not name.endswith(".py")
+
+
+def _readmes() -> Iterator[str]:
+    """What packages say of themselves where they are installed from, in Markdown and
+    reStructuredText: prose, commands and code by turns."""
+    for package in _distributions():
+        # A description stands below the fields, as the body of a letter does.
+        said = email.message_from_string(package.read_text("METADATA") or "")
+        yield from _split(str(said.get_payload()))
+
+
+def _distributions() -> Iterator[Distribution]:
+    for name in DISTRIBUTIONS:
+        try:
+            yield distribution(name)
+        except PackageNotFoundError:
+            continue
 
 
 def _english() -> Iterator[str]:

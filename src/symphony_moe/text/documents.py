@@ -217,7 +217,7 @@ def check_data_exists(who: str, data: Data) -> None:
     elif isinstance(data, str) and data.startswith(BUNDLED):
         from symphony_moe.bundled import corpus
 
-        known = (*corpus.DOMAINS, corpus.OUT_OF_DOMAIN)
+        known = (*corpus.DOMAINS, *corpus.OUT_OF_DOMAIN)
         if data.removeprefix(BUNDLED) not in known:
             raise TextError(f"{who}: no bundled text {data!r}; there is: {', '.join(known)}")
     elif isinstance(data, str):
