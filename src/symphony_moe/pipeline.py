@@ -40,6 +40,7 @@ from symphony_moe.recipe.changes import (
     refuse_concatenated,
     refuse_not_new,
     refuse_not_removable,
+    refuse_sliced,
     refuse_too_few,
     with_source,
     without_source,
@@ -306,6 +307,7 @@ def _change(asked: _Change, spec: Mapping[str, Any] | None, overrides: Sequence[
     left out."""
     old, name = asked.old.read_recipe(), asked.name
     refuse_concatenated(old, name)
+    refuse_sliced(old, name)
     _refuse_inside(asked.old.root, asked.out)
     refuse_existing(asked.out, resume=asked.resume, overwrite=asked.overwrite)
     kept = KeptModel.of(asked.old)

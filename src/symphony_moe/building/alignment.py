@@ -118,17 +118,22 @@ class Alignment:
         return {key for key in self.tensors if key.endswith(ends)}
 
     def misplaced(
-        self, num_layers: int, *, residual: list[str], heads: list[str], neurons: list[str]
+        self,
+        num_layers: int,
+        *,
+        residual: list[str],
+        heads: list[str],
+        neurons: Mapping[str, Collection[int]],
     ) -> str | None:
         """The first map that is missing or surplus; None where all is well.
 
         `residual`, `heads`: sources that may have those maps, of every layer or of none.
-        `neurons`: sources that must have theirs.
+        `neurons`: sources that must have theirs, of which layers.
         """
         there = self._maps()
         allowed = {f"{source}.residual" for source in residual}
-        for source in neurons:
-            allowed |= (keys := _of_layers(source, num_layers, (_NEURONS,)))
+        for source, layers in neurons.items():
+            allowed |= (keys := {layer_key(source, layer, _NEURONS) for layer in layers})
             if absent := keys - there:
                 return min(absent)
         for source in heads:
@@ -140,8 +145,9 @@ class Alignment:
 
     def describe(self) -> dict[str, Any]:
         """For `metrics.json`: kind -> source -> agreement with the anchor by layer, before and
-        after, and whether the maps are used."""
+        after, and whether the maps are used; which layers, where it is not all from the first."""
         described: dict[str, Any] = {}
+        layers: dict[tuple[str, str], list[int]] = {}
         for kind, measured in _MEASURED.items():
             for key, pair in self.tensors.items():
                 source, _, rest = key.rpartition(".layers.")
@@ -153,14 +159,21 @@ class Alignment:
                 before, after = (round(float(value), 6) for value in pair)
                 entry["before"].append(before)
                 entry["after"].append(after)
+                layers.setdefault((kind, source), []).append(int(rest.partition(".")[0]))
+        for (kind, source), numbers in layers.items():
+            if numbers != list(range(len(numbers))):
+                described[kind][source]["layers"] = numbers
         return described
 
     def _is_used(self, kind: str, source: str) -> bool:
         found = {
             "residual": self.residual(source),
             "heads": self.heads(source, 0),
-            "neurons": self.neurons(source, 0),
         }
+        if kind == "neurons":  # of some layers, or of all
+            return any(
+                k.startswith(f"{source}.") and k.endswith(f".{_NEURONS}") for k in self.tensors
+            )
         return found[kind] is not None
 
 

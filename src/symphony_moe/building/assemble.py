@@ -22,7 +22,7 @@ from symphony_moe.model.families import (
     O_PROJ,
     stream_scale,
 )
-from symphony_moe.model.moe_layer import MoELayer, router_rows
+from symphony_moe.model.moe_layer import MoELayer, dense_layer, router_rows
 from symphony_moe.model.symmetry import (
     fold_gains,
     gain_of,
@@ -148,9 +148,28 @@ def assemble_layer(
             shared[name] = concatenated(name, tensors, shares)
             continue
         method = backbone.norms if name in family.norms else backbone.attention
-        mean = slerp if method == "slerp" and name in family.attention else linear_mean
-        shared[name] = mean(tensors, _shares(recipe, ordered, method))
+        # Vectors are always averaged linearly.
+        angles = method == "slerp" and name in family.attention
+        shared[name] = _fused(recipe, ordered, tensors, method if angles else _plain(method))
+    if layer in recipe.experts.dense_layers:
+        ffn = {
+            name: _fused(recipe, ordered, [aligned[s.name][name] for s in ordered], backbone.ffn)
+            for name in NEURON_AXIS
+        }
+        return dense_layer(shared, ffn)
     return assemble_experts(recipe, sources, layer, aligned, shared)
+
+
+def _fused(
+    recipe: Recipe, sources: Sequence[Source], tensors: Sequence[Tensor], method: str
+) -> Tensor:
+    """One tensor of several sources'. `method`: linear, slerp or anchor."""
+    mean = slerp if method == "slerp" else linear_mean
+    return mean(tensors, _shares(recipe, sources, method))
+
+
+def _plain(method: str) -> str:
+    return "linear" if method == "slerp" else method
 
 
 def concatenated(name: str, tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

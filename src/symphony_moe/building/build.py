@@ -47,7 +47,7 @@ from symphony_moe.errors import RecipeError, RunFolderError, SourceError
 from symphony_moe.files import hash_folder, publish, sha256_of, to_json, write_bytes
 from symphony_moe.machine import copying, peak_rss_bytes, release_freed_memory, versions
 from symphony_moe.model.checkpoint import CheckpointWriter, beyond
-from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS
+from symphony_moe.model.families import DOWN, EMBEDDING, FINAL_NORM, HEAD, HEAD_BIAS
 from symphony_moe.model.layer import device
 from symphony_moe.model.moe_layer import (
     MoELayer,
@@ -117,16 +117,18 @@ def refuse_beyond(recipe: Recipe, sources: Sequence[Source]) -> None:
     does not hold: found while it is written, that would be after hours."""
     dtype = recipe.output.dtype
     changed = recipe.folds or recipe.fits_layers or recipe.redraws_neurons
+    dense = recipe.experts.dense_layers
     if dtype != "float16" or changed or sources[0].family.norm_eps is not None:
         return
     copied = [anchor_of(recipe, sources)] if recipe.copies_anchor else sources
-    layers = range(sources[0].config.num_hidden_layers)
+    layers = [n for n in range(sources[0].config.num_hidden_layers) if n not in dense]
     reads = SharedReads(copied)
     for name in (f"model.layers.{n}.{part}" for n in layers for part in sources[0].family.expert):
+        times = recipe.experts.per_source if name.endswith(DOWN) else 1
         for source in copied:
-            if source.headers[name].dtype == "F16" and source.adapter is None:
+            if times == 1 and source.headers[name].dtype == "F16" and source.adapter is None:
                 continue
-            largest = source.read(name, reads=reads).abs().max()
+            largest = times * source.read(name, reads=reads).abs().max()
             if not bool(largest.to(torch.float16).isfinite()):
                 raise RecipeError(f"{source.name}: " + beyond(name, float(largest), dtype))
 
@@ -189,7 +191,8 @@ class Build:
         self.kept = kept
         self.fits_model = recipe.fits_layers and kept is None
         """Whether backbone and head are fitted, beside the plain mean."""
-        copies = recipe.copies_experts and stream_scale_of(recipe, sources) == 1
+        scales = stream_scale_of(recipe, sources) != 1 or recipe.experts.per_source > 1
+        copies = recipe.copies_experts and not scales
         self.copies = copies or recipe.only_removes
         """Whether experts are written as they are read."""
 
@@ -490,12 +493,13 @@ class Build:
         """Bring the plain mean's streams past its own layer; its router there (experts, by name, x
         hidden), which is the only thing that is fitted."""
         moe = self.plain.assemble(layer, self._aligned(self.plain, layer)).to(self.plain.dtype)
+        experts = sorted(moe.experts)
         if finished:
             router = self._recorded_router(layer)
         else:
-            router = router_matrix(calibrate_plain(state, layer, moe), state.names)
+            router = router_matrix(calibrate_plain(state, layer, moe), experts)
             router = router.to(self.plain.dtype)
-        rows = router_rows(router, state.names)
+        rows = router_rows(router, experts)
         self.plain.advance(state, layer, replace(moe, router=rows))
         return router
 
@@ -532,18 +536,19 @@ class Build:
         }
         chosen = _better(by_source)
         if chosen == PLAIN_MEAN and self.is_first:
-            self._write_plain(self.state, plain_head)
+            self._write_plain(plain_head)
         return ModelFit(layers, head_fit, by_source, chosen)
 
-    def _write_plain(self, state: FitState, head: Tensor) -> None:
+    def _write_plain(self, head: Tensor) -> None:
         """Write the plain mean over the fitted model."""
         self._write_tables(self.plain, EMBEDDING)
         self.writer.write(HEAD, head)
         for layer in range(self.num_layers):
             aligned = self._aligned(self.plain, layer)
             matrix = read_plain_router(self.folder.layer_done(layer))
-            router = router_rows(matrix, state.names)
-            self._write_layer(layer, replace(self.plain.assemble(layer, aligned), router=router))
+            moe = self.plain.assemble(layer, aligned)
+            router = router_rows(matrix, sorted(moe.experts))
+            self._write_layer(layer, replace(moe, router=router))
 
     def _write_manifest(
         self,

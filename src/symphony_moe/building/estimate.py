@@ -327,7 +327,7 @@ def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedC
     if recipe.aligns:
         aligning += 2.0 * every * one_source * count
     if recipe.aligns_neurons:
-        pairs = (count - 1) * layers
+        pairs = (count - 1) * sum(recipe.aligns_neurons_in(layer) for layer in range(layers))
         aligning += 2.0 * every * config.intermediate_size**2 * pairs
         # The assignment: between 1 and 3 times what is measured (docs/bench.md).
         elsewhere += 1.1 * (config.intermediate_size / 10_000) ** 2 * pairs

@@ -64,7 +64,7 @@ from symphony_moe.model.layer import (
     run_layer,
     wanted_of,
 )
-from symphony_moe.model.moe_layer import MoELayer, router_matrix, router_rows
+from symphony_moe.model.moe_layer import DENSE, MoELayer, dense_layer, router_matrix, router_rows
 from symphony_moe.model.precision import exact, float32_results
 from symphony_moe.model.streams import in_batches
 
@@ -96,7 +96,8 @@ class ValidationRouting:
 class LayerFit:
     """What was measured while a layer was fitted. A step that was not taken is None."""
 
-    routing: ValidationRouting
+    routing: ValidationRouting | None = None
+    """None where a layer has no experts."""
     attention: Step | None = None
     experts: Step | None = None
     refinement: Step | None = None
@@ -109,6 +110,8 @@ class LayerFit:
             "refinement": self.refinement,
         }
         found = {name: step.to_json() for name, step in steps.items() if step is not None}
+        if self.routing is None:
+            return found
         return found | {
             "routing": {
                 "share": {name: round(share, 6) for name, share in self.routing.share.items()},
@@ -140,16 +143,18 @@ def _fit(
             shared, attention = _fit_attention(state, layer, shared, aligned)
     _run_attention(state, layer, shared)
     router = start.router
-    if recipe.fits_router:
+    if recipe.fits_router and not start.is_dense:
         router = _fit_router(state, _router_inputs(state, shared))
     moe = MoELayer(shared, start.experts, router)
-    if recipe.fits_layers:
-        moe, experts = _fit_experts(part, layer, moe)
+    if recipe.fits_layers and not (start.is_dense and state.newcomer):
+        moe, experts = (_fit_dense if start.is_dense else _fit_experts)(part, layer, moe)
         if recipe.fit.epochs > 0:
             moe, refinement = _refine(part, layer, moe, start, experts.error)
+    if recipe.fits_layers:
         for name in part.names:
             state.streams.swap(f"{SOURCE}/{name}", f"{AFTER}/{name}")
-    return moe, LayerFit(_routing(state, layer, moe), attention, experts, refinement)
+    routing = None if moe.is_dense else _routing(state, layer, moe)
+    return moe, LayerFit(routing, attention, experts, refinement)
 
 
 @torch.no_grad()
@@ -204,7 +209,7 @@ def advance(state: FitState, layer: int, moe: MoELayer, part: str) -> None:
     with state.products():
         for name in state.names:
             parts = [(slice(None), routed)]
-            if state.recipe.routes_by_source:
+            if state.recipe.routes_by_source and not moe.is_dense:
                 own = _runner(state, attention, moe, [name])
                 parts = [(state.validation(name), routed), (state.fitted(name), own)]
             for rows, run in parts:
@@ -216,7 +221,7 @@ def advance(state: FitState, layer: int, moe: MoELayer, part: str) -> None:
 def calibrate_plain(state: FitState, layer: int, plain: MoELayer) -> Rows:
     """The router of the plain mean, calibrated on its own router inputs where the recipe asks for
     that."""
-    if not state.recipe.fits_router:
+    if plain.is_dense or not state.recipe.fits_router:
         return plain.router
     attention = load_attention(state.config, layer, plain.shared)
     inputs = {}
@@ -434,6 +439,19 @@ def _fit_experts(state: FitState, layer: int, start: MoELayer) -> tuple[MoELayer
     return (whole if step.kept else start), step
 
 
+@torch.no_grad()
+def _fit_dense(state: FitState, layer: int, start: MoELayer) -> tuple[MoELayer, Step]:
+    """The FFN that all sources share, on the text of all: down from its neurons to what is missing
+    to the sources' streams after the layer."""
+    ffn = {key: tensor.to(device()) for key, tensor in start.experts[DENSE].items()}
+    (down,) = solve_all(state, iter([_output(state, start, ffn, "the FFN", None)]))
+    fitted = {key: tensor.cpu() for key, tensor in {**ffn, DOWN: down.weight}.items()}
+    whole = dense_layer(start.shared, fitted)
+    errors = [_layer_error(state, layer, moe) for moe in (start, whole)]
+    step = Step(errors[0], errors[1], {"down_proj of the FFN": down})
+    return (whole if step.kept else start), step
+
+
 def _input_maps(state: FitState, start: MoELayer, names: Sequence[str]) -> Iterator[Regression]:
     """From the new model's FFN input to each source's, on that source's text. The sources' gains
     are folded; the new model's are not where it has been trained."""
@@ -453,18 +471,25 @@ def _expert_outputs(
     state: FitState, start: MoELayer, experts: Mapping[str, Mapping[str, Tensor]]
 ) -> Iterator[Regression]:
     """From each expert's neurons to what is missing to its source's stream after the layer."""
+    for name, expert in experts.items():
+        yield _output(state, start, expert, name, name)
+
+
+def _output(
+    state: FitState, start: MoELayer, ffn: Mapping[str, Tensor], what: str, only: str | None
+) -> Regression:
+    """From an FFN's neurons to what is missing to the sources' streams after the layer. `only`: on
+    the text of one source; None: of all."""
     config, activation = state.config, activation_of(state.config)
     norms = state.family.norms_after
     gain = None if norms is None else start.shared[norms[1]]
-    for name, expert in experts.items():
-        ffn, hidden = config.intermediate_size, config.hidden_size
-        outputs = LeastSquares(ffn, hidden, device=device())
-        for _, (new, after) in state.to_fit(NEW_MIDDLE, AFTER, only=name):
-            x = ffn_input(config, start.shared, new).flatten(0, 1)
-            neurons = gated_neurons(expert, x, activation)
-            now = None if gain is None else neurons @ expert[DOWN].T
-            outputs.update(neurons, wanted_of(config, gain, (after - new).flatten(0, 1), now))
-        yield Regression(outputs, expert[DOWN], f"down_proj of {name}")
+    outputs = LeastSquares(config.intermediate_size, config.hidden_size, device=device())
+    for _, (new, after) in state.to_fit(NEW_MIDDLE, AFTER, only=only):
+        x = ffn_input(config, start.shared, new).flatten(0, 1)
+        neurons = gated_neurons(ffn, x, activation)
+        now = None if gain is None else neurons @ ffn[DOWN].T
+        outputs.update(neurons, wanted_of(config, gain, (after - new).flatten(0, 1), now))
+    return Regression(outputs, ffn[DOWN], f"down_proj of {what}")
 
 
 def _refine(
@@ -488,10 +513,10 @@ def _refine(
     mixture = _mixture(state, MoELayer({}, experts, router), names)
     parameters: list[Tensor] = list(learned.values())
     home: list[Tensor | None] = [aligned.shared[name] for name in learned]
-    if is_whole:
+    if is_whole and not start.is_dense:
         parameters, home = [*parameters, mixture.router], [*home, None]  # no router is aligned
     for name, expert in zip(names, mixture.experts, strict=True):
-        if name in state.names:
+        if name in state.names or start.is_dense:
             parameters += list(expert.values())
             home += [aligned.experts[name][key] for key in expert]
     for parameter in parameters:
@@ -534,7 +559,9 @@ def _grouped(names: Sequence[str], size: int) -> Iterator[list[str]]:
 
 
 def _mixture(state: FitState, moe: MoELayer, names: Sequence[str]) -> MixtureOfExperts:
-    """The experts of some sources."""
+    """The experts of some sources, or the one FFN of a dense layer."""
+    if moe.is_dense:
+        names = [DENSE]
     top_k, activation = min(state.recipe.router.top_k, len(names)), activation_of(state.config)
     experts = [moe.experts[name] for name in names]
     return MixtureOfExperts(experts, router_matrix(moe.router, names), top_k, activation)

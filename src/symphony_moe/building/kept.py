@@ -262,6 +262,8 @@ class ChangedCandidate(Candidate):
         """A layer before any fit: the kept one without the expert that is left out, and with the
         one that is new, whose router row is random."""
         kept = self.kept.layer(self.sources[0], layer)
+        if kept.is_dense:  # a part of the backbone
+            return kept
         gone = None if self.recipe.parent is None else self.recipe.parent.removed
         names = [name for name in self.kept.experts if name != gone]
         parts = [_of_experts(kept, names)]

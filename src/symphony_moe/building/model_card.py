@@ -38,19 +38,21 @@ def model_card(
     for one in () if recipe.parent is None else recipe.parent.former:
         found[f"{one.name} (in the backbone; its expert was taken out)"] = provenance_of(one)
     total, active = plan.total_parameters, plan.active_parameters
+    each = recipe.experts.per_source
+    top_k = recipe.router.top_k * each
     return f"""---
 {write_yaml(_metadata(recipe, found))}---
 
-# Mixture of {len(sources)} experts
+# Mixture of {len(sources) * each} experts
 
 A `{plan.architecture}` model with {total:,} parameters, {active:,} of them active per token (top \
-{recipe.router.top_k}), built from {len(sources)} `{plan.family}` models with symphony-moe, method \
+{top_k}), built from {len(sources)} `{plan.family}` models with symphony-moe, method \
 `{recipe.method}`, after the paper [Symphony-MoE](https://arxiv.org/abs/2509.18542).
 
 | expert | source | model | licence |
 |---|---|---|---|
-{_rows(plan, found)}
-{_history(recipe)}
+{_rows(plan, found, each)}
+{_dense_layers(recipe)}{_history(recipe)}
 ## Use
 
 ```python
@@ -71,6 +73,12 @@ By method `{recipe.method}`, with {_versions()}.
 ```yaml
 {write_yaml(_shown(recipe))}```
 """
+
+
+def _dense_layers(recipe: Recipe) -> str:
+    """Which layers have no experts; nothing where all have."""
+    layers = ", ".join(map(str, recipe.experts.dense_layers))
+    return f"\nLayers without experts, counted from 0: {layers}.\n" if layers else ""
 
 
 def _history(recipe: Recipe) -> str:
@@ -147,11 +155,16 @@ def _of_source(one: Provenance) -> str:
     return " and, for its adapter, ".join(words)
 
 
-def _rows(plan: Plan, found: Mapping[str, Provenance]) -> str:
+def _rows(plan: Plan, found: Mapping[str, Provenance], each: int) -> str:
+    """A row for each source. `each`: how many experts it gives."""
+    numbers = [
+        f"{first}" if each == 1 else f"{first} to {first + each - 1}"
+        for first in range(0, each * len(plan.sources), each)
+    ]
     return "\n".join(
         f"| {number} | {source['name']}{' (anchor)' if source['anchor'] else ''} | "
         f"{source_in_words(source)} | {_of_source(found[source['name']])} |"
-        for number, source in enumerate(plan.sources)
+        for number, source in zip(numbers, plan.sources, strict=True)
     )
 
 
@@ -175,6 +188,10 @@ def _hub_data(recipe: Recipe) -> dict[str, HubData]:
 def _shown(recipe: Recipe) -> dict[str, Any]:
     """The recipe without the machine's paths, hashes and what a build does not ask for."""
     shown = recipe.to_content(without=("train", "evaluation", "compare"))
+    if not recipe.experts.dense_layers:
+        del shown["experts"]["dense_layers"], shown["backbone"]["ffn"]
+    if recipe.experts.per_source == 1:
+        del shown["experts"]["per_source"]
     on_hub = _hub_data(recipe)
     for name, spec in shown["sources"].items():
         named = {key: public_name(spec[key]) for key in ("model", "adapter") if spec[key]}

@@ -34,7 +34,7 @@ from symphony_moe.model.families import (
     stream_scale,
     target_config,
 )
-from symphony_moe.model.moe_layer import MoELayer, layer_outputs
+from symphony_moe.model.moe_layer import MoELayer, dense_layer, layer_outputs
 from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
@@ -46,6 +46,16 @@ NOTE_PERMUTATION = (
     "MoE with separate experts computes, before or after training (docs/paper-map.md). It is "
     "recorded and reported, and takes about {seconds:.0f} s of stage 1 on this machine; "
     "align.neurons: none leaves it out"
+)
+
+EVEN_WIDTH = 8
+"""Neurons of an expert come in so many: grouped products of matrices want rows of 16 bytes, which
+are 8 numbers of bfloat16."""
+
+NOTE_SOME_PERMUTATIONS = (
+    "align.neurons orders the neurons of every layer; what is computed depends on it in layer(s) "
+    "{layers} alone, and it takes about {seconds:.0f} s of stage 1 on this machine; align.neurons: "
+    "auto matches those layers alone"
 )
 
 
@@ -109,11 +119,13 @@ def make_plan(
     family = anchor.family
     tied, ours = is_tied(recipe, sources), new_config(recipe, sources)
     _refuse_more_heads(recipe, family, ours)
+    _refuse_layout(family, ours)
     tensors = output_tensors(family, ours, len(sources), tied=tied)
     if family.has_head_bias and recipe.output.head_bias:
         tensors[HEAD_BIAS] = (anchor.config.vocab_size,)
     total = sum(math.prod(shape) for shape in tensors.values())
-    active = total - _one_expert(family, anchor.config) * (len(sources) - recipe.router.top_k)
+    idle = len(sources) - recipe.router.top_k  # sources that a token does not go to
+    active = total - _one_expert(family, anchor.config) * idle
     config = target_config(
         family,
         ours,
@@ -151,9 +163,17 @@ def make_plan(
             config,
             sentencepiece=anchor.source_tokenizer.kind == "SentencePiece BPE",
             dense=family.dense,
+            layout=_layout(family),
         ),
         notes=notes,
     )
+
+
+def _layout(family: Family) -> str:
+    """What a recipe asks of the layers that no model had which programs were asked about."""
+    if family.dense_layers:
+        return "with layers without experts"
+    return "with several experts of a source" if family.slices > 1 else ""
 
 
 def _refuse_more_heads(recipe: Recipe, family: Family, config: PreTrainedConfig) -> None:
@@ -168,6 +188,30 @@ def _refuse_more_heads(recipe: Recipe, family: Family, config: PreTrainedConfig)
         raise SourceMismatch(
             f"backbone.attention: concatenated: {family.dense} as {family.moe} cannot have the "
             f"heads of {len(recipe.expert_names)} sources: {reason}. Set it to linear or slerp"
+        )
+
+
+def _refuse_layout(family: Family, config: PreTrainedConfig) -> None:
+    """Raise SourceMismatch where the sources do not have the layers, or the neurons, that a recipe
+    gives another form."""
+    count, width = config.num_hidden_layers, config.intermediate_size
+    beyond = [layer for layer in family.dense_layers if layer >= count]
+    if beyond:
+        raise SourceMismatch(
+            f"experts.dense_layers: {beyond[0]} is no layer of the sources, which have {count}, "
+            f"counted from 0; choose from 0 to {count - 1}"
+        )
+    if len(family.dense_layers) == count:
+        raise SourceMismatch(
+            f"experts.dense_layers: all {count} layers are named, and none would have experts; "
+            "leave one out at least, or merge the models with a tool for dense models"
+        )
+    if family.slices > 1 and width % (family.slices * EVEN_WIDTH):
+        fitting = [n for n in (2, 4, 8) if n < family.slices and width % (n * EVEN_WIDTH) == 0]
+        raise SourceMismatch(
+            f"experts.per_source: {width} neurons of a source's FFN, dealt into {family.slices} "
+            f"experts, are {width / family.slices:g} each; stock transformers multiply experts "
+            f"whose width is a multiple of {EVEN_WIDTH}. Set it to {max(fitting, default=1)}"
         )
 
 
@@ -218,6 +262,8 @@ def output_tensors(
         router = dict.fromkeys(names, torch.empty(config.hidden_size, device="meta"))
         attention_router = None if family.attention_router is None else router
         moe = MoELayer(blank, dict.fromkeys(names, own), router, attention_router)
+        if layer in family.dense_layers:
+            moe = dense_layer(blank, own)
         for name, tensor in layer_outputs(family, config, layer, moe, names):
             tensors[name] = tuple(tensor.shape)
     tensors[FINAL_NORM] = shapes[FINAL_NORM]
@@ -227,10 +273,10 @@ def output_tensors(
 
 
 def _one_expert(family: Family, config: PreTrainedConfig) -> int:
-    """Parameters of one expert, in all layers."""
+    """Parameters of one source's experts, in all layers that have any."""
     shapes = expected_shapes(config)
     one_layer = sum(math.prod(shapes[f"model.layers.0.{name}"]) for name in family.expert)
-    return int(one_layer * config.num_hidden_layers)
+    return int(one_layer * (config.num_hidden_layers - len(family.dense_layers)))
 
 
 def beyond_context(recipe: Recipe, opened: Sequence[Source], *sections: str) -> list[str]:
@@ -282,9 +328,7 @@ def _notes(
         notes += [f"{source.name}: {note}" for note in _of_text(recipe, source)]
     notes += say_alike(recipe, sources)
     notes += _of_ends(recipe, sources)
-    if recipe.aligns_neurons:
-        cost = matching_seconds(recipe, sources, anchor_of(recipe, sources).config)
-        notes.append(NOTE_PERMUTATION.format(seconds=cost))
+    notes += _of_layout(recipe, sources)
     if recipe.fits_layers:
         notes.append(
             "fit: stage 1 goes through the calibration text "
@@ -315,6 +359,30 @@ def _notes(
     if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:
         notes.append("backbone.weights has no effect on attention: it is the anchor's")
     return notes + _without_effect(recipe)
+
+
+def _of_layout(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
+    """What is to be said of experts, layers without any, and the order of their neurons."""
+    experts, top_k = recipe.experts, recipe.router.top_k
+    dense = ", ".join(map(str, experts.dense_layers))
+    if recipe.aligns_neurons:
+        cost = matching_seconds(recipe, sources, anchor_of(recipe, sources).config)
+        if not dense:
+            yield NOTE_PERMUTATION.format(seconds=cost)
+        elif recipe.align.neurons == "activations":
+            yield NOTE_SOME_PERMUTATIONS.format(layers=dense, seconds=cost)
+    if dense:
+        yield (
+            f"experts.dense_layers: layer(s) {dense} have one FFN, merged from all sources "
+            f"({recipe.backbone.ffn}), for every token. What a source alone knows there is lost in "
+            "part (docs/how-to/experts.md)"
+        )
+    if experts.per_source > 1:
+        yield (
+            f"experts.per_source: each source gives {experts.per_source} experts of 1 / "
+            f"{experts.per_source} of its FFN; a token has {top_k * experts.per_source}, all of "
+            f"{top_k} source(s) until training parts them"
+        )
 
 
 def _of_heads(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
@@ -408,6 +476,7 @@ def _without_effect(recipe: Recipe) -> list[str]:
         ),
         (not recipe.fits_router, "router.init is random", ("router.temperature",)),
         (not recipe.aligns_neurons, "no neurons are matched", ("align.neuron_share",)),
+        (not recipe.experts.dense_layers, "experts.dense_layers is empty", ("backbone.ffn",)),
         (not recipe.redraws_neurons, "experts.init is not drop", ("experts.drop_share",)),
         (not recipe.distills, "train.teacher is none", of_teacher),
     )

@@ -81,7 +81,7 @@ class Sweep:
         config = self._sources[0].config
         is_last = layer == config.num_hidden_layers - 1
         places = ("before", "middle", "after") if is_last else ("before", "middle")
-        found = {s.name: self._blank(s) for s in self._sources[1:]} if compare else {}
+        found = {s.name: self._blank(s, layer) for s in self._sources[1:]} if compare else {}
         with products(self._recipe.calibration.precision, config.hidden_size, device()):
             for batch, judges in self._batches():
                 anchor: _Activity | None = None
@@ -107,7 +107,7 @@ class Sweep:
             for batch in self._streams.visit(*names, rows=rows):
                 yield batch, rows is judging
 
-    def _blank(self, source: Source) -> LayerStatistics:
+    def _blank(self, source: Source, layer: int) -> LayerStatistics:
         """Statistics of nothing yet. Neurons' order is used in any case, and not judged."""
         config = source.config
 
@@ -120,7 +120,7 @@ class Sweep:
             return comparison
 
         comparison = blank()
-        if self._recipe.aligns_neurons:
+        if self._recipe.aligns_neurons_in(layer):
             comparison.neurons = NeuronCorrelation(config.intermediate_size, device())
             comparison.neuron_share = self._recipe.align.neuron_share
         if self._is_judged:

@@ -208,12 +208,13 @@ def _check_maps(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> st
         return f"{run.alignment.name} is not readable: {error}"
     num_layers = sources[0].config.num_hidden_layers
     others = [s.name for s in sources if s.name != recipe.anchor]
-    has_neurons = recipe.aligns_neurons and not _is_plain_mean(run, recipe)
+    matched = [n for n in range(num_layers) if recipe.aligns_neurons_in(n)]
+    has_neurons = bool(matched) and not _is_plain_mean(run, recipe)
     wrong = alignment.misplaced(
         num_layers,
         residual=others if recipe.aligns_residual else [],
         heads=others if recipe.aligns_heads else [],
-        neurons=others if has_neurons else [],
+        neurons=dict.fromkeys(others, matched) if has_neurons else {},
     )
     if wrong:
         return f"{wrong} is missing or surplus"
@@ -394,7 +395,7 @@ def _expected_parts(
     }
     if isinstance(new, ChangedCandidate):
         expected = new.assemble(layer, aligned)
-    elif name is not None:
+    elif name is not None and not stored.is_dense:
         expected = replace(new_expert(new, layer, aligned, {}), shared={})
     else:
         return {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,37 +122,48 @@ def cka_of_experts(
     config: PreTrainedConfig | None = None,
 ) -> list[Float[Tensor, "experts experts"]]:
     """Layer -> CKA of the experts' outputs in a checkpoint folder of ours: every expert on every
-    token's router input, wherever the router sends the token. The stream between layers is the
-    model's own, routed to `top_k` experts. `config`: see `new_config`;
-    the anchor's, where nothing is given."""
+    token's router input, wherever the router sends the token. Layers without experts are left out;
+    of a source that gives several experts, what they put out together is compared. The stream
+    between layers is the model's own, routed to `top_k` experts. `config`: see `new_config`; the
+    anchor's, where nothing is given."""
     streams, config = Streams(), moe_config(anchor.family, config or anchor.config)
-    read, numbers = tensor_reader(checkpoint), [str(number) for number in range(num_experts)]
+    # As they are in the file: training parts the experts of a source.
+    slices, family = anchor.family.slices, replace(anchor.family, slices=1)
+    read, numbers = tensor_reader(checkpoint), list(map(str, range(num_experts * slices)))
     streams.embed({"new": text}, config, [(0, read(EMBEDDING))])
     found = []
     for layer in range(config.num_hidden_layers):
-        tensors = read_layer_outputs(anchor.family, config, layer, numbers, read)
-        model = load_moe_layer(config, layer, tensors, top_k)
+        tensors = read_layer_outputs(family, config, layer, numbers, read)
+        model = load_moe_layer(config, layer, tensors, top_k * slices)
         mixture = decoder_layer(model).mlp
         statistics = OutputCovariance(num_experts, config.hidden_size, device())
         for stream in streams.batches("new"):
             with _observe_ffn(model) as seen:
                 stream.copy_(run_layer(model, stream))
+            if tensors.is_dense:
+                continue
             x = seen["input"].flatten(0, 1)
             outputs = [gated_neurons(e, x, mixture.activation) @ e[DOWN].T for e in mixture.experts]
-            statistics.update(torch.stack(outputs))
-        found.append(statistics.cka())
+            by_source = torch.stack(outputs).unflatten(0, (num_experts, slices))
+            statistics.update(by_source.sum(dim=1))
+        if not tensors.is_dense:
+            found.append(statistics.cka())
     return found
 
 
 def describe_cka(
-    experts: Sequence[str], layers: Sequence[Float[Tensor, "experts experts"]], tokens: int
+    experts: Sequence[str],
+    layers: Sequence[Float[Tensor, "experts experts"]],
+    tokens: int,
+    numbers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """For `metrics.json`: every layer's matrix, and the mean over layers and pairs of different
-    experts."""
+    experts. `numbers`: of the layers, where they are not all of the model's."""
     pairs = ~torch.eye(len(experts), dtype=torch.bool)
     return {
         "experts": list(experts),
         "tokens": tokens,
+        **({} if numbers is None else {"numbers": list(numbers)}),
         "layers": rounded(torch.stack(list(layers))),
         "mean": round(float(torch.stack([layer[pairs].mean() for layer in layers]).mean()), 6),
     }

@@ -80,6 +80,7 @@ def evaluate_run(
     windows = Texts.of(recipe, sources, texts).held_out_text()
     shared = shared_text({name: text.windows for name, text in windows.items()})
     names = recipe.expert_names
+    with_experts = _layers_with_experts(recipe, sources)
     held_out = HeldOut(text=_digest_of_domains(windows))
     known = _known_of_sources(run, like, recipe, held_out) if like else None
     done = len(sources)
@@ -93,11 +94,12 @@ def evaluate_run(
         if not folder.is_dir():
             continue
         losses[stage], observed, with_others = _evaluate_moe(
-            folder, windows, recipe.evaluation.thresholds
+            folder, windows, recipe.evaluation.thresholds, recipe.experts.per_source
         )
         routing[stage] = StageRouting.model_validate(
             {
                 "experts": names,
+                **({} if with_experts is None else {"layers": with_experts}),
                 "routers": "ffn",
                 "tokens": {domain: len(text.tokens) for domain, text in windows.items()},
                 **describe_routing(observed, names),
@@ -107,7 +109,8 @@ def evaluate_run(
             dynamic[stage] = with_others
         anchor, config = anchor_of(recipe, sources), new_config(recipe, sources)
         likeness = cka_of_experts(folder, anchor, len(names), recipe.router.top_k, shared, config)
-        alike[stage] = Cka.model_validate(describe_cka(names, likeness, shared.numel()))
+        numel = shared.numel()
+        alike[stage] = Cka.model_validate(describe_cka(names, likeness, numel, with_experts))
         log.info("evaluated %s: %s", stage, _spell(losses[stage]))
         done += 1
         progress(Progress("evaluate", done, total))
@@ -121,6 +124,12 @@ def evaluate_run(
     forget = [key for key in ("trained", "dynamic") if key not in found]
     run.update_json(run.metrics, metrics.to_json() | {"timing": timing.to_json()}, forget)
     return metrics
+
+
+def _layers_with_experts(recipe: Recipe, sources: Sequence[Source]) -> list[int] | None:
+    """The numbers of the layers that have experts; None where all have."""
+    dense, count = recipe.experts.dense_layers, sources[0].config.num_hidden_layers
+    return [layer for layer in range(count) if layer not in dense] if dense else None
 
 
 def _evaluate_sources(
@@ -174,11 +183,12 @@ def _evaluate_moe(
     folder: Path,
     windows: Mapping[str, Pieces],
     thresholds: Sequence[float],
+    slices: int,
 ) -> tuple[dict[str, float], dict[str, Routing], DynamicRouting | None]:
     """Losses and routing of a checkpoint, and its losses with other numbers of experts (None
-    without thresholds). The model is out of memory afterwards."""
+    without thresholds). `slices`: see `observe_routing`. The model is out of memory afterwards."""
     model = load_stock(folder)
-    losses, routing = losses_and_routing(model, windows)
+    losses, routing = losses_and_routing(model, windows, slices=slices)
     return losses, routing, dynamic_routing(model, windows, thresholds) if thresholds else None
 
 
@@ -196,10 +206,12 @@ def losses_and_routing(
     model: PreTrainedModel,
     windows: Mapping[str, Pieces | Int[Tensor, "windows sequence"]],
     known: Bool[Tensor, " vocabulary"] | None = None,
+    slices: int = 1,
 ) -> tuple[dict[str, float], dict[str, Routing]]:
     """Domain -> nats per token; and, for an MoE, domain -> the routing of its FFNs.
 
-    `windows`: the text, in pieces that are read one by one, as windows are.
+    `windows`: the text, in pieces that are read one by one, as windows are. `slices`: see
+    `observe_routing`.
 
     `known`: the tokens that the model has, where the vocabulary has others (None: all). It gives no
     probability to the others, and where the text has one, it is not asked. The loss of a domain of
@@ -210,7 +222,7 @@ def losses_and_routing(
     for domain, text in windows.items():
         total, predicted = 0.0, 0
         with ExitStack() as stack:
-            so_far = stack.enter_context(observe_routing(model)) if is_moe else None
+            so_far = stack.enter_context(observe_routing(model, slices)) if is_moe else None
             pieces = as_pieces(text) if isinstance(text, Tensor) else text
             for parts in pieces.batches(_at_once(model, pieces)):
                 tokens, positions = (part.to(model.device) for part in parts)

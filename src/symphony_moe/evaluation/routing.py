@@ -34,7 +34,8 @@ Rule = Callable[[Float[Tensor, "tokens experts"]], Bool[Tensor, "tokens experts"
 
 @dataclass(frozen=True)
 class Routing:
-    """How a model's routers treat some text, as means over its tokens (float64)."""
+    """How a model's routers treat some text, as means over its tokens (float64). Of a source that
+    gives several experts, all of them count as one."""
 
     used: Float[Tensor, "layers experts"]
     """Share of the tokens that use an expert: give it a weight above zero. Every layer sums to the
@@ -93,7 +94,7 @@ def describe_routing(found: Mapping[str, Routing], in_domain: Sequence[str]) -> 
 
 
 def routers(model: PreTrainedModel) -> list[Any]:
-    """The routers of a stock model's FFNs, layer by layer; none in a dense model."""
+    """The routers of a stock model's FFNs, layer by layer; none in a dense model, or layer."""
     layers: Any = model.base_model.layers
     blocks = [getattr(layer, "mlp", None) or layer.block_sparse_moe for layer in layers]
     return [
@@ -122,7 +123,9 @@ def router_logits(
 class _Sums:
     """Sums over tokens, behind a `Routing`."""
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
+    def __init__(self, num_layers: int, num_experts: int, slices: int) -> None:
+        """`num_experts`: those that count, each of which is `slices` of the model's."""
+        self.slices = slices
         self.used = torch.zeros(num_layers, num_experts, dtype=torch.float64)
         self.probability = torch.zeros(num_layers, num_experts, dtype=torch.float64)
         self.entropy = torch.zeros(num_layers, dtype=torch.float64)
@@ -130,9 +133,11 @@ class _Sums:
 
     def add(self, layer: int, logits: Tensor, gates: Tensor, chosen: Tensor) -> None:
         log_probability = log_softmax(logits, dim=-1)
+        if self.slices > 1:
+            log_probability = log_probability.unflatten(1, (-1, self.slices)).logsumexp(dim=-1)
         probability = log_probability.exp()
-        num_experts = logits.shape[1]
-        self.used[layer] += torch.bincount(chosen[gates > 0], minlength=num_experts).cpu()
+        chosen, num_experts = chosen[gates > 0] // self.slices, probability.shape[1]
+        self.used[layer] += torch.bincount(chosen, minlength=num_experts).cpu() / self.slices
         self.probability[layer] += probability.sum(dim=0, dtype=torch.float64).cpu()
         self.entropy[layer] -= (probability * log_probability).sum(dtype=torch.float64).cpu()
         self.tokens += len(logits) if layer == 0 else 0
@@ -144,11 +149,12 @@ class _Sums:
 
 
 @contextmanager
-def observe_routing(model: PreTrainedModel) -> Iterator[Callable[[], Routing]]:
+def observe_routing(model: PreTrainedModel, slices: int = 1) -> Iterator[Callable[[], Routing]]:
     """Inside the block, every run of a stock MoE adds to what the function that is given returns:
-    the routing of all tokens so far."""
+    the routing of all tokens so far. `slices`: how many of its experts, one after another, are one
+    source's."""
     gates, forms = routers(model), router_outputs_of(model.config.model_type)
-    sums = _Sums(len(gates), len(router_weight(gates[0])))
+    sums = _Sums(len(gates), len(router_weight(gates[0])) // slices, slices)
 
     def observe(layer: int) -> Any:
         def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:

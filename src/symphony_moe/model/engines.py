@@ -42,14 +42,14 @@ class Reading:
 
 
 def readings(
-    config: Mapping[str, Any], *, sentencepiece: bool = False, dense: str = ""
+    config: Mapping[str, Any], *, sentencepiece: bool = False, dense: str = "", layout: str = ""
 ) -> list[Reading]:
     """What every program of `TRIED` makes of a model with this config, which is one of
     `families.target_config`. `sentencepiece`: its tokenizer is of that kind. `dense`: `model_type`
-    of its sources."""
+    of its sources. `layout`: what its layers have that those of no measured model had."""
     found = [Reading("transformers 5", "exact")]
     untried = _untried(config)
-    unknown = untried or _unrecorded(config, dense)
+    unknown = untried or layout or _unrecorded(config, dense)
     for program in list(TRIED)[1:]:
         # Without what nobody tried: a program that does not even read that is said to be so.
         verdict, why = _judge(program, {**config, "rope_scaling": None} if untried else config)

@@ -28,6 +28,9 @@ GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.we
 NEURON_AXIS = {GATE: 0, UP: 0, DOWN: 1}
 """The axis of each FFN matrix (stored out x in) that counts hidden neurons."""
 
+_DENSE_FFN = {name: name for name in NEURON_AXIS}
+"""How Qwen's MoEs call the FFN of a layer without experts: as dense models do."""
+
 _ATTENTION = tuple(f"self_attn.{part}_proj.weight" for part in "qkvo")
 Q_PROJ, K_PROJ, V_PROJ, O_PROJ = _ATTENTION
 HEAD_AXIS = {f"self_attn.{part}_proj.{kind}": 0 for part in "qkv" for kind in ("weight", "bias")}
@@ -183,6 +186,15 @@ class Family:
     norm_eps: float | None = None
     """The only epsilon that the target's norms have; None where it is a setting. See
     `stream_scale`."""
+    expert_width: str = "intermediate_size"
+    """The target's setting for the number of neurons of an expert."""
+    dense_ffn: Mapping[str, str] | None = None
+    """Matrix of an FFN -> name in a layer of the output that has one FFN and no experts
+    (`mlp_only_layers` in its config); None where the target has no such layers."""
+    dense_layers: tuple[int, ...] = ()
+    """The layers that are so: what a recipe asks for, and no property of the family."""
+    slices: int = 1
+    """Experts that each source's FFN is dealt into (`slice_experts`): the same."""
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -258,12 +270,12 @@ def _ernie(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str, 
 def _qwen2_moe(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str, Any]:
     window = attention_window(config)
     return _qwen3_moe(config, num_experts, top_k) | {
-        "qkv_bias": True,
+        "qkv_bias": config.model_type == "qwen2",
         # Zeros, of the least size that there is.
         "shared_expert_intermediate_size": 1,
         "use_sliding_window": window is not None,
         "sliding_window": window,
-        "max_window_layers": config.max_window_layers,
+        "max_window_layers": getattr(config, "max_window_layers", config.num_hidden_layers),
         "layer_types": None if window is None else list(config.layer_types),
     }
 
@@ -452,6 +464,7 @@ FAMILIES: dict[str, Family] = {
             vectors=_BIASES[:3],
             interleaved_rotary=True,
             has_head_bias=True,
+            expert_width="moe_intermediate_size",
             router_outputs=(BY_TOKEN, ("logits", "experts", "weights")),
             zeros={
                 "self_attn.o_proj.bias": "hidden",
@@ -472,6 +485,8 @@ FAMILIES: dict[str, Family] = {
             ),
             vectors=_HEAD_NORMS,
             head_norms="per head",
+            expert_width="moe_intermediate_size",
+            dense_ffn=_DENSE_FFN,
         ),
         Family(
             dense="granite",
@@ -633,29 +648,37 @@ def _with_biases(family: Family) -> Family:
     return replace(family, vectors=_BIASES, refusals=refusals)
 
 
+def _in_qwen2_moe(family: Family, refusals: tuple[tuple[str, _Test], ...] = ()) -> Family:
+    """The family in Qwen2-MoE. `refusals`: variants of the family that it cannot hold."""
+    return replace(
+        family,
+        moe="qwen2_moe",
+        moe_class="Qwen2MoeForCausalLM",
+        router="mlp.gate.weight",
+        expert=_QWEN_EXPERTS,
+        target_settings=_qwen2_moe,
+        refusals=refusals,
+        interleaved_rotary=False,
+        has_head_bias=False,
+        router_outputs=(BY_TOKEN,),
+        # An expert that every token goes to, and that puts out nothing.
+        zeros={
+            "mlp.shared_expert.gate_proj.weight": "1 hidden",
+            "mlp.shared_expert.up_proj.weight": "1 hidden",
+            "mlp.shared_expert.down_proj.weight": "hidden 1",
+            "mlp.shared_expert_gate.weight": "1 hidden",
+        },
+        expert_width="moe_intermediate_size",
+        dense_ffn=_DENSE_FFN,
+    )
+
+
 def _always(config: PreTrainedConfig) -> bool:
     """A test for what every model of a family has."""
     return True
 
 
 _LLAMA_IN_GRANITE = _in_granite(FAMILIES["llama"], (_NO_BIASES, _NO_FFN_BIASES))
-_QWEN2_WITH_WINDOWS = replace(
-    FAMILIES["qwen2"],
-    moe="qwen2_moe",
-    moe_class="Qwen2MoeForCausalLM",
-    target_settings=_qwen2_moe,
-    refusals=(),
-    interleaved_rotary=False,
-    has_head_bias=False,
-    router_outputs=(BY_TOKEN,),
-    # An expert that every token goes to, and that puts out nothing.
-    zeros={
-        "mlp.shared_expert.gate_proj.weight": "1 hidden",
-        "mlp.shared_expert.up_proj.weight": "1 hidden",
-        "mlp.shared_expert.down_proj.weight": "hidden 1",
-        "mlp.shared_expert_gate.weight": "1 hidden",
-    },
-)
 _NO_WINDOW = ("GraniteMoe has no sliding window; use mixtral", _has_window)
 
 TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
@@ -664,6 +687,7 @@ TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
             FAMILIES["llama"],
             _LLAMA_IN_GRANITE,
             _with_biases(_LLAMA_IN_GRANITE),
+            _in_qwen2_moe(FAMILIES["llama"], (_NO_BIASES, _NO_FFN_BIASES)),
         ),
         "mistral": (FAMILIES["mistral"], _in_granite(FAMILIES["mistral"], (_NO_WINDOW,))),
         "qwen2": (
@@ -673,7 +697,7 @@ TARGETS: dict[str, dict[str, tuple[Family, ...]]] = {
                 FAMILIES["qwen2"].refusals,
                 zeros={"self_attn.o_proj.bias": "hidden"},
             ),
-            _QWEN2_WITH_WINDOWS,
+            _in_qwen2_moe(FAMILIES["qwen2"]),
         ),
         "qwen3": (FAMILIES["qwen3"],),
         "olmo2": (FAMILIES["olmo2"],),
@@ -711,6 +735,10 @@ class Target(NamedTuple):
     """`experts.attention`."""
     architecture: str = "auto"
     """`output.architecture`."""
+    dense_layers: tuple[int, ...] = ()
+    """`experts.dense_layers`."""
+    slices: int = 1
+    """`experts.per_source`."""
 
     def rows(self, dense: str) -> list[Family]:
         """The rows for sources of a `model_type`, the preferred one first. Raises RecipeError where
@@ -724,7 +752,20 @@ class Target(NamedTuple):
                 f"{dense} with experts.attention {self.attention} exactly; expected {others} (or "
                 "auto, the first of them)"
             )
-        return found
+        if self.dense_layers:
+            found = [row for row in found if row.dense_ffn is not None] or self._refuse_dense(dense)
+        return [replace(row, dense_layers=self.dense_layers, slices=self.slices) for row in found]
+
+    def _refuse_dense(self, dense: str) -> list[Family]:
+        """Raise RecipeError: no row holds layers without experts."""
+        able = [row.moe for row in TARGETS["shared"][dense] if row.dense_ffn is not None]
+        asked = f"no stock MoE for {dense}" if self.architecture == "auto" else self.architecture
+        instead = f"set output.architecture to {able[0]}, or leave" if able else "leave"
+        has = "has" if self.architecture == "auto" else "has no"
+        raise RecipeError(
+            f"experts.dense_layers: {asked} {has} layers without experts; {instead} this setting "
+            "out. As many equal experts would compute the same, and take as much room as others"
+        )
 
     def family(self, config: PreTrainedConfig) -> Family:
         """The row for a source: the first that holds it. Where none does, the first of all, which
@@ -810,7 +851,12 @@ def target_config(
     and other readers know only the older ones.
     """
     settings = {name: getattr(dense, name, None) for name in _SAME_IN_EVERY_TARGET}
-    settings |= family.target_settings(dense, num_experts, top_k)
+    sliced = family.slices
+    settings |= family.target_settings(dense, num_experts * sliced, top_k * sliced)
+    if sliced > 1:
+        settings[family.expert_width] = dense.intermediate_size // sliced
+    if family.dense_layers:
+        settings["mlp_only_layers"] = list(family.dense_layers)
     settings |= {name: getattr(dense, name) for name in family.factors.fields}
     rope = dict(dense.rope_parameters)
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}

@@ -112,7 +112,8 @@ def load_moe_layer(
     block = decoder_layer(model)
     experts = list(tensors.experts.values())
     router = router_matrix(tensors.router, tensors.experts)
-    block.mlp = MixtureOfExperts(experts, router, top_k, activation_of(config))
+    places = min(top_k, len(experts))  # of a dense layer, the one FFN
+    block.mlp = MixtureOfExperts(experts, router, places, activation_of(config))
     shared = dict(tensors.shared)
     if tensors.attention_router is not None:
         common = {name: shared.pop(name) for name in tensors.shared if name.startswith(_ATTENTION)}

@@ -1,15 +1,28 @@
 """One layer of a Mixture-of-Experts model, and its tensors under the names of the output."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from symphony_moe.model.families import K_PROJ, ROTARY, V_PROJ, Family, head_dim, queries_per_kv
+from symphony_moe.model.families import (
+    DOWN,
+    K_PROJ,
+    NEURON_AXIS,
+    ROTARY,
+    V_PROJ,
+    Family,
+    head_dim,
+    queries_per_kv,
+)
 from symphony_moe.processes import Processes
+
+DENSE = "(dense)"
+"""The one expert of a layer without experts, which is a mixture of one: its FFN. No source can have
+this name."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,11 @@ class MoELayer:
     attention_router: Mapping[str, Float[Tensor, " hidden"]] | None = None
     """The same, where the experts have attention matrices."""
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it has one FFN for every token, and no experts to choose from."""
+        return DENSE in self.experts
+
     def to(self, dtype: torch.dtype) -> "MoELayer":
         """The same layer, rounded to another dtype."""
 
@@ -42,6 +60,52 @@ class MoELayer:
             rounded(self.router),
             None if attention is None else rounded(attention),
         )
+
+
+def dense_layer(shared: Mapping[str, Tensor], ffn: Mapping[str, Tensor]) -> MoELayer:
+    """A layer without experts. `ffn`: GATE, UP and DOWN. The row of its router is never written: it
+    has nothing to choose."""
+    row = torch.zeros(ffn[DOWN].shape[0], dtype=ffn[DOWN].dtype, device=ffn[DOWN].device)
+    return MoELayer(shared, {DENSE: ffn}, {DENSE: row})
+
+
+def slice_names(experts: Iterable[str], count: int) -> list[str]:
+    """The experts that each of some experts is dealt into, in the order of the output."""
+    return [f"{name}.{place}" for name in experts for place in range(count)]
+
+
+def slice_experts(layer: MoELayer, count: int) -> MoELayer:
+    """Each expert as `count` experts of as many neurons less, which add up to it.
+
+    All slices of an expert have its router row, so that a token goes to all of them or to none
+    where it has `count` times as many experts. Each then has 1 / `count` of the expert's gate;
+    `down` is as many times as large. A power of two keeps every digit of it.
+    (Fine-grained experts as in DeepSeekMoE, arXiv 2401.06066; rows and scales as in He et al.,
+    arXiv 2410.07524.)
+    """
+    experts, router = {}, {}
+    for name, expert in layer.experts.items():
+        parts = {key: expert[key].chunk(count, dim=axis) for key, axis in NEURON_AXIS.items()}
+        parts[DOWN] = tuple(part * count for part in parts[DOWN])
+        for place, own in enumerate(slice_names([name], count)):
+            experts[own] = {key: part[place] for key, part in parts.items()}
+            router[own] = layer.router[name]
+    return replace(layer, experts=experts, router=router)
+
+
+def join_slices(layer: MoELayer, experts: Sequence[str], count: int) -> MoELayer:
+    """The inverse of `slice_experts`, of slices whose router rows are still the same. `experts`:
+    the names of the whole ones."""
+    whole = {}
+    for name in experts:
+        parts = [layer.experts[own] for own in slice_names([name], count)]
+        whole[name] = {
+            key: torch.cat([part[key] for part in parts], dim=axis)
+            for key, axis in NEURON_AXIS.items()
+        }
+        whole[name][DOWN] = whole[name][DOWN] / count
+    router = {name: layer.router[slice_names([name], count)[0]] for name in experts}
+    return replace(layer, experts=whole, router=router)
 
 
 def shared_layer(processes: Processes, layer: MoELayer | None) -> MoELayer:
@@ -128,8 +192,13 @@ def read_layer_outputs(
     experts: Sequence[str],
     read: Callable[[str], Tensor],
 ) -> MoELayer:
-    """The inverse of `layer_outputs`. `read`: name in the checkpoint -> tensor."""
+    """The inverse of `layer_outputs`. `read`: name in the checkpoint -> tensor. Experts that were
+    dealt into slices are whole, which says nothing of slices that have been trained."""
     prefix = f"model.layers.{layer}."
+    if family.slices > 1:
+        unsliced, names = replace(family, slices=1), slice_names(experts, family.slices)
+        found = read_layer_outputs(unsliced, config, layer, names, read)
+        return found if found.is_dense else join_slices(found, experts, family.slices)
 
     def read_parts(names: Iterable[str], outputs: Mapping[str, str]) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
@@ -143,6 +212,9 @@ def read_layer_outputs(
         name: _from_target(family, config, name, tensor)
         for name, tensor in read_parts(family.shared, family.renamed).items()
     }
+    if layer in family.dense_layers:
+        assert family.dense_ffn is not None
+        return dense_layer(shared, read_parts(family.dense_ffn, family.dense_ffn))
     if family.stacks_experts:
         stacked = read_parts(family.expert, family.expert)
         own = [{name: stacked[name][n] for name in family.expert} for n in range(len(experts))]
@@ -170,10 +242,17 @@ def layer_outputs(
     """(name in the checkpoint, tensor) for everything that the target has in one layer. `experts`:
     their order, which makes their numbers."""
     prefix = f"model.layers.{layer}."
-    router = router_matrix(moe.router, experts)
     for output, names in _by_output(family.shared, family.renamed).items():
         parts = [_to_target(family, config, name, moe.shared[name]) for name in names]
         yield prefix + output, parts[0] if len(parts) == 1 else torch.cat(parts)
+    if moe.is_dense:
+        assert family.dense_ffn is not None
+        yield from ((prefix + new, moe.experts[DENSE][n]) for n, new in family.dense_ffn.items())
+        return
+    if family.slices > 1:
+        moe = slice_experts(moe, family.slices)
+        experts = slice_names(experts, family.slices)
+    router = router_matrix(moe.router, experts)
     sizes = {
         "hidden": router.shape[1],
         "heads": config.num_attention_heads,

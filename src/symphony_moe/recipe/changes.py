@@ -50,6 +50,16 @@ def refuse_concatenated(recipe: Recipe, name: str) -> None:
         )
 
 
+def refuse_sliced(recipe: Recipe, name: str) -> None:
+    """RecipeError where each source has several experts: they part in training, and no row of a
+    router stands for a whole source any more."""
+    if recipe.experts.per_source > 1:
+        raise RecipeError(
+            f"{name}: the run has {recipe.experts.per_source} experts of each source "
+            "(experts.per_source), and a change of experts knows one of each; build anew"
+        )
+
+
 def refuse_too_few(recipe: Recipe, name: str) -> None:
     """RecipeError where no mixture is left without an expert."""
     if len(recipe.expert_names) <= 2:

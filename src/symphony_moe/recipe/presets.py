@@ -30,7 +30,12 @@ PRESETS: dict[str, _Sections] = {
     "drop-upcycling": _PLAIN_MEAN | {"experts": {"init": "drop"}},
     "sparse-upcycling": _PLAIN_MEAN
     | {
-        "backbone": {"attention": "anchor", "embeddings": "anchor", "norms": "anchor"},
+        "backbone": {
+            "attention": "anchor",
+            "embeddings": "anchor",
+            "norms": "anchor",
+            "ffn": "anchor",
+        },
         "experts": {"init": "copy"},
     },
     "dume": _PLAIN_MEAN | {"router": {"init": "ridge", "top_k": 1, "temperature": 0.1}},

@@ -85,6 +85,16 @@ def _too_many_experts_per_token(recipe: Recipe) -> str | None:
     )
 
 
+def _repeats_a_layer(recipe: Recipe) -> str | None:
+    layers = recipe.experts.dense_layers
+    repeated = [layer for place, layer in enumerate(layers) if layer in layers[:place]]
+    if repeated:
+        return f"layer {repeated[0]} is named twice; name it once"
+    if layers != sorted(layers):
+        return f"expected the layers in order, got {layers}; write {sorted(layers)}"
+    return None
+
+
 def _extra_domains_are_sources(recipe: Recipe) -> str | None:
     both = [name for name in recipe.evaluation.extra if name in recipe.sources]
     return f"{both} are sources' names; choose other names" if both else None
@@ -118,6 +128,7 @@ RULES = (
     Rule("backbone.weights", _an_expert_has_no_share),
     Rule("backbone.weights", _when(_shares_are_zero, "the shares add up to nothing")),
     Rule("router.top_k", _too_many_experts_per_token),
+    Rule("experts.dense_layers", _repeats_a_layer),
     Rule("evaluation.extra", _extra_domains_are_sources),
     Rule("calibration.domains", lambda r: _no_source(r.calibration.domains, r.expert_names)),
     Rule(
@@ -147,6 +158,26 @@ RULES = (
         lambda r: r.concatenates_heads,
         "linear",
         "each expert has the heads of its source already",
+    ),
+    _not_with_attention_experts(
+        "experts.dense_layers",
+        lambda r: bool(r.experts.dense_layers),
+        "[]",
+        "the stock class of attention experts has experts in every layer",
+    ),
+    _not_with_attention_experts(
+        "experts.per_source",
+        lambda r: r.experts.per_source > 1,
+        "1",
+        "experts with attention are not dealt into several",
+    ),
+    Rule(
+        "evaluation.thresholds",
+        _when(
+            lambda r: r.experts.per_source > 1 and bool(r.evaluation.thresholds),
+            "numbers of experts are tried for one expert of each source; leave it out, or set "
+            "experts.per_source to 1",
+        ),
     ),
     _not_with_attention_experts(
         "fit.method", lambda r: r.fits_layers, "none", _SHARED_ATTENTION_ONLY

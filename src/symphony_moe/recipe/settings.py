@@ -175,6 +175,8 @@ class Backbone(Section):
     sources. `anchor`: the anchor's."""
     norms: Literal["linear", "anchor"] = "linear"
     """How norm gains are merged. `linear`: weighted mean. `anchor`: the anchor's."""
+    ffn: Literal["linear", "slerp", "anchor"] = "linear"
+    """How the FFNs of `experts.dense_layers` are merged: as attention is. No effect on others."""
     weights: dict[str, Share] | None = None
     """Source -> weight in the merge. Weights are normalised to sum to one. Default: equal
     weights."""
@@ -191,8 +193,8 @@ class Align(Section):
     rotations and RoPE phases."""
     neurons: Literal["none", "activations", "auto"] = "activations"
     """Order of each expert's FFN neurons. `none`: its own. `activations`: matched to the anchor's
-    by their activations. `auto`: matched only if neurons of several experts are mixed, which no
-    method does today."""
+    by their activations. `auto`: matched only where neurons of several sources are mixed: in
+    `experts.dense_layers`."""
     neuron_share: Real = Field(1.0, ge=0, le=1)
     """Fraction of an expert's neurons to match: those that correlate most with their match. The
     others fill the remaining places in their own order (Table 3)."""
@@ -210,6 +212,13 @@ class Experts(Section):
     sources: list[Name] | None = Field(None, min_length=1)
     """Sources that become experts. Default: all. The others give only text, for training and
     evaluation."""
+    per_source: Literal[1, 2, 4, 8, 16] = 1
+    """Experts that each source gives in each layer. Its FFN's neurons are dealt into so many
+    experts of equal width. `router.top_k` counts sources: a token has this many times as many
+    experts."""
+    dense_layers: list[Annotated[Whole, Field(ge=0)]] = []
+    """Layers, counted from 0, that get no experts: one FFN each, merged from all sources by
+    `backbone.ffn`. For sources whose MoE architecture has such layers: Llama, Qwen2 and Qwen3."""
     drop_share: Real = Field(0.5, ge=0, le=1)
     """Fraction of each expert's neurons that `drop` draws anew. They are drawn from a normal
     distribution with the matrix's mean and standard deviation."""
@@ -492,8 +501,17 @@ class Recipe(Section):
 
     @property
     def aligns_neurons(self) -> bool:
-        """Whether FFN neurons are matched to the anchor's. Copies of one FFN need no match."""
-        return self.align.neurons == "activations" and not self.copies_anchor
+        """Whether FFN neurons are matched to the anchor's, in any layer."""
+        return self.aligns_neurons_in(None)
+
+    def aligns_neurons_in(self, layer: int | None) -> bool:
+        """Whether FFN neurons are matched to the anchor's in a layer (None: in any). Copies of one
+        FFN need no match."""
+        dense = self.experts.dense_layers
+        mixes = self.backbone.ffn != "anchor" and (bool(dense) if layer is None else layer in dense)
+        if self.align.neurons == "auto":
+            return mixes
+        return self.align.neurons == "activations" and (mixes or not self.copies_anchor)
 
     @property
     def aligns(self) -> bool:

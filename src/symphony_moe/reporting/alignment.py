@@ -62,9 +62,11 @@ def alignment_tables(
         layers = max(map(len, columns), default=0)
         if not layers:
             continue
+        labels = found[names[0]].layers or range(layers)
         # A layer that one source lacks leaves its cells empty, and the mean with them.
         padded = [column + [None] * (layers - len(column)) for column in columns]
-        rows = [(str(layer), list(row)) for layer, row in enumerate(zip(*padded, strict=True))]
+        by_layer = zip(labels, zip(*padded, strict=True), strict=True)
+        rows = [(str(layer), list(row)) for layer, row in by_layer]
         rows.append(("mean", [mean_of_all(column) for column in padded]))
         texts = [(label, [loss_text(value) for value in row]) for label, row in rows]
         tables.append(

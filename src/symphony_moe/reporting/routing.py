@@ -65,12 +65,17 @@ def routing_grids(routing: StageRouting, top_k: int) -> list[RoutingGrid]:
     uniform, ceiling = 1 / num_experts, ceiling_share(num_experts, top_k)
     grids = []
     for domain, layers in routing.share.items():
-        rows = [(str(layer), row) for layer, row in enumerate(layers)]
+        rows = [(label, row) for label, row in zip(_labels(routing, layers), layers, strict=True)]
         if layers:
             rows.append(("mean", [mean(column) for column in zip(*layers, strict=True)]))
         shaded = [(label, [shade(x, uniform, ceiling) for x in row]) for label, row in rows]
         grids.append(RoutingGrid(domain, routing.tokens.get(domain, 0), shaded))
     return grids
+
+
+def _labels(routing: StageRouting, layers: Sequence[object]) -> list[str]:
+    """What the layers that have routers are called."""
+    return [str(number) for number in routing.layers or range(len(layers))]
 
 
 def routing_table(routing: StageRouting) -> RoutingTable | None:
@@ -82,7 +87,8 @@ def routing_table(routing: StageRouting) -> RoutingTable | None:
         *routing.entropy.values(),
         *(mixed.entropy_of_mean, mixed.balance, mixed.max_share),
     ]
-    named = [(str(layer), list(row)) for layer, row in enumerate(zip(*columns, strict=True))]
+    by_layer = list(zip(*columns, strict=True))
+    named = [(n, list(row)) for n, row in zip(_labels(routing, by_layer), by_layer, strict=True)]
     named.append(("mean", [mean(column) for column in columns]))
     return RoutingTable(
         domains,
@@ -162,9 +168,13 @@ def likeness_tables(cka: Mapping[str, Cka]) -> Likeness | None:
     models = [name for name in _ALIKE if name in cka]
     if not models:
         return None
+    numbers = {name: list(cka[name].numbers or range(len(cka[name].layers))) for name in models}
+    # Of the sources every layer is compared, of a model those that have experts.
+    compared = [n for n in numbers[models[0]] if all(n in own for own in numbers.values())]
     columns, grids = [], []
     for name in models:
-        experts, layers = cka[name].experts, cka[name].layers
+        experts = cka[name].experts
+        layers = [cka[name].layers[numbers[name].index(number)] for number in compared]
         pairs = [(i, j) for i in range(len(experts)) for j in range(i)]
         columns.append([mean([layer[i][j] for i, j in pairs]) for layer in layers])
         means = [
@@ -172,7 +182,8 @@ def likeness_tables(cka: Mapping[str, Cka]) -> Likeness | None:
             for i in range(len(experts))
         ]
         grids.append((name, experts, [[likeness_shade(value) for value in row] for row in means]))
-    rows = [(str(layer), list(row)) for layer, row in enumerate(zip(*columns, strict=True))]
+    by_layer = zip(compared, zip(*columns, strict=True), strict=True)
+    rows = [(str(layer), list(row)) for layer, row in by_layer]
     rows.append(("mean", [mean(column) for column in columns]))
     texts = [(label, [loss_text(value) for value in row]) for label, row in rows]
     return Likeness(texts, grids, cka[models[0]].tokens)

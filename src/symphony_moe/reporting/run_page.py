@@ -80,9 +80,11 @@ def _drawn(chart: Chart | None) -> Drawing | None:
 
 def header_facts(plan: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
     """What was built, as (what, value)."""
+    each, dense = recipe.experts.per_source, ", ".join(map(str, recipe.experts.dense_layers))
+    experts = f"{len(recipe.expert_names) * each}, {recipe.router.top_k * each} per token"
     return [
         ("Architecture", plan["architecture"]),
-        ("Experts", f"{len(recipe.expert_names)}, {recipe.router.top_k} per token"),
+        ("Experts", experts + (f", none in layer(s) {dense}" if dense else "")),
         ("Parameters", in_words(plan["total_parameters"])),
         ("Active per token", in_words(plan["active_parameters"])),
         ("Dtype", plan["dtype"]),

@@ -70,6 +70,8 @@ class Agreement(Part):
     after: list[Real] = []
     used: bool = True
     """Whether the maps that were found are used."""
+    layers: list[int] | None = None
+    """Their numbers, where not all were compared: neurons that nothing mixes are not."""
 
 
 class FitStep(Part):
@@ -236,6 +238,9 @@ class StageRouting(Part):
     """Where a model's routers send held-out text, docs/design.md."""
 
     experts: list[str]
+    """Of several experts of a source (`experts.per_source`) the sum."""
+    layers: list[int] | None = None
+    """The layers that have experts, where not all have; what is said by layer is said of these."""
     routers: str | None = None
     tokens: dict[str, int] = {}
     """Domain -> tokens."""
@@ -255,7 +260,10 @@ class Cka(Part):
     experts: list[str]
     tokens: int
     layers: list[list[list[Real]]]
-    """Layer -> expert -> expert -> linear CKA of their outputs."""
+    """Layer -> expert -> expert -> linear CKA of their outputs. Layers without experts are left
+    out."""
+    numbers: list[int] | None = None
+    """Of the layers, where some are left out."""
     mean: Real = math.nan
     """Over layers and pairs of different experts."""
 

@@ -82,7 +82,13 @@ _BUFFERS = r"rotary_emb\.inv_freq"
 
 def target_of(recipe: Recipe) -> Target:
     """What a recipe says of its output's architecture."""
-    return Target(recipe.experts.attention, recipe.output.architecture)
+    experts = recipe.experts
+    return Target(
+        experts.attention,
+        recipe.output.architecture,
+        tuple(experts.dense_layers),
+        experts.per_source,
+    )
 
 
 def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:

@@ -85,8 +85,9 @@ def _with_whole_index(folder: Path) -> Iterator[Path]:
 def ffn_routers(
     router_logits: Sequence[Float[Tensor, "tokens experts"]], num_layers: int
 ) -> Sequence[Float[Tensor, "tokens experts"]]:
-    """Of the router logits that a stock MoE records, those of the FFNs' routers, one tensor a
-    layer. JetMoE records those of attention before them, twice."""
+    """Of the router logits that a stock MoE records, those of the FFNs' routers, one tensor for
+    each of the `num_layers` that have experts. JetMoE records those of attention before them,
+    twice."""
     per_layer = len(router_logits) // num_layers
     return router_logits[per_layer - 1 :: per_layer]
 

@@ -227,7 +227,8 @@ class MoETrainer(Trainer):
         super().__init__(**stock)
         self.began = began
         self.settings, self.teachers = recipe.train, teachers
-        self.names, self.top_k = recipe.expert_names, recipe.router.top_k
+        self.names, self.slices = recipe.expert_names, recipe.experts.per_source
+        self.top_k = recipe.router.top_k * self.slices
         self.num_trained = count_trained(stock["model"])
         self.seen: dict[str, list[Tensor]] = defaultdict(list)  # since the last log
 
@@ -315,12 +316,15 @@ class MoETrainer(Trainer):
     # What is noted for the log
 
     def _note_load_balance(self, stock: Any, outputs: Any) -> None:
-        """The load balance of the batch's tokens (1: even), and each expert's share of the FFN
-        routers' choices."""
+        """The load balance of the batch's tokens (1: even), and the share of the FFN routers'
+        choices that each source's experts have."""
         self._note(balance=outputs.aux_loss.detach() / self.top_k)
-        routers = ffn_routers(outputs.router_logits, stock.config.num_hidden_layers)
+        dense = getattr(stock.config, "mlp_only_layers", None) or ()
+        num_layers = stock.config.num_hidden_layers - len(dense)
+        routers = ffn_routers(outputs.router_logits, num_layers)
         chosen = torch.stack([rows.detach() for rows in routers]).topk(self.top_k)
-        counts = torch.bincount(chosen.indices.flatten(), minlength=len(self.names))
+        of_sources = chosen.indices.flatten() // self.slices
+        counts = torch.bincount(of_sources, minlength=len(self.names))
         shares = counts / counts.sum()
         self._note(**{f"share/{n}": s for n, s in zip(self.names, shares, strict=True)})
 
