@@ -23,7 +23,7 @@ from symphony_moe.model.families import DOWN, GATE, UP
 from symphony_moe.model.moe_layer import MoELayer, join_slices, slice_experts, slice_names
 from symphony_moe.recipe.load import load_recipe
 
-CASES = mostly_slow([*VARIANTS], "llama", "qwen2", "granite")
+CASES = mostly_slow([*VARIANTS], "qwen2", "granite")
 """An expert of its own name each, biases that the target adds, and experts in one tensor."""
 
 
@@ -57,7 +57,7 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wide(tmp_path_factory.mktemp("strangers"), "llama", *"abc")
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", mostly_slow([2, 8], 8))
 @pytest.mark.parametrize("variant", CASES)
 def test_identical_sources_give_the_dense_model(
     variant: str, count: int, twins: Callable[[str], Path], tmp_path: Path
@@ -81,8 +81,10 @@ def test_identical_sources_give_the_dense_model(
 
 @pytest.mark.parametrize(
     "settings",
-    [["method=symphony"], ["method=btx", "router.init=regression", "router.top_k=1"]],
-    ids=["random", "regression"],
+    [
+        pytest.param(["method=symphony"], id="random", marks=pytest.mark.slow),
+        pytest.param(["method=btx", "router.init=regression", "router.top_k=1"], id="regression"),
+    ],
 )
 def test_a_source_computes_the_same_however_many_experts_it_gives(
     settings: list[str], strangers: Path, tmp_path: Path
@@ -96,6 +98,7 @@ def test_a_source_computes_the_same_however_many_experts_it_gives(
     assert difference(found[1], found[0]) <= EXACT
 
 
+@pytest.mark.slow
 def test_a_fitted_model_is_the_same_however_many_experts_a_source_gives(
     strangers: Path, tmp_path: Path
 ) -> None:
