@@ -244,7 +244,12 @@ def test_the_architecture_follows_from_dense_layers(recipes: Callable[[str], Pat
     [
         ("llama", ["output.architecture=mixtral", *DENSE], RecipeError, "to qwen2_moe"),
         ("qwen2", ["output.architecture=ernie4_5_moe", *DENSE], RecipeError, "to qwen2_moe"),
-        ("mistral", DENSE, RecipeError, "no stock MoE for mistral has layers without experts"),
+        (
+            "mistral",
+            DENSE,
+            RecipeError,
+            "mixtral and granitemoe, which are to hold mistral, has not",
+        ),
         ("llama", ["experts.dense_layers=[2]"], SourceMismatch, "2 is no layer of the sources"),
         ("llama", ["experts.dense_layers=[0,1]"], SourceMismatch, "all 2 layers are named"),
         ("llama", ["experts.dense_layers=[1,1]"], RecipeError, "layer 1 is named twice"),

@@ -5,6 +5,7 @@ says, so `build` writes it (or fits it further: `fit_layer.py`) and `verify` com
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from symphony_moe.building.alignment import Alignment
 from symphony_moe.building.fuse import drop_neurons, linear_mean, selective_linear, slerp
 from symphony_moe.building.router_init import random_router
 from symphony_moe.model.families import (
+    DOWN,
     EMBEDDING,
     FINAL_NORM,
     HEAD,
@@ -22,7 +24,7 @@ from symphony_moe.model.families import (
     O_PROJ,
     stream_scale,
 )
-from symphony_moe.model.moe_layer import MoELayer, dense_layer, router_rows
+from symphony_moe.model.moe_layer import MoELayer, always_on, dense_layer, router_rows
 from symphony_moe.model.symmetry import (
     fold_gains,
     gain_of,
@@ -152,12 +154,22 @@ def assemble_layer(
         angles = method == "slerp" and name in family.attention
         shared[name] = _fused(recipe, ordered, tensors, method if angles else _plain(method))
     if layer in recipe.experts.dense_layers:
-        ffn = {
-            name: _fused(recipe, ordered, [aligned[s.name][name] for s in ordered], backbone.ffn)
-            for name in NEURON_AXIS
-        }
-        return dense_layer(shared, ffn)
-    return assemble_experts(recipe, sources, layer, aligned, shared)
+        return dense_layer(shared, _fused_ffn(recipe, ordered, aligned))
+    found = assemble_experts(recipe, sources, layer, aligned, shared)
+    if not recipe.has_shared_expert:
+        return found
+    ffn = _fused_ffn(recipe, ordered, aligned)
+    return replace(found, always=always_on({**ffn, DOWN: ffn[DOWN] * recipe.experts.shared_weight}))
+
+
+def _fused_ffn(
+    recipe: Recipe, ordered: Sequence[Source], aligned: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """One FFN of all sources'."""
+    return {
+        name: _fused(recipe, ordered, [aligned[s.name][name] for s in ordered], recipe.backbone.ffn)
+        for name in NEURON_AXIS
+    }
 
 
 def _fused(
@@ -194,10 +206,12 @@ def assemble_experts(
     experts: dict[str, Mapping[str, Tensor]] = {}
     for source in sources:
         origin = scaled[origin_of(recipe, source.name)]
-        expert = {name: origin[name] for name in family.expert}
+        expert: Mapping[str, Tensor] = {name: origin[name] for name in family.expert}
         if recipe.redraws_neurons:
             key = f"{recipe.seed}/{layer}/{source.name}"
             expert = drop_neurons(expert, NEURON_AXIS, recipe.experts.drop_share, key)
+        if recipe.has_shared_expert:
+            expert = {**expert, DOWN: expert[DOWN] * (1 - recipe.experts.shared_weight)}
         experts[source.name] = expert
     hidden = sources[0].config.hidden_size
 

@@ -192,6 +192,7 @@ class Build:
         self.fits_model = recipe.fits_layers and kept is None
         """Whether backbone and head are fitted, beside the plain mean."""
         scales = stream_scale_of(recipe, sources) != 1 or recipe.experts.per_source > 1
+        scales |= recipe.has_shared_expert
         copies = recipe.copies_experts and not scales
         self.copies = copies or recipe.only_removes
         """Whether experts are written as they are read."""

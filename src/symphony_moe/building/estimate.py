@@ -213,6 +213,8 @@ class _Moments:
             # Two FFN matrices of all experts in one tensor, and that rounded.
             size = self.num_sources * 2 * self._hidden * self._ffn
             writing = size * (4 + BYTES[recipe.output.dtype])
+        if recipe.has_shared_expert:
+            held += self._experts // self.num_sources
         if stream_scale(family, self.config) != 1:
             held += self._experts // 3 + self.num_sources * self._largest * 4
         fusing = (self.num_sources + 1) * self._largest * 8

@@ -18,7 +18,7 @@ order of the sources: they are gone through by name.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,7 @@ def _fit(
     router = start.router
     if recipe.fits_router and not start.is_dense:
         router = _fit_router(state, _router_inputs(state, shared))
-    moe = MoELayer(shared, start.experts, router)
+    moe = replace(start, shared=shared, router=router)
     if recipe.fits_layers and not (start.is_dense and state.newcomer):
         moe, experts = (_fit_dense if start.is_dense else _fit_experts)(part, layer, moe)
         if recipe.fit.epochs > 0:
@@ -564,7 +564,8 @@ def _mixture(state: FitState, moe: MoELayer, names: Sequence[str]) -> MixtureOfE
         names = [DENSE]
     top_k, activation = min(state.recipe.router.top_k, len(names)), activation_of(state.config)
     experts = [moe.experts[name] for name in names]
-    return MixtureOfExperts(experts, router_matrix(moe.router, names), top_k, activation)
+    router = router_matrix(moe.router, names)
+    return MixtureOfExperts(experts, router, top_k, activation, moe.always)
 
 
 def _runner(

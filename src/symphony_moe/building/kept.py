@@ -7,7 +7,7 @@ part stays as it is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -311,20 +311,22 @@ def new_expert(
 def _of_experts(layer: MoELayer, names: Sequence[str]) -> MoELayer:
     """A layer with some of its experts."""
     chooser = layer.attention_router
-    return MoELayer(
-        layer.shared,
-        {name: layer.experts[name] for name in names},
-        {name: layer.router[name] for name in names},
-        None if chooser is None else {name: chooser[name] for name in names},
+    return replace(
+        layer,
+        experts={name: layer.experts[name] for name in names},
+        router={name: layer.router[name] for name in names},
+        attention_router=None if chooser is None else {name: chooser[name] for name in names},
     )
 
 
 def _together(parts: Sequence[MoELayer]) -> MoELayer:
     """One layer with the experts of several, which have one backbone."""
     choosers = [part.attention_router for part in parts if part.attention_router is not None]
-    return MoELayer(
-        parts[0].shared,
-        {name: expert for part in parts for name, expert in part.experts.items()},
-        {name: row for part in parts for name, row in part.router.items()},
-        {name: row for rows in choosers for name, row in rows.items()} if choosers else None,
+    return replace(
+        parts[0],
+        experts={name: expert for part in parts for name, expert in part.experts.items()},
+        router={name: row for part in parts for name, row in part.router.items()},
+        attention_router=(
+            {name: row for rows in choosers for name, row in rows.items()} if choosers else None
+        ),
     )

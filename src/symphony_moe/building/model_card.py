@@ -52,7 +52,7 @@ A `{plan.architecture}` model with {total:,} parameters, {active:,} of them acti
 | expert | source | model | licence |
 |---|---|---|---|
 {_rows(plan, found, each)}
-{_dense_layers(recipe)}{_history(recipe)}
+{_layout(recipe)}{_history(recipe)}
 ## Use
 
 ```python
@@ -75,10 +75,15 @@ By method `{recipe.method}`, with {_versions()}.
 """
 
 
-def _dense_layers(recipe: Recipe) -> str:
-    """Which layers have no experts; nothing where all have."""
+def _layout(recipe: Recipe) -> str:
+    """Which layers have no experts, and the weight of a shared one; nothing where there are
+    none."""
     layers = ", ".join(map(str, recipe.experts.dense_layers))
-    return f"\nLayers without experts, counted from 0: {layers}.\n" if layers else ""
+    said = f"\nLayers without experts, counted from 0: {layers}.\n" if layers else ""
+    if recipe.has_shared_expert:
+        weight = recipe.experts.shared_weight
+        said += f"\nEvery token goes through a shared expert as well, of weight {weight:g}.\n"
+    return said
 
 
 def _history(recipe: Recipe) -> str:
@@ -189,7 +194,11 @@ def _shown(recipe: Recipe) -> dict[str, Any]:
     """The recipe without the machine's paths, hashes and what a build does not ask for."""
     shown = recipe.to_content(without=("train", "evaluation", "compare"))
     if not recipe.experts.dense_layers:
-        del shown["experts"]["dense_layers"], shown["backbone"]["ffn"]
+        del shown["experts"]["dense_layers"]
+    if not recipe.has_shared_expert:
+        del shown["experts"]["shared_weight"]
+    if not (recipe.experts.dense_layers or recipe.has_shared_expert):
+        del shown["backbone"]["ffn"]
     if recipe.experts.per_source == 1:
         del shown["experts"]["per_source"]
     on_hub = _hub_data(recipe)

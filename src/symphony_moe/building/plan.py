@@ -34,7 +34,7 @@ from symphony_moe.model.families import (
     stream_scale,
     target_config,
 )
-from symphony_moe.model.moe_layer import MoELayer, dense_layer, layer_outputs
+from symphony_moe.model.moe_layer import MoELayer, always_on, dense_layer, layer_outputs
 from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
@@ -173,6 +173,8 @@ def _layout(family: Family) -> str:
     """What a recipe asks of the layers that no model had which programs were asked about."""
     if family.dense_layers:
         return "with layers without experts"
+    if family.has_shared_expert:
+        return "with a shared expert"
     return "with several experts of a source" if family.slices > 1 else ""
 
 
@@ -261,7 +263,8 @@ def output_tensors(
         own = {name: torch.empty(shapes[prefix + name], device="meta") for name in family.expert}
         router = dict.fromkeys(names, torch.empty(config.hidden_size, device="meta"))
         attention_router = None if family.attention_router is None else router
-        moe = MoELayer(blank, dict.fromkeys(names, own), router, attention_router)
+        always = always_on(own) if family.has_shared_expert else None
+        moe = MoELayer(blank, dict.fromkeys(names, own), router, attention_router, always)
         if layer in family.dense_layers:
             moe = dense_layer(blank, own)
         for name, tensor in layer_outputs(family, config, layer, moe, names):
@@ -367,15 +370,22 @@ def _of_layout(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
     dense = ", ".join(map(str, experts.dense_layers))
     if recipe.aligns_neurons:
         cost = matching_seconds(recipe, sources, anchor_of(recipe, sources).config)
-        if not dense:
+        if not dense and not recipe.has_shared_expert:
             yield NOTE_PERMUTATION.format(seconds=cost)
-        elif recipe.align.neurons == "activations":
+        elif recipe.align.neurons == "activations" and not recipe.has_shared_expert:
             yield NOTE_SOME_PERMUTATIONS.format(layers=dense, seconds=cost)
     if dense:
         yield (
             f"experts.dense_layers: layer(s) {dense} have one FFN, merged from all sources "
             f"({recipe.backbone.ffn}), for every token. What a source alone knows there is lost in "
             "part (docs/how-to/experts.md)"
+        )
+    if recipe.has_shared_expert:
+        yield (
+            f"experts.shared_weight: every token goes through a shared expert of weight "
+            f"{experts.shared_weight:g}, merged from all sources ({recipe.backbone.ffn}); its own "
+            "experts have the rest, so it hears less of its source until training "
+            "(docs/how-to/experts.md)"
         )
     if experts.per_source > 1:
         yield (
@@ -467,6 +477,7 @@ def _without_effect(recipe: Recipe) -> list[str]:
     """What a user has set (to another value than the method's) that nothing reads."""
     of_fit = ("fit.ridge", "fit.epochs", "fit.learning_rate", "fit.pull", "fit.temperature_scaling")
     of_teacher = ("train.teacher_weight", "train.teacher_temperature", "train.teacher_loading")
+    mixes_ffns = bool(recipe.experts.dense_layers) or recipe.has_shared_expert
     unread = (
         (not recipe.fits_layers, "fit.method is none", of_fit),
         (
@@ -476,7 +487,7 @@ def _without_effect(recipe: Recipe) -> list[str]:
         ),
         (not recipe.fits_router, "router.init is random", ("router.temperature",)),
         (not recipe.aligns_neurons, "no neurons are matched", ("align.neuron_share",)),
-        (not recipe.experts.dense_layers, "experts.dense_layers is empty", ("backbone.ffn",)),
+        (not mixes_ffns, "no layer is dense, and no expert shared", ("backbone.ffn",)),
         (not recipe.redraws_neurons, "experts.init is not drop", ("experts.drop_share",)),
         (not recipe.distills, "train.teacher is none", of_teacher),
     )

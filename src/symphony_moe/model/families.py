@@ -28,6 +28,9 @@ GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.we
 NEURON_AXIS = {GATE: 0, UP: 0, DOWN: 1}
 """The axis of each FFN matrix (stored out x in) that counts hidden neurons."""
 
+SHARED_GATE = "shared_expert_gate.weight"
+"""The row that says how much of a shared expert a token gets."""
+
 _DENSE_FFN = {name: name for name in NEURON_AXIS}
 """How Qwen's MoEs call the FFN of a layer without experts: as dense models do."""
 
@@ -195,6 +198,12 @@ class Family:
     """The layers that are so: what a recipe asks for, and no property of the family."""
     slices: int = 1
     """Experts that each source's FFN is dealt into (`slice_experts`): the same."""
+    shared_expert: Mapping[str, str] | None = None
+    """Matrix of an FFN, and SHARED_GATE -> name in the output of an expert that every token goes
+    to, whatever the router says; None where the target has none. Its output is multiplied by the
+    sigmoid of its gate."""
+    has_shared_expert: bool = False
+    """Whether there is one that puts out anything: what a recipe asks for."""
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -668,6 +677,12 @@ def _in_qwen2_moe(family: Family, refusals: tuple[tuple[str, _Test], ...] = ()) 
             "mlp.shared_expert.down_proj.weight": "hidden 1",
             "mlp.shared_expert_gate.weight": "1 hidden",
         },
+        shared_expert={
+            GATE: "mlp.shared_expert.gate_proj.weight",
+            UP: "mlp.shared_expert.up_proj.weight",
+            DOWN: "mlp.shared_expert.down_proj.weight",
+            SHARED_GATE: "mlp.shared_expert_gate.weight",
+        },
         expert_width="moe_intermediate_size",
         dense_ffn=_DENSE_FFN,
     )
@@ -728,6 +743,21 @@ def router_outputs_of(moe: str) -> tuple[tuple[str, ...], ...]:
     return next(family.router_outputs for family in rows if family.moe == moe)
 
 
+def _able(rows: list[Family], dense: str, part: str, setting: str, what: str) -> list[Family]:
+    """Those of some rows for a `model_type` that have a part. Raises RecipeError where there is
+    none, with the `setting` that asks for it."""
+    found = [row for row in rows if getattr(row, part) is not None]
+    if found:
+        return found
+    able = [row.moe for row in TARGETS["shared"][dense] if getattr(row, part) is not None]
+    asked = " and ".join(dict.fromkeys(row.moe for row in rows))
+    instead = f"set output.architecture to {able[0]}, or leave" if able else "leave"
+    raise RecipeError(
+        f"{setting}: {asked}, which {'is' if len(rows) == 1 else 'are'} to hold {dense}, has not "
+        f"{what}; {instead} this setting out"
+    )
+
+
 class Target(NamedTuple):
     """What a recipe says of the architecture of its output."""
 
@@ -739,6 +769,8 @@ class Target(NamedTuple):
     """`experts.dense_layers`."""
     slices: int = 1
     """`experts.per_source`."""
+    shared_expert: bool = False
+    """Whether `experts.shared_weight` is more than 0."""
 
     def rows(self, dense: str) -> list[Family]:
         """The rows for sources of a `model_type`, the preferred one first. Raises RecipeError where
@@ -753,18 +785,23 @@ class Target(NamedTuple):
                 "auto, the first of them)"
             )
         if self.dense_layers:
-            found = [row for row in found if row.dense_ffn is not None] or self._refuse_dense(dense)
-        return [replace(row, dense_layers=self.dense_layers, slices=self.slices) for row in found]
+            found = _able(found, dense, "dense_ffn", "experts.dense_layers", "such layers")
+        if self.shared_expert:
+            found = _able(found, dense, "shared_expert", "experts.shared_weight", "a shared expert")
+        return [self._laid_out(row) for row in found]
 
-    def _refuse_dense(self, dense: str) -> list[Family]:
-        """Raise RecipeError: no row holds layers without experts."""
-        able = [row.moe for row in TARGETS["shared"][dense] if row.dense_ffn is not None]
-        asked = f"no stock MoE for {dense}" if self.architecture == "auto" else self.architecture
-        instead = f"set output.architecture to {able[0]}, or leave" if able else "leave"
-        has = "has" if self.architecture == "auto" else "has no"
-        raise RecipeError(
-            f"experts.dense_layers: {asked} {has} layers without experts; {instead} this setting "
-            "out. As many equal experts would compute the same, and take as much room as others"
+    def _laid_out(self, row: Family) -> Family:
+        """A row with what a recipe says of its layers."""
+        zeros = row.zeros
+        if self.shared_expert and row.shared_expert is not None:
+            real = row.shared_expert.values()
+            zeros = {name: axes for name, axes in zeros.items() if name not in real}
+        return replace(
+            row,
+            zeros=zeros,
+            dense_layers=self.dense_layers,
+            slices=self.slices,
+            has_shared_expert=self.shared_expert,
         )
 
     def family(self, config: PreTrainedConfig) -> Family:
@@ -855,6 +892,8 @@ def target_config(
     settings |= family.target_settings(dense, num_experts * sliced, top_k * sliced)
     if sliced > 1:
         settings[family.expert_width] = dense.intermediate_size // sliced
+    if family.has_shared_expert:
+        settings["shared_expert_intermediate_size"] = dense.intermediate_size
     if family.dense_layers:
         settings["mlp_only_layers"] = list(family.dense_layers)
     settings |= {name: getattr(dense, name) for name in family.factors.fields}

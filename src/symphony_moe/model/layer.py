@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from symphony_moe.model.families import DOWN, FAMILIES, GATE, UP, factor
+from symphony_moe.model.families import DOWN, FAMILIES, GATE, SHARED_GATE, UP, factor
 from symphony_moe.model.moe_layer import MoELayer, router_matrix
 from symphony_moe.model.precision import exact, product_dtype
 
@@ -113,7 +113,7 @@ def load_moe_layer(
     experts = list(tensors.experts.values())
     router = router_matrix(tensors.router, tensors.experts)
     places = min(top_k, len(experts))  # of a dense layer, the one FFN
-    block.mlp = MixtureOfExperts(experts, router, places, activation_of(config))
+    block.mlp = MixtureOfExperts(experts, router, places, activation_of(config), tensors.always)
     shared = dict(tensors.shared)
     if tensors.attention_router is not None:
         common = {name: shared.pop(name) for name in tensors.shared if name.startswith(_ATTENTION)}
@@ -294,9 +294,14 @@ class MixtureOfExperts(nn.Module):
         router: Tensor,
         top_k: int,
         activation: nn.Module,
+        always: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """`always`: see `MoELayer`."""
         super().__init__()
         where = device()
+        self.always = None
+        if always is not None:
+            self.always = {name: tensor.float().to(where) for name, tensor in always.items()}
         self.experts = [{k: v.float().to(where) for k, v in expert.items()} for expert in experts]
         self.router = router.float().to(where)
         self.top_k = top_k
@@ -320,6 +325,9 @@ class MixtureOfExperts(nn.Module):
         ]
         combine: Any = _Combined.apply
         result: Tensor = combine(torch.cat(outputs), gates, order)
+        if self.always is not None:
+            own = gated_neurons(self.always, flat, self.activation) @ self.always[DOWN].T
+            result = result + 2 * torch.sigmoid(flat @ self.always[SHARED_GATE].T) * own
         return result.view_as(hidden)
 
 

@@ -13,6 +13,7 @@ from symphony_moe.model.families import (
     K_PROJ,
     NEURON_AXIS,
     ROTARY,
+    SHARED_GATE,
     V_PROJ,
     Family,
     head_dim,
@@ -41,6 +42,10 @@ class MoELayer:
     """Expert -> its row."""
     attention_router: Mapping[str, Float[Tensor, " hidden"]] | None = None
     """The same, where the experts have attention matrices."""
+    always: Mapping[str, Tensor] | None = None
+    """The FFN that every token goes through beside its experts (GATE, UP and DOWN), and its
+    SHARED_GATE (1 x hidden): what it puts out is multiplied by twice the sigmoid of that, which is
+    1 where the row is zero."""
 
     @property
     def is_dense(self) -> bool:
@@ -59,6 +64,7 @@ class MoELayer:
             {name: rounded(expert) for name, expert in self.experts.items()},
             rounded(self.router),
             None if attention is None else rounded(attention),
+            None if self.always is None else rounded(self.always),
         )
 
 
@@ -67,6 +73,13 @@ def dense_layer(shared: Mapping[str, Tensor], ffn: Mapping[str, Tensor]) -> MoEL
     has nothing to choose."""
     row = torch.zeros(ffn[DOWN].shape[0], dtype=ffn[DOWN].dtype, device=ffn[DOWN].device)
     return MoELayer(shared, {DENSE: ffn}, {DENSE: row})
+
+
+def always_on(ffn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`MoELayer.always` of an FFN that every token goes through, and gets all of."""
+    down = ffn[DOWN]
+    row = torch.zeros(1, down.shape[0], dtype=down.dtype, device=down.device)
+    return {**ffn, SHARED_GATE: row}
 
 
 def slice_names(experts: Iterable[str], count: int) -> list[str]:
@@ -121,6 +134,8 @@ def named_parts(layer: MoELayer) -> dict[str, Tensor]:
     parts: dict[str, Mapping[str, Tensor]] = {"shared": layer.shared, "router": layer.router}
     if layer.attention_router is not None:
         parts["attention_router"] = layer.attention_router
+    if layer.always is not None:
+        parts["always"] = layer.always
     parts |= {f"experts\n{name}": expert for name, expert in layer.experts.items()}
     return {
         f"{part}\n{n}": tensor for part, tensors in parts.items() for n, tensor in tensors.items()
@@ -134,9 +149,9 @@ def _from_named(tensors: Mapping[str, Tensor]) -> MoELayer:
         part, name = path.rsplit("\n", 1)
         parts.setdefault(part, {})[name] = tensor
     shared, router = parts.pop("shared"), parts.pop("router")
-    chooser = parts.pop("attention_router", None)
+    chooser, always = parts.pop("attention_router", None), parts.pop("always", None)
     experts = {part.partition("\n")[2]: own for part, own in parts.items()}
-    return MoELayer(shared, experts, router, chooser)
+    return MoELayer(shared, experts, router, chooser, always)
 
 
 def router_matrix(
@@ -227,12 +242,17 @@ def read_layer_outputs(
     def read_router(name: str) -> dict[str, Tensor]:
         return router_rows(read(prefix + name), experts)
 
-    chooser = family.attention_router
+    chooser, always = family.attention_router, None
+    if family.has_shared_expert:
+        assert family.shared_expert is not None
+        always = read_parts(family.shared_expert, family.shared_expert)
+        always[DOWN] = always[DOWN] / 2
     return MoELayer(
         shared,
         dict(zip(experts, own, strict=True)),
         read_router(family.router),
         None if chooser is None else read_router(chooser),
+        always,
     )
 
 
@@ -262,18 +282,31 @@ def layer_outputs(
     for name, (axes, number) in filled.items():
         shape = [sizes.get(axis) or int(axis) for axis in axes.split()]
         yield prefix + name, torch.full(shape, number, dtype=router.dtype)
+    if moe.always is not None:
+        assert family.shared_expert is not None
+        # The sigmoid of a gate of zeros is one half.
+        always = {**moe.always, DOWN: moe.always[DOWN] * 2}
+        yield from ((prefix + new, always[own]) for own, new in family.shared_expert.items())
     yield prefix + family.router, router
     if family.attention_router is not None:
         assert moe.attention_router is not None
         yield prefix + family.attention_router, router_matrix(moe.attention_router, experts)
+    for name, tensor in _expert_outputs(family, moe, experts):
+        yield prefix + name, tensor
+
+
+def _expert_outputs(
+    family: Family, moe: MoELayer, experts: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name within the layer, tensor) for the matrices of the experts."""
     if family.stacks_experts:
         for output, names in _by_output(family.expert, family.expert).items():
             matrices = [moe.experts[expert][name] for expert in experts for name in names]
-            yield prefix + output, torch.cat(matrices).view(len(experts), -1, matrices[0].shape[1])
+            yield output, torch.cat(matrices).view(len(experts), -1, matrices[0].shape[1])
         return
     for number, expert in enumerate(experts):
         for dense_name, name in family.expert.items():
-            yield prefix + name.format(expert=number), moe.experts[expert][dense_name]
+            yield name.format(expert=number), moe.experts[expert][dense_name]
 
 
 def _by_output(names: Iterable[str], outputs: Mapping[str, str]) -> dict[str, list[str]]:

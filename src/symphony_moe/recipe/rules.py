@@ -166,6 +166,20 @@ RULES = (
         "the stock class of attention experts has experts in every layer",
     ),
     _not_with_attention_experts(
+        "experts.shared_weight",
+        lambda r: r.has_shared_expert,
+        "0",
+        "the stock class of attention experts has no shared one",
+    ),
+    Rule(
+        "experts.shared_weight",
+        _when(
+            lambda r: r.has_shared_expert and r.fits_layers,
+            "a fit (fit.method) knows no shared expert: each expert is fitted to the whole of its "
+            "source's FFN. Set it to 0, or fit.method to none",
+        ),
+    ),
+    _not_with_attention_experts(
         "experts.per_source",
         lambda r: r.experts.per_source > 1,
         "1",

@@ -176,7 +176,8 @@ class Backbone(Section):
     norms: Literal["linear", "anchor"] = "linear"
     """How norm gains are merged. `linear`: weighted mean. `anchor`: the anchor's."""
     ffn: Literal["linear", "slerp", "anchor"] = "linear"
-    """How the FFNs of `experts.dense_layers` are merged: as attention is. No effect on others."""
+    """How FFNs are merged for `experts.dense_layers` and for the shared expert, as attention is.
+    No effect where there are none."""
     weights: dict[str, Share] | None = None
     """Source -> weight in the merge. Weights are normalised to sum to one. Default: equal
     weights."""
@@ -194,7 +195,7 @@ class Align(Section):
     neurons: Literal["none", "activations", "auto"] = "activations"
     """Order of each expert's FFN neurons. `none`: its own. `activations`: matched to the anchor's
     by their activations. `auto`: matched only where neurons of several sources are mixed: in
-    `experts.dense_layers`."""
+    `experts.dense_layers`, and for a shared expert in all layers."""
     neuron_share: Real = Field(1.0, ge=0, le=1)
     """Fraction of an expert's neurons to match: those that correlate most with their match. The
     others fill the remaining places in their own order (Table 3)."""
@@ -219,6 +220,10 @@ class Experts(Section):
     dense_layers: list[Annotated[Whole, Field(ge=0)]] = []
     """Layers, counted from 0, that get no experts: one FFN each, merged from all sources by
     `backbone.ffn`. For sources whose MoE architecture has such layers: Llama, Qwen2 and Qwen3."""
+    shared_weight: Real = Field(0.0, ge=0, lt=1)
+    """Weight of a shared expert, which every token goes through beside its own experts: it is
+    merged from all sources' FFNs by `backbone.ffn`, and the others together have the rest of the
+    weight. 0: no shared expert. For Llama and Qwen2 sources."""
     drop_share: Real = Field(0.5, ge=0, le=1)
     """Fraction of each expert's neurons that `drop` draws anew. They are drawn from a normal
     distribution with the matrix's mean and standard deviation."""
@@ -480,6 +485,11 @@ class Recipe(Section):
         return not (self.aligns or self.fits or self.folds or self.redraws_neurons)
 
     @property
+    def has_shared_expert(self) -> bool:
+        """Whether every token goes through one expert more than its router chooses."""
+        return self.experts.shared_weight > 0
+
+    @property
     def concatenates_heads(self) -> bool:
         """Whether the new model has the attention heads of all sources."""
         return self.backbone.attention == "concatenated"
@@ -508,7 +518,8 @@ class Recipe(Section):
         """Whether FFN neurons are matched to the anchor's in a layer (None: in any). Copies of one
         FFN need no match."""
         dense = self.experts.dense_layers
-        mixes = self.backbone.ffn != "anchor" and (bool(dense) if layer is None else layer in dense)
+        mixes = self.has_shared_expert or (bool(dense) if layer is None else layer in dense)
+        mixes &= self.backbone.ffn != "anchor"
         if self.align.neurons == "auto":
             return mixes
         return self.align.neurons == "activations" and (mixes or not self.copies_anchor)

@@ -82,9 +82,13 @@ def header_facts(plan: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str
     """What was built, as (what, value)."""
     each, dense = recipe.experts.per_source, ", ".join(map(str, recipe.experts.dense_layers))
     experts = f"{len(recipe.expert_names) * each}, {recipe.router.top_k * each} per token"
+    if recipe.has_shared_expert:
+        experts += ", and a shared one"
+    if dense:
+        experts += f", none in layer(s) {dense}"
     return [
         ("Architecture", plan["architecture"]),
-        ("Experts", experts + (f", none in layer(s) {dense}" if dense else "")),
+        ("Experts", experts),
         ("Parameters", in_words(plan["total_parameters"])),
         ("Active per token", in_words(plan["active_parameters"])),
         ("Dtype", plan["dtype"]),

@@ -88,6 +88,7 @@ def target_of(recipe: Recipe) -> Target:
         recipe.output.architecture,
         tuple(experts.dense_layers),
         experts.per_source,
+        experts.shared_weight > 0,
     )
 
 
