@@ -248,7 +248,7 @@ def test_the_architecture_follows_from_dense_layers(recipes: Callable[[str], Pat
             "mistral",
             DENSE,
             RecipeError,
-            "mixtral and granitemoe, which are to hold mistral, has not",
+            "mixtral and granitemoe would hold mistral, and have no layers without experts",
         ),
         ("llama", ["experts.dense_layers=[2]"], SourceMismatch, "2 is no layer of the sources"),
         ("llama", ["experts.dense_layers=[0,1]"], SourceMismatch, "all 2 layers are named"),

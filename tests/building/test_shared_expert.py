@@ -118,7 +118,7 @@ def test_a_plan_says_what_a_shared_expert_costs(recipes: Callable[[str], Path]) 
 @pytest.mark.parametrize(
     ("variant", "settings", "words"),
     [
-        ("qwen3", [], "qwen3_moe, which is to hold qwen3, has not a shared expert; leave"),
+        ("qwen3", [], "qwen3_moe would hold qwen3, and has no shared expert; leave"),
         ("llama", ["output.architecture=mixtral"], "set output.architecture to qwen2_moe"),
         ("llama", ["method=harmonized"], "a fit .fit.method. knows no shared expert"),
         ("llama", ["method=bam"], "has no shared one"),

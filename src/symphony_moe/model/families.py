@@ -752,9 +752,9 @@ def _able(rows: list[Family], dense: str, part: str, setting: str, what: str) ->
     able = [row.moe for row in TARGETS["shared"][dense] if getattr(row, part) is not None]
     asked = " and ".join(dict.fromkeys(row.moe for row in rows))
     instead = f"set output.architecture to {able[0]}, or leave" if able else "leave"
+    has = "has" if " and " not in asked else "have"
     raise RecipeError(
-        f"{setting}: {asked}, which {'is' if len(rows) == 1 else 'are'} to hold {dense}, has not "
-        f"{what}; {instead} this setting out"
+        f"{setting}: {asked} would hold {dense}, and {has} no {what}; {instead} this setting out"
     )
 
 
@@ -785,9 +785,11 @@ class Target(NamedTuple):
                 "auto, the first of them)"
             )
         if self.dense_layers:
-            found = _able(found, dense, "dense_ffn", "experts.dense_layers", "such layers")
+            found = _able(
+                found, dense, "dense_ffn", "experts.dense_layers", "layers without experts"
+            )
         if self.shared_expert:
-            found = _able(found, dense, "shared_expert", "experts.shared_weight", "a shared expert")
+            found = _able(found, dense, "shared_expert", "experts.shared_weight", "shared expert")
         return [self._laid_out(row) for row in found]
 
     def _laid_out(self, row: Family) -> Family:
