@@ -371,6 +371,8 @@ def _build(asked: _Asked) -> RunFolder:
     if processes.is_first:
         refuse_existing(out, **how)
     ready = _prepare(asked.recipe, asked.memory, asked.texts, processes)
+    if asked.kept is not None:
+        asked.kept.refuse_other_width(ready.planned.config["intermediate_size"])
     folder = RunFolder(out)
     if processes.is_first:
         folder = _begin(ready, out, **how)

@@ -6,6 +6,7 @@ expert brings. BAR and FlexOlmo show what experts that come and go are worth; th
 part stays as it is.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from symphony_moe.building.assemble import (
     stream_scale_of,
 )
 from symphony_moe.building.candidate import Candidate
-from symphony_moe.errors import RunFolderError, SymphonyError
+from symphony_moe.errors import RunFolderError, SourceMismatch, SymphonyError
 from symphony_moe.files import hash_folder, sha256_of, to_json
 from symphony_moe.model.families import EMBEDDING, FINAL_NORM, HEAD
 from symphony_moe.model.moe_layer import MoELayer, read_layer_outputs
@@ -122,6 +123,17 @@ class KeptModel:
                 f"{self.folder}: was changed while it was read, so that the new run may hold parts "
                 "of both states. Leave the old run as it is until the new one is done; --overwrite "
                 "begins again"
+            )
+
+    def refuse_other_width(self, width: int) -> None:
+        """Raise SourceMismatch where the changed run's sources have another `width`, in neurons of
+        an FFN, than the experts that are kept: the widest of them came or went."""
+        own = json.loads((self.folder / "config.json").read_bytes())["intermediate_size"]
+        if own != width:
+            raise SourceMismatch(
+                f"{self.run.root}: its experts have {own:,} neurons, and the widest of the changed "
+                f"run's sources has {width:,}; all experts of one model have one width. Build anew "
+                "with these sources"
             )
 
     @property

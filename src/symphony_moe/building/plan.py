@@ -6,7 +6,7 @@ The list of output tensors comes from the same function that later writes them
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,10 @@ def make_plan(
     Raises SourceMismatch where it cannot be done.
     """
     differences = find_differences(sources, recipe.anchor, recipe.output.chat)
+    if recipe.copies_anchor:
+        differences = [_of_copies(difference, recipe.anchor) for difference in differences]
     refuse_mismatch(differences)
+    _refuse_redrawn_zeros(recipe, sources)
     anchor = anchor_of(recipe, sources)
     family = anchor.family
     tied, ours = is_tied(recipe, sources), new_config(recipe, sources)
@@ -176,6 +179,47 @@ def _layout(family: Family) -> str:
     if family.has_shared_expert:
         return "with a shared expert"
     return "with several experts of a source" if family.slices > 1 else ""
+
+
+def _of_copies(difference: Difference, anchor: str) -> Difference:
+    """What a difference means where every expert is a copy of the anchor's FFN."""
+    if difference.what != "intermediate_size":
+        return difference
+    return replace(difference, verdict="fine", consequence=f"every expert is {anchor}'s FFN")
+
+
+def _refuse_redrawn_zeros(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """Raise SourceMismatch where neurons would be drawn anew of an FFN that is padded with zeros:
+    the mean and the deviation of its matrices are not the source's."""
+    widths = {source.name: source.own_ffn for source in sources}
+    if recipe.redraws_neurons and len(set(widths.values())) > 1:
+        spelled = ", ".join(f"{name}: {width}" for name, width in widths.items())
+        raise SourceMismatch(
+            f"experts.init: drop draws neurons by the mean and deviation of each matrix, and "
+            f"narrower FFNs are padded with zeros ({spelled}). Set it to source, or use "
+            "checkpoints of one width"
+        )
+
+
+def _of_widths(recipe: Recipe, sources: Sequence[Source], width: int) -> Iterator[str]:
+    """What it costs that FFNs are padded to one `width`."""
+    hidden, layers = sources[0].config.hidden_size, sources[0].config.num_hidden_layers
+    narrow = {s.name: s.own_ffn for s in sources if s.own_ffn < s.config.intermediate_size}
+    if not narrow:
+        return
+    zeros = sum(width - own for own in narrow.values()) * 3 * hidden * layers
+    spelled = ", ".join(f"{name} ({own:,})" for name, own in narrow.items())
+    yield (
+        f"FFNs are padded with zeros to {width:,} neurons, which computes the same: {spelled}. "
+        f"That is {zeros / 1e6:,.1f} M parameters of zeros, "
+        f"{zeros * BYTES[recipe.output.dtype] / 1e6:,.1f} MB on disk and in memory"
+    )
+    if width % 256:
+        kind = "Q8_0 and Q4_0 take it, K-quants" if width % 32 == 0 else "Quantized types"
+        yield (
+            f"GGUF: {kind} need a width that is a multiple of {256 if width % 32 == 0 else 32}, "
+            f"and the widest source has {width:,} neurons"
+        )
 
 
 def _refuse_more_heads(recipe: Recipe, family: Family, config: PreTrainedConfig) -> None:
@@ -342,6 +386,7 @@ def _notes(
         notes.append("the output's head is untied: the final norm's gain is folded into it")
     anchor = anchor_of(recipe, sources)
     notes += _of_heads(recipe, sources)
+    notes += _of_widths(recipe, sources, anchor.config.intermediate_size)
     scale = stream_scale(anchor.family, anchor.config)
     if scale != 1:
         notes.append(
@@ -361,7 +406,8 @@ def _notes(
         notes.append(f"experts.init copy: every expert is {recipe.anchor}'s FFN; nothing to align")
     if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:
         notes.append("backbone.weights has no effect on attention: it is the anchor's")
-    return notes + _without_effect(recipe)
+    lacks = any(source.vocabulary and len(source.places.missing) for source in sources)
+    return notes + _without_effect(recipe, has_one_vocabulary=not lacks)
 
 
 def _of_layout(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
@@ -473,8 +519,9 @@ def _is_here(model: str) -> bool:
     return model.startswith(BUNDLED) or Path(model).exists()
 
 
-def _without_effect(recipe: Recipe) -> list[str]:
-    """What a user has set (to another value than the method's) that nothing reads."""
+def _without_effect(recipe: Recipe, *, has_one_vocabulary: bool) -> list[str]:
+    """What a user has set (to another value than the method's) that nothing reads.
+    `has_one_vocabulary`: whether no source lacks an ordinary token of the anchor's."""
     of_fit = ("fit.ridge", "fit.epochs", "fit.learning_rate", "fit.pull", "fit.temperature_scaling")
     of_teacher = ("train.teacher_weight", "train.teacher_temperature", "train.teacher_loading")
     mixes_ffns = bool(recipe.experts.dense_layers) or recipe.has_shared_expert
@@ -490,6 +537,7 @@ def _without_effect(recipe: Recipe) -> list[str]:
         (not mixes_ffns, "no layer is dense, and no expert shared", ("backbone.ffn",)),
         (not recipe.redraws_neurons, "experts.init is not drop", ("experts.drop_share",)),
         (not recipe.distills, "train.teacher is none", of_teacher),
+        (has_one_vocabulary, "no source lacks a token", ("backbone.missing_tokens",)),
     )
     notes = []
     for name, spec in recipe.sources.items():

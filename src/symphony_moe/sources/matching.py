@@ -19,6 +19,7 @@ from symphony_moe.model.families import FACTORS, attention_window, head_dim
 from symphony_moe.model.layer import activation_of, rotations
 from symphony_moe.sources.same_tokenizer import other_settings
 from symphony_moe.sources.source import CODE, SPECIAL, Source, read_generation, some
+from symphony_moe.sources.source_tokenizer import are_comparable
 from symphony_moe.sources.tokenizer_checks import flags_of, found_otherwise
 from symphony_moe.sources.vocabulary import Vocabulary
 
@@ -51,7 +52,12 @@ _ANCHOR_WINS = "the anchor's is used for the whole model"
 _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
     ("model_type", "error", "sources must be of one family"),
     ("hidden_size", "error", _EXPERTS_ALIKE),
-    ("num_hidden_layers", "error", _EXPERTS_ALIKE),
+    (
+        "num_hidden_layers",
+        "error",
+        "a layer of the result has an FFN of every source's layer of that number, and the deeper "
+        "model's last layers have no partner. Use checkpoints of one depth, or leave one out",
+    ),
     ("intermediate_size", "error", _EXPERTS_ALIKE),
     ("num_attention_heads", "error", _EXPERTS_ALIKE),
     ("num_key_value_heads", "error", _EXPERTS_ALIKE),
@@ -154,6 +160,13 @@ def find_differences(
         if field in FACTORS and not one_family:
             continue  # that they are of several families is said
         differ(field, _config_values(field, sources, anchor), verdict, consequence)
+    if len({source.config.intermediate_size for source in sources}) == 1:
+        differ(
+            "intermediate_size",
+            {source.name: source.own_ffn for source in sources},
+            "fine",
+            "narrower FFNs are padded with neurons of zeros, which computes the same",
+        )
     if one_family:
         biases = {s.name: any(".bias" in name for name in s.family.vectors) for s in sources}
         differ("biases of attention", biases, "error", _EXPERTS_ALIKE)
@@ -284,9 +297,12 @@ def _compare_vocabularies(sources: Sequence[Source], anchor: str) -> list[Differ
     vocabularies = _of_tokenizers(sources, lambda tokenizer: tokenizer.get_vocab())
     kinds = {s.name: s.source_tokenizer.kind for s in sources}
     found = []
-    if len(set(kinds.values())) > 1:
+    if not are_comparable(kinds.values()):
         why = "no tokenizer can be both; use sources whose tokenizers are of one kind"
         return [Difference("kind of tokenizer", kinds, "error", why)]
+    if len(set(kinds.values())) > 1:
+        why = f"text is cut as by {anchor}; tokens are matched by what they say"
+        found.append(Difference("kind of tokenizer", kinds, "warning", why))
     for name, vocabulary in vocabularies.items():
         of_anchor = vocabularies[anchor]
         if vocabulary is of_anchor or vocabulary == of_anchor:
@@ -296,15 +312,15 @@ def _compare_vocabularies(sources: Sequence[Source], anchor: str) -> list[Differ
         assert merged is not None  # of one kind and different: share_vocabulary has merged them
         found.append(
             Difference(
-                "tokenizer vocabulary", sizes, "warning", _fate(merged, name, anchor, vocabulary)
+                "tokenizer vocabulary", sizes, "warning", _fate(merged, by_name[name], anchor)
             )
         )
     return found
 
 
-def _fate(merged: Vocabulary, name: str, anchor: str, own: Collection[str]) -> str:
+def _fate(merged: Vocabulary, source: Source, anchor: str) -> str:
     """What becomes of a source's tokens in the union."""
-    parts = []
+    parts, name, own = [], source.name, source.own_tokenizer.get_vocab()
     lost, unused = merged.lost[name], merged.unused[name]
     lacking = len(merged.tables[name].pieces)
     # Whoever brought them, if several sources have them.
@@ -327,6 +343,11 @@ def _fate(merged: Vocabulary, name: str, anchor: str, own: Collection[str]) -> s
         )
     if lacking:
         parts.append(f"{name} lacks {lacking} of the others' and reads their pieces instead")
+    if source.transplant is not None:
+        parts.append(
+            f"of {len(source.places.missing)} of them it gets a row of its own "
+            f"(backbone.missing_tokens: {source.transplant.method})"
+        )
     return "; ".join(parts) or "the same tokens under other numbers; matched by what they say"
 
 

@@ -71,9 +71,11 @@ from symphony_moe.sources.source import (
 from symphony_moe.sources.source_tokenizer import (
     TOKENIZER_FILES,
     VOCABULARY_FILES,
+    are_comparable,
     tokenizer_digest,
     tokenizer_paths,
 )
+from symphony_moe.sources.transplant import Transplant
 from symphony_moe.sources.vocabulary import is_needed, merge
 
 _BUFFERS = r"rotary_emb\.inv_freq"
@@ -100,7 +102,9 @@ def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
         open_source(name, spec, download=download, target=target, hashed=hashed)
         for name, spec in recipe.sources.items()
     ]
-    return share_vocabulary(sources, recipe.anchor, recipe.output.chat or recipe.anchor)
+    shared = share_vocabulary(sources, recipe.anchor, recipe.output.chat or recipe.anchor)
+    made = _with_transplant(shared, recipe.anchor, recipe.backbone.missing_tokens)
+    return _of_one_width(recipe, made)
 
 
 def are_here(recipe: Recipe) -> bool:
@@ -118,7 +122,8 @@ def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[
         return list(sources)
     sources = _with_tokenizers(sources)
     tokenizers = [source.source_tokenizer for source in sources]
-    if not is_needed(tokenizers, anchor, chat) or len({one.kind for one in tokenizers}) > 1:
+    comparable = are_comparable([one.kind for one in tokenizers])
+    if not comparable or not is_needed(tokenizers, anchor, chat):
         return list(sources)
     vocabulary = merge(tokenizers, anchor, chat)
     shared = []
@@ -130,6 +135,33 @@ def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[
             replace(source, config=config, vocabulary=vocabulary, loaded_tokenizer=loaded)
         )
     return shared
+
+
+def _of_one_width(recipe: Recipe, sources: Sequence[Source]) -> list[Source]:
+    """The sources, those that become experts with the widest one's number of neurons: their FFNs
+    are padded as they are read. Copies of the anchor's FFN have its width without that."""
+    experts = [s for s in sources if s.name in recipe.expert_names and not recipe.copies_anchor]
+    widest = max((source.config.intermediate_size for source in experts), default=0)
+    padded = {}
+    for source in experts:
+        if source.config.intermediate_size < widest:
+            config = copy.deepcopy(source.config)
+            config.intermediate_size = widest
+            padded[source.name] = replace(source, config=config)
+    return [padded.get(source.name, source) for source in sources]
+
+
+def _with_transplant(sources: Sequence[Source], anchor: str, method: str) -> list[Source]:
+    """The sources, those with rows to be made that lack ordinary tokens of the anchor's. `method`:
+    `backbone.missing_tokens`."""
+    first = next(source for source in sources if source.name == anchor)
+    if method == "skip" or first.vocabulary is None:
+        return list(sources)
+    transplant = Transplant(method, first)
+    return [
+        replace(source, transplant=transplant) if len(source.places.missing) else source
+        for source in sources
+    ]
 
 
 def _with_tokenizers(sources: Sequence[Source]) -> list[Source]:

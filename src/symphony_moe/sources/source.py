@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -21,7 +22,16 @@ from transformers import (
 from symphony_moe.errors import SourceError, first_line
 from symphony_moe.files import read_into, sha256_of
 from symphony_moe.model.checkpoint import is_finite
-from symphony_moe.model.families import AUTO, EMBEDDING, HEAD, Family, Target, with_more_heads
+from symphony_moe.model.families import (
+    AUTO,
+    EMBEDDING,
+    GATE,
+    HEAD,
+    NEURON_AXIS,
+    Family,
+    Target,
+    with_more_heads,
+)
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.adapter import FILES as ADAPTER_FILES
 from symphony_moe.sources.adapter import Adapter
@@ -33,6 +43,7 @@ from symphony_moe.sources.source_tokenizer import (
     without_rowless,
 )
 from symphony_moe.sources.tokenizer_checks import cut_otherwise
+from symphony_moe.sources.transplant import Combination, LinearMap, Places, Transplant
 from symphony_moe.sources.vocabulary import Vocabulary
 from symphony_moe.text.windows import Encoder
 
@@ -111,6 +122,9 @@ class Source:
     vocabulary: Vocabulary | None = None
     """What it shares with the other sources, where theirs is not its own; `config.vocab_size` is
     the size of that then."""
+    transplant: Transplant | None = field(default=None, repr=False, compare=False)
+    """What makes rows for the anchor's ordinary tokens that it lacks; None where no such row is
+    used, but for reading."""
     target: Target = AUTO
     """What the recipe says of the output's architecture."""
     notes: tuple[str, ...] = ()
@@ -138,9 +152,19 @@ class Source:
         return self.headers[EMBEDDING].shape[0]
 
     @property
+    def own_ffn(self) -> int:
+        """Neurons of its FFN as it is stored; `config.intermediate_size` counts those of zeros too
+        that it is padded with, where another source is wider."""
+        return self.headers[f"model.layers.0.{GATE}"].shape[0]
+
+    @property
     def known(self) -> Bool[Tensor, " vocabulary"] | None:
-        """Which tokens of the shared vocabulary it has; None where it has all."""
-        return None if self.vocabulary is None else self.vocabulary.tables[self.name].known
+        """Which tokens of the shared vocabulary it has, those included whose rows are made; None
+        where it has all."""
+        if self.vocabulary is None:
+            return None
+        known = self.vocabulary.tables[self.name].known
+        return known if self.transplant is None else known | self.vocabulary.ordinary
 
     @property
     def num_parameters(self) -> int:
@@ -308,8 +332,9 @@ class Source:
         self, name: str, reads: "SharedReads | None" = None
     ) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
         """(first row, rows) of its token embeddings or output head in the shared vocabulary, block
-        by block. A token that it lacks is the mean of the pieces that it makes of the token's text;
-        a padding row that it lacks is zero. `reads`: see `read`."""
+        by block. A token that it lacks is the mean of the pieces that it makes of the token's text,
+        or what the transplant makes of it; a padding row that it lacks is zero. `reads`: see
+        `read`."""
         if self.vocabulary is None:
             for first in range(0, self.headers[name].shape[0], TABLE_ROWS):
                 yield first, self.read(name, slice(first, first + TABLE_ROWS), reads=reads)
@@ -323,15 +348,16 @@ class Source:
                 if number in where.pieces
             }
             parts = torch.tensor([row for rows in pieces.values() for row in rows]).long()
-            rows = self._rows(name, torch.cat((wanted, parts)), reads)
+            rows = self.rows_of(name, torch.cat((wanted, parts)), reads)
             block, means = rows[: len(wanted)], rows[len(wanted) :]
             for number, these in pieces.items():
                 block[number - first] = means[: len(these)].mean(dim=0)
                 means = means[len(these) :]
+            self._put_made_rows(name, first, block)
             yield first, block
 
-    def _rows(
-        self, name: str, wanted: Int[Tensor, " rows"], reads: "SharedReads | None"
+    def rows_of(
+        self, name: str, wanted: Int[Tensor, " rows"], reads: "SharedReads | None" = None
     ) -> Float[Tensor, "rows hidden"]:
         """Rows of a table by number, zeros for -1; read in blocks, so that no table is ever whole
         in memory."""
@@ -342,6 +368,46 @@ class Source:
             part = self.read(name, slice(begin, begin + TABLE_ROWS), reads=reads)
             rows[inside] = part[wanted[inside] - begin]
         return rows
+
+    @cached_property
+    def places(self) -> Places:
+        """Where the ordinary tokens are that it and the anchor have, or the anchor alone."""
+        assert self.vocabulary is not None
+        rows, ordinary = self.vocabulary.tables[self.name].rows, self.vocabulary.ordinary
+        shared = torch.where(ordinary & (rows >= 0))[0]
+        return Places(shared, rows[shared], torch.where(ordinary & (rows < 0))[0])
+
+    def _put_made_rows(self, name: str, first: int, block: Float[Tensor, "rows hidden"]) -> None:
+        """Put what the transplant makes into a block of a table that begins at row `first`."""
+        transplant = self.transplant
+        if transplant is None or transplant.makes_of_pieces:
+            return
+        missing = self.places.missing
+        inside = (missing >= first) & (missing < first + len(block))
+        if not bool(inside.any()):
+            return
+        theirs = name if name == EMBEDDING else transplant.anchor.head_name
+        how = transplant.find(self, (name, theirs), self.places)
+        numbers = missing[inside]
+        if isinstance(how, LinearMap):
+            rows = how.apply(transplant.anchor.rows_of(theirs, numbers))
+        else:
+            rows = self._combined(name, Combination(how.rows[inside], how.weights[inside]))
+        block[numbers - first] = rows
+
+    def _combined(self, name: str, how: Combination) -> Float[Tensor, "tokens hidden"]:
+        """Weighted sums of a table's rows, which is read in blocks."""
+        made = torch.zeros(len(how.rows), self.headers[name].shape[1])
+        blocks = how.rows // TABLE_ROWS
+        for number in blocks.unique().tolist():
+            begin = number * TABLE_ROWS
+            part = self.read(name, slice(begin, begin + TABLE_ROWS))
+            token, term = torch.where(blocks == number)
+            places = torch.stack((token, how.rows[token, term] - begin))
+            shape = (len(made), len(part))
+            weights = torch.sparse_coo_tensor(places, how.weights[token, term], shape)
+            made += torch.sparse.mm(weights, part)
+        return made
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Every tensor of a decoder layer, by its name within the layer."""
@@ -435,19 +501,30 @@ class _Stored:
 def read_layers(
     sources: Sequence[Source], layer: int, *, as_stored: bool = False
 ) -> dict[str, dict[str, Tensor]]:
-    """Source -> every tensor of one of its decoder layers, by its name within the layer. Of a model
-    that several sources are adapters of, each tensor is read once; where none of them changes it,
-    they have it together. `as_stored`: see `Source.read`."""
+    """Source -> every tensor of one of its decoder layers, by its name within the layer, its FFN
+    padded with neurons of zeros up to `config.intermediate_size`. Of a model that several sources
+    are adapters of, each tensor is read once; where none of them changes it, they have it together.
+    `as_stored`: see `Source.read`."""
     if not sources:
         return {}
     reads, family = SharedReads(sources), sources[0].family
     layers: dict[str, dict[str, Tensor]] = {source.name: {} for source in sources}
     for name in (*family.shared, *family.expert):
         for source in sources:
-            layers[source.name][name] = source.read(
-                f"model.layers.{layer}.{name}", as_stored=as_stored, reads=reads
-            )
+            tensor = source.read(f"model.layers.{layer}.{name}", as_stored=as_stored, reads=reads)
+            if name in NEURON_AXIS and source.own_ffn < source.config.intermediate_size:
+                tensor = _padded(tensor, NEURON_AXIS[name], source.config.intermediate_size)
+            layers[source.name][name] = tensor
     return layers
+
+
+def _padded(
+    matrix: Float[Tensor, "rows columns"], axis: int, size: int
+) -> Float[Tensor, "more_rows more_columns"]:
+    """A matrix with zeros after its last neuron. A neuron whose gate, up and down are zeros puts
+    out zero, whatever the activation function."""
+    more = size - matrix.shape[axis]
+    return pad(matrix, (0, more) if axis == 1 else (0, 0, 0, more))
 
 
 def by_table(sources: Sequence[Source], name: str) -> list[list[Source]]:

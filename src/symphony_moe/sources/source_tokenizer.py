@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from symphony_moe.sources.same_tokenizer import SETTINGS, cut
+from symphony_moe.sources.spelling import SPELLINGS, is_byte, said_by, spelled_as
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -114,7 +115,8 @@ class SourceTokenizer:
 
     @property
     def kind(self) -> str:
-        """How it makes tokens of text. Only tokenizers of one kind can be merged."""
+        """How it makes tokens of text. Tokens of two kinds can be compared where both are among
+        `SPELLINGS`."""
         if self.backend is None:
             return type(self.tokenizer).__name__
         # Not of `content`, for the same reason.
@@ -131,12 +133,37 @@ class SourceTokenizer:
         stages = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
         return _kind(str(content.get("model", {}).get("type", "")), stages) or self.kind
 
-    def pieces(self, token: str, *, added: bool) -> list[int]:
+    def said(self, kind: str) -> dict[str, str | bytes]:
+        """Each token -> what it is compared by with the tokens of a kind: itself, or what it says
+        where that is another kind, and it is no added token. Bytes come before characters that say
+        the same."""
+        if kind == self.kind:
+            return {token: token for token in self.tokens}
+        found: dict[str, str | bytes] = {}
+        for token in sorted(self.tokens, key=is_byte, reverse=True):
+            says = None if token in self.added else said_by(token, self.kind)
+            found[token] = token if says is None else says
+        return found
+
+    def pieces(self, token: str, *, added: bool, kind: str | None = None) -> list[int]:
         """What this tokenizer makes of a token that it does not have. `added`: the token is text as
-        a user writes it; others are spelled in the alphabet of BPE."""
+        a user writes it; others are spelled as the ordinary tokens of a `kind`, its own where that
+        is None."""
         if added:
             return cut(self.tokenizer, token)
-        return [piece.id for piece in self.tokenizer.backend_tokenizer.model.tokenize(token)]
+        spelled = [token]
+        if kind not in (None, self.kind):
+            says = said_by(token, str(kind))
+            spelled = [] if says is None else spelled_as(says, self.kind)
+        model = self.tokenizer.backend_tokenizer.model
+        if len(spelled) != 1:  # bytes; those that it has no token for are left out
+            return [self.tokens[byte] for byte in spelled if byte in self.tokens]
+        return [piece.id for piece in model.tokenize(spelled[0])]
+
+
+def are_comparable(kinds: Collection[str]) -> bool:
+    """Whether tokens of all these kinds can be compared by what they say."""
+    return len(set(kinds)) < 2 or set(kinds) <= set(SPELLINGS)
 
 
 def _kind(model: str, stages: str) -> str:

@@ -5,8 +5,9 @@ The anchor's tokenizer stays what it is, ids and segmentation included. Added to
 only where such a token is in it. What the others can only spell by merges of their own (BPE) is not
 taken over, as new merges would cut ordinary text otherwise: it is *lost*, and said to be.
 
-Everything is matched by what a token says, never by its number. `merge` works on the tokenizer's
-files, so that what is written is what was used, byte for byte.
+Everything is matched by what a token says, never by its number: byte-level BPE and SentencePiece
+spell the same text otherwise (`spelling.py`). `merge` works on the tokenizer's files, so that what
+is written is what was used, byte for byte.
 """
 
 import tempfile
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from symphony_moe.errors import SourceError, first_line
 from symphony_moe.sources.pretrained import load_tokenizer
-from symphony_moe.sources.source_tokenizer import SourceTokenizer, flags
+from symphony_moe.sources.source_tokenizer import SourceTokenizer, are_comparable, flags
 from symphony_moe.sources.tokenizer_files import merged_files
 
 _ID_SETTINGS = (
@@ -65,6 +66,8 @@ class Vocabulary:
     """The tokenizer's files, by name."""
     size: int
     """Rows of the new model's tables: the anchor's, or more where the tokens do not fit."""
+    ordinary: Bool[Tensor, " vocabulary"]
+    """The anchor's tokens that are no added ones: text is mostly made of them."""
     tables: Mapping[str, Table]
     """By source."""
     added: Mapping[str, list[str]]
@@ -99,7 +102,7 @@ def merge(sources: Sequence[SourceTokenizer], anchor: str, chat: str) -> Vocabul
     by_name = {source.name: source for source in sources}
     first = by_name[anchor]
     kinds = {source.name: source.kind for source in sources}
-    if len(set(kinds.values())) > 1:
+    if not are_comparable(kinds.values()):
         spelled = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
         raise SourceError(f"tokenizers of different kinds cannot be merged ({spelled})")
     tokens = dict(first.tokens)
@@ -120,15 +123,20 @@ def merge(sources: Sequence[SourceTokenizer], anchor: str, chat: str) -> Vocabul
     tokenizer = _load(files, tokens, anchor)
     size = max(first.rows, number)
     as_text = {token["content"] for token in [*first.content["added_tokens"], *new]}
-    lost = {source.name: _lost(source, first.made | as_text) for source in others}
-    unused = {o.name: sorted(o.tokens.keys() - tokens.keys() - set(lost[o.name])) for o in others}
-    tables = {source.name: _table(source, tokens, as_text, size) for source in sources}
+    union = _Union(first, tokens, as_text, size)
+    lost = {source.name: _lost(source, union) for source in others}
+    unused = {o.name: _others(o, union, without=set(lost[o.name])) for o in others}
+    tables = {source.name: _table(source, union) for source in sources}
+    ordinary = torch.zeros(size, dtype=torch.bool)
+    ordinary[[number for token, number in first.tokens.items() if token not in as_text]] = True
     settings: dict[str, Any] = {}
     generation = None
     if chat != anchor:
         settings = _settings_of(by_name[chat], tokens)
         generation = _generation_of(by_name[chat], tokens)
-    return Vocabulary(tokenizer, files, size, tables, added, lost, unused, settings, generation)
+    return Vocabulary(
+        tokenizer, files, size, ordinary, tables, added, lost, unused, settings, generation
+    )
 
 
 def _load(
@@ -157,30 +165,55 @@ def _load(
     return tokenizer
 
 
-def _lost(source: SourceTokenizer, made: Collection[str]) -> list[str]:
-    """Tokens that the source makes of text and the union does not. `made`: those that it does."""
+@dataclass(frozen=True)
+class _Union:
+    """The tokens of all."""
+
+    anchor: SourceTokenizer
+    tokens: Mapping[str, int]
+    as_text: set[str]
+    """The added ones among them."""
+    size: int
+    """Rows, those of padding included."""
+
+    def said(self, kind: str) -> dict[str, str | bytes]:
+        """As `SourceTokenizer.said`: each token -> what it is compared by."""
+        return {token: token for token in self.tokens} | self.anchor.said(kind)
+
+
+def _lost(source: SourceTokenizer, union: _Union) -> list[str]:
+    """Tokens that the source makes of text and the union does not."""
     own = source.made.union(token["content"] for token in source.content.get("added_tokens", []))
-    return sorted(own.difference(made))
+    said, made = source.said(union.anchor.kind), union.anchor.made | union.as_text
+    there = {says for token, says in union.said(source.kind).items() if token in made}
+    return sorted(token for token in own if said.get(token, token) not in there)
 
 
-def _table(
-    source: SourceTokenizer, tokens: Mapping[str, int], as_text: set[str], size: int
-) -> Table:
+def _others(source: SourceTokenizer, union: _Union, *, without: Collection[str]) -> list[str]:
+    """Tokens of a source that the union lacks, without some."""
+    there = set(union.said(source.kind).values())
+    said = source.said(union.anchor.kind)
+    return sorted(t for t, says in said.items() if says not in there and t not in without)
+
+
+def _table(source: SourceTokenizer, union: _Union) -> Table:
     """Where the source has each token; a row that is no token's, here and in the union, is padding,
-    and known as such. `as_text`: the union's added tokens."""
-    rows = torch.full((size,), -1, dtype=torch.int64)
-    free = torch.ones(size, dtype=torch.bool)
+    and known as such."""
+    rows = torch.full((union.size,), -1, dtype=torch.int64)
+    free = torch.ones(union.size, dtype=torch.bool)
     own = torch.tensor(sorted(source.tokens.values()))
-    for numbers in (own[own < size], torch.tensor(sorted(tokens.values()))):
+    for numbers in (own[own < union.size], torch.tensor(sorted(union.tokens.values()))):
         free[numbers] = False
     padding = torch.where(free[: source.rows])[0]
     rows[padding] = padding
+    has = {says: source.tokens[token] for token, says in source.said(union.anchor.kind).items()}
     pieces = {}
-    for token, number in tokens.items():
-        if token in source.tokens:
-            rows[number] = source.tokens[token]
+    for token, says in union.said(source.kind).items():
+        number = union.tokens[token]
+        if says in has:
+            rows[number] = has[says]
         else:
-            found = source.pieces(token, added=token in as_text)
+            found = source.pieces(token, added=token in union.as_text, kind=union.anchor.kind)
             pieces[number] = found or _unknown(source, token)
     return Table(rows, pieces)
 
