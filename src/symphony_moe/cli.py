@@ -614,8 +614,21 @@ def import_(
 
 
 @_command
-def plan(*, recipe: RecipeFile, memory: Memory = None, overrides: Overrides = None) -> Result:
-    """Say what a build will do. Reads headers and a few rows of weights, and writes nothing."""
+def plan(
+    *,
+    recipe: RecipeFile,
+    memory: Memory = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the plan as a page too."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
+    overrides: Overrides = None,
+) -> Result:
+    """Say what a build will do. Reads headers and a few rows of weights. Writes the page at most."""
+    if overwrite and html is None:
+        raise RecipeError("--overwrite: has no effect without --html")
+    _refuse_existing_file(html, overwrite=overwrite, option="--html", what="a page")
     from symphony_moe.recipe.load import load_recipe
     from symphony_moe.recipe.variants import load_variants
 
@@ -625,9 +638,17 @@ def plan(*, recipe: RecipeFile, memory: Memory = None, overrides: Overrides = No
     from symphony_moe import pipeline
 
     planned = pipeline.plan(loaded, memory=memory)
+    content, text = planned.to_json(), describe_plan(planned)
+    if html is not None:
+        from symphony_moe.files import write_text
+        from symphony_moe.reporting.plan_page import render_plan
+
+        write_text(html, render_plan(content, loaded))
+        content, text = content | {"paths": {"page": str(html)}}, f"{text}
+wrote {html}"
     sets = [word for override in overrides or () for word in ("--set", override)]
-    then = next_command("build", recipe, "--out", "run", *sets)
-    return planned.to_json(), f"{describe_plan(planned)}\n{then}"
+    return content, f"{text}
+{next_command('build', recipe, '--out', 'run', *sets)}"
 
 
 @_command
@@ -1044,15 +1065,18 @@ def push(
     return sent.to_json(), sent.url or f"nothing is sent; its README.md would be\n\n{sent.card}"
 
 
-def _refuse_existing_file(out: Path | None, *, overwrite: bool) -> None:
-    """RecipeError for a recipe that cannot be written, before anything is read."""
+def _refuse_existing_file(
+    out: Path | None, *, overwrite: bool, option: str = "--out", what: str = "a recipe file"
+) -> None:
+    """RecipeError for a file that cannot be written, before anything is read. `option`: names it;
+    `what`: it is to be."""
     if out is None:
         return
     if out.is_dir() or not out.parent.is_dir():
-        what = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-        raise RecipeError(f"--out {out}: {what}; expected the name of a recipe file to write")
+        why = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise RecipeError(f"{option} {out}: {why}; expected the name of {what} to write")
     if out.exists() and not overwrite:
-        raise RecipeError(f"--out {out}: exists; choose another, or --overwrite it")
+        raise RecipeError(f"{option} {out}: exists; choose another, or --overwrite it")
 
 
 def _text_of_sources(data: Iterable[str]) -> dict[str, list[str]]:

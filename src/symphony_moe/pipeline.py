@@ -49,12 +49,14 @@ from symphony_moe.recipe.settings import Data, Recipe, Train
 from symphony_moe.runs.folder import (
     RunFolder,
     log_to,
+    logged_warnings,
     note_versions,
     refuse_existing,
     require_room,
     start_run,
 )
 from symphony_moe.runs.metrics import Metrics, read_metrics
+from symphony_moe.runs.samples import read_samples
 from symphony_moe.sources.kinship import beyond_averaging, likeness_to_anchor
 from symphony_moe.sources.opening import (
     are_here,
@@ -691,7 +693,8 @@ def generate(folder: RunFolder) -> list[tuple[str, str, str]]:
 
 
 def report(folder: RunFolder) -> Path:
-    """`metrics.json` to one self-contained `report.html`, whose path is returned.
+    """`metrics.json`, and what stands beside it, to one self-contained `report.html`, whose path is
+    returned.
 
     Raises RunFolderError where there is no finished build, or a file of it is damaged.
 
@@ -700,12 +703,14 @@ def report(folder: RunFolder) -> Path:
     >>> report(RunFolder(Path("run"))).name
     'report.html'
     """
-    from symphony_moe.reporting.run_page import render
+    from symphony_moe.reporting.run_page import Beside, render
 
     recipe = folder.read_recipe()
     folder.require_checkpoint()
     metrics = read_metrics(folder)
-    html = render(metrics, folder.read_json(folder.plan), _as_trained(recipe, metrics))
+    manifest = folder.read_json(folder.manifest) if folder.manifest.is_file() else {}
+    beside = Beside(read_samples(folder), manifest, logged_warnings(folder))
+    html = render(metrics, folder.read_json(folder.plan), _as_trained(recipe, metrics), beside)
     write_text(folder.report, html)
     return folder.report
 

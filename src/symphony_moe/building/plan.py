@@ -39,6 +39,7 @@ from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
 from symphony_moe.sources.opening import expected_shapes
+from symphony_moe.sources.provenance import provenance
 from symphony_moe.sources.source import Source, anchor_of, is_tied, new_config, public_name
 
 NOTE_PERMUTATION = (
@@ -270,6 +271,10 @@ def describe(source: Source, recipe: Recipe) -> dict[str, Any]:
         "gguf_file": spec.gguf_file,
         "adapter": None if spec.adapter is None else public_name(spec.adapter),
         "adapter_base": None if (base := _adapter_base(source)) is None else public_name(base),
+        "licences": [
+            None if licence is None else asdict(licence)
+            for licence in provenance(source, spec).licences
+        ],
         "architecture": source.config.model_type,
         "parameters": source.num_parameters,
         "dtype": ", ".join(sorted({header.dtype for header in source.headers.values()})),

@@ -33,6 +33,9 @@ from symphony_moe.evaluation.routing import (
     router_weight,
     routers,
 )
+from symphony_moe.evaluation.samples import beginnings, choices_of, samples_of
+from symphony_moe.files import to_json, write_text
+from symphony_moe.machine import peak_rss_bytes
 from symphony_moe.progress import Listener, Progress, ignore
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder
@@ -47,6 +50,7 @@ from symphony_moe.runs.metrics import (
     Timing,
     read_metrics,
 )
+from symphony_moe.runs.samples import Choices
 from symphony_moe.sources.source import Source, anchor_of, new_config
 from symphony_moe.sources.stock import load_source, load_stock
 from symphony_moe.text.texts import Texts
@@ -68,7 +72,8 @@ def evaluate_run(
     progress: Listener = ignore,
 ) -> Metrics:
     """Losses of the sources, the built and the trained model on every domain, their routing and the
-    likeness of their experts, into `metrics.json`.
+    likeness of their experts, into `metrics.json`; which experts some short texts prefer, into
+    `samples.json`.
 
     `like`: a run that may have evaluated the same sources on the same text already; what it says of
     them is taken over then. `texts`: what the command has read already. Returns what was written.
@@ -90,11 +95,12 @@ def evaluate_run(
     routing: dict[str, StageRouting] = {}
     alike: dict[str, Cka] = {"sources": cka}
     dynamic: dict[str, DynamicRouting] = {}
+    shown, choices = beginnings(windows), {}
     for stage, folder in (("built", run.checkpoint), ("trained", run.trained)):
         if not folder.is_dir():
             continue
-        losses[stage], observed, with_others = _evaluate_moe(
-            folder, windows, recipe.evaluation.thresholds, recipe.experts.per_source
+        losses[stage], observed, choices[stage], with_others = _evaluate_moe(
+            folder, windows, shown, recipe.evaluation.thresholds, recipe.experts.per_source
         )
         routing[stage] = StageRouting.model_validate(
             {
@@ -119,10 +125,14 @@ def evaluate_run(
         found["dynamic"] = dynamic
     metrics = Metrics(held_out=held_out, **found)
     seconds = round(time.monotonic() - started, 2)
-    timing = (before.timing or Timing()).model_copy(update={"evaluate_seconds": seconds})
+    timing = (before.timing or Timing()).model_copy(
+        update={"evaluate_seconds": seconds, "evaluate_peak_rss_bytes": peak_rss_bytes()}
+    )
     # What an earlier evaluation says of other text must not stand beside this one.
     forget = [key for key in ("trained", "dynamic") if key not in found]
     run.update_json(run.metrics, metrics.to_json() | {"timing": timing.to_json()}, forget)
+    samples = samples_of(names, shown, choices, anchor_of(recipe, sources).tokenizer)
+    write_text(run.samples, to_json(samples.to_json()) + "\n")
     return metrics
 
 
@@ -182,14 +192,18 @@ def _known_of_sources(
 def _evaluate_moe(
     folder: Path,
     windows: Mapping[str, Pieces],
+    shown: Mapping[str, Sequence[Int[Tensor, " tokens"]]],
     thresholds: Sequence[float],
     slices: int,
-) -> tuple[dict[str, float], dict[str, Routing], DynamicRouting | None]:
-    """Losses and routing of a checkpoint, and its losses with other numbers of experts (None
-    without thresholds). `slices`: see `observe_routing`. The model is out of memory afterwards."""
+) -> tuple[dict[str, float], dict[str, Routing], dict[str, list[Choices]], DynamicRouting | None]:
+    """Losses and routing of a checkpoint, what its routers say of the texts that are `shown`, and
+    its losses with other numbers of experts (None without thresholds). `slices`: see
+    `observe_routing`. The model is out of memory afterwards."""
     model = load_stock(folder)
     losses, routing = losses_and_routing(model, windows, slices=slices)
-    return losses, routing, dynamic_routing(model, windows, thresholds) if thresholds else None
+    choices = choices_of(model, shown, slices)
+    others = dynamic_routing(model, windows, thresholds) if thresholds else None
+    return losses, routing, choices, others
 
 
 def _at_once(model: PreTrainedModel, pieces: Pieces) -> int:

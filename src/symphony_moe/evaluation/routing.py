@@ -171,6 +171,27 @@ def observe_routing(model: PreTrainedModel, slices: int = 1) -> Iterator[Callabl
             handle.remove()
 
 
+@contextmanager
+def router_probabilities(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
+    """Inside the block, every run of a stock MoE adds to the list that is given, for each layer,
+    what its router says: the softmax over all experts (tokens x experts, float32)."""
+    gates = routers(model)
+    found: list[list[Tensor]] = [[] for _ in gates]
+
+    def observe(layer: int) -> Any:
+        def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            found[layer].append(torch.softmax(router_logits(router, inputs[0]), dim=-1).cpu())
+
+        return hook
+
+    handles = [gate.register_forward_hook(observe(layer)) for layer, gate in enumerate(gates)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _by_name(output: Sequence[Any], forms: Sequence[Sequence[str]]) -> dict[str, Any]:
     """The parts of a stock router's output, in their order. `forms`: those that it may have
     (`Family.router_outputs`), of which it has the first that fits: versions of transformers differ
@@ -275,6 +296,7 @@ def experts_by_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
             handle.remove()
 
 
-def rounded(values: Tensor) -> Any:
-    """Nested lists, to six decimals."""
-    return values.double().mul(1e6).round().div(1e6).tolist()
+def rounded(values: Tensor, decimals: int = 6) -> Any:
+    """Nested lists, to six decimals or another number of them."""
+    scale = 10**decimals
+    return values.double().mul(scale).round().div(scale).tolist()

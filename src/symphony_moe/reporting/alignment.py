@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.reporting.numbers import loss_text, mean_of_all
+from symphony_moe.reporting.strips import Scale, Strip, Strips, Value
 from symphony_moe.reporting.tables import in_order
 from symphony_moe.runs.metrics import Agreement
 
@@ -78,3 +79,35 @@ def alignment_tables(
             )
         )
     return tables
+
+
+def alignment_strips(
+    alignment: Mapping[str, Mapping[str, Agreement]], recipe: Recipe
+) -> Strips | None:
+    """A strip for every kind and source: the mean over layers before the maps and after them. None
+    where nothing was measured."""
+    scale, rows = Scale.of(0.0, 1.0), []
+    for kind, (what, _) in KINDS.items():
+        found = alignment.get(kind) or {}
+        for name in in_order(recipe.sources, found):
+            ends = mean_of_all(found[name].before), mean_of_all(found[name].after)
+            if ends[0] is None or ends[1] is None:
+                continue
+            before, after = (loss_text(end) for end in ends)
+            values = [
+                Value("before", ends[0], f"{name}, before: {before}"),
+                Value("after", ends[1], f"{name}, after: {after}"),
+            ]
+            note = what if found[name].used else f"{what}, map refused"
+            rows.append(
+                Strip(name, f"before {before}, after {after}", scale.marks_of(values), note)
+            )
+    if not rows:
+        return None
+    return Strips(
+        f"Agreement with {recipe.anchor}, mean over layers",
+        "1 is the same, 0 is unrelated",
+        rows,
+        scale.axis,
+        [("before", "before"), ("after", "after")],
+    )

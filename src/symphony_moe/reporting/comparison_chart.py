@@ -10,12 +10,14 @@ from symphony_moe.reporting.numbers import Number, count, loss_text, mean
 from symphony_moe.reporting.over_seeds import (
     Entries,
     Spread,
+    column_of,
     methods_of,
     of_stage,
     range_text,
     seeds_of,
     spread,
 )
+from symphony_moe.reporting.strips import Scale, Strip, Strips, Value
 from symphony_moe.runs.metrics import STAGES
 
 
@@ -88,6 +90,41 @@ def line_chart(entries: Entries, where: str, limit: Number | None) -> Chart | No
     )
     ends = ", ".join(text for text, _, _ in chart.labels)
     return worth_drawing(replace(chart, summary=f"At the end: {ends}"))
+
+
+def method_strips(entries: Entries, where: str, limit: Number | None) -> Strips | None:
+    """A strip for every method: its loss built and trained (nats per token, mean over seeds), and
+    the limit. None where no method has one."""
+    columns = {stage: column_of(entries, stage, where) for stage in STAGES}
+    found = {
+        method: {stage: spread(list(columns[stage][method].values())) for stage in STAGES}
+        for method in methods_of(entries)
+    }
+    means = [one.mean for of_method in found.values() for one in of_method.values() if one]
+    if not means:
+        return None
+    known = limit is not None and math.isfinite(limit)
+    ends = [*means, float(limit)] if known and limit is not None else means
+    scale, rows = Scale.of(min(ends), max(ends)), []
+    for method, of_method in found.items():
+        values, words = [], []
+        if known and limit is not None:
+            values.append(Value("goal", limit, f"limit: {loss_text(limit)}"))
+        for kind, (stage, one) in zip(("before", "after"), of_method.items(), strict=True):
+            if one is not None:
+                text = f"{stage} {loss_text(one.mean)}"
+                over = f" ({range_text(one)})" if one.num > 1 else ""
+                values.append(Value(kind, one.mean, f"{method}, {text}{over}"))
+                words.append(text)
+        rows.append(Strip(method, ", ".join(words), scale.marks_of(values)))
+    kinds = [("before", "built"), ("after", "trained")]
+    return Strips(
+        f"Held-out loss {where}",
+        "nats per token",
+        rows,
+        scale.axis,
+        [("goal", "limit"), *kinds] if known else kinds,
+    )
 
 
 def _point(tokens: float, found: Spread, title: str) -> Point:

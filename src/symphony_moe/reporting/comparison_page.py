@@ -9,7 +9,7 @@ from typing import Any
 
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.reporting.charts import drawing
-from symphony_moe.reporting.comparison_chart import line_chart
+from symphony_moe.reporting.comparison_chart import line_chart, method_strips
 from symphony_moe.reporting.comparison_losses import domain_table, main_table, task_table_of_methods
 from symphony_moe.reporting.numbers import Number, count
 from symphony_moe.reporting.over_seeds import (
@@ -79,6 +79,7 @@ def render_comparison(  # noqa: PLR0913 (a page of several parts, each given onc
         one_seed=any(len(seeds_of(entries, method)) == 1 for method in methods),
         incomplete=incomplete_text(entries, known),
         table=main_table(entries, limits, reference, known),
+        strips_of={where: method_strips(entries, where, limits.get(where)) for where in known},
         domains=domain_table(entries, in_domain),
         tasks=task_table_of_methods(entries),
         charts=drawn,

@@ -10,18 +10,24 @@ def fill(template: str, **values: Any) -> str:
     """A page out of one of this package's templates, in the style that all pages share."""
     import jinja2
 
-    def read(name: str) -> str:
-        return resources.files("symphony_moe.reporting").joinpath(name).read_text("utf-8")
-
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(read),
+        loader=jinja2.FunctionLoader(_read),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style = textwrap.indent(read("page.css"), "  ")
+    style = textwrap.indent(_read("page.css"), "  ")
     return environment.get_template(template).render(style=style, **values)
+
+
+def script() -> str:
+    """What chooses the layer of a coloured text. It reads the page alone, and loads nothing."""
+    return textwrap.indent(_read("samples.js"), "  ")
+
+
+def _read(name: str) -> str:
+    return resources.files("symphony_moe.reporting").joinpath(name).read_text("utf-8")
 
 
 def title(sources: Iterable[str]) -> str:

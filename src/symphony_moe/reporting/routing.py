@@ -46,6 +46,8 @@ class Likeness:
     models: list[tuple[str, list[str], list[list[Shade]]]]
     """(model, experts, mean over layers of every pair)"""
     tokens: int
+    chart: Chart | None
+    """The means of pairs, layer by layer."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,34 @@ def likeness_tables(cka: Mapping[str, Cka]) -> Likeness | None:
     rows = [(str(layer), list(row)) for layer, row in by_layer]
     rows.append(("mean", [mean(column) for column in columns]))
     texts = [(label, [loss_text(value) for value in row]) for label, row in rows]
-    return Likeness(texts, grids, cka[models[0]].tokens)
+    chart = _likeness_chart(dict(zip(models, columns, strict=True)))
+    return Likeness(texts, grids, cka[models[0]].tokens, chart)
+
+
+def _likeness_chart(columns: Mapping[str, Sequence[float]]) -> Chart | None:
+    """Model -> layer -> mean CKA over pairs, as lines."""
+    lines = tuple(
+        Line(
+            number,
+            model,
+            tuple(
+                Point(layer, value, title=f"{model}, layer {layer}: {loss_text(value)}")
+                for layer, value in enumerate(values)
+            ),
+        )
+        for number, (model, values) in enumerate(columns.items())
+    )
+    return worth_drawing(
+        Chart(
+            title="CKA of two experts by layer, mean over pairs",
+            across="layer",
+            upward="CKA",
+            lines=lines,
+            write=loss_text,
+            from_zero=True,
+            whole=True,
+        )
+    )
 
 
 def likeness_shade(value: float) -> Shade:

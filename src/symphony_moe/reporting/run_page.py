@@ -5,30 +5,57 @@ loads nothing. Python makes the numbers and their words (a module for each secti
 so on), `report.html.j2` the markup, `page.css` the style.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from symphony_moe.recipe.settings import Recipe
-from symphony_moe.reporting.alignment import KINDS, alignment_tables
+from symphony_moe.reporting.alignment import KINDS, alignment_strips, alignment_tables
 from symphony_moe.reporting.charts import Chart, Drawing, drawing
-from symphony_moe.reporting.fit import fit_tables
-from symphony_moe.reporting.losses import loss_table
-from symphony_moe.reporting.numbers import MISSING, count, duration, in_words, size
-from symphony_moe.reporting.page import fill, title
+from symphony_moe.reporting.fit import FitTable, fit_tables
+from symphony_moe.reporting.lineage import lineage
+from symphony_moe.reporting.losses import loss_strips, loss_table
+from symphony_moe.reporting.numbers import in_words, size
+from symphony_moe.reporting.page import fill, script, title
+from symphony_moe.reporting.repeating import how_to_repeat
 from symphony_moe.reporting.routing import (
     dynamic_curve,
     likeness_tables,
     routing_grids,
     routing_table,
 )
+from symphony_moe.reporting.samples import coloured_text
+from symphony_moe.reporting.stages import stage_table
 from symphony_moe.reporting.tables import ceiling_share
 from symphony_moe.reporting.tasks import task_table
-from symphony_moe.reporting.training import loss_chart, share_chart, training_facts
-from symphony_moe.runs.metrics import PLAIN_MEAN, STAGES, Metrics, Timing
+from symphony_moe.reporting.training import (
+    held_out_chart,
+    loss_chart,
+    share_chart,
+    training_facts,
+)
+from symphony_moe.reporting.warned import warnings_of
+from symphony_moe.runs.metrics import PLAIN_MEAN, STAGES, Metrics
+from symphony_moe.runs.samples import Samples
 
 
-def render(metrics: Metrics, plan: Mapping[str, Any], recipe: Recipe) -> str:
+@dataclass(frozen=True)
+class Beside:
+    """What a run folder has beside metrics, plan and recipe. Any of it may be absent."""
+
+    samples: Samples | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    logged: Sequence[str] = ()
+    """What the commands have warned of."""
+
+
+NOTHING = Beside()
+"""A run folder that has nothing else."""
+
+
+def render(
+    metrics: Metrics, plan: Mapping[str, Any], recipe: Recipe, beside: Beside = NOTHING
+) -> str:
     """The report as HTML. Any part of `metrics` may be absent: its section then makes way for a
     sentence that names the command that measures it.
 
@@ -43,6 +70,9 @@ def render(metrics: Metrics, plan: Mapping[str, Any], recipe: Recipe) -> str:
         for stage in STAGES
         if stage in metrics.dynamic
     }
+    fit, likeness = fit_tables(metrics.fit, recipe), likeness_tables(metrics.cka)
+    warnings = _warnings(metrics, plan, recipe, fit, beside)
+    training = metrics.training
     return fill(
         "report.html.j2",
         recipe=recipe,
@@ -50,11 +80,16 @@ def render(metrics: Metrics, plan: Mapping[str, Any], recipe: Recipe) -> str:
         title=title(recipe.sources),
         ceiling=ceiling_share(len(recipe.expert_names), recipe.router.top_k),
         facts=header_facts(plan, recipe),
-        parameters=in_words,
+        lineage=lineage(plan, recipe, metrics),
+        warnings=warnings,
         missing=missing_sections(metrics, recipe),
         losses=loss_table(metrics, recipe),
+        loss_strips=loss_strips(metrics, recipe),
         tasks=task_table(metrics.tasks, list(recipe.sources)),
-        training=training_facts(metrics.training),
+        training=training_facts(training),
+        held_out_in_training=_drawn(
+            held_out_chart(training.held_out, recipe) if training else None
+        ),
         losses_in_training=_drawn(loss_chart(curve)),
         shares_in_training=_drawn(share_chart(curve, recipe)),
         routing=[
@@ -63,19 +98,47 @@ def render(metrics: Metrics, plan: Mapping[str, Any], recipe: Recipe) -> str:
         ],
         measures={stage: routing_table(routing) for stage, routing in measured.items()},
         dynamic=[(stage, curve, _drawn(curve.chart)) for stage, curve in curves.items()],
-        likeness=likeness_tables(metrics.cka),
+        likeness=likeness,
+        likeness_chart=_drawn(likeness.chart) if likeness else None,
+        samples=coloured_text(beside.samples),
+        script=script(),
         alignment=alignment_tables(metrics.alignment, recipe),
-        fit=fit_tables(metrics.fit, recipe),
+        alignment_strips=alignment_strips(metrics.alignment, recipe),
+        fit=fit,
         plain_written=metrics.fit is not None and metrics.fit.chosen == PLAIN_MEAN,
-        differences=plan["differences"],
-        notes=other_notes(plan),
-        timing=timing_rows(metrics.timing or Timing(), plan),
+        differences=by_value(plan["differences"]),
+        notes=[note for note in other_notes(plan) if ("Log", note) not in warnings],
+        timing=stage_table(metrics, plan),
+        repeating=how_to_repeat(recipe, metrics, beside.manifest),
         recipe_yaml=recipe.to_yaml(),
     )
 
 
 def _drawn(chart: Chart | None) -> Drawing | None:
     return None if chart is None else drawing(chart)
+
+
+def _warnings(
+    metrics: Metrics,
+    plan: Mapping[str, Any],
+    recipe: Recipe,
+    fit: FitTable | None,
+    beside: Beside,
+) -> list[tuple[str, str]]:
+    """What was measured first, then what the commands have said."""
+    found = warnings_of(plan, recipe, metrics, fit)
+    return [*found, *(("Log", line) for line in beside.logged)]
+
+
+def by_value(differences: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Differences with the sources that have the same value together."""
+    found = []
+    for difference in differences:
+        values: dict[str, list[str]] = {}
+        for name, value in difference["values"].items():
+            values.setdefault(str(value), []).append(name)
+        found.append({**difference, "values": [(", ".join(n), v) for v, n in values.items()]})
+    return found
 
 
 def header_facts(plan: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str]]:
@@ -156,23 +219,3 @@ def other_notes(plan: Mapping[str, Any]) -> list[str]:
             for difference in plan["differences"]
         )
     ]
-
-
-def timing_rows(timing: Timing, plan: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, measured, as planned). A key's last word is its unit."""
-    planned = {
-        "build_seconds": duration(plan["seconds"]),
-        "build_peak_rss_bytes": size(plan["peak_memory_bytes"]),
-    }
-    labels = {"build_peak_rss_bytes": "Peak memory of the build", "build_seconds": "Build"}
-    writers = {"seconds": duration, "bytes": size, "tokens": count}
-    rows = []
-    for key, value in timing.to_json().items():
-        words, _, unit = key.rpartition("_")
-        known = unit in writers and isinstance(value, int | float) and math.isfinite(value)
-        label = labels.get(key, (words if known else key).replace("_", " ").capitalize())
-        text = writers[unit](value) if known else str(value)
-        if known and unit == "tokens":
-            text += " tokens"
-        rows.append((label, text, planned.get(key, MISSING)))
-    return rows

@@ -6,7 +6,7 @@ from symphony_moe.recipe.settings import Recipe
 from symphony_moe.reporting.charts import Chart, Line, Point, worth_drawing
 from symphony_moe.reporting.numbers import Number, count, duration, loss_text
 from symphony_moe.reporting.tables import in_order
-from symphony_moe.runs.metrics import CurvePoint, TemperatureScaling, Training
+from symphony_moe.runs.metrics import CurvePoint, HeldOutPoint, TemperatureScaling, Training
 
 
 def training_facts(training: Training | None) -> list[tuple[str, str]]:
@@ -79,6 +79,39 @@ def share_chart(curve: Sequence[CurvePoint], recipe: Recipe) -> Chart | None:
             from_zero=True,
         )
     )
+
+
+def held_out_chart(points: Sequence[HeldOutPoint], recipe: Recipe) -> Chart | None:
+    """Held-out loss of every domain (nats per token) against tokens. None where nothing was
+    measured on the way."""
+    domains = in_order(
+        [*recipe.sources, *recipe.evaluation.extra], *(point.losses for point in points)
+    )
+    lines = tuple(
+        Line(
+            number,
+            name,
+            tuple(
+                Point(point.tokens, point.losses.get(name, float("nan")), title=_at(name, point))
+                for point in points
+            ),
+        )
+        for number, name in enumerate(domains)
+    )
+    return worth_drawing(
+        Chart(
+            title="Held-out loss of every domain against tokens",
+            across="tokens",
+            upward="loss, nats per token",
+            lines=lines,
+            write=loss_text,
+            notes=gaps_text(line.points for line in lines),
+        )
+    )
+
+
+def _at(domain: str, point: HeldOutPoint) -> str:
+    return f"{domain}, {count(point.tokens)} tokens: {loss_text(point.losses.get(domain))}"
 
 
 def _per_cent_text(share: Number) -> str:

@@ -6,6 +6,7 @@ and `trained/` each appear by one rename, and until then everything is under `wo
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """All that was measured."""
         return self.root / "metrics.json"
+
+    @property
+    def samples(self) -> Path:
+        """Short held-out texts, with the expert that each token prefers."""
+        return self.root / "samples.json"
 
     @property
     def report(self) -> Path:
@@ -125,6 +131,7 @@ class RunFolder:
             self.alignment,
             self.manifest,
             self.metrics,
+            self.samples,
             self.report,
             self.log,
         }
@@ -223,6 +230,7 @@ _HOLDS: dict[str, dict[str, type]] = {
     "plan.json": {"architecture": str, "sources": list, "tensors": dict},
     "manifest.json": {"files": dict, "sources": dict, "tensors": dict, "versions": dict},
     "metrics.json": {"alignment": dict, "timing": dict},
+    "samples.json": {"experts": list, "domains": dict},
 }
 """What each of the files holds as soon as it is there."""
 
@@ -427,6 +435,16 @@ def changed_files(folder: Path, expected: Mapping[str, str]) -> str | None:
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: on a full disk the command says so itself."""
+
+
+def logged_warnings(run: RunFolder) -> list[str]:
+    """What the commands of a run have warned of, each once, in the order of the log. Of a warning
+    of several lines the first; nothing where there is no log."""
+    if not run.log.is_file():
+        return []
+    lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = (re.fullmatch(r"[\d-]{10} [\d:,]+ WARNING (.+)", line) for line in lines)
+    return list(dict.fromkeys(line[1] for line in found if line))
 
 
 @contextmanager

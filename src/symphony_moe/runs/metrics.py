@@ -342,6 +342,7 @@ class Timing(Part):
     calibration_tokens: int | None = None
     train_peak_rss_bytes: int | None = None
     evaluate_seconds: float | None = None
+    evaluate_peak_rss_bytes: int | None = None
 
 
 def _or_none(value: Any) -> Any:

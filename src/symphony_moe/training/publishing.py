@@ -110,6 +110,7 @@ def publish_trained(
         {"training": training, "timing": timing, **_without_trained(old)},
         forget=["trained"],
     )
+    run.samples.unlink(missing_ok=True)  # of an earlier training's model: evaluating makes them
     if (logs := run.training / "runs").is_dir():  # TensorBoard's
         shutil.copytree(logs, run.logs, dirs_exist_ok=True)
     publish(run.staged_trained, run.trained)
