@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check fmt lock test-slow test-newest test-clients test-real test-gpu bench gpu-study bundled wheel clean
+.PHONY: install demo test check fmt lock test-slow test-newest test-pages test-clients test-real test-gpu bench gpu-study bundled wheel clean
 
 install: $(INSTALLED)
 
@@ -52,6 +52,12 @@ test-newest:
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	.venv-newest/bin/python -m pip freeze
 	CUDA_VISIBLE_DEVICES= .venv-newest/bin/python -m pytest -n 2 --dist loadfile
+
+# The report, the comparison and the plan in headless Chromium, which is the system's own: `chromium`
+# on the PATH, or the program that CHROMIUM names. Nothing is downloaded but two Python packages.
+test-pages: install
+	PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pages]'
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m page tests/reporting
 
 # The programs that read a model (vLLM, llama.cpp, MLX, other transformers), each in an environment of
 # its own under the cache folder (12 GB, made once), and the how-to pages. Writes the tables of

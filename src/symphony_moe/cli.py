@@ -625,7 +625,7 @@ def plan(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
     overrides: Overrides = None,
 ) -> Result:
-    """Say what a build will do. Reads headers and a few rows of weights. Writes the page at most."""
+    """Say what a build will do. Reads headers and a few rows of weights. Writes a page at most."""
     if overwrite and html is None:
         raise RecipeError("--overwrite: has no effect without --html")
     _refuse_existing_file(html, overwrite=overwrite, option="--html", what="a page")

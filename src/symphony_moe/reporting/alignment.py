@@ -100,7 +100,7 @@ def alignment_strips(
             ]
             note = what if found[name].used else f"{what}, map refused"
             rows.append(
-                Strip(name, f"before {before}, after {after}", scale.marks_of(values), note)
+                Strip(name, [f"before {before}", f"after {after}"], scale.marks_of(values), note)
             )
     if not rows:
         return None

@@ -116,7 +116,7 @@ def method_strips(entries: Entries, where: str, limit: Number | None) -> Strips 
                 over = f" ({range_text(one)})" if one.num > 1 else ""
                 values.append(Value(kind, one.mean, f"{method}, {text}{over}"))
                 words.append(text)
-        rows.append(Strip(method, ", ".join(words), scale.marks_of(values)))
+        rows.append(Strip(method, words, scale.marks_of(values)))
     kinds = [("before", "built"), ("after", "trained")]
     return Strips(
         f"Held-out loss {where}",

@@ -149,14 +149,14 @@ def _steps(plan: Mapping[str, Any], recipe: Recipe, metrics: Metrics | None) -> 
 def _training_step(metrics: Metrics) -> Step:
     training = metrics.training
     if training is None:
-        return Step("Training", ["not trained"])
+        return Step("Not trained", [])
     scope = {"all": "all weights", "router": "the routers", "experts": "routers and experts"}
     words = [scope.get(training.scope or "", training.scope or "")]
     if training.tokens is not None:
         words.append(f"{count(training.tokens)} tokens")
     if training.settings.get("teacher", "none") != "none":
         words.append("the sources as teachers")
-    return Step("Training", [word for word in words if word])
+    return Step("Trained", [word for word in words if word])
 
 
 def build_words(recipe: Recipe) -> list[str]:

@@ -76,7 +76,9 @@ def loss_table(metrics: Metrics, recipe: Recipe) -> LossTable | None:
         distances = [distance_text(name, row[mean], specialists[mean]) for name, _, row in built]
     values = [value for _, _, row in named + built for value in row if value is not None]
     diverged = not all(math.isfinite(value) for value in values)
-    beyond = [(name, _beyond(row, specialists)) for name, _, row in built] if sources else []
+    best = {domain: mark for domain, (_, mark) in marks_to_beat(metrics, recipe).items()}
+    marks = _row(best, in_domain, out_of_domain)
+    beyond = [(name, _beyond(row, marks)) for name, _, row in built] if sources else []
     return LossTable(in_domain, out_of_domain, rows, beyond, distances, diverged)
 
 
@@ -142,7 +144,7 @@ def loss_strips(metrics: Metrics, recipe: Recipe) -> Strips | None:
             values.append(Value(kind, loss, f"{stage}: {loss_text(loss)} ({apart})"))
             words.append(f"{stage} {loss_text(loss)} ({apart})")
         note = "" if inside else "out of domain"
-        rows.append(Strip(domain, ", ".join(words), scale.marks_of(values), note))
+        rows.append(Strip(domain, words, scale.marks_of(values), note))
     kinds = [("goal", "mark to beat"), *zip(_kinds(metrics), metrics.models, strict=True)]
     return Strips(
         "Held-out loss by domain, and the mark to beat",

@@ -25,6 +25,7 @@
     const words = choices(token).map(([expert, by], number) =>
       `${layerName(number)}: ${names[expert]} ${by} %`);
     readout.textContent = `“${token.textContent}”  ${words.join(" · ")}`;
+    readout.className = "telling";
     box.querySelector(".token.told")?.classList.remove("told");
     token.classList.add("told");
   };

@@ -50,12 +50,12 @@ def stage_table(metrics: Metrics, plan: Mapping[str, Any]) -> StageTable | None:
     measured = [
         ("Build", timing.build_seconds, timing.build_peak_rss_bytes, timing.calibration_tokens),
         (
-            "Training",
+            "Train",
             training and training.seconds,
             timing.train_peak_rss_bytes,
             training and training.tokens,
         ),
-        ("Evaluation", timing.evaluate_seconds, timing.evaluate_peak_rss_bytes, None),
+        ("Evaluate", timing.evaluate_seconds, timing.evaluate_peak_rss_bytes, None),
     ]
     total = math.fsum(seconds or 0 for _, seconds, _, _ in measured)
     planned = {"Build": (duration(plan["seconds"]), size(plan["peak_memory_bytes"]))}

@@ -40,7 +40,7 @@ class Strip:
     """One row."""
 
     label: str
-    words: str
+    words: list[str]
     """Its numbers in words."""
     marks: list[Mark]
     note: str = ""
