@@ -1006,6 +1006,36 @@ def test_run_speaks_json_and_does_everything(
     assert not (out / "work").exists()
 
 
+def test_a_plan_is_written_as_a_page_and_nothing_else_is(
+    project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    """Where it may be written, which is known before anything is read."""
+    recipe, page = project / "recipe.yaml", tmp_path / "pages" / "plan.html"
+    page.parent.mkdir()
+    before = sorted(project.rglob("*"))
+    made = parsed(symphony, "plan", recipe, "--html", page)
+    assert made == parsed(symphony, "plan", recipe) | {"paths": {"page": str(page)}}
+    assert f"{made['total_parameters']:,} parameters" in page.read_text()
+    assert list(page.parent.iterdir()) == [page] and sorted(project.rglob("*")) == before
+    page.write_text("mine")
+    refused = symphony.refused("plan", recipe, "--html", page)
+    assert f"--html {page}: exists; choose another, or --overwrite it" in refused
+    assert page.read_text() == "mine"
+    missing = project / "no-recipe.yaml"
+    assert "is a folder; expected the name of a page" in symphony.refused(
+        "plan", missing, "--html", tmp_path
+    )
+    assert "there is no folder" in symphony.refused(
+        "plan", missing, "--html", tmp_path / "no" / "plan.html"
+    )
+    assert "--overwrite: has no effect without --html" in symphony.refused(
+        "plan", recipe, "--overwrite"
+    )
+    _, out, _ = symphony("plan", recipe, "--html", page, "--overwrite")
+    assert out.endswith(f"wrote {page}\n") and "3 x llama" in out
+    assert page.read_text().startswith("<!doctype html>")
+
+
 def test_people_read_the_plan_and_the_losses(run: RunFolder, symphony: Symphony) -> None:
     code, out, _ = symphony("plan", run.recipe)
     assert code == 0

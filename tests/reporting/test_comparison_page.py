@@ -461,7 +461,8 @@ def test_the_page_loads_nothing() -> None:
     page = rendered(sample_entries())
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "img", "iframe", "object", "embed")
-        assert not {"src", "href", "srcset", "xlink:href"} & attributes.keys()
+        assert not {"src", "srcset", "xlink:href"} & attributes.keys()
+        assert (attributes.get("href") or "#").startswith("#"), "only within the page"
     assert "url(" not in page.html and "@import" not in page.html
     assert not re.search(r"https?://", page.html)
 

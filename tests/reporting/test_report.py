@@ -560,7 +560,8 @@ def test_the_page_loads_nothing() -> None:
     page = Page(html)
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "img", "iframe", "object", "embed")
-        assert not {"src", "href", "srcset", "xlink:href"} & attributes.keys()
+        assert not {"src", "srcset", "xlink:href"} & attributes.keys()
+        assert (attributes.get("href") or "#").startswith("#"), "only within the page"
     assert "url(" not in html and "@import" not in html
     assert not re.search(r"https?://", html)
 
@@ -681,7 +682,7 @@ def test_a_curve_without_shares_has_no_chart_of_the_load() -> None:
             del point[key]
     page = Page(rendered(metrics))
     assert "Load of the experts" not in page.words and "Balance 1" not in page.words
-    assert [tag for tag, _ in page.tags].count("figure") == 3  # the loss, and dynamic routing
+    assert [tag for tag, _ in page.tags].count("figure") == 4  # the loss, dynamic routing, CKA
     bare = load_curve((None, None, None))
     assert share_chart(bare, sample_recipe()) is None and share_chart([], sample_recipe()) is None
 

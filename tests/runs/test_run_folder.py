@@ -3,6 +3,7 @@ moment, and nothing in it or of the user's is lost unasked."""
 
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -27,7 +28,13 @@ from symphony_moe.files import hash_folder, publish, sha256_of, write_text
 from symphony_moe.model.streams import Streams
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
-from symphony_moe.runs.folder import RunFolder, refuse_existing, start_run
+from symphony_moe.runs.folder import (
+    RunFolder,
+    log_to,
+    logged_warnings,
+    refuse_existing,
+    start_run,
+)
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.text.texts import Texts
 
@@ -980,6 +987,25 @@ def test_names_of_a_run_are_its_own(tmp_path: Path) -> None:
         else:
             path.mkdir(exist_ok=True)
     refuse_existing(tmp_path, resume=False, overwrite=True)
+
+
+# The log
+
+
+def test_warnings_of_the_log_are_told_once_each(tmp_path: Path) -> None:
+    """As `log_to` writes them, and whatever else is in the file."""
+    run = RunFolder(tmp_path)
+    assert logged_warnings(run) == []
+    package = logging.getLogger("symphony_moe")
+    package.setLevel(logging.INFO)
+    for _ in range(2):
+        with log_to(run):
+            package.info("WARNING is a word")
+            package.warning("text of %s: too short\nand more", "a")
+            package.warning("b")
+    with run.log.open("ab") as file:
+        file.write(b"WARNING by nobody\n\xff\n")
+    assert logged_warnings(run) == ["text of a: too short", "b"]
 
 
 # One process at a time

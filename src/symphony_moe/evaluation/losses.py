@@ -192,7 +192,7 @@ def _known_of_sources(
 def _evaluate_moe(
     folder: Path,
     windows: Mapping[str, Pieces],
-    shown: Mapping[str, Sequence[Int[Tensor, " tokens"]]],
+    shown: Mapping[str, Sequence[Int[Tensor, "_"]]],
     thresholds: Sequence[float],
     slices: int,
 ) -> tuple[dict[str, float], dict[str, Routing], dict[str, list[Choices]], DynamicRouting | None]:

@@ -20,18 +20,20 @@ _ALL = 2048
 _FEWEST = 8
 """A document with fewer tokens says too little."""
 
-Texts = Mapping[str, Sequence[Int[Tensor, " tokens"]]]
+Texts = Mapping[str, Sequence[Int[Tensor, "_"]]]
 """Domain -> the beginnings of documents."""
 
 
-def beginnings(windows: Mapping[str, Pieces]) -> dict[str, list[Int[Tensor, " tokens"]]]:
+def beginnings(windows: Mapping[str, Pieces]) -> dict[str, list[Int[Tensor, "_"]]]:
     """Domain -> the first tokens of its first documents that are long enough; of the first one
-    where none is."""
+    where none is. A piece behind a full one goes on with the same document, and is none."""
     most = max(_FEWEST, min(TOKENS, _ALL // (DOCUMENTS * len(windows))))
     found = {}
     for domain, text in windows.items():
         begins = torch.where(text.positions == 0)[0].tolist()
-        pieces = list(text.tokens.tensor_split(begins[1:]))
+        parts = text.tokens.tensor_split(begins[1:])
+        full = [False, *(len(part) == text.sequence_length for part in parts[:-1])]
+        pieces = [part for part, goes_on in zip(parts, full, strict=True) if not goes_on]
         long = [piece for piece in pieces if len(piece) >= _FEWEST] or pieces[:1]
         found[domain] = [piece[:most] for piece in long[:DOCUMENTS]]
     return found

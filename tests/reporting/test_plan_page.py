@@ -1,0 +1,132 @@
+"""The page of a plan says what the plan says: whole, escaped, self-contained."""
+
+import copy
+import math
+import re
+import subprocess
+import sys
+from typing import Any
+
+from test_report import changed, sample_plan, sample_recipe
+
+from checks import Page
+from symphony_moe.reporting.plan_page import parameters_by_part, render_plan
+from symphony_moe.reporting.run_page import by_value
+
+
+def whole_plan() -> dict[str, Any]:
+    readers = [
+        {"program": "transformers 5", "verdict": "exact", "why": ""},
+        {"program": "MLX", "verdict": "other", "why": "it reads no window"},
+    ]
+    return sample_plan() | {
+        "readers": readers,
+        "streams_in_memory": False,
+        "likeness": {"maths": 0.95, "code": 0.001},
+    }
+
+
+def rendered(plan: dict[str, Any] | None = None, **settings: Any) -> Page:
+    return Page(render_plan(plan or whole_plan(), changed(sample_recipe(), **settings)))
+
+
+def test_the_page_says_what_will_be_built_and_what_it_takes() -> None:
+    page = rendered()
+    words = page.words
+    for fact in ("qwen3_moe", "1.12 billion", "860.38 million", "about 5 minutes and 12 seconds"):
+        assert fact in words
+    costs = {row[0]: row[1] for row in page.table("Estimates")}
+    assert costs["Peak memory of the build"] == "about 3.5 GB"
+    assert costs["Disk, for good"] == "2.2 GB"
+    assert costs["Disk, until the build ends"] == "812.0 MB"
+    # 16 bytes and 4 bytes for each of 1,124,618,240 parameters.
+    assert costs["Memory of the training"] == "18.0 GB and the activations"
+    assert costs["Memory of the evaluation"] == "4.5 GB and the activations"
+    assert "wait in files under work/" in words
+    router = rendered(train__scope="router")
+    assert "Memory of the training" not in router.words
+    texts = {row[0]: row[1] for row in page.table("Text that will be read")}
+    assert texts["Build (calibration)"] == "262,144" and texts["Evaluation"] == "65,536"
+
+
+def test_every_difference_is_there_with_what_it_means() -> None:
+    page = rendered()
+    (_, row) = page.table("In what the sources differ")
+    assert row[0] == "rope_theta" and row[2:] == [
+        "warning",
+        "the anchor's is used for the whole model",
+    ]
+    assert row[1] == "general, maths: 10000code: 1000000"
+    plan = whole_plan() | {"differences": []}
+    assert "The sources do not differ" in rendered(plan).words
+    assert "backbone.weights has no effect on attention" in page.words
+
+
+def test_sources_of_one_value_stand_together() -> None:
+    (found,) = by_value(sample_plan()["differences"])
+    assert found["values"] == [("general, maths", "10000"), ("code", "1000000")]
+
+
+def test_the_page_says_who_reads_the_result_and_what_sources_are_to_each_other() -> None:
+    page = rendered()
+    rows = page.table("Programs")
+    assert rows[1][0] == "transformers 5" and rows[1][2] == "the same answers"
+    assert rows[2][2:] == ["loads it, but gives WRONG ANSWERS", "it reads no window"]
+    rows = page.table("How alike the weights are")
+    assert rows[1:] == [["maths", "0.95", "branches"], ["code", "0.00", "strangers"]]
+    plan = whole_plan() | {"likeness": {}}
+    assert "How alike the weights are" not in rendered(plan).words
+
+
+def test_parameters_are_counted_part_by_part() -> None:
+    tensors = {
+        "model.embed_tokens.weight": [10, 4],
+        "model.layers.0.self_attn.q_proj.weight": [4, 4],
+        "model.layers.0.input_layernorm.weight": [4],
+        "model.layers.0.mlp.gate.weight": [2, 4],
+        "model.layers.0.mlp.experts.0.gate_proj.weight": [8, 4],
+        "model.layers.0.block_sparse_moe.router.layer.weight": [2, 4],
+        "model.layers.0.block_sparse_moe.input_linear.weight": [2, 16, 4],
+        "lm_head.weight": [10, 4],
+    }
+    total = sum(math.prod(shape) for shape in tensors.values())
+    found = parameters_by_part(tensors)
+    assert [(part, number) for part, number, _, _ in found] == [
+        ("Experts", "160"),
+        ("Token embeddings and head", "80"),
+        ("Routers", "16"),
+        ("Attention", "16"),
+        ("Norms", "4"),
+    ]
+    assert found[0][2:] == (f"{100 * 160 / total:.1f} %", round(100 * 160 / total))
+
+
+def test_names_are_escaped_and_the_page_loads_nothing() -> None:
+    evil = "<script>alert('x')</script>&"
+    plan = whole_plan()
+    plan["sources"][0]["model"] = evil
+    plan["notes"].append(evil)
+    plan["differences"][0]["consequence"] = evil
+    page = rendered(plan)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "img", "iframe", "object", "embed")
+        assert (attributes.get("href") or "#").startswith("#")
+    assert page.text.count(evil) >= 3 and "<script" not in page.html
+    assert not re.search(r"https?://|url\(|@import", page.html)
+
+
+def test_rendering_is_pure() -> None:
+    plan, recipe = whole_plan(), sample_recipe()
+    before = copy.deepcopy((plan, recipe))
+    assert render_plan(plan, recipe) == render_plan(plan, recipe)
+    assert (plan, recipe) == before
+
+
+def test_importing_the_module_is_cheap() -> None:
+    program = (
+        "import sys; import symphony_moe.reporting.plan_page;"
+        "heavy = {'humanize', 'jinja2', 'matplotlib', 'torch', 'transformers'};"
+        "sys.exit(str(sorted(heavy & sys.modules.keys())))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
