@@ -644,11 +644,9 @@ def plan(
         from symphony_moe.reporting.plan_page import render_plan
 
         write_text(html, render_plan(content, loaded))
-        content, text = content | {"paths": {"page": str(html)}}, f"{text}
-wrote {html}"
+        content, text = content | {"paths": {"page": str(html)}}, f"{text}\nwrote {html}"
     sets = [word for override in overrides or () for word in ("--set", override)]
-    return content, f"{text}
-{next_command('build', recipe, '--out', 'run', *sets)}"
+    return content, f"{text}\n{next_command('build', recipe, '--out', 'run', *sets)}"
 
 
 @_command

@@ -236,7 +236,7 @@ def test_a_method_has_a_strip_of_its_means() -> None:
 def test_tokens_are_coloured_by_the_mean_of_the_last_stage_and_carry_all_layers() -> None:
     found = coloured_text(Samples.model_validate(sample_samples()))
     assert found is not None
-    assert (found.stages, found.shown, found.layers) == (["built", "trained"], "trained", 2)
+    assert (found.stages, found.shown, found.layers) == (["built", "trained"], "trained", [0, 1])
     first, second, third = found.domains[0][1][0].tokens
     assert (first.colour, first.by) == (expert_colour(2), 45)
     assert first.title == "code 45 %, mean over layers"

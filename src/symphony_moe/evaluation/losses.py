@@ -131,7 +131,8 @@ def evaluate_run(
     # What an earlier evaluation says of other text must not stand beside this one.
     forget = [key for key in ("trained", "dynamic") if key not in found]
     run.update_json(run.metrics, metrics.to_json() | {"timing": timing.to_json()}, forget)
-    samples = samples_of(names, shown, choices, anchor_of(recipe, sources).tokenizer)
+    tokenizer = anchor_of(recipe, sources).tokenizer
+    samples = samples_of(names, shown, choices, tokenizer, with_experts)
     write_text(run.samples, to_json(samples.to_json()) + "\n")
     return metrics
 

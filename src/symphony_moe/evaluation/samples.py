@@ -71,8 +71,10 @@ def samples_of(
     texts: Texts,
     choices: Mapping[str, Mapping[str, Sequence[Choices]]],
     tokenizer: PreTrainedTokenizerBase,
+    layers: list[int] | None = None,
 ) -> Samples:
-    """The content of `samples.json`. `choices`: of each stage, see `choices_of`."""
+    """The content of `samples.json`. `choices`: of each stage, see `choices_of`. `layers`: those
+    that have experts, where not all have."""
     domains = {
         domain: [
             Sample(
@@ -83,7 +85,7 @@ def samples_of(
         ]
         for domain, of_domain in texts.items()
     }
-    return Samples(experts=list(experts), domains=domains)
+    return Samples(experts=list(experts), layers=layers, domains=domains)
 
 
 def token_texts(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

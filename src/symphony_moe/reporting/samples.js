@@ -9,7 +9,7 @@
   const readout = box.querySelector("output");
   const stage = form.elements.namedItem("stage");
   const layer = form.elements.namedItem("layer");
-  const layerName = (number) => (number ? `layer ${number - 1}` : "mean over layers");
+  const layerName = (number) => (number ? `layer ${layer.options[number].textContent}` : "mean over layers");
   const choices = (token) =>
     token.dataset[stage.value].split(" ").map((one) => one.split(":").map(Number));
   const colour = () => {

@@ -42,7 +42,8 @@ class ColouredText:
     stages: list[str]
     experts: list[tuple[str, str]]
     """(name, classes of its colour)"""
-    layers: int
+    layers: list[int]
+    """The numbers of those that have experts."""
     domains: list[tuple[str, list[Text]]]
 
     @property
@@ -59,10 +60,11 @@ def coloured_text(samples: Samples | None) -> ColouredText | None:
     stages = [stage for stage in STAGES if any(stage in sample.choices for sample in every)]
     if not stages:
         return None
+    count = max(len(sample.choices[stages[-1]].experts) for sample in every)
     return ColouredText(
         stages,
         [(name, expert_colour(number)) for number, name in enumerate(samples.experts)],
-        max(len(sample.choices[stages[-1]].experts) for sample in every),
+        samples.layers or list(range(count)),
         [
             (domain, [_text(sample, stages, samples.experts) for sample in of_domain])
             for domain, of_domain in samples.domains.items()

@@ -55,6 +55,8 @@ class Samples(Part):
 
     experts: list[str]
     """Names of the experts, by their numbers."""
+    layers: list[int] | None = None
+    """The numbers of the layers that have experts. None: all have."""
     domains: dict[str, list[Sample]]
     """Domain -> its samples."""
 
