@@ -272,7 +272,7 @@ def test_dense_layers_are_refused_before_work(
 
 def test_a_setting_of_dense_layers_alone_has_no_effect(recipes: Callable[[str], Path]) -> None:
     notes = plan_of(recipes("llama"), "backbone.ffn=slerp").notes
-    assert "backbone.ffn has no effect: experts.dense_layers is empty" in notes
+    assert "backbone.ffn has no effect: no layer is dense, and no expert shared" in notes
 
 
 def test_verify_finds_another_ffn(tmp_path: Path) -> None:

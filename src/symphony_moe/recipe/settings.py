@@ -223,7 +223,7 @@ class Experts(Section):
     """Experts that each source gives in each layer. Its FFN's neurons are dealt into so many
     experts of equal width. `router.top_k` counts sources: a token has this many times as many
     experts."""
-    dense_layers: list[Annotated[Whole, Field(ge=0)]] = []
+    dense_layers: list[Annotated[Whole, Field(ge=0, lt=10_000)]] = []
     """Layers, counted from 0, that get no experts: one FFN each, merged from all sources by
     `backbone.ffn`. For sources whose MoE architecture has such layers: Llama, Qwen2 and Qwen3."""
     shared_weight: Real = Field(0.0, ge=0, lt=1)
