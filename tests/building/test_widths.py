@@ -97,8 +97,6 @@ def built(path: Path, out: Path, *settings: str) -> RunFolder:
         ],
         ("llama", "symphony"),
         ("qwen2", "symphony"),
-        ("olmo2", "symphony"),
-        ("llama", "bam"),
         ("llama", "harmonized"),
     ),
 )
@@ -219,6 +217,7 @@ def test_sources_that_are_no_experts_widen_nothing(tmp_path: Path) -> None:
     assert pipeline.plan(load_recipe(path)).config["intermediate_size"] == NARROW
 
 
+@pytest.mark.slow
 def test_a_lora_of_a_narrow_model_is_merged_before_it_is_padded(tmp_path: Path) -> None:
     path = two_widths(tmp_path, "llama", other_ffn)
     make_adapter(models_of(path) / "a", tmp_path / "lora")
@@ -228,6 +227,7 @@ def test_a_lora_of_a_narrow_model_is_merged_before_it_is_padded(tmp_path: Path) 
     built(path, tmp_path / "run", "method=btx")
 
 
+@pytest.mark.slow
 def test_the_whole_way_with_two_widths(tmp_path: Path) -> None:
     """Teachers and the likeness of experts read sources of their own widths."""
     path = two_widths(tmp_path, "llama", other_ffn, method="symphony")

@@ -89,15 +89,18 @@ PAIRS: list[tuple[str, Change, int, str]] = [
     ("family", config(model_type="qwen2"), ERROR, "model_type (a: llama; b: qwen2)"),
     ("width", config(hidden_size=64, head_dim=8), ERROR, "hidden_size (a: 32; b: 64)"),
     ("depth", config(num_hidden_layers=3), ERROR, "num_hidden_layers (a: 2; b: 3)"),
-    ("ffn", config(intermediate_size=40), ERROR, "intermediate_size (a: 48; b: 40)"),
     ("heads", config(num_attention_heads=2, head_dim=8), ERROR, "num_attention_heads (a: 4; b: 2)"),
     ("kv heads", config(num_key_value_heads=4), ERROR, "num_key_value_heads (a: 2; b: 4)"),
     ("head size", config(head_dim=16), ERROR, "head_dim (a: 8; b: 16)"),
     ("activation", config(hidden_act="gelu"), ERROR, "hidden_act (a: silu; b: gelu)"),
     ("attention bias", config(attention_bias=True), ERROR, "biases of attention (a: False; b: T"),
     ("ffn bias", config(mlp_bias=True), ERROR, "cannot become an expert"),
-    ("tokenizer kind", tokenizer(sentencepiece, 301), ERROR, "b: SentencePiece BPE"),
-    ("unigram", tokenizer(unigram, 301), ERROR, "b: Unigram"),
+    (
+        "tokenizer kind",
+        tokenizer(sentencepiece, 301),
+        ERROR,
+        "b: its tokenizer makes nothing of the token 'Ġ'",
+    ),
     # What is wrong with one of them.
     ("no config", lambda m: (m / "config.json").unlink(), ERROR, "has no config.json"),
     ("no weights", lambda m: (m / "model.safetensors").unlink(), ERROR, "no .safetensors weights"),
@@ -127,6 +130,8 @@ PAIRS: list[tuple[str, Change, int, str]] = [
         "generation_config.json is not usable",
     ),
     # What is built, and said.
+    ("unigram", tokenizer(unigram, 301), BUILT, "kind of tokenizer (a: byte-level BPE; b: Unigram"),
+    ("ffn", config(intermediate_size=40), BUILT, "fine: intermediate_size (a: 48; b: 40)"),
     (
         "theta",
         config(rope_parameters=ROPE | {"rope_theta": 1e6}),

@@ -145,10 +145,10 @@ def test_differences_of_the_models_are_said_as_by_the_plan(project: Path) -> Non
 
 
 def test_models_that_cannot_become_one_are_refused(project: Path) -> None:
-    make_model(project / "models" / "wide", "llama", 0, intermediate_size=40)
+    make_model(project / "models" / "deep", "llama", 0, num_hidden_layers=3)
     make_model(project / "models" / "qwen", "qwen2", 0)
-    with pytest.raises(SourceMismatch, match=r"intermediate_size \(a: 48; wide: 40\)"):
-        propose_recipe(["models/a", "models/wide"], {}, project)
+    with pytest.raises(SourceMismatch, match=r"num_hidden_layers \(a: 2; deep: 3\)"):
+        propose_recipe(["models/a", "models/deep"], {}, project)
     with pytest.raises(SourceMismatch, match=r"model_type \(a: llama; qwen: qwen2\)"):
         propose_recipe(["models/a", "models/qwen"], {}, project)
 

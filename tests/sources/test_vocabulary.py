@@ -612,28 +612,23 @@ def test_the_chat_conventions_may_differ_where_the_vocabulary_does_not(tmp_path:
 
 @pytest.mark.parametrize("rows", [300, 301, 320])
 @pytest.mark.parametrize("command", ["plan", "build"])
-def test_tokenizers_of_different_kinds_are_refused(
+def test_kinds_of_tokenizers_that_cannot_be_compared_are_refused(
     command: str, rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the same tokens (and tables of one size, or not) or others."""
     path = make_recipe(tmp_path, "llama", count=2)
 
-    def metaspace(content: dict[str, Any]) -> None:
-        content["pre_tokenizer"] = {
-            "type": "Metaspace",
-            "replacement": "▁",
-            "prepend_scheme": "always",
-            "split": False,
-        }
-        content["decoder"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
+    def words(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        content["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<s>"}
         add_tokens(content, ["<|x|>"] if rows == 301 else [])
 
     make_model(tmp_path / "models" / "b", "llama", 1, vocab_size=rows)
-    rewrite(tmp_path / "models" / "b", metaspace)
+    rewrite(tmp_path / "models" / "b", words)
     out = ["--out", str(tmp_path / "out")] if command == "build" else []
     assert main([command, str(path), "--set", "output.chat=b", *out]) == 2
     error = capsys.readouterr().err
-    assert "kind of tokenizer (a: byte-level BPE; b: SentencePiece BPE): no tokenizer can" in error
+    assert "kind of tokenizer (a: byte-level BPE; b: WordLevel): no tokenizer can" in error
     assert "Traceback" not in error
     sources = [open_source(n, load_recipe(path).sources[n]) for n in "ab"]
     owners = [source.source_tokenizer for source in sources]

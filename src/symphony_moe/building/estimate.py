@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from symphony_moe.building.router_init import windows_for_router
 from symphony_moe.model.checkpoint import BYTES, WAITING_BYTES
 from symphony_moe.model.families import (
+    EMBEDDING,
     head_dim,
     stream_scale,
 )
@@ -22,6 +23,7 @@ from symphony_moe.model.temperature import TEMPERATURES
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.opening import expected_shapes, target_of
 from symphony_moe.sources.source import TABLE_ROWS, Source
+from symphony_moe.sources.transplant import SCORES_AT_ONCE, TOKENS_AT_ONCE, terms_for
 
 STREAMS_IN_MEMORY = 2 * 1024**3
 """Residual streams of the calibration text larger than this (bytes) wait in memory-mapped files."""
@@ -120,6 +122,8 @@ class _Moments:
         """Moment -> bytes."""
         recipe = self.recipe
         found = {"a block of the tables": self.tables(), "a layer made": self.made()}
+        if recipe.backbone.missing_tokens in ("pursuit", "regression"):
+            found["missing tokens"] = self.missing_tokens()
         if recipe.aligns:
             found |= {
                 "a layer compared": self.compared(),
@@ -183,6 +187,15 @@ class _Moments:
         """Blocks of every source's table and the one before, one in float64, a fused one."""
         rows = min(TABLE_ROWS, int(self.config.vocab_size))
         return rows * self._hidden * (8 * self.num_sources + 24)
+
+    def missing_tokens(self) -> int:
+        """At most all rows of a table twice in float32, and what is compared at once; of a
+        regression two tables in float64, as they are and centred, beside those in float32."""
+        table = int(self.config.vocab_size) * self._hidden
+        if self.recipe.backbone.missing_tokens == "pursuit":
+            terms = TOKENS_AT_ONCE * terms_for(self._hidden) * self._hidden
+            return 8 * table + 4 * (3 * SCORES_AT_ONCE + 2 * terms)
+        return 40 * table
 
     def compared(self) -> int:
         """All sources' layers and statistics; what passes inside the anchor, the source before and
@@ -345,6 +358,7 @@ def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedC
         fitting += 2.0 * every * config.intermediate_size**2 * layers
         fitting += recipe.fit.epochs * fitted * (6.0 * active + 6.0 * table)
         elsewhere += judged * config.vocab_size * _PASSES * _A_LOGIT
+    elsewhere += _seconds(_of_pursuit(sources), 1.0, reduced=False)
     reduced = _reduced(recipe, config)
     copying = _START + _A_LAYER * layers + _A_WEIGHT * num_weights
     # The comparisons with the anchor are mostly no products; what is refined is mostly products.
@@ -353,9 +367,22 @@ def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedC
     return float(copying + elsewhere + aligning + fitting)
 
 
+def _of_pursuit(sources: Sequence[Source]) -> float:
+    """Operations of the search for what missing tokens are made of: once for each tokenizer, and
+    for embeddings and head where these are two tables of the anchor's."""
+    searches = {
+        (len(source.places.missing), len(source.places.shared), source.transplant.anchor.head_name)
+        for source in sources
+        if source.transplant is not None and source.transplant.method == "pursuit"
+    }
+    hidden = sources[0].config.hidden_size
+    tables = ((missing * shared, 1 + (head != EMBEDDING)) for missing, shared, head in searches)
+    return 2.0 * hidden * terms_for(hidden) * sum(pairs * count for pairs, count in tables)
+
+
 def measure_speed(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Measure what `build_seconds` asks of this machine, once: while nothing else runs."""
-    if recipe.aligns or recipe.fits:
+    if recipe.aligns or recipe.fits or recipe.backbone.missing_tokens == "pursuit":
         _matmul_speed(torch.float32)
         if _reduced(recipe, config):
             _matmul_speed(torch.bfloat16)

@@ -153,11 +153,18 @@ def _of_one_width(recipe: Recipe, sources: Sequence[Source]) -> list[Source]:
 
 def _with_transplant(sources: Sequence[Source], anchor: str, method: str) -> list[Source]:
     """The sources, those with rows to be made that lack ordinary tokens of the anchor's. `method`:
-    `backbone.missing_tokens`."""
+    `backbone.missing_tokens`. Raises SourceError where there is nothing to make them of."""
     first = next(source for source in sources if source.name == anchor)
     if method == "skip" or first.vocabulary is None:
         return list(sources)
     transplant = Transplant(method, first)
+    apart = [s.name for s in sources if not len(s.places.shared)]
+    if apart and not transplant.makes_of_pieces:
+        raise SourceError(
+            f"backbone.missing_tokens: {method}: {apart[0]} and {anchor}, the anchor, have no "
+            "ordinary token in common, of which rows could be made. Set it to skip or pieces, or "
+            "leave that source out"
+        )
     return [
         replace(source, transplant=transplant) if len(source.places.missing) else source
         for source in sources

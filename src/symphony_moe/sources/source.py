@@ -405,7 +405,9 @@ class Source:
             token, term = torch.where(blocks == number)
             places = torch.stack((token, how.rows[token, term] - begin))
             shape = (len(made), len(part))
-            weights = torch.sparse_coo_tensor(places, how.weights[token, term], shape)
+            weights = torch.sparse_coo_tensor(
+                places, how.weights[token, term], shape, check_invariants=True
+            )
             made += torch.sparse.mm(weights, part)
         return made
 

@@ -18,15 +18,15 @@ from torch import Tensor
 from symphony_moe.model.layer import device
 
 MOST_TERMS = 64
-"""Shared tokens that a missing one is made of, at most: what the paper takes."""
+"""Shared tokens that a missing one is made of, at most."""
 
 _COLUMNS_PER_TERM = 8
 """A table of so many columns allows one term: as many terms as columns make up any row."""
 
-_SCORES_AT_ONCE = 2**25
+SCORES_AT_ONCE = 2**25
 """Numbers that are compared at once (128 MiB)."""
 
-_TOKENS_AT_ONCE = 512
+TOKENS_AT_ONCE = 256
 """Tokens whose terms are looked for at once."""
 
 _RIDGE = 1e-2
@@ -181,6 +181,6 @@ class Transplant:
 
     def _targets(self, table: str, places: Places) -> Iterator[Tensor]:
         """The anchor's rows of the missing tokens, as many at once as are compared at once."""
-        at_once = min(_TOKENS_AT_ONCE, max(1, _SCORES_AT_ONCE // len(places.shared)))
+        at_once = min(TOKENS_AT_ONCE, max(1, SCORES_AT_ONCE // len(places.shared)))
         for numbers in places.missing.split(at_once):
             yield self.anchor.rows_of(table, numbers)

@@ -87,6 +87,7 @@ def is_needed(sources: Sequence[SourceTokenizer], anchor: str, chat: str) -> boo
     first = sources[0]
     return chat != anchor or any(
         source.rows != first.rows
+        or source.kind != first.kind
         or (source.tokenizer is not first.tokenizer and source.tokens != first.tokens)
         for source in sources[1:]
     )
@@ -96,8 +97,8 @@ def merge(sources: Sequence[SourceTokenizer], anchor: str, chat: str) -> Vocabul
     """The union. `chat`: the source whose chat template, end and padding tokens and generation
     config the result has.
 
-    Raises SourceError for tokenizers of different kinds, an anchor without tokenizer.json, and a
-    `chat` source whose special tokens are none of the union's.
+    Raises SourceError for kinds of tokenizers that cannot be compared, an anchor without
+    tokenizer.json, and a `chat` source whose special tokens are none of the union's.
     """
     by_name = {source.name: source for source in sources}
     first = by_name[anchor]
