@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checks import mostly_slow, random_windows
 from conftest import VARIANTS, make_tokenizer, router_of
@@ -68,7 +68,7 @@ def test_the_first_documents_that_are_long_enough_begin() -> None:
 
 def test_tokens_add_up_to_the_text_and_a_split_character_stands_at_its_end(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
     text = "a \N{EURO SIGN} b"  # three bytes, and as many tokens
     ids = tokenizer(text)["input_ids"]
     texts = token_texts(ids, tokenizer)

@@ -257,11 +257,11 @@ def chosen(run: RunFolder, stage: str, row: int) -> list[tuple[int, str]]:
 def test_tokens_have_the_colour_of_the_chosen_layer_and_model(run: RunFolder, show: Open) -> None:
     page = show("report")
     assert coloured(page) == chosen(run, "trained", 0)
-    page.get_by_label("Layer").select_option(label="1")
+    page.locator("select[name=layer]").select_option(label="1")
     assert coloured(page) == chosen(run, "trained", 2)
-    page.get_by_label("Model").select_option("built")
+    page.locator("select[name=stage]").select_option("built")
     assert coloured(page) == chosen(run, "built", 2)
-    page.get_by_label("Layer").select_option(label="mean over layers")
+    page.locator("select[name=layer]").select_option(label="mean over layers")
     assert coloured(page) == chosen(run, "built", 0)
     assert chosen(run, "built", 0) != chosen(run, "built", 2)
 

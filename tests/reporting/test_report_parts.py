@@ -4,6 +4,7 @@ which expert a token prefers, how to make it again."""
 import copy
 import math
 import re
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -171,8 +172,7 @@ def test_a_strip_of_losses_has_the_mark_the_models_and_how_far_they_are_from_it(
     assert row.words[0] == f"mark {mark:.3f}"
     assert row.words[1] == f"built {built:.3f} ({built - mark:+.3f})"
     kinds = [mark.kind for mark in row.marks]
-    others = [f"other {expert_colour(number)}" for number in (0, 1)]
-    assert kinds == [*others, "goal", "before", "after"]
+    assert kinds == ["other", "other", "goal", "before", "after"]
     assert [mark.beyond for mark in row.marks] == [True, False, False, False, False]
     assert found.rows[3].note == "out of domain"
     del metrics["built"], metrics["trained"]
@@ -213,7 +213,7 @@ def test_a_strip_of_alignment_is_the_mean_before_and_after() -> None:
 
 
 def test_a_method_has_a_strip_of_its_means() -> None:
-    entries = [
+    entries: Any = [
         {"method": "m", "seed": seed, "stage": stage, "mean_in_domain": loss + seed / 10}
         for stage, loss in (("built", 3.0), ("trained", 2.5))
         for seed in (0, 1)
@@ -252,6 +252,39 @@ def test_what_is_not_seen_otherwise_is_shown_by_a_sign() -> None:
 def test_experts_beyond_the_eighth_have_other_lines() -> None:
     looks = [expert_colour(number) for number in range(24)]
     assert len(set(looks)) == 24 and looks[9] == "e1 s1"
+
+
+def test_text_is_readable_on_every_experts_colour() -> None:
+    """A contrast of 4.5 and more (WCAG AA) at the strongest, in both schemes."""
+    style = resources.files("symphony_moe.reporting").joinpath("page.css").read_text("utf-8")
+    (strength,) = set(re.findall(r"calc\(var\(--by\) \* ([.\d]+)\)", style))
+    light, dark = re.findall(r":root \{\n(.*?)\}", style, re.DOTALL)[:2]
+    for scheme in (light, dark):
+        colours = {
+            name: [int(digits[place : place + 2], 16) for place in (0, 2, 4)]
+            for name, digits in re.findall(r"--(\w+): #(\w{6})", scheme)
+        }
+        for number in range(8):
+            behind = [
+                float(strength) * own + (1 - float(strength)) * page
+                for own, page in zip(colours[f"c{number}"], colours["page"], strict=True)
+            ]
+            assert contrast(behind, colours["ink"]) >= 4.5, number
+        assert contrast(colours["link"], colours["page"]) >= 4.5
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    """As WCAG 2 counts it, of two sRGB colours from 0 to 255."""
+
+    def luminance(colour: Sequence[float]) -> float:
+        linear = [
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+            for c in (part / 255 for part in colour)
+        ]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
 
 
 def test_the_page_has_the_text_and_one_script_that_is_the_packages_own() -> None:

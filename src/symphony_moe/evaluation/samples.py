@@ -93,7 +93,7 @@ def token_texts(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> li
     them, and the others are empty."""
     texts, before = [], ""
     for end in range(1, len(tokens) + 1):
-        so_far = str(tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False))
+        so_far = str(tokenizer.decode([*tokens[:end]], clean_up_tokenization_spaces=False))
         # Half a character is decoded as this sign until the rest of it comes.
         whole = end == len(tokens) or not so_far.endswith("\N{REPLACEMENT CHARACTER}")
         grown = so_far.startswith(before)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.reporting.numbers import loss_text, lowest_text, mean_of_all, perplexity_text
-from symphony_moe.reporting.strips import Scale, Strip, Strips, Value, expert_colour
+from symphony_moe.reporting.strips import Scale, Strip, Strips, Value
 from symphony_moe.reporting.tables import Cell, in_order
 from symphony_moe.runs.metrics import Metrics
 
@@ -164,11 +164,11 @@ def _of_sources(metrics: Metrics, domain: str, best: str) -> list[Value]:
     """The sources that are not the mark."""
     return [
         Value(
-            f"other {expert_colour(number)}",
+            "other",
             losses.get(domain, math.nan),
             f"source {name}: {loss_text(losses.get(domain, math.nan))}",
         )
-        for number, (name, losses) in enumerate(metrics.sources.items())
+        for name, losses in metrics.sources.items()
         if name != best
     ]
 

@@ -51,9 +51,9 @@ def stage_table(metrics: Metrics, plan: Mapping[str, Any]) -> StageTable | None:
         ("Build", timing.build_seconds, timing.build_peak_rss_bytes, timing.calibration_tokens),
         (
             "Train",
-            training and training.seconds,
+            None if training is None else training.seconds,
             timing.train_peak_rss_bytes,
-            training and training.tokens,
+            None if training is None else training.tokens,
         ),
         ("Evaluate", timing.evaluate_seconds, timing.evaluate_peak_rss_bytes, None),
     ]

@@ -17,7 +17,7 @@ class Value:
     """One value of a row."""
 
     kind: str
-    """How it looks, a class of `page.css`: `before`, `after`, `goal`, or an expert's colour."""
+    """How it looks, a class of `page.css`: `before`, `after`, `goal` or `other`."""
     value: Number
     title: str
     """What is shown where somebody points at it."""
