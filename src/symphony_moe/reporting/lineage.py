@@ -40,7 +40,7 @@ class SourceRow:
 
 
 @dataclass(frozen=True)
-class Step:
+class LineageStep:
     """One step from the sources to the model."""
 
     title: str
@@ -54,7 +54,7 @@ class Lineage:
     rows: list[SourceRow]
     former: list[tuple[str, str, str]]
     """(name, ids on the hub, licences) of models whose experts were taken out"""
-    steps: list[Step]
+    steps: list[LineageStep]
 
 
 def lineage(plan: Mapping[str, Any], recipe: Recipe, metrics: Metrics | None = None) -> Lineage:
@@ -125,11 +125,11 @@ def text_words(data: Data) -> str:
     return ", ".join(Path(one).name for one in ([data] if isinstance(data, str) else data))
 
 
-def _steps(plan: Mapping[str, Any], recipe: Recipe, metrics: Metrics | None) -> list[Step]:
+def _steps(plan: Mapping[str, Any], recipe: Recipe, metrics: Metrics | None) -> list[LineageStep]:
     steps = [
-        Step("Sources", [f"{len(plan['sources'])} {plan.get('family', 'dense')} models"]),
-        Step(f"Build, method {recipe.method}", build_words(recipe)),
-        Step(
+        LineageStep("Sources", [f"{len(plan['sources'])} {plan.get('family', 'dense')} models"]),
+        LineageStep(f"Build, method {recipe.method}", build_words(recipe)),
+        LineageStep(
             "The new model",
             [
                 plan["architecture"],
@@ -146,17 +146,17 @@ def _steps(plan: Mapping[str, Any], recipe: Recipe, metrics: Metrics | None) -> 
     return [*steps, _training_step(metrics)]
 
 
-def _training_step(metrics: Metrics) -> Step:
+def _training_step(metrics: Metrics) -> LineageStep:
     training = metrics.training
     if training is None:
-        return Step("Not trained", [])
+        return LineageStep("Not trained", [])
     scope = {"all": "all weights", "router": "the routers", "experts": "routers and experts"}
     words = [scope.get(training.scope or "", training.scope or "")]
     if training.tokens is not None:
         words.append(f"{count(training.tokens)} tokens")
     if training.settings.get("teacher", "none") != "none":
         words.append("the sources as teachers")
-    return Step("Trained", [word for word in words if word])
+    return LineageStep("Trained", [word for word in words if word])
 
 
 def build_words(recipe: Recipe) -> list[str]:

@@ -24,7 +24,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Mark:
+class PlacedMark:
     """A value in its place."""
 
     kind: str
@@ -42,7 +42,7 @@ class Strip:
     label: str
     words: list[str]
     """Its numbers in words."""
-    marks: list[Mark]
+    marks: list[PlacedMark]
     note: str = ""
     """What is to be said of the label."""
 
@@ -84,11 +84,11 @@ class Scale:
         decimals = max(0, -math.floor(math.log10(step) + 1e-9))
         return [(self._place(mark), f"{mark:.{decimals}f}") for mark in self.marks]
 
-    def marks_of(self, values: Sequence[Value]) -> list[Mark]:
+    def marks_of(self, values: Sequence[Value]) -> list[PlacedMark]:
         """The values that are numbers, in their places."""
         low, high = self.marks[0], self.marks[-1]
         return [
-            Mark(
+            PlacedMark(
                 one.kind,
                 round(self._place(min(max(one.value, low), high)), 2),
                 one.title,
