@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check fmt lock test-slow test-newest test-pages test-clients test-real test-gpu bench gpu-study bundled wheel clean
+.PHONY: install demo test check site fmt lock test-slow test-newest test-pages test-clients test-real test-gpu bench gpu-study bundled wheel clean
 
 install: $(INSTALLED)
 
@@ -22,11 +22,16 @@ demo: install
 test: check
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Formatting, lint, types.
-check: install
+# Formatting, lint, types, and the pages.
+check: install site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The pages in docs/ as a site: build/site/index.html. A broken link is an error. (The variable: the
+# theme tells of its end of life, in 2027, at every build.)
+site: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 fmt: install
 	$(BIN)/ruff format .

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -91,6 +91,11 @@ def command_names() -> list[str]:
     return [command.name for command in _app.registered_commands if command.name]
 
 
+def command_line() -> TyperGroup:
+    """The whole command line, with the help of all commands."""
+    return cast(TyperGroup, typer.main.get_command(_app))
+
+
 # The command line
 
 
@@ -108,7 +113,7 @@ class _Call:
 def _parse(words: list[str]) -> _Call | int:
     """What is to be done, or the exit code where that is done (`--help`, `--version`)."""
     try:
-        parsed: _Call | int = typer.main.get_command(_app).main(
+        parsed: _Call | int = command_line().main(
             words, prog_name="symphony", standalone_mode=False
         )
         return 2 if parsed == 1 else parsed  # 1: a shell that typer has no completion for
