@@ -1,5 +1,6 @@
 """Samples are what the stock model's routers say of the first tokens of held-out documents."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def test_evaluating_writes_samples_of_every_stage_and_training_removes_them(
             lambda sample: sample["choices"]["built"].update(mean_experts=[0, 9]),
             "beyond 2",
         ),
+        (lambda sample: sample["choices"].clear(), "of different stages"),
     ],
 )
 def test_damaged_samples_are_refused(
@@ -124,9 +126,10 @@ def test_damaged_samples_are_refused(
     }
     sample: Any = {"tokens": ["x", "y"], "choices": {"built": choices}}
     run = RunFolder(tmp_path)
-    run.samples.write_text(to_json({"experts": ["a", "b"], "domains": {"d": [sample]}}))
+    whole = {"experts": ["a", "b"], "domains": {"d": [copy.deepcopy(sample), sample]}}
+    run.samples.write_text(to_json(whole))
     assert read_samples(run) is not None
     change(sample)
-    run.samples.write_text(to_json({"experts": ["a", "b"], "domains": {"d": [sample]}}))
+    run.samples.write_text(to_json(whole))
     with pytest.raises(RunFolderError, match=f"samples.json: damaged.*{said}"):
         read_samples(run)

@@ -230,6 +230,21 @@ def test_shares_of_experts_are_those_that_were_measured(run: RunFolder, show: Op
             assert rows[1 + layer] == [str(layer), *(f"{100 * share:.1f}" for share in shares)]
 
 
+def test_likeness_and_alignment_are_those_that_were_measured(run: RunFolder, show: Open) -> None:
+    metrics = run.read_json(run.metrics)
+    page = show("report")
+    rows = table_of(page, "CKA of trained")
+    layers = metrics["cka"]["trained"]["layers"]
+    for one in range(3):
+        means = [sum(layer[one][other] for layer in layers) / len(layers) for other in range(3)]
+        assert rows[1 + one] == ["abc"[one], *(f"{mean:.3f}" for mean in means)]
+    rows = table_of(page, "Residual stream")
+    found = metrics["alignment"]["residual"]
+    for layer in range(2):
+        ends = [found[name][end][layer] for name in "bc" for end in ("before", "after")]
+        assert rows[2 + layer] == [str(layer), *(f"{value:z.3f}" for value in ends)]
+
+
 def coloured(page: Any) -> list[tuple[int, str]]:
     """(expert's colour, strength) of every token."""
     found = page.eval_on_selector_all(

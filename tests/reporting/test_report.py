@@ -26,11 +26,12 @@ from symphony_moe.reporting.numbers import (
     size,
 )
 from symphony_moe.reporting.routing import dynamic_curve
-from symphony_moe.reporting.run_page import other_notes, render
+from symphony_moe.reporting.run_page import Beside, other_notes, render
 from symphony_moe.reporting.tables import Shade, ceiling_share, shade
 from symphony_moe.reporting.tasks import task_table
 from symphony_moe.reporting.training import loss_chart, share_chart
 from symphony_moe.runs.metrics import CurvePoint, DynamicRouting, Metrics
+from symphony_moe.runs.samples import Samples
 
 SOURCES = ["general", "maths", "code"]
 DOMAINS = [*SOURCES, "medicine"]
@@ -291,8 +292,25 @@ def read(metrics: dict[str, Any]) -> Metrics:
     return Metrics.model_validate(metrics)
 
 
+def sample_choices(first: int) -> dict[str, Any]:
+    """Of three tokens in two layers, by three experts."""
+    return {
+        "experts": [[first, 1, 2], [0, first, 2]],
+        "probabilities": [[0.5, 0.6, 0.7], [0.8, 0.9, 1.0]],
+        "mean_experts": [first, 1, 2],
+        "mean_probabilities": [0.45, 0.55, 0.849],
+    }
+
+
+def sample_samples() -> dict[str, Any]:
+    stages = {"built": sample_choices(0), "trained": sample_choices(2)}
+    text = {"tokens": ["def", " <b>\n", ""], "choices": stages}
+    return {"experts": SOURCES, "domains": {"code": [text], "medicine": [copy.deepcopy(text)]}}
+
+
 def rendered(metrics: dict[str, Any], recipe: Recipe | None = None) -> str:
-    return render(read(metrics), sample_plan(), recipe or sample_recipe())
+    beside = Beside(Samples.model_validate(sample_samples()))
+    return render(read(metrics), sample_plan(), recipe or sample_recipe(), beside)
 
 
 def without(*keys: str) -> dict[str, Any]:
@@ -559,7 +577,7 @@ def test_the_page_loads_nothing() -> None:
     html = rendered(sample_metrics())
     page = Page(html)
     for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "img", "iframe", "object", "embed")
+        assert tag not in ("link", "img", "iframe", "object", "embed")  # the script: see its test
         assert not {"src", "srcset", "xlink:href"} & attributes.keys()
         assert (attributes.get("href") or "#").startswith("#"), "only within the page"
     assert "url(" not in html and "@import" not in html

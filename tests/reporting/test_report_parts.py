@@ -17,6 +17,7 @@ from test_report import (
     sample_metrics,
     sample_plan,
     sample_recipe,
+    sample_samples,
 )
 
 from checks import Page
@@ -36,23 +37,6 @@ from symphony_moe.reporting.strips import Scale, Strips, Value, expert_colour
 from symphony_moe.reporting.training import held_out_chart
 from symphony_moe.reporting.warned import warnings_of
 from symphony_moe.runs.samples import Samples
-
-
-def sample_choices(first: int) -> dict[str, Any]:
-    """Of three tokens in two layers, by three experts."""
-    return {
-        "experts": [[first, 1, 2], [0, first, 2]],
-        "probabilities": [[0.5, 0.6, 0.7], [0.8, 0.9, 1.0]],
-        "mean_experts": [first, 1, 2],
-        "mean_probabilities": [0.45, 0.55, 0.849],
-    }
-
-
-def sample_samples() -> dict[str, Any]:
-    stages = {"built": sample_choices(0), "trained": sample_choices(2)}
-    text = {"tokens": ["def", " <b>\n", ""], "choices": stages}
-    return {"experts": SOURCES, "domains": {"code": [text], "medicine": [copy.deepcopy(text)]}}
-
 
 # Lineage
 
@@ -344,6 +328,12 @@ def test_what_was_logged_is_a_warning_and_no_note_beside() -> None:
     page = Page(render(read(sample_metrics()), sample_plan(), sample_recipe(), beside))
     assert page.words.count(note) == 1
     assert "Warnings" in page.text
+
+
+def test_text_by_expert_that_is_missing_is_named() -> None:
+    page = Page(render(read(sample_metrics()), sample_plan(), sample_recipe()))
+    assert "No text by expert; run symphony evaluate DIR ." in page.words
+    assert "Text by expert" not in page.text and not any(tag == "script" for tag, _ in page.tags)
 
 
 # Time and memory, curves

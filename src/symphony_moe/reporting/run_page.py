@@ -82,7 +82,7 @@ def render(
         facts=header_facts(plan, recipe),
         lineage=lineage(plan, recipe, metrics),
         warnings=warnings,
-        missing=missing_sections(metrics, recipe),
+        missing=missing_sections(metrics, recipe, beside),
         losses=loss_table(metrics, recipe),
         loss_strips=loss_strips(metrics, recipe),
         tasks=task_table(metrics.tasks, list(recipe.sources)),
@@ -161,11 +161,14 @@ def header_facts(plan: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str
     ]
 
 
-def missing_sections(metrics: Metrics, recipe: Recipe) -> list[tuple[str, str]]:
+def missing_sections(
+    metrics: Metrics, recipe: Recipe, beside: Beside = NOTHING
+) -> list[tuple[str, str]]:
     """(what the report lacks, the command that makes up for it). What the recipe does not ask for
     is not missing."""
     evaluate, build = "symphony evaluate DIR", "symphony build RECIPE --out DIR"
     missing = [(what, evaluate) for what in _not_evaluated(metrics, recipe)]
+    missing += [] if beside.samples else [("No text by expert", evaluate)]
     missing += [(what, build) for what in _not_built(metrics, recipe)]
     return [("No training", "symphony train DIR"), *missing] if not metrics.training else missing
 

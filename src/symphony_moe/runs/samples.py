@@ -61,6 +61,17 @@ class Samples(Part):
     """Domain -> its samples."""
 
     @model_validator(mode="after")
+    def _one_shape(self) -> "Samples":
+        shapes = {
+            tuple((stage, len(choices.experts)) for stage, choices in sample.choices.items())
+            for samples in self.domains.values()
+            for sample in samples
+        }
+        if len(shapes) > 1:
+            raise ValueError("samples are of different stages or numbers of layers")
+        return self
+
+    @model_validator(mode="after")
     def _known_experts(self) -> "Samples":
         known = range(len(self.experts))
         for domain, samples in self.domains.items():
