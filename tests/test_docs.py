@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import docs_site
-from checks import add_tokens, edit_weights, mostly_slow, rewrite
+from checks import add_tokens, drop_merges, edit_weights, mostly_slow, rewrite
 from conftest import make_model, make_text
 from symphony_moe import cli
 from symphony_moe.recipe.load import resolve_recipe
@@ -136,16 +136,14 @@ def branches(folder: Path) -> None:
 
 
 def with_tokens(folder: Path) -> None:
-    """The second has two tokens in the places of two that the first does not use."""
+    """The second has two special tokens, and lacks two words."""
     two_models(folder, second="tools")
 
-    def named(content: dict[str, Any]) -> None:
-        vocabulary = content["model"]["vocab"]
-        for number in (298, 299):
-            del vocabulary[next(token for token, of in vocabulary.items() if of == number)]
+    def other(content: dict[str, Any]) -> None:
+        drop_merges(content, 2)
         add_tokens(content, ["<|im_start|>", "<|tool|>"])
 
-    rewrite(folder / "models" / "tools", named)
+    rewrite(folder / "models" / "tools", other)
 
 
 def a_recipe(folder: Path) -> None:
@@ -396,6 +394,14 @@ def test_the_run_folder_page_has_every_file() -> None:
         assert getattr(run, name) == Path(spelled)
         assert f"| `{spelled}` |" in text
     assert run.owns(run.report) and len(text.splitlines()) == 2 + len(docs_site._KEPT)
+
+
+def test_the_run_folder_page_has_every_part_of_the_metrics() -> None:
+    from symphony_moe.runs.metrics import Metrics
+
+    page = (DOCS / "reference" / "run-folder.md").read_text(encoding="utf-8")
+    table = page.partition("## metrics.json")[2].partition("\n## ")[0]
+    assert [name for name in Metrics.model_fields if f"`{name}`" not in table] == []
 
 
 def test_doctests_are_shown_as_code() -> None:
