@@ -135,8 +135,8 @@ def recipe_of(out: Path, anchor: str, method: str, strangers: Mapping[str, str])
         "sources": sources,
         "method": "harmonized",
         "backbone": {"missing_tokens": method},
-        "calibration": {"tokens": 65_536, "sequence_length": 256},
-        "fit": {"epochs": 4},
+        "calibration": {"tokens": 32_768, "sequence_length": 256},
+        "fit": {"epochs": 2},
         "output": {"dtype": "float32"},
         "evaluation": {"tokens": 16_384, "sequence_length": 256},
     }

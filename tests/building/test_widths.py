@@ -4,6 +4,7 @@ compute what they did."""
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_each_expert_alone_is_its_source(variant: str, tmp_path: Path) -> None:
     for place, name in enumerate("ab"):
         folder = tmp_path / name
         shutil.copytree(run.checkpoint, folder)
-        edit_weights(folder, lambda tensors, place=place: only_expert(tensors, variant, place))
+        edit_weights(folder, partial(only_expert, variant=variant, place=place))
         assert difference(logits_of(load_clean(folder), text), alone[name]) < EXACT
 
 

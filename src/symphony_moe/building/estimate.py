@@ -377,7 +377,8 @@ def _of_pursuit(sources: Sequence[Source]) -> float:
     }
     hidden = sources[0].config.hidden_size
     tables = ((missing * shared, 1 + (head != EMBEDDING)) for missing, shared, head in searches)
-    return 2.0 * hidden * terms_for(hidden) * sum(pairs * count for pairs, count in tables)
+    operations = 2 * hidden * terms_for(hidden) * sum(pairs * count for pairs, count in tables)
+    return float(operations)
 
 
 def measure_speed(recipe: Recipe, config: PreTrainedConfig) -> None:

@@ -140,7 +140,7 @@ class SourceTokenizer:
         if kind == self.kind:
             return {token: token for token in self.tokens}
         found: dict[str, str | bytes] = {}
-        for token in sorted(self.tokens, key=is_byte, reverse=True):
+        for token in sorted(self.tokens, key=lambda token: (not is_byte(token), token)):
             says = None if token in self.added else said_by(token, self.kind)
             found[token] = token if says is None else says
         return found

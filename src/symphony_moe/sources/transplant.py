@@ -157,7 +157,7 @@ class Transplant:
         table and of the anchor's."""
         if self.method == "pursuit":
             # Nothing of the source's weights: one search for all sources of one tokenizer.
-            key = (tables[1], str(places.shared.tolist()))
+            key: tuple[str, ...] = (tables[1], str(places.shared.tolist()))
             if key not in self._found:
                 self._found[key] = self._pursue(tables[1], places)
             found = self._found[key]
