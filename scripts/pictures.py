@@ -30,7 +30,7 @@ SOURCES = ["#000000", "#0072b2", "#d55e00", "#009e73"]
 def losses(ours: Metrics, paper: Metrics) -> "Figure":
     """Held-out loss by domain: the source of the domain, and both methods before and after the
     training."""
-    figure, (axes,) = _figure(1, height=3.6)
+    figure, (axes,) = _figure(1, height=4.3)
     domains = list(ours.built)
     marks: list[tuple[str, Mapping[str, float], str, str, str]] = [
         ("the paper's method, built", paper.built, PAPER, "o", "white"),
@@ -55,8 +55,8 @@ def losses(ours: Metrics, paper: Metrics) -> "Figure":
     axes.set_ylim(0.4, len(domains) + 0.6)
     axes.set_xlim(left=0)
     axes.set_xlabel("held-out loss, nats per token: lower is better")
-    figure.legend(loc="center right", frameon=False, handletextpad=0.4, labelspacing=0.8)
-    figure.subplots_adjust(left=0.12, right=0.66, bottom=0.16, top=0.97)
+    _explain(figure, columns=3)
+    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.14, top=0.8)
     return figure
 
 
@@ -67,7 +67,7 @@ def _own(metrics: Metrics) -> dict[str, float]:
 
 def alignment(ours: Metrics) -> "Figure":
     """How alike each source's stream is to the anchor's, before and after the rotation."""
-    figure, (axes,) = _figure(1, height=3.2)
+    figure, (axes,) = _figure(1, height=3.5)
     for (name, of), colour in zip(ours.alignment["residual"].items(), SOURCES[1:], strict=False):
         layers = range(len(of.before))
         axes.plot(layers, of.before, color=colour, linestyle=(0, (2, 2)), linewidth=1.8)
@@ -77,21 +77,21 @@ def alignment(ours: Metrics) -> "Figure":
     axes.set_ylim(-0.1, 1)
     axes.set_xlabel("layer")
     _name_upward(axes, "cosine with the anchor's stream")
-    figure.legend(loc="center right", frameon=False, labelspacing=0.8)
-    figure.subplots_adjust(left=0.1, right=0.8, bottom=0.17, top=0.88)
+    _explain(figure, columns=4)
+    figure.subplots_adjust(left=0.08, right=0.97, bottom=0.17, top=0.78)
     return figure
 
 
 def fit(ours: Metrics) -> "Figure":
     """Error of each layer after each step of its fit."""
-    figure, (axes,) = _figure(1, height=3.2)
+    figure, (axes,) = _figure(1, height=3.5)
     if ours.fit is None:
         raise SystemExit("the first run has no fit: is it one of harmonized?")
     layers = ours.fit.layers
     bars = {
-        "attention fitted, experts not": [_error(layer.experts)[0] for layer in layers],
-        "experts by least squares": [_error(layer.experts)[1] for layer in layers],
-        "gradient steps in the layer": [_error(layer.refinement)[1] for layer in layers],
+        "before its experts are fitted": [_error(layer.experts)[0] for layer in layers],
+        "after least squares": [_error(layer.experts)[1] for layer in layers],
+        "after gradient steps": [_error(layer.refinement)[1] for layer in layers],
     }
     width = 0.26
     for place, ((label, heights), colour) in enumerate(
@@ -101,8 +101,8 @@ def fit(ours: Metrics) -> "Figure":
         axes.bar(at, heights, width * 0.92, color=colour, label=label)
     axes.set_xticks(range(len(layers)), [f"layer {number}" for number in range(len(layers))])
     _name_upward(axes, "error of the layer on validation text")
-    figure.legend(loc="center right", frameon=False, labelspacing=0.8)
-    figure.subplots_adjust(left=0.1, right=0.66, bottom=0.11, top=0.88)
+    _explain(figure, columns=3)
+    figure.subplots_adjust(left=0.08, right=0.97, bottom=0.11, top=0.78)
     return figure
 
 
@@ -115,7 +115,7 @@ def _error(step: FitStep | None) -> tuple[float, float]:
 
 def routing(ours: Metrics, paper: Metrics) -> "Figure":
     """Which expert takes which domain's text, mean over layers, of both trained models."""
-    figure, both = _figure(2, height=3.4)
+    figure, both = _figure(2, height=3.5)
     named = [("the paper's method, trained", paper), ("harmonized, trained", ours)]
     for axes, (title, metrics) in zip(both, named, strict=True):
         of = metrics.routing["trained"]
@@ -125,8 +125,8 @@ def routing(ours: Metrics, paper: Metrics) -> "Figure":
             for name in domains
         ]
         _draw_table(axes, table, domains, of.experts)
-        _name_upward(axes, f"{title}: text of ..., by expert")
-    figure.subplots_adjust(left=0.13, right=0.99, bottom=0.11, top=0.88, wspace=0.32)
+        _name_upward(axes, title)
+    figure.subplots_adjust(left=0.13, right=0.99, bottom=0.1, top=0.88, wspace=0.36)
     return figure
 
 
@@ -145,7 +145,7 @@ def _draw_table(
             axes.text(column, row, f"{100 * value:.0f} %", ha="center", va="center", color=text)
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), columns, fontsize=10.5)
     axes.set_yticks(range(len(rows)), rows)
     axes.grid(visible=False)
 
@@ -153,7 +153,7 @@ def _draw_table(
 def _figure(columns: int, height: float) -> tuple["Figure", list["Axes"]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.2, height), dpi=72)
+    figure = Figure(figsize=(8.2, height), dpi=72)
     places = [figure.add_subplot(1, columns, number + 1) for number in range(columns)]
     for axes in places:
         for spine in axes.spines.values():
@@ -164,9 +164,21 @@ def _figure(columns: int, height: float) -> tuple["Figure", list["Axes"]]:
     return figure, places
 
 
+def _explain(figure: "Figure", columns: int) -> None:
+    """The legend, above the plot."""
+    figure.legend(
+        loc="upper left",
+        ncols=columns,
+        frameon=False,
+        borderaxespad=0.2,
+        handletextpad=0.5,
+        columnspacing=1.4,
+    )
+
+
 def _name_upward(axes: "Axes", text: str) -> None:
     """What the vertical axis is, above it: turned text would be lost in `part_of_page`."""
-    axes.set_title(text, loc="left", x=0, pad=10, fontsize=11, color=QUIET)
+    axes.set_title(text, loc="left", x=0, pad=10, fontsize=12, color=QUIET)
 
 
 def svg(draw: Callable[[], "Figure"], title: str) -> str:
@@ -176,7 +188,7 @@ def svg(draw: Callable[[], "Figure"], title: str) -> str:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "symphony"}
-        matplotlib.rcParams |= {"font.size": 11}
+        matplotlib.rcParams |= {"font.size": 12}
         file = io.StringIO()
         draw().savefig(file, format="svg", metadata={"Date": None})
     return part_of_page(file.getvalue(), title, set(), on_paper=True) + "\n"
