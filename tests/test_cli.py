@@ -997,6 +997,7 @@ def test_run_speaks_json_and_does_everything(
         "recipe.yaml",
         "report.html",
         "run.log",
+        "samples.json",
         "trained",
     ]
     # Once more from where it is: nothing is left to do, and nothing is done twice.
