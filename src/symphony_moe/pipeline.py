@@ -708,7 +708,7 @@ def report(folder: RunFolder) -> Path:
     recipe = folder.read_recipe()
     folder.require_checkpoint()
     metrics = read_metrics(folder)
-    manifest = folder.read_json(folder.manifest) if folder.manifest.is_file() else {}
+    manifest = folder.read_json(folder.manifest)
     beside = Beside(read_samples(folder), manifest, logged_warnings(folder))
     html = render(metrics, folder.read_json(folder.plan), _as_trained(recipe, metrics), beside)
     write_text(folder.report, html)
