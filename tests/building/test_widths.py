@@ -195,6 +195,17 @@ def test_the_plan_says_what_padding_costs(tmp_path: Path) -> None:
     assert any(note.startswith("GGUF: ") and str(WIDE) in note for note in planned.notes)
 
 
+def test_kinship_is_told_from_the_rest(tmp_path: Path) -> None:
+    """Branches and strangers are told apart by their attention, where their FFNs are no pair."""
+    path = two_widths(tmp_path, "llama", other_ffn)
+    assert pipeline.plan(load_recipe(path)).likeness == {"b": pytest.approx(1.0)}
+    shutil.rmtree(tmp_path / "models" / "b")
+    make_model(tmp_path / "models" / "b", "llama", 1, intermediate_size=WIDE)
+    planned = pipeline.plan(load_recipe(path))
+    assert abs(planned.likeness["b"]) < 0.1
+    assert planned.notes[0].startswith("b (") and "no branch of a's base" in planned.notes[0]
+
+
 def test_copies_have_the_width_of_the_anchor(tmp_path: Path) -> None:
     path = two_widths(tmp_path, "llama", other_ffn)
     run = built(path, tmp_path / "run", "method=sparse-upcycling")

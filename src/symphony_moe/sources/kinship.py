@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from symphony_moe.model.families import NEURON_AXIS
 from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.source import Source
@@ -34,13 +35,16 @@ of any size, in bfloat16."""
 
 def likeness(source: Source, other: Source) -> float | None:
     """The mean cosine of two models' weights: of the first rows of every matrix of their first,
-    middle and last layer. Of a source with an adapter, its model's.
+    middle and last layer, without FFNs that have different widths. Of a source with an adapter, its
+    model's.
 
     None where the weights are not here, have other shapes, or are all zero. Raises SourceError for
     weights that cannot be read or are not finite.
     """
     one, two = (replace(each, adapter=None) for each in (source, other))
     names = list(_matrices(one))
+    if one.own_ffn != two.own_ffn:
+        names = [name for name in names if not name.endswith(tuple(NEURON_AXIS))]
     for name in names:
         mine, theirs = (each.headers.get(name) for each in (one, two))
         if mine is None or theirs is None or mine.shape != theirs.shape:
