@@ -164,7 +164,14 @@ def test_a_made_row_is_said_in_the_sources_own_rows(
     missing = before["skip"].places.missing
     assert len(missing) == LACKED
     monkeypatch.setattr("symphony_moe.sources.source.TABLE_ROWS", rows)
-    assert torch.equal(whole(before["pieces"], table), skipped)
+    b, found = before["pieces"], whole(before["pieces"], table)
+    assert b.vocabulary is not None
+    last = [b.vocabulary.tables["b"].pieces[number][-1] for number in missing.tolist()]
+    expected = skipped.clone()
+    expected[missing] = (skipped[missing] + b.read(table)[last]) / 2
+    assert torch.equal(found, expected) and not torch.equal(found, skipped)
+    as_head = torch.cat([rows for _, rows in b.table(table, as_head=True)])
+    assert torch.equal(as_head, skipped)
     for method in ("pursuit", "regression"):
         sources = opened(pair, method)
         a, b, found = sources["a"].read(table), sources["b"], whole(sources["b"], table)

@@ -73,7 +73,7 @@ def aligned_table(
     residual = alignment.residual(source.name)
     gain = gain_of(source.family, source.read(FINAL_NORM))
     stored = EMBEDDING if name == EMBEDDING else source.head_name
-    for first, rows in source.table(stored, reads):
+    for first, rows in source.table(stored, reads, as_head=name == HEAD):
         if name == HEAD and recipe.folds:
             yield first, transform_head(rows, gain, residual)
         else:

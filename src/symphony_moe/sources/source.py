@@ -329,12 +329,12 @@ class Source:
         return tensor
 
     def table(
-        self, name: str, reads: "SharedReads | None" = None
+        self, name: str, reads: "SharedReads | None" = None, *, as_head: bool = False
     ) -> Iterator[tuple[int, Float[Tensor, "rows hidden"]]]:
         """(first row, rows) of its token embeddings or output head in the shared vocabulary, block
         by block. A token that it lacks is the mean of the pieces that it makes of the token's text,
         or what the transplant makes of it; a padding row that it lacks is zero. `reads`: see
-        `read`."""
+        `read`. `as_head`: the table is asked for as the head, which may be the embeddings."""
         if self.vocabulary is None:
             for first in range(0, self.headers[name].shape[0], TABLE_ROWS):
                 yield first, self.read(name, slice(first, first + TABLE_ROWS), reads=reads)
@@ -353,7 +353,7 @@ class Source:
             for number, these in pieces.items():
                 block[number - first] = means[: len(these)].mean(dim=0)
                 means = means[len(these) :]
-            self._put_made_rows(name, first, block)
+            self._put_made_rows(name, first, block, as_head=as_head)
             yield first, block
 
     def rows_of(
@@ -377,23 +377,40 @@ class Source:
         shared = torch.where(ordinary & (rows >= 0))[0]
         return Places(shared, rows[shared], torch.where(ordinary & (rows < 0))[0])
 
-    def _put_made_rows(self, name: str, first: int, block: Float[Tensor, "rows hidden"]) -> None:
+    def _put_made_rows(
+        self, name: str, first: int, block: Float[Tensor, "rows hidden"], *, as_head: bool
+    ) -> None:
         """Put what the transplant makes into a block of a table that begins at row `first`."""
-        transplant = self.transplant
-        if transplant is None or transplant.makes_of_pieces:
+        if self.transplant is None or (self.transplant.makes_of_pieces and as_head):
             return
         missing = self.places.missing
         inside = (missing >= first) & (missing < first + len(block))
         if not bool(inside.any()):
             return
+        here = missing[inside] - first
+        if self.transplant.makes_of_pieces:
+            # What follows a token follows its last piece: measured, docs/how-to/vocabularies.md.
+            block[here] = (block[here] + self._last_pieces(name, missing[inside])) / 2
+        else:
+            block[here] = self._made_rows(self.transplant, name, inside)
+
+    def _last_pieces(
+        self, name: str, tokens: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, "tokens hidden"]:
+        """A table's rows of the last piece of each of some tokens that it lacks."""
+        assert self.vocabulary is not None
+        pieces = self.vocabulary.tables[self.name].pieces
+        return self.rows_of(name, torch.tensor([pieces[token][-1] for token in tokens.tolist()]))
+
+    def _made_rows(
+        self, transplant: Transplant, name: str, which: Bool[Tensor, " missing"]
+    ) -> Float[Tensor, "tokens hidden"]:
+        """What is made of rows of a table for some of the missing tokens."""
         theirs = name if name == EMBEDDING else transplant.anchor.head_name
         how = transplant.find(self, (name, theirs), self.places)
-        numbers = missing[inside]
         if isinstance(how, LinearMap):
-            rows = how.apply(transplant.anchor.rows_of(theirs, numbers))
-        else:
-            rows = self._combined(name, Combination(how.rows[inside], how.weights[inside]))
-        block[numbers - first] = rows
+            return how.apply(transplant.anchor.rows_of(theirs, self.places.missing[which]))
+        return self._combined(name, Combination(how.rows[which], how.weights[which]))
 
     def _combined(self, name: str, how: Combination) -> Float[Tensor, "tokens hidden"]:
         """Weighted sums of a table's rows, which is read in blocks."""

@@ -141,8 +141,8 @@ def load_source(source: Source, dtype: torch.dtype = torch.float32) -> PreTraine
         return model
     _require_equal_tables(model, source)
     embedding, head = (
-        torch.cat([rows for _, rows in source.table(name)]).to(model.device, dtype)
-        for name in (EMBEDDING, source.head_name)
+        torch.cat([rows for _, rows in source.table(name, as_head=as_head)]).to(model.device, dtype)
+        for name, as_head in ((EMBEDDING, False), (source.head_name, True))
     )
     model.set_input_embeddings(nn.Embedding.from_pretrained(embedding))
     output = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
