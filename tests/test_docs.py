@@ -88,6 +88,12 @@ NOT_RUN = {
     "tests/test_comparison.py",
     ("changing-experts.md", "*"): "shows the form of commands: tests/test_changes.py runs them",
     ("inputs.md", "*"): "shows the form of a command: tests/sources/test_proposal.py runs it",
+    ("how-to/experts.md", "python scripts/dense_layers.py --out dense-layers"): STUDIES,
+    (
+        "how-to/vocabularies.md",
+        "python scripts/vocabulary_study.py --out vocabulary-study",
+    ): STUDIES,
+    ("how-to/report.md", "*"): "shows the form of commands: tests/reporting runs them",
     ("how-to/publish.md", "*"): "needs the hub; tests/test_push.py runs it against a stand-in",
     ("how-to/gpus.md", "symphony doctor"): "names a second GPU",
     ("how-to/gpus.md", "accelerate launch --config_file fsdp2.yaml -m symphony_moe train run"): (

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from symphony_moe.errors import shown
-from symphony_moe.progress import UNITS, Listener, Pace, Progress, duration
+from symphony_moe.progress import UNITS, Listener, Pace, Progress, rough_time
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -256,7 +256,7 @@ def describe_plan(plan: "Plan") -> str:
         f"  on disk     {plan.disk_bytes / 1e9:.3f} GB in {plan.dtype}, {plan.shards} file(s); "
         f"{plan.work_bytes / 1e9:.3f} GB more until stage 1 ends",
         f"  memory      about {plan.peak_memory_bytes / 1e9:.1f} GB at the peak of stage 1",
-        f"  time        about {duration(plan.seconds)} for stage 1 on this machine",
+        f"  time        about {rough_time(plan.seconds)} for stage 1 on this machine",
         "sources",
     ]
     for source in plan.sources:

@@ -59,11 +59,11 @@ class Pace:
         if step.tokens:
             words.append(f"{step.tokens / each:,.0f} tokens a second")
         if step.done < step.total:
-            words.append(f"{duration(each * (step.total - step.done))} left")
+            words.append(f"{rough_time(each * (step.total - step.done))} left")
         return ", ".join(words)
 
 
-def duration(seconds: float) -> str:
+def rough_time(seconds: float) -> str:
     """About how long, in the unit that people would take."""
     if seconds < 90:
         return f"{seconds:.0f} s"

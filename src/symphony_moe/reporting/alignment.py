@@ -26,7 +26,8 @@ KINDS = {
         "FFN neurons",
         "Mean correlation of a source's FFN neurons with the anchor's on the same tokens: paired "
         "by position (before), and by the best matching (after). The permutation by itself does "
-        "not change an MoE with separate experts; this is a measurement, not a gain.",
+        "not change an MoE with separate experts; this is a measurement, not a gain, but where "
+        "FFNs of several sources are merged (layers without experts, a shared expert).",
     ),
 }
 """Kind of alignment -> what is compared, how to read the numbers."""
