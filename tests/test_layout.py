@@ -174,9 +174,10 @@ def test_the_readmes_recipes_load(tmp_path: Path) -> None:
         resolve_recipe(read_yaml(block), tmp_path, "README.md")
 
 
-def test_the_readmes_tree_is_what_is_there() -> None:
-    tree = re.search(r"^src/symphony_moe/.*\n((?:[├└│].*\n)+)", README, re.MULTILINE)
-    assert tree, "README.md has no file tree of src/symphony_moe/"
+def test_the_tree_of_contributing_is_what_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = re.search(r"^src/symphony_moe/.*\n((?:[├└│].*\n)+)", text, re.MULTILINE)
+    assert tree, "CONTRIBUTING.md has no file tree of src/symphony_moe/"
     named = {line.split()[1] for line in tree[1].splitlines()}
     there = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     assert named == there
