@@ -1415,9 +1415,14 @@ def test_a_pace_counts_from_where_it_began_and_counts_tokens(
     clock[0] += 5.0
     found = pace.after(progress.Progress("train", 60, 100, 2048))
     assert found == "2.0 a second, 4,096 tokens a second, 20 s left"
-    assert pace.after(progress.Progress("evaluate", 1, 2)) == ""
     clock[0] += 7200.0
     assert pace.after(progress.Progress("train", 61, 100, 2048)).endswith(" h left")
+    # The next stage, and then a second run of the same command.
+    for step in (progress.Progress("evaluate", 2, 2), progress.Progress("train", 1, 100)):
+        clock[0] += 100.0
+        assert pace.after(step) == ""
+    clock[0] += 3.0
+    assert pace.after(progress.Progress("train", 3, 100)) == "1.5 s each, 2 min left"
 
 
 @pytest.mark.slow

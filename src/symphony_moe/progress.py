@@ -43,18 +43,25 @@ def of_step(step: Progress) -> dict[str, Progress]:
 
 class Pace:
     """How long the steps of a stage take, and how long the rest will. It is measured from the
-    first step that it hears of, so what a run of before has done does not count."""
+    first step that it hears of, so what a run of before has done does not count. A stage that
+    begins again, as in the second run of one command, is measured anew."""
 
     def __init__(self) -> None:
-        self._begun: dict[str, tuple[int, float]] = {}
+        self._first: Progress | None = None
+        self._began = 0.0
+        self._last = 0
 
     def after(self, step: Progress) -> str:
         """`4.1 s each, 53 s left`, from the second step of a stage on; before it nothing."""
         now = time.monotonic()
-        first, began = self._begun.setdefault(step.stage, (step.done, now))
-        if step.done <= first or now <= began:
+        first, before = self._first, self._last
+        self._last = step.done
+        if first is None or first.stage != step.stage or step.done < before:
+            self._first, self._began = step, now
             return ""
-        each = (now - began) / (step.done - first)
+        if step.done <= first.done or now <= self._began:
+            return ""
+        each = (now - self._began) / (step.done - first.done)
         words = [f"{each:.1f} s each" if each >= 1 else f"{1 / each:.1f} a second"]
         if step.tokens:
             words.append(f"{step.tokens / each:,.0f} tokens a second")

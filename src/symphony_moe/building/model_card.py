@@ -199,6 +199,8 @@ def _shown(recipe: Recipe) -> dict[str, Any]:
         del shown["experts"]["shared_weight"]
     if not (recipe.experts.dense_layers or recipe.has_shared_expert):
         del shown["backbone"]["ffn"]
+    if recipe.backbone.missing_tokens == "skip":
+        del shown["backbone"]["missing_tokens"]
     if recipe.experts.per_source == 1:
         del shown["experts"]["per_source"]
     on_hub = _hub_data(recipe)
