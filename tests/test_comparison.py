@@ -128,6 +128,21 @@ def test_the_specialists_are_each_on_its_own() -> None:
     }
 
 
+def test_the_specialists_read_missing_tokens_as_the_reference_does(recipe: Path) -> None:
+    """Other rows are other losses, and no mean is taken of both."""
+    asked = {"skip": 1.0, "regression": 2.0}
+    recipes = {
+        (name, 4): load_recipe(recipe, [f"backbone.missing_tokens={name}"]) for name in asked
+    }
+    runs = {
+        (name, 4): metrics(sources={"a": {"a": loss}, "b": {"b": loss}})
+        for name, loss in asked.items()
+    }
+    for name, loss in asked.items():
+        found = comparison.read_as(name, runs, recipes)
+        assert limits_of(found, ["a", "b"])["in domain"] == loss
+
+
 @pytest.mark.parametrize(
     ("points", "goal", "tokens"),
     [

@@ -42,7 +42,7 @@ class Comparison(NamedTuple):
     entries: list[Entry]
     """The rows of `comparison.json`."""
     limits: dict[str, float | None]
-    """The specialists' losses in and out of domain."""
+    """The specialists' losses in and out of domain, as the reference's runs read them."""
 
 
 def compare(
@@ -91,7 +91,7 @@ def compare(
     reference = recipe.compare.reference
     reference = reference if reference in variants else next(iter(variants))
     mark_reached(entries, reference)
-    limits = limits_of(metrics, list(recipe.sources))
+    limits = limits_of(read_as(reference, metrics, recipes), list(recipe.sources))
     write_text(folder.comparison, to_json(entries, indent=2) + "\n")
     settings = {
         method: recipe.compare.variants.get(method, {"method": method}) for method in variants
@@ -138,6 +138,18 @@ def prepare_comparison(
 def _by_name(variants: Mapping[str, Mapping[int, Recipe]]) -> dict[tuple[str, int], Recipe]:
     """(method, seed) -> recipe, in the order of the table."""
     return {(method, seed): one for method, of in variants.items() for seed, one in of.items()}
+
+
+def read_as(
+    reference: str,
+    metrics: Mapping[tuple[str, int], Metrics],
+    recipes: Mapping[tuple[str, int], Recipe],
+) -> dict[tuple[str, int], Metrics]:
+    """The runs that give the sources' missing tokens the rows that the `reference` method's do. A
+    source has other losses with other rows, so that those of all runs would have no mean."""
+    method = {run: one.backbone.missing_tokens for run, one in recipes.items()}
+    wanted = next(method[run] for run in metrics if run[0] == reference)
+    return {run: found for run, found in metrics.items() if method[run] == wanted}
 
 
 @contextmanager

@@ -231,6 +231,18 @@ def test_a_fit_with_made_rows_verifies_and_is_built_again(
     assert all(loss is not None for loss in losses.values())
 
 
+def test_losses_of_a_source_with_other_rows_are_not_taken_over(pair: Path, tmp_path: Path) -> None:
+    """A made row is asked for and a skipped one is not, so the source loses something else."""
+    runs = {}
+    for method in ("skip", "regression"):
+        asked = ["method=btx", f"backbone.missing_tokens={method}"]
+        runs[method] = pipeline.build(load_recipe(pair, asked), tmp_path / method)
+    skipped = pipeline.evaluate(runs["skip"]).sources
+    alone = pipeline.evaluate(runs["regression"]).sources
+    assert alone["b"] != skipped["b"]
+    assert pipeline.evaluate(runs["regression"], like=runs["skip"]).sources == alone
+
+
 def test_the_plan_says_which_rows_are_made(pair: Path, tmp_path: Path) -> None:
     def words(path: Path, method: str) -> str:
         planned = pipeline.plan(load_recipe(path, [f"backbone.missing_tokens={method}"]))

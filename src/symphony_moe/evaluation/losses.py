@@ -174,13 +174,16 @@ def _known_of_sources(
     run: RunFolder, like: RunFolder, recipe: Recipe, held_out: HeldOut
 ) -> tuple[dict[str, dict[str, float]], Cka] | None:
     """What `_evaluate_sources` has given in another run. None unless that run's weights, settings
-    of the sources, anchor (whose vocabulary is used), text and software are this one's."""
+    of the sources, anchor (whose vocabulary is used), rows of missing tokens, text and software are
+    this one's."""
     theirs, found = like.read_recipe(), read_metrics(like)
     one, other = (folder.read_json(folder.manifest) for folder in (run, like))
     same = (
         found.held_out is not None
         and found.held_out.text == held_out.text
         and (theirs.sources, theirs.anchor) == (recipe.sources, recipe.anchor)
+        # A row that was made for a token is asked for, and changes what a source loses.
+        and theirs.backbone.missing_tokens == recipe.backbone.missing_tokens
         and all(one[key] == other[key] for key in ("versions", "sources"))
     )
     if not same:
