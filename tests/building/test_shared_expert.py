@@ -10,11 +10,13 @@ import torch
 from checks import (
     EXACT,
     difference,
+    edit_weights,
     load_clean,
     logits_of,
     models_of,
     random_text,
     read_tensors,
+    with_small_outputs,
 )
 from conftest import make_model, make_recipe, make_text
 from symphony_moe import pipeline
@@ -99,6 +101,21 @@ def test_a_shared_expert_learns_and_is_kept(tmp_path: Path) -> None:
     after = read_tensors(more.checkpoint)
     assert all(torch.equal(t, after[n]) for n, t in trained.items() if n.startswith(prefix))
     pipeline.verify(more)
+
+
+def test_small_numbers_are_rounded_once(tmp_path: Path) -> None:
+    """In a build, and as it is read again: float16 has fewer digits for the half of one."""
+    path = make_recipe(tmp_path / "sources")
+    for name in "abc":
+        edit_weights(models_of(path) / name, with_small_outputs)
+    asked = ["method=btx", "output.dtype=float16", "experts.shared_weight=0.3"]
+    run = pipeline.build(load_recipe(path, asked), tmp_path / "run")
+    pipeline.verify(run)
+    less = pipeline.remove(run, "c", tmp_path / "less", overrides=["router.top_k=2"])
+    before, after = read_tensors(run.checkpoint), read_tensors(less.checkpoint)
+    kept = [name for name in before if ".shared_expert" in name]
+    assert len(kept) == 8 and all(torch.equal(before[name], after[name]) for name in kept)
+    pipeline.verify(less)
 
 
 def plan_of(path: Path, *settings: str) -> Any:

@@ -11,6 +11,7 @@ what it computes as stock `transformers` (and `peft`) load it.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,10 @@ class _Comparison:
             result: Tensor = file.get_tensor(name)
             return result
 
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is on disk, in float32: what is divided then loses no digit."""
+        return self.stored(name).float()
+
     def problem(self) -> str | None:
         """What is wrong, where anything is."""
         if not self.different:
@@ -319,14 +324,19 @@ def _recompute(
         inside = (probe >= first) & (probe < first + len(rows))
         stream[inside] = rows[probe[inside] - first].float() * factor(config, "embeddings")
     for layer in range(config.num_hidden_layers):
-        moe = read_layer_outputs(anchor.family, config, layer, names, comparison.stored)
+        read = comparison.read
         if not fitted:
-            aligned = new.aligned(layer, read_layers(sources, layer))
-            assembled = new.assemble(layer, aligned).to(dtype)
-            router = moe.router if recipe.fits_router else assembled.router
-            moe = replace(assembled, router=router)
-            for name, tensor in layer_outputs(anchor.family, config, layer, moe, names):
+            moe = new.assemble(layer, new.aligned(layer, read_layers(sources, layer)))
+            if recipe.fits_router:
+                stored = read_layer_outputs(anchor.family, config, layer, names, read)
+                moe = replace(moe, router=stored.router)
+            outputs = layer_outputs(anchor.family, config, layer, moe, names)
+            # As a build does: what is multiplied on the way to the target is rounded after that.
+            expected = {name: tensor.to(dtype) for name, tensor in outputs}
+            for name, tensor in expected.items():
                 comparison.add(name, tensor)
+            read = partial(_read_as_float, expected)
+        moe = read_layer_outputs(anchor.family, config, layer, names, read)
         model = load_moe_layer(config, layer, moe, recipe.router.top_k)
         stream = run_layer(model, stream)
     norm = new.final_norm().to(dtype)
@@ -344,6 +354,10 @@ def _recompute(
             comparison.add(name, rows, first)
         logits.append(logits_from_stream(config, stream.cpu(), norm.float(), rows.float()))
     return comparison, torch.cat(logits, dim=-1)
+
+
+def _read_as_float(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    return tensors[name].float()
 
 
 @torch.inference_mode()
@@ -371,8 +385,8 @@ def _recompute_change(
     comparison.num_parts = 1 + len(tables)
     stream = comparison.stored(EMBEDDING)[probe].float() * factor(config, "embeddings")
     for layer in range(config.num_hidden_layers):
-        stored = read_layer_outputs(anchor.family, config, layer, names, comparison.stored)
-        parts = named_parts(stored)
+        stored = read_layer_outputs(anchor.family, config, layer, names, comparison.read)
+        parts = named_parts(stored.to(dtype))
         comparison.num_parts += len(parts)
         for part, tensor in _expected_parts(changed or new, layer, stored, dtype).items():
             comparison.compare(f"model.layers.{layer}.{part}", parts[part], tensor)

@@ -92,7 +92,8 @@ def slice_experts(layer: MoELayer, count: int) -> MoELayer:
 
     All slices of an expert have its router row, so that a token goes to all of them or to none
     where it has `count` times as many experts. Each then has 1 / `count` of the expert's gate;
-    `down` is as many times as large. A power of two keeps every digit of it.
+    `down` is as many times as large. In float32 a power of two keeps every digit of it. (float16
+    has fewer digits for small numbers, so a layer is rounded after this.)
     (Fine-grained experts as in DeepSeekMoE, arXiv 2401.06066; rows and scales as in He et al.,
     arXiv 2410.07524.)
     """
@@ -207,8 +208,9 @@ def read_layer_outputs(
     experts: Sequence[str],
     read: Callable[[str], Tensor],
 ) -> MoELayer:
-    """The inverse of `layer_outputs`. `read`: name in the checkpoint -> tensor. Experts that were
-    dealt into slices are whole, which says nothing of slices that have been trained."""
+    """The inverse of `layer_outputs`. `read`: name in the checkpoint -> tensor, in float32 where
+    every digit counts. Experts that were dealt into slices are whole, which says nothing of slices
+    that have been trained."""
     prefix = f"model.layers.{layer}."
     if family.slices > 1:
         unsliced, names = replace(family, slices=1), slice_names(experts, family.slices)
