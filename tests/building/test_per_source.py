@@ -137,6 +137,7 @@ def test_joined_slices_are_the_experts_again() -> None:
     layer = MoELayer({}, experts, {"a": drawn(8), "b": drawn(8)})
     for count in (2, 16):
         dealt = slice_experts(layer, count)
+        assert torch.equal(dealt.experts["a.1"][GATE], experts["a"][GATE][1::count])
         assert list(dealt.experts) == slice_names(["a", "b"], count)
         again = join_slices(dealt, ["a", "b"], count)
         for name, expert in experts.items():

@@ -155,6 +155,21 @@ def test_padding_is_zeros_and_the_rest_the_source(tmp_path: Path) -> None:
                 assert torch.equal(kept, ours) and not bool(zeros.any())
 
 
+def test_every_expert_of_a_narrow_source_has_neurons(tmp_path: Path) -> None:
+    """Dealt into several, no expert is zeros alone: nothing would ever train it."""
+    path = two_widths(tmp_path, "llama", other_ffn)
+    run = built(path, tmp_path / "run", "method=btx", "experts.per_source=2")
+    found, text = read_tensors(run.checkpoint), random_text(3, 2, 24)
+    for layer in range(2):
+        for place in range(4):
+            gate, _, down = (found[name] for name in expert_names("llama", layer, place))
+            assert int(gate.any(dim=1).sum()) == (NARROW if place < 2 else WIDE) // 2
+            assert torch.equal(gate.any(dim=1), down.any(dim=0))
+    whole = built(path, tmp_path / "whole", "method=btx")
+    logits = [logits_of(load_clean(one.checkpoint), text) for one in (run, whole)]
+    assert difference(*logits) < EXACT
+
+
 def test_neurons_of_different_numbers_are_matched(tmp_path: Path) -> None:
     """The wider source has the anchor's neurons in another order, and others beside them: each
     anchor's neuron finds itself again, and the others take the places of zeros."""

@@ -88,7 +88,8 @@ def slice_names(experts: Iterable[str], count: int) -> list[str]:
 
 
 def slice_experts(layer: MoELayer, count: int) -> MoELayer:
-    """Each expert as `count` experts of as many neurons less, which add up to it.
+    """Each expert as `count` experts of as many neurons less, which add up to it: its neurons are
+    dealt one by one, so that each slice has its part of the zeros that pad a narrow FFN.
 
     All slices of an expert have its router row, so that a token goes to all of them or to none
     where it has `count` times as many experts. Each then has 1 / `count` of the expert's gate;
@@ -99,10 +100,13 @@ def slice_experts(layer: MoELayer, count: int) -> MoELayer:
     """
     experts, router = {}, {}
     for name, expert in layer.experts.items():
-        parts = {key: expert[key].chunk(count, dim=axis) for key, axis in NEURON_AXIS.items()}
-        parts[DOWN] = tuple(part * count for part in parts[DOWN])
+        scaled = {**expert, DOWN: expert[DOWN] * count}
+        # Neurons that are next to each other are then in different slices.
+        parts = {key: scaled[key].unflatten(axis, (-1, count)) for key, axis in NEURON_AXIS.items()}
         for place, own in enumerate(slice_names([name], count)):
-            experts[own] = {key: part[place] for key, part in parts.items()}
+            experts[own] = {
+                key: parts[key].select(axis + 1, place) for key, axis in NEURON_AXIS.items()
+            }
             router[own] = layer.router[name]
     return replace(layer, experts=experts, router=router)
 
@@ -114,7 +118,7 @@ def join_slices(layer: MoELayer, experts: Sequence[str], count: int) -> MoELayer
     for name in experts:
         parts = [layer.experts[own] for own in slice_names([name], count)]
         whole[name] = {
-            key: torch.cat([part[key] for part in parts], dim=axis)
+            key: torch.stack([part[key] for part in parts], axis + 1).flatten(axis, axis + 1)
             for key, axis in NEURON_AXIS.items()
         }
         whole[name][DOWN] = whole[name][DOWN] / count
