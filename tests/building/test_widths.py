@@ -231,6 +231,36 @@ def test_copies_have_the_width_of_the_anchor(tmp_path: Path) -> None:
     assert found[expert_names("llama", 0, 1)[0]].shape[0] == NARROW
 
 
+@pytest.mark.parametrize("merge", ["anchor", "linear"])
+@pytest.mark.parametrize("settings", ["experts.dense_layers=[0]", "experts.shared_weight=0.5"])
+def test_copies_beside_a_merged_ffn_have_its_width(
+    settings: str, merge: str, tmp_path: Path
+) -> None:
+    """The anchor's FFN alone needs no padding; one that is merged of both has the wider one's."""
+    path = two_widths(tmp_path, "llama", other_ffn)
+    asked = ["method=btx", "experts.init=copy", f"backbone.ffn={merge}", settings]
+    run = built(path, tmp_path / "run", *asked)
+    found, sources = (
+        read_tensors(run.checkpoint),
+        [read_tensors(models_of(path) / name) for name in "ab"],
+    )
+    width = NARROW if merge == "anchor" else WIDE
+    part = "" if "dense" in settings else "shared_expert."
+    name = "model.layers.0.mlp.{}gate_proj.weight"
+    merged, own = found[name.format(part)], [source[name.format("")] for source in sources]
+    expected = own[0]
+    if merge == "linear":
+        expected = (pad(own[0], (0, 0, 0, WIDE - NARROW)) + own[1]) / 2
+    torch.testing.assert_close(merged, expected)
+    assert found["model.layers.1.mlp.experts.1.gate_proj.weight"].shape[0] == width
+    (said,) = (
+        one.consequence
+        for one in pipeline.plan(load_recipe(path, asked)).differences
+        if one.what == "intermediate_size"
+    )
+    assert said.startswith("every FFN is a's" if merge == "anchor" else "narrower FFNs are padded")
+
+
 def test_zeros_are_not_drawn_anew(tmp_path: Path) -> None:
     path = two_widths(tmp_path, "llama", other_ffn)
     with pytest.raises(SourceMismatch, match=r"drop .* padded with zeros \(a: 48, b: 80\)"):

@@ -165,7 +165,9 @@ def assemble_layer(
 def _fused_ffn(
     recipe: Recipe, ordered: Sequence[Source], aligned: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """One FFN of all sources'."""
+    """One FFN of all sources'. The anchor's alone may have another width than theirs."""
+    if recipe.backbone.ffn == "anchor":
+        return {name: aligned[recipe.anchor][name].float() for name in NEURON_AXIS}
     return {
         name: _fused(recipe, ordered, [aligned[s.name][name] for s in ordered], recipe.backbone.ffn)
         for name in NEURON_AXIS

@@ -115,7 +115,7 @@ def make_plan(
     Raises SourceMismatch where it cannot be done.
     """
     differences = find_differences(sources, recipe.anchor, recipe.output.chat)
-    if recipe.copies_anchor:
+    if recipe.copies_anchor and not recipe.merges_ffns:
         differences = [_of_copies(difference, recipe.anchor) for difference in differences]
     refuse_mismatch(differences)
     _refuse_redrawn_zeros(recipe, sources)
@@ -183,10 +183,10 @@ def _layout(family: Family) -> str:
 
 
 def _of_copies(difference: Difference, anchor: str) -> Difference:
-    """What a difference means where every expert is a copy of the anchor's FFN."""
+    """What a difference means where there is no FFN but the anchor's."""
     if difference.what != "intermediate_size":
         return difference
-    return replace(difference, verdict="fine", consequence=f"every expert is {anchor}'s FFN")
+    return replace(difference, verdict="fine", consequence=f"every FFN is {anchor}'s")
 
 
 def _refuse_redrawn_zeros(recipe: Recipe, sources: Sequence[Source]) -> None:
@@ -408,7 +408,8 @@ def _notes(
             f"{least:,}, {each} window(s) of every source"
         )
     if recipe.copies_anchor:
-        notes.append(f"experts.init copy: every expert is {recipe.anchor}'s FFN; nothing to align")
+        rest = "" if recipe.aligns_neurons else "; nothing to align"
+        notes.append(f"experts.init copy: every expert is {recipe.anchor}'s FFN{rest}")
     if recipe.backbone.attention == "anchor" and recipe.backbone.weights is not None:
         notes.append("backbone.weights has no effect on attention: it is the anchor's")
     lacks = any(source.vocabulary and len(source.places.missing) for source in sources)

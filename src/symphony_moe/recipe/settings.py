@@ -496,6 +496,12 @@ class Recipe(Section):
         return self.experts.shared_weight > 0
 
     @property
+    def merges_ffns(self) -> bool:
+        """Whether the FFNs of several sources become one, in any layer."""
+        has_merged = bool(self.experts.dense_layers) or self.has_shared_expert
+        return has_merged and self.backbone.ffn != "anchor"
+
+    @property
     def concatenates_heads(self) -> bool:
         """Whether the new model has the attention heads of all sources."""
         return self.backbone.attention == "concatenated"

@@ -139,8 +139,11 @@ def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[
 
 def _of_one_width(recipe: Recipe, sources: Sequence[Source]) -> list[Source]:
     """The sources, those that become experts with the widest one's number of neurons: their FFNs
-    are padded as they are read. Copies of the anchor's FFN have its width without that."""
-    experts = [s for s in sources if s.name in recipe.expert_names and not recipe.copies_anchor]
+    are padded as they are read. Copies of the anchor's FFN have its width without that, where no
+    FFN is merged."""
+    if recipe.copies_anchor and not recipe.merges_ffns:
+        return list(sources)
+    experts = [source for source in sources if source.name in recipe.expert_names]
     widest = max((source.config.intermediate_size for source in experts), default=0)
     padded = {}
     for source in experts:
