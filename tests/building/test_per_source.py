@@ -1,5 +1,6 @@
 """`experts.per_source`: each source's FFN, dealt into several experts."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,30 @@ def test_small_numbers_are_rounded_once(router: str, tmp_path: Path) -> None:
         edit_weights(models_of(path) / name, with_small_outputs)
     asked = ["method=btx", "output.dtype=float16", "experts.per_source=2", f"router.init={router}"]
     pipeline.verify(pipeline.build(load_recipe(path, asked), tmp_path / "run"))
+
+
+@pytest.mark.parametrize("router", ["ridge", "hidden", "regression"])
+def test_sources_with_one_text_are_refused(router: str, recipes: Callable[[str], Path]) -> None:
+    """Their router rows would be the same, and a token would get slices of both."""
+    asked = ["method=btx", f"router.init={router}", 'sources.c.data=["b.jsonl"]']
+    with pytest.raises(RecipeError, match=r"per_source: b and c have the same data") as raised:
+        load_recipe(recipes("llama"), [*asked, "experts.per_source=2"])
+    assert len(str(raised.value)) < 500
+    load_recipe(recipes("llama"), asked)
+    load_recipe(recipes("llama"), [*asked, "experts.per_source=2", "router.init=random"])
+    only = ["experts.per_source=2", 'experts.sources=["a","b"]']
+    load_recipe(recipes("llama"), [*asked, *only])
+
+
+def test_router_rows_that_are_the_same_stop_a_build(tmp_path: Path) -> None:
+    """Of text that is the same under two names. With whole experts that is no harm."""
+    path = make_recipe(tmp_path / "sources")
+    shutil.copyfile(path.parent / "b.jsonl", path.parent / "c.jsonl")
+    asked = ["method=btx", "router.init=hidden"]
+    pipeline.verify(pipeline.build(load_recipe(path, asked), tmp_path / "whole"))
+    with pytest.raises(SourceMismatch, match=r"b and c have the same router row in layer 0") as it:
+        pipeline.build(load_recipe(path, [*asked, "experts.per_source=2"]), tmp_path / "run")
+    assert len(str(it.value)) < 500
 
 
 def test_joined_slices_are_the_experts_again() -> None:

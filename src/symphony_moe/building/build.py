@@ -43,7 +43,7 @@ from symphony_moe.building.records import (
     write_layer,
 )
 from symphony_moe.building.sweep import Sweep
-from symphony_moe.errors import RecipeError, RunFolderError, SourceError
+from symphony_moe.errors import RecipeError, RunFolderError, SourceError, SourceMismatch
 from symphony_moe.files import hash_folder, publish, sha256_of, to_json, write_bytes
 from symphony_moe.machine import copying, peak_rss_bytes, release_freed_memory, versions
 from symphony_moe.model.checkpoint import CheckpointWriter, beyond
@@ -55,6 +55,7 @@ from symphony_moe.model.moe_layer import (
     read_layer_outputs,
     router_matrix,
     router_rows,
+    same_rows,
     shared_layer,
 )
 from symphony_moe.model.precision import is_reduced
@@ -620,9 +621,24 @@ class Build:
 
     def _write_layer(self, layer: int, moe: MoELayer) -> None:
         family, config = self.anchor.family, self.config
+        if family.slices > 1:
+            self._refuse_same_rows(layer, moe)
         if self.is_first:
             for name, tensor in layer_outputs(family, config, layer, moe, self.names):
                 self.writer.write(name, tensor)
+
+    def _refuse_same_rows(self, layer: int, moe: MoELayer) -> None:
+        """Raise SourceMismatch where a router does not tell two sources apart, whose slices it
+        would mix."""
+        dtype = self.recipe.output.dtype
+        found = same_rows(moe, getattr(torch, dtype))
+        if found is not None:
+            raise SourceMismatch(
+                f"experts.per_source: {found[0]} and {found[1]} have the same router row in layer "
+                f"{layer} ({dtype}), so a token would get a part of each source's FFN. Is their "
+                "text the same? Give them different data, or set router.init to random or "
+                "experts.per_source to 1, and build with --overwrite"
+            )
 
     def _read_written(self, layer: int) -> MoELayer:
         family, config, moe = self.anchor.family, self.config, None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
 from jaxtyping import Float
@@ -124,6 +125,14 @@ def join_slices(layer: MoELayer, experts: Sequence[str], count: int) -> MoELayer
         whole[name][DOWN] = whole[name][DOWN] / count
     router = {name: layer.router[slice_names([name], count)[0]] for name in experts}
     return replace(layer, experts=whole, router=router)
+
+
+def same_rows(layer: MoELayer, dtype: torch.dtype) -> tuple[str, str] | None:
+    """The first two experts whose router rows are the same in a dtype; None where there are none.
+    Of such two a token may get some slices of one and some of the other."""
+    rows = {name: row.to(dtype) for name, row in layer.router.items()}
+    equal = (pair for pair in combinations(rows, 2) if torch.equal(*(rows[name] for name in pair)))
+    return next(equal, None)
 
 
 def shared_layer(processes: Processes, layer: MoELayer | None) -> MoELayer:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from symphony_moe.recipe.settings import Recipe
+from symphony_moe.recipe.settings import FILL_IN, Recipe
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,26 @@ def _extra_domains_are_sources(recipe: Recipe) -> str | None:
     return f"{both} are sources' names; choose other names" if both else None
 
 
+def _slices_with_one_text(recipe: Recipe) -> str | None:
+    """Two sources whose text is the same, so that a calibrated router has one row for both."""
+    if recipe.experts.per_source == 1 or not recipe.fits_router:
+        return None
+    seen: dict[str, tuple[object, ...]] = {}
+    for name in recipe.expert_names:
+        spec = recipe.sources[name]
+        data = [spec.data] if isinstance(spec.data, str) else spec.data
+        text = (data, spec.column, spec.chat_format)
+        twin = next((other for other, theirs in seen.items() if theirs == text), None)
+        if twin is not None and spec.data != FILL_IN:
+            return (
+                f"{twin} and {name} have the same data, so router.init {recipe.router.init} gives "
+                "them the same router rows, and a token would get a part of each source's FFN. "
+                "Give them different data, or set router.init to random or experts.per_source to 1"
+            )
+        seen[name] = text
+    return None
+
+
 def _not_with_attention_experts(
     setting: str, is_set: Callable[[Recipe], bool], instead: str, reason: str
 ) -> Rule:
@@ -185,6 +205,7 @@ RULES = (
         "1",
         "experts with attention are not dealt into several",
     ),
+    Rule("experts.per_source", _slices_with_one_text),
     Rule(
         "evaluation.thresholds",
         _when(
