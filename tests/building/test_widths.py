@@ -2,6 +2,7 @@
 compute what they did."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -208,6 +209,26 @@ def test_the_plan_says_what_padding_costs(tmp_path: Path) -> None:
     found = next(one for one in planned.differences if one.what == "intermediate_size")
     assert (found.verdict, dict(found.values)) == ("fine", {"a": str(NARROW), "b": str(WIDE)})
     assert any(note.startswith("GGUF: ") and str(WIDE) in note for note in planned.notes)
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (1, None),
+        (4, "GGUF: Q8_0 and Q4_0 take it, K-quants need .* 256, and an expert has 64 neurons"),
+        (16, "GGUF: Quantized types need .* multiple of 32, and an expert has 16 neurons"),
+    ],
+)
+def test_gguf_quantizes_experts_of_their_own_width(
+    count: int, said: str | None, tmp_path: Path
+) -> None:
+    """A source's FFN has a width that all types take; a part of it has not."""
+    path = make_recipe(tmp_path, "llama", count=2)
+    shutil.rmtree(tmp_path / "models" / "b")
+    make_model(tmp_path / "models" / "b", "llama", 1, intermediate_size=256)
+    planned = pipeline.plan(load_recipe(path, [f"experts.per_source={count}"]))
+    (note,) = [note for note in planned.notes if note.startswith("GGUF: ")] or [""]
+    assert re.search(said, note) if said else not note
 
 
 def test_kinship_is_told_from_the_rest(tmp_path: Path) -> None:

@@ -215,11 +215,14 @@ def _of_widths(recipe: Recipe, sources: Sequence[Source], width: int) -> Iterato
         f"That is {zeros / 1e6:,.1f} M parameters of zeros, "
         f"{zeros * BYTES[recipe.output.dtype] / 1e6:,.1f} MB on disk and in memory"
     )
-    if width % 256:
-        kind = "Q8_0 and Q4_0 take it, K-quants" if width % 32 == 0 else "Quantized types"
+    slices = recipe.experts.per_source
+    of_expert = width // slices
+    if of_expert % 256:
+        kind = "Q8_0 and Q4_0 take it, K-quants" if of_expert % 32 == 0 else "Quantized types"
+        who = "the widest source has" if slices == 1 else "an expert has"
         yield (
-            f"GGUF: {kind} need a width that is a multiple of {256 if width % 32 == 0 else 32}, "
-            f"and the widest source has {width:,} neurons"
+            f"GGUF: {kind} need a width that is a multiple of {256 if of_expert % 32 == 0 else 32}"
+            f", and {who} {of_expert:,} neurons"
         )
 
 
