@@ -101,6 +101,26 @@ def test_parameters_are_counted_part_by_part() -> None:
     assert found[0][2:] == (f"{100 * 160 / total:.1f} %", round(100 * 160 / total))
 
 
+def test_ffns_that_every_token_goes_through_are_not_counted_as_experts() -> None:
+    """The gate of a shared expert is a part of it, and no router."""
+    tensors = {
+        "model.layers.0.mlp.gate_proj.weight": [8, 4],
+        "model.layers.0.mlp.up_proj.weight": [8, 4],
+        "model.layers.0.mlp.down_proj.weight": [4, 8],
+        "model.layers.1.mlp.gate.weight": [2, 4],
+        "model.layers.1.mlp.experts.1.down_proj.weight": [4, 8],
+        "model.layers.1.mlp.shared_expert.gate_proj.weight": [6, 4],
+        "model.layers.1.mlp.shared_expert.down_proj.weight": [4, 6],
+        "model.layers.1.mlp.shared_expert_gate.weight": [1, 4],
+    }
+    assert [row[:2] for row in parameters_by_part(tensors)] == [
+        ("FFNs of layers without experts", "96"),
+        ("Shared experts", "52"),
+        ("Experts", "32"),
+        ("Routers", "8"),
+    ]
+
+
 def test_names_are_escaped_and_the_page_loads_nothing() -> None:
     evil = "<script>alert('x')</script>&"
     plan = whole_plan()

@@ -16,6 +16,8 @@ from symphony_moe.reporting.page import fill, title
 from symphony_moe.reporting.run_page import by_value, header_facts, other_notes
 
 _PARTS = (
+    ("FFNs of layers without experts", r"mlp\.(gate|up|down)_proj\."),
+    ("Shared experts", r"shared_expert"),
     ("Routers", r"(gate|router)(\.layer)?\.(weight|bias)$|moe_statics"),
     ("Token embeddings and head", r"embed_tokens|lm_head"),
     ("Attention", r"self_attn|self_attention"),
