@@ -411,6 +411,8 @@ def test_the_commands_make_the_same_model_again() -> None:
         ("law", None, "symphony add OLD law --model MODEL --data FILE --out DIR"),
         ("law", "law", "symphony replace OLD law --model MODEL --data FILE --out DIR"),
         (None, "law", "symphony remove OLD law --out DIR"),
+        ("my law", None, "symphony add OLD 'my law' --model MODEL --data FILE --out DIR"),
+        (None, "it's law", "symphony remove OLD 'it'\"'\"'s law' --out DIR"),
     ],
 )
 def test_a_changed_run_is_made_again_from_the_old_one(

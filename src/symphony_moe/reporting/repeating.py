@@ -1,5 +1,6 @@
 """How to make the same model again: commands, versions."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ def _commands(recipe: Recipe, metrics: Metrics) -> str:
 
 
 def _change(added: str | None, removed: str | None) -> str:
+    """Of a run's experts, as a shell takes it: names may have spaces."""
     if added is None:
-        return f"symphony remove OLD {removed} --out DIR"
+        return f"symphony remove OLD {shlex.quote(str(removed))} --out DIR"
     command = "add" if removed is None else "replace"
-    return f"symphony {command} OLD {added} --model MODEL --data FILE --out DIR"
+    return f"symphony {command} OLD {shlex.quote(added)} --model MODEL --data FILE --out DIR"
