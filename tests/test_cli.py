@@ -1364,12 +1364,15 @@ def test_what_a_run_loses_is_set_beside_its_sources() -> None:
 def test_each_command_says_the_next_one(project: Path, tmp_path: Path, symphony: Symphony) -> None:
     """From the plan to the report, by what stands after `next:` alone."""
     words, done = ["plan", str(project / "recipe.yaml"), "--set", "train.learning_rate=1e-3"], []
+    words += ["--memory", "1.5 gb"]
     while words[0] != "push":
         code, out, err = symphony(*words)
         assert code == 0, err
         done.append(words[0])
         words = shlex.split(out.strip().splitlines()[-1].removeprefix("next: symphony "))
         words = [str(tmp_path / "the run") if word == "run" else word for word in words]
+        if words[0] == "build":
+            assert words[-4:] == ["--set", "train.learning_rate=1e-3", "--memory", "1.5 gb"]
     assert done == ["plan", "build", "verify", "train", "evaluate", "report"]
     assert words[1:] == [str(tmp_path / "the run"), "OWNER/NAME"]
 

@@ -297,13 +297,21 @@ def _seeds(text: str) -> Seeds:
     return Seeds(map(int, words))
 
 
-def _size(text: str) -> int:
+class Size(int):
+    """Bytes, with the words that they were given in."""
+
+    words: str
+
+
+def _size(text: str) -> Size:
     from symphony_moe.recipe.settings import parse_size
 
     try:
-        return parse_size(text, "--memory")
+        size = Size(parse_size(text, "--memory"))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    size.words = text.strip()
+    return size
 
 
 def _count(text: str) -> int:
@@ -350,7 +358,7 @@ NewRecipe = Annotated[
     ),
 ]
 Memory = Annotated[
-    int | None,
+    Size | None,
     typer.Option(
         parser=_size,
         metavar="SIZE",
@@ -650,8 +658,10 @@ def plan(
 
         write_text(html, render_plan(content, loaded))
         content, text = content | {"paths": {"page": str(html)}}, f"{text}\nwrote {html}"
-    sets = [word for override in overrides or () for word in ("--set", override)]
-    return content, f"{text}\n{next_command('build', recipe, '--out', 'run', *sets)}"
+    same = [word for override in overrides or () for word in ("--set", override)]
+    if memory is not None:
+        same += ["--memory", memory.words]
+    return content, f"{text}\n{next_command('build', recipe, '--out', 'run', *same)}"
 
 
 @_command
