@@ -132,19 +132,32 @@ def test_a_fit_brings_the_merged_ffn_closer_to_the_sources(tmp_path: Path) -> No
         shutil.rmtree(models_of(path) / name)
         shutil.copytree(models_of(path) / "a", models_of(path) / name)
         edit_weights(models_of(path) / name, branch(seed))
-    asked = [*FIT, *DENSE, "calibration.tokens=24576"]
+    asked = [*FIT, *DENSE, "calibration.tokens=24576", "fit.learning_rate=1e-3"]
     run = pipeline.build(load_recipe(path, asked), tmp_path / "run")
     first, second = run.read_json(run.metrics)["fit"]["layers"]
-    before, after = first["experts"]["error"]
-    assert after < before
+    before, solved = first["experts"]["error"]
+    assert solved < before
     assert first["experts"]["kept"]
-    before, after = first["refinement"]["error"]  # of one epoch
-    assert first["refinement"]["kept"] == (after < before)
+    before, after = first["refinement"]["error"]
+    assert before == solved
+    assert after < before
+    assert first["refinement"]["kept"]
     assert list(first["experts"]["condition"]) == ["down_proj of the FFN"]
     assert "routing" not in first
     assert set(second["routing"]["share"]) == set("abc")
     pipeline.verify(run)
     pipeline.report(run)
+    # Steps that are too large are tried, and what is written is what least squares found.
+    written = {}
+    for words in ("fit.epochs=0", "fit.learning_rate=1"):
+        changed = pipeline.build(load_recipe(path, [*asked, words]), tmp_path / words)
+        written[words] = read_tensors(changed.checkpoint)["model.layers.0.mlp.down_proj.weight"]
+        step = changed.read_json(changed.metrics)["fit"]["layers"][0].get("refinement")
+    assert step["error"][1] > step["error"][0] and not step["kept"]
+    least_squares = written["fit.epochs=0"]
+    assert torch.equal(written["fit.learning_rate=1"], least_squares)
+    refined = read_tensors(run.checkpoint)["model.layers.0.mlp.down_proj.weight"]
+    assert not torch.equal(refined, least_squares)
 
 
 @pytest.mark.parametrize("method", mostly_slow(["symphony", "harmonized"], "symphony"))
