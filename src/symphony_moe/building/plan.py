@@ -204,6 +204,8 @@ def _refuse_redrawn_zeros(recipe: Recipe, sources: Sequence[Source]) -> None:
 
 def _of_widths(recipe: Recipe, sources: Sequence[Source], width: int) -> Iterator[str]:
     """What it costs that FFNs are padded to one `width`."""
+    import humanize
+
     hidden, layers = sources[0].config.hidden_size, sources[0].config.num_hidden_layers
     narrow = {s.name: s.own_ffn for s in sources if s.own_ffn < s.config.intermediate_size}
     if not narrow:
@@ -212,8 +214,8 @@ def _of_widths(recipe: Recipe, sources: Sequence[Source], width: int) -> Iterato
     spelled = ", ".join(f"{name} ({own:,})" for name, own in narrow.items())
     yield (
         f"FFNs are padded with zeros to {width:,} neurons, which computes the same: {spelled}. "
-        f"That is {zeros / 1e6:,.1f} M parameters of zeros, "
-        f"{zeros * BYTES[recipe.output.dtype] / 1e6:,.1f} MB on disk and in memory"
+        f"That is {zeros:,} parameters of zeros, "
+        f"{humanize.naturalsize(zeros * BYTES[recipe.output.dtype])} on disk and in memory"
     )
     slices = recipe.experts.per_source
     of_expert = width // slices
