@@ -176,10 +176,10 @@ class Backbone(Section):
     missing_tokens: Literal["skip", "pieces", "pursuit", "regression"] = "skip"
     """Rows of a source's tables for ordinary tokens that the anchor has and the source lacks.
     `skip`: read as the mean of its pieces, and left out of the merge and of what the head is fitted
-    to. The others make a row that counts as the source's own. `pieces`: the head's row is that mean.
-    The embedding's row is half of it and half of the last piece's row. `pursuit`: a sum of a few
-    shared tokens' rows (orthogonal matching pursuit). `regression`: a linear map of the anchor's
-    row."""
+    to. The others make a row that counts as the source's own. `pieces`: the head's row is that
+    mean. The embedding's row is half of it and half of the last piece's row. `pursuit`: a sum of a
+    few shared tokens' rows (orthogonal matching pursuit). `regression`: a linear map of the
+    anchor's row."""
     norms: Literal["linear", "anchor"] = "linear"
     """How norm gains are merged. `linear`: weighted mean. `anchor`: the anchor's."""
     ffn: Literal["linear", "slerp", "anchor"] = "linear"
