@@ -264,6 +264,7 @@ _KEPT = {
     "alignment": "alignment.safetensors",
     "manifest": "manifest.json",
     "metrics": "metrics.json",
+    "samples": "samples.json",
     "report": "report.html",
     "log": "run.log",
     "logs": "logs/",
