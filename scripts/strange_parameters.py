@@ -146,7 +146,8 @@ def make_all(home: Path, state: State, methods: Sequence[str]) -> None:
             command = ("build", recipe, "--out", run, "--resume")
             state.get(f"{kind}, {method}: seconds", partial(symphony, *command))
             _ask(state, some_recipe, f"{kind}, {method}", run / "checkpoint")
-            state.get("sizes", partial(_sizes, run))
+            if method == "harmonized":
+                state.get("sizes", partial(_sizes, run))
 
 
 def _sizes(run: Path) -> dict[str, int]:
