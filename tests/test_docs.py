@@ -292,7 +292,7 @@ def test_every_recipe_loads(block: Block, tmp_path: Path) -> None:
     assert resolve_recipe(content, tmp_path, block.page).sources
 
 
-@pytest.mark.parametrize("page", mostly_slow(FOLLOWED, "how-to/router.md", "reference/api.md"))
+@pytest.mark.parametrize("page", mostly_slow(FOLLOWED, "reference/api.md"))
 def test_a_page_can_be_followed(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,7 +70,7 @@ def test_what_pyproject_needs_is_looked_at() -> None:
         one = Requirement(text)
         (words,) = (w for n, w in listed.items() if _same(n, one.name))
         assert words.endswith(f"({one.specifier})")
-    assert set(EXTRAS) == set(PROJECT["optional-dependencies"]) - {"dev", "real", "slow"}
+    assert set(EXTRAS) == set(PROJECT["optional-dependencies"]) - {"dev", "pages", "real", "slow"}
     for extra in EXTRAS:
         packages = found(extra, "extras").value["packages"]
         assert len(packages) == len(PROJECT["optional-dependencies"][extra])

@@ -460,7 +460,7 @@ def test_a_process_that_is_killed_ends_all_and_the_build_goes_on(
     # What was done before is not done again: the first layer's fit or comparison.
     again = Fault(0, "symphony_moe.building.build", "fit_layer", LookupError("layer 0 again"))
     if function == "fit_layer":
-        again_from = launch(tmp_path, [*words, "--resume"], failing=again)
+        again_from = launch(tmp_path, [*words, "--resume", "--verbose"], failing=again)
         assert again_from.codes == [1, 2] and "I layer 1 of 2" in again_from.output
     ended = launch(tmp_path, [*words, "--resume"])
     assert ended.codes == [0, 0], ended.output

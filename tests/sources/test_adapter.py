@@ -177,7 +177,7 @@ def test_an_adapter_is_named_with_the_model_it_was_trained_on(
     assert "adapter: my-lora" in card and str(tmp_path) not in card
     described = run.read_json(run.plan)["sources"][1]
     assert (described["adapter"], described["adapter_base"]) == ("my-lora", name)
-    assert "b, with the LoRA my-lora</td>" in pipeline.report(run).read_text()
+    assert f"b, with the LoRA my-lora, trained on {name}</td>" in pipeline.report(run).read_text()
 
 
 def without_weights(adapter: Path) -> None:
