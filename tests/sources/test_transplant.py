@@ -19,7 +19,14 @@ from symphony_moe.recipe.load import load_recipe
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.source import Source
 from symphony_moe.sources.spelling import BYTE_LEVEL, SPELLINGS, said_by, spelled_as
-from symphony_moe.sources.transplant import Places, Transplant, pursue, regress, terms_for
+from symphony_moe.sources.transplant import (
+    Combination,
+    Places,
+    Transplant,
+    pursue,
+    regress,
+    terms_for,
+)
 
 LACKED = 12
 """Merges that `b` lacks."""
@@ -103,7 +110,8 @@ def test_one_search_serves_all_sources_of_one_tokenizer() -> None:
             Table(name, normal(9, 50, 16)), (EMBEDDING, EMBEDDING), Places(shared, own, missing)
         )
         expected, _ = pursue(anchor.rows[50:], anchor.rows[:50], terms_for(16))
-        assert torch.equal(how.rows, own[expected])  # type: ignore[union-attr]
+        assert isinstance(how, Combination)
+        assert torch.equal(how.rows, own[expected])
     assert anchor.asked == 2, "atoms and targets, once"
 
 

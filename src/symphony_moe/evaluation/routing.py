@@ -149,6 +149,17 @@ class _Sums:
 
 
 @contextmanager
+def _hooked(gates: Sequence[nn.Module], hook_of: Callable[[int], Any]) -> Iterator[None]:
+    """Inside the block, every run of a router calls its hook. `hook_of`: by the router's place."""
+    handles = [gate.register_forward_hook(hook_of(place)) for place, gate in enumerate(gates)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def observe_routing(model: PreTrainedModel, slices: int = 1) -> Iterator[Callable[[], Routing]]:
     """Inside the block, every run of a stock MoE adds to what the function that is given returns:
     the routing of all tokens so far. `slices`: how many of its experts, one after another, are one
@@ -163,12 +174,8 @@ def observe_routing(model: PreTrainedModel, slices: int = 1) -> Iterator[Callabl
 
         return hook
 
-    handles = [gate.register_forward_hook(observe(layer)) for layer, gate in enumerate(gates)]
-    try:
+    with _hooked(gates, observe):
         yield sums.routing
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -184,12 +191,8 @@ def router_probabilities(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]
 
         return hook
 
-    handles = [gate.register_forward_hook(observe(layer)) for layer, gate in enumerate(gates)]
-    try:
+    with _hooked(gates, observe):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _by_name(output: Sequence[Any], forms: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -288,12 +291,8 @@ def experts_by_rule(model: PreTrainedModel, rule: Rule) -> Iterator[None]:
         parts = _by_name(output, forms)
         return _with_choices(parts, gates.to(inputs[0].dtype), order[:, :places])
 
-    handles = [gate.register_forward_hook(hook) for gate in routers(model)]
-    try:
+    with _hooked(routers(model), lambda _: hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def rounded(values: Tensor, decimals: int = 6) -> Any:
