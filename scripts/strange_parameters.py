@@ -21,14 +21,15 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench_parts.copies import environment
-from bench_parts.measuring import State, machine, markdown, shown, take
+from bench_parts.copies import THEIRS as MERGEKIT
+from bench_parts.copies import mergekit
+from bench_parts.measuring import State, machine, markdown, shown
 from bench_parts.setting import symphony
 from real_model import QUESTION, convert, fetch, generate, tune
 from symphony_moe import load_recipe
@@ -38,6 +39,7 @@ from symphony_moe.sources.opening import open_sources
 from symphony_moe.sources.stock import load_stock
 from symphony_moe.text.documents import is_held_out
 from symphony_moe.text.texts import Texts
+from symphony_moe.text.windows import Pieces
 from twin import scramble
 
 DOMAINS = {"general": "english", "code": "python", "records": "records"}
@@ -45,7 +47,6 @@ DOMAINS = {"general": "english", "code": "python", "records": "records"}
 STEPS = 40
 """Of a fine-tune, each of 4 x 128 tokens."""
 METHODS = ("btx", "dume", "symphony", "harmonized")
-MERGEKIT = "mergekit-moe"
 KINDS = ("plain", "strange")
 EXTRA = "headers"
 PROMPTS, PROMPT_LENGTH = 8, 200
@@ -111,10 +112,7 @@ def merge(home: Path, kind: str, models: Mapping[str, Path]) -> dict[str, Any]:
     path, out = home / "recipes" / f"{kind}-{MERGEKIT}.yaml", home / "runs" / f"{kind}-{MERGEKIT}"
     path.write_text(json.dumps(config), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
-    programs = environment()
-    # Nothing of this Python may be seen from that one.
-    alone = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    return take([programs / "python", programs / MERGEKIT, path, out, "--device", "cpu"], alone)
+    return mergekit(path, out, "--device", "cpu")
 
 
 def _prompts(domain: str) -> list[str]:
@@ -124,10 +122,15 @@ def _prompts(domain: str) -> list[str]:
 
 def measure(recipe: Path, folder: Path) -> dict[str, float]:
     """Source -> held-out nats per token of a model folder on its text, in float32."""
-    loaded = load_recipe(recipe)
-    pieces = Texts(loaded, open_sources(loaded, download=False)).held_out_text()
-    losses, _ = losses_and_routing(load_stock(folder), pieces)
+    losses, _ = losses_and_routing(load_stock(folder), _held_out(recipe))
     return losses
+
+
+@cache
+def _held_out(recipe: Path) -> dict[str, Pieces]:
+    """The same text for every model, drawn once."""
+    loaded = load_recipe(recipe)
+    return Texts(loaded, open_sources(loaded, download=False)).held_out_text()
 
 
 def make_all(home: Path, state: State, methods: Sequence[str]) -> None:

@@ -58,7 +58,8 @@ def environment() -> Path:
     return home / "bin"
 
 
-def _mergekit(*arguments: str | Path) -> dict[str, Any]:
+def mergekit(*arguments: str | Path) -> dict[str, Any]:
+    """What a run of mergekit-moe takes."""
     # Nothing of this Python may be seen from that one.
     alone = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     programs = environment()
@@ -72,7 +73,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     helps: dict[str, Measure] = {OURS: partial(symphony, "--help")}
     if setting.mergekit:
         environment()
-        helps[THEIRS] = partial(_mergekit, "--help")
+        helps[THEIRS] = partial(mergekit, "--help")
     found["`--help`"] = in_turn(state, "help", setting.pairs, helps)
     for case, (shape, count) in CASES.items():
         found[case] = in_turn(state, case, setting.pairs, _commands(setting, case, shape, count))
@@ -106,7 +107,7 @@ def _build_anew(setting: Setting, recipe: Path) -> dict[str, Any]:
 
 def _merge_anew(setting: Setting, config: Path) -> dict[str, Any]:
     out = setting.run_folder(config.stem)
-    taken = _mergekit(config, out)
+    taken = mergekit(config, out)
     shutil.rmtree(out)
     return taken
 
