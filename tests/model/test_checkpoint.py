@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from symphony_moe.errors import RecipeError, RunFolderError
 from symphony_moe.files import hash_folder, sha256_of, write_at
-from symphony_moe.model.checkpoint import BYTES, CheckpointWriter, assign_shards
+from symphony_moe.model.checkpoint import BYTES, CheckpointWriter, assign_shards, is_finite
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (50, 8),
@@ -309,6 +309,25 @@ def test_values_that_float16_cannot_hold_are_refused_by_name(value: float, tmp_p
     tensor[3, 4] = value
     with pytest.raises(RecipeError, match=r"output\.dtype: model\.layers\.1\.a\.weight.*float16"):
         writer.write("model.layers.1.a.weight", tensor)
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_value_that_is_not_finite_is_found_among_all_that_are(
+    value: float, dtype: torch.dtype
+) -> None:
+    # Every number of 16 bits once; of 32 bits, those of bfloat16.
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    every = bits.view(torch.bfloat16 if dtype == torch.float32 else dtype).to(dtype)
+    finite = every[torch.isfinite(every)].view(-1, 2)
+    assert is_finite(finite) and is_finite(finite.T) and is_finite(finite[:0])
+    for sign in (1, -1):
+        broken = finite.clone()
+        broken[3, 1] = math.copysign(value, sign)
+        assert not is_finite(broken) and not is_finite(broken.T)
 
 
 # Resuming

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symphony_moe.building.draws import generator_for
-from symphony_moe.model.checkpoint import ONE_THREAD
 
-_PIECE = ONE_THREAD
-"""Numbers whose mean is taken at once: their float64 copies stay in a core's cache."""
+_PIECE = 2**15
+"""Numbers whose mean is taken at once: their float64 copies stay in a core's cache, and torch takes
+one thread for so few. Beside threads that read, write and hash, more would mostly wait for one
+another, at full speed."""
 
 _MAX_ITERATIONS = 100
 
