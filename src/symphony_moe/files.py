@@ -1,6 +1,7 @@
 """Files that a kill or a full disk cannot leave half written; locks, hashes and reserved room."""
 
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -56,6 +57,18 @@ def write_text(path: Path, text: str) -> None:
 def to_json(content: Any, indent: int | None = None, *, ascii_only: bool = False) -> str:
     """JSON that every parser reads: numbers that are none (a diverged loss) become null."""
     return json.dumps(_finite(content), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+
+
+def from_json(text: str | bytes) -> Any:
+    """What a JSON text says. Of a large one, such as a tokenizer's, a million objects are made, and
+    none is garbage: meanwhile the collector, which would look for some again and again, is off."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(text)
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _finite(content: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from symphony_moe.errors import SourceMismatch
+from symphony_moe.files import from_json
 from symphony_moe.model.families import FACTORS, attention_window, head_dim
 from symphony_moe.model.layer import activation_of, rotations
 from symphony_moe.sources.same_tokenizer import other_settings
@@ -236,7 +237,9 @@ def _compare_tokenizers(sources: Sequence[Source], anchor: str, chat: str) -> li
         found += _compare_added(sources, anchor)
     tokens = _of_tokenizers(sources, lambda tokenizer: frozenset(tokenizer.get_vocab()))
     common = frozenset.intersection(*tokens.values())
-    digests = _of_tokenizers(sources, lambda own: _segmentation_digest(own, common))
+    digests = dict.fromkeys(tokens, "the same files")
+    if len({id(source.own_tokenizer) for source in sources}) > 1:
+        digests = _of_tokenizers(sources, lambda own: _segmentation_digest(own, common))
     rules: dict[str, dict[str, str]] = {
         "tokenizer merges and normalization": {},
         "special tokens": {},
@@ -369,7 +372,7 @@ def _segmentation_digest(tokenizer: PreTrainedTokenizerBase, common: Collection[
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return type(tokenizer).__name__
-    content = json.loads(backend.to_str())
+    content = from_json(backend.to_str())
     model = {k: v for k, v in content.get("model", {}).items() if k != "vocab"}
     stages = ("normalizer", "pre_tokenizer")
     added = [

@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from symphony_moe.files import from_json
 from symphony_moe.sources.same_tokenizer import SETTINGS, cut
 from symphony_moe.sources.spelling import SPELLINGS, is_byte, said_by, spelled_as
 
@@ -86,7 +87,7 @@ class SourceTokenizer:
         """The tokenizer as its library writes it; empty for a tokenizer in Python."""
         # Calls switch padding and truncation on and off: that is no part of what it is.
         off = {"padding": None, "truncation": None}
-        return {} if self.backend is None else dict(json.loads(self.backend.to_str())) | off
+        return {} if self.backend is None else dict(from_json(self.backend.to_str())) | off
 
     @cached_property
     def added(self) -> dict[str, dict[str, Any]]:
@@ -129,7 +130,7 @@ class SourceTokenizer:
         """The same, as its tokenizer.json says it, whatever its class does; its own where there is
         none."""
         file = self.folder / "tokenizer.json"
-        content = json.loads(file.read_bytes()) if file.is_file() else {}
+        content = from_json(file.read_bytes()) if file.is_file() else {}
         stages = json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
         return _kind(str(content.get("model", {}).get("type", "")), stages) or self.kind
 
@@ -200,7 +201,7 @@ def stored_files(source: SourceTokenizer) -> dict[str, bytes]:
 
 def json_files(files: Mapping[str, bytes]) -> dict[str, Any]:
     """The JSON files with rules and tokens."""
-    return {name: json.loads(files[name]) for name in _WITH_TOKENS if name in files}
+    return {name: from_json(files[name]) for name in _WITH_TOKENS if name in files}
 
 
 def ordinary_tokens(content: Mapping[str, Any]) -> set[str]:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from symphony_moe.errors import SourceError
+from symphony_moe.files import from_json
 from symphony_moe.sources.same_tokenizer import SETTINGS
 from symphony_moe.sources.source_tokenizer import (
     CHAT_TEMPLATES,
@@ -31,6 +32,9 @@ _CHAT_TEMPLATE = "chat_template.jinja"
 _NEWEST, _ANY = GENERIC
 """Names of one class: what transformers 5 writes, and what every version and llama.cpp's converter
 know."""
+
+_NO_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
+"""What tokenizer.json says of a model without a token."""
 
 _STAGES = ("normalizer", "pre_tokenizer", "decoder")
 """What tokenizer.json says of text on its way to tokens and back, and some classes build anew."""
@@ -73,13 +77,16 @@ def _with(files: Mapping[str, bytes], contents: dict[str, Any]) -> dict[str, byt
     changed = {
         name: _dump(content)
         for name, content in contents.items()
-        if name not in files or content != json.loads(files[name])
+        if name not in files or content != from_json(files[name])
     }
     return dict(files) | changed
 
 
 def _dump(content: Any) -> bytes:
-    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+    # Indented, a large vocabulary is six times as much work: the library's quick encoder knows no
+    # indents.
+    indent = None if "model" in content else 2
+    return json.dumps(content, indent=indent, ensure_ascii=False).encode() + b"\n"
 
 
 def _explicit(source: SourceTokenizer, files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -148,8 +155,7 @@ def _names_a_class(source: SourceTokenizer, config: Mapping[str, Any]) -> bool:
 
 def _write_rules(source: SourceTokenizer, contents: dict[str, Any], rules: dict[str, Any]) -> None:
     """What the source's class does with text and tokens, where tokenizer.json says otherwise."""
-    # As the library reads them: an older file spells the same otherwise.
-    read = json.loads(Tokenizer.from_str(json.dumps(rules)).to_str())
+    read = _as_read(rules, source.content["model"])
     for stage in _STAGES:
         if read[stage] != source.content[stage]:
             rules[stage] = source.content[stage]
@@ -168,6 +174,16 @@ def _write_rules(source: SourceTokenizer, contents: dict[str, Any], rules: dict[
             entry |= flags(own)
     known = {entry["content"] for entry in listed}
     _add(contents, [entry for token, entry in source.added.items() if token not in known])
+
+
+def _as_read(rules: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """What tokenizer.json says as the library reads it: an older file spells the same otherwise.
+    Where the tokenizer's `model` stands in it word for word, that part is not read: a large
+    vocabulary takes a second."""
+    if rules["model"] != model:
+        return dict(from_json(Tokenizer.from_str(json.dumps(rules)).to_str()))
+    small = {**rules, "model": _NO_MODEL, "added_tokens": []}
+    return from_json(Tokenizer.from_str(json.dumps(small)).to_str()) | {"model": model}
 
 
 def _adds_nothing(content: Mapping[str, Any]) -> bool:
