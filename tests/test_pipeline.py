@@ -4,6 +4,7 @@ What a checkpoint must compute is worked out here a second time, with numpy fusi
 experts inside the dense family's own stock model, sharing nothing with the package but file names.
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -31,6 +32,7 @@ from checks import (
     load_clean,
     logits_of,
     models_of,
+    mostly_slow,
     random_text,
     read_tensors,
     router_name,
@@ -146,8 +148,15 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "top_k"),
+    mostly_slow(
+        itertools.product(VARIANTS, [1, 2, 3]),
+        *((variant, 2) for variant in VARIANTS),
+        ("qwen2", 1),
+        ("qwen2", 3),
+    ),
+)
 def test_identical_sources_give_the_dense_model(
     variant: str, top_k: int, twins: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -185,7 +194,9 @@ def test_identical_sources_give_the_dense_model(
     check()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", mostly_slow(VARIANTS, "llama-tied-rope3", "qwen2-granitemoe", "qwen3")
+)
 def test_reordering_sources_permutes_experts_and_routers_only(
     variant: str, recipes: Callable[[str], Path], built: Callable[[str], RunFolder], tmp_path: Path
 ) -> None:
@@ -292,8 +303,14 @@ def test_the_code_in_a_model_card_asks_a_chat_model_in_a_chat(
     assert "<user>Who are you?<answer>" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    mostly_slow(
+        itertools.product(VARIANTS, ["float32", "bfloat16"]),
+        *((variant, "float32") for variant in VARIANTS),
+        ("qwen2", "bfloat16"),
+    ),
+)
 def test_stock_logits_are_what_the_method_says(
     variant: str, dtype: str, recipes: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -389,7 +406,9 @@ def test_names_are_per_expert_and_as_stock_writes_them(
         assert len(zeros) == 5 and not any(tensors[name].any() for name in zeros)
 
 
-@pytest.mark.parametrize("variant", COMMON)
+@pytest.mark.parametrize(
+    "variant", mostly_slow(COMMON, "llama-tied-rope3", "qwen2-granitemoe", "qwen3")
+)
 def test_shards_hold_the_same_model(
     variant: str, recipes: Callable[[str], Path], built: Callable[[str], RunFolder], tmp_path: Path
 ) -> None:
@@ -536,7 +555,9 @@ def test_aligning_neurons_by_itself_changes_nothing(
     assert changed == expected
 
 
-@pytest.mark.parametrize("variant", COMMON)
+@pytest.mark.parametrize(
+    "variant", mostly_slow(COMMON, "llama-tied-rope3", "qwen2-granitemoe", "qwen3")
+)
 def test_neurons_are_matched_by_the_stock_models_activations(
     variant: str, recipes: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -769,12 +790,17 @@ def test_memory_mapped_streams_give_the_same_bytes(
 
 @pytest.mark.parametrize(
     ("variant", "neurons", "layer"),
-    [
-        *((variant, "activations", 1) for variant in VARIANTS),
+    mostly_slow(
+        [
+            *((variant, "activations", 1) for variant in VARIANTS),
+            ("qwen2", "activations", 0),
+            ("qwen2", "none", 0),
+            ("qwen2", "none", 1),
+        ],
+        *((variant, "activations", 1) for variant in ("llama-tied-rope3", "qwen2-granitemoe")),
         ("qwen2", "activations", 0),
-        ("qwen2", "none", 0),
         ("qwen2", "none", 1),
-    ],
+    ),
 )
 def test_a_resumed_build_gives_the_same_bytes(
     variant: str,
@@ -1047,7 +1073,7 @@ def test_verify_refuses_a_source_that_is_not_read_as_transformers_reads_it(
     assert "experts and backbone" not in str(caught.value)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, *list(VARIANTS)[::2]))
 def test_every_source_computes_what_stock_loading_of_it_does(
     variant: str, built: Callable[[str], RunFolder]
 ) -> None:

@@ -39,7 +39,8 @@ BASELINES = ("btx", "drop-upcycling", "sparse-upcycling", "dume")
     ("method", "variant"),
     mostly_slow(
         itertools.product(BASELINES, COMMON),
-        *itertools.product(BASELINES, ["llama-tied-rope3", "qwen2-granitemoe"]),
+        *itertools.product(BASELINES, ["qwen2-granitemoe"]),
+        ("btx", "llama-tied-rope3"),
     ),
 )
 def test_a_baseline_is_what_the_paper_says(
@@ -82,9 +83,7 @@ def test_a_baseline_is_what_the_paper_says(
 
 @pytest.mark.parametrize(
     ("method", "variant"),
-    mostly_slow(
-        itertools.product(BASELINES, COMMON), *itertools.product(BASELINES, ["mistral", "qwen2"])
-    ),
+    mostly_slow(itertools.product(BASELINES, COMMON), *itertools.product(BASELINES, ["qwen2"])),
 )
 def test_equal_sources_make_the_dense_model(method: str, variant: str, tmp_path: Path) -> None:
     """Law 2; for Drop-Upcycling at share 0."""

@@ -2,6 +2,7 @@
 not help is not kept. The output head likewise."""
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -247,7 +248,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "WINDOWS_TOKENS", 3 * 64)
 
 
-@pytest.mark.parametrize("variant", FITTED)
+@pytest.mark.parametrize("variant", mostly_slow(FITTED, "llama-biases", "qwen3", "olmo2"))
 def test_what_is_kept_lowers_the_error_on_the_validation_text(
     variant: str, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,7 +278,7 @@ def test_what_is_kept_lowers_the_error_on_the_validation_text(
         advance(begun.state, layer, moe, NEW)
 
 
-@pytest.mark.parametrize("variant", FITTED)
+@pytest.mark.parametrize("variant", mostly_slow(FITTED, "llama-biases", "qwen3", "olmo2"))
 def test_copies_of_one_source_stay_what_they_are(
     variant: str, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,7 +339,7 @@ def asked_for(begun: Begun, place: int, missing: Tensor, neurons: Tensor, weight
     return missing / times
 
 
-@pytest.mark.parametrize("variant", FITTED)
+@pytest.mark.parametrize("variant", mostly_slow(FITTED, "llama-biases", "qwen3", "olmo2"))
 def test_each_closed_form_is_its_ridge_regression(
     variant: str, harmonized: Callable[[str], Path], everything_is_kept: None, seen: Routed
 ) -> None:
@@ -560,8 +561,15 @@ def leaves(loss: Tensor) -> dict[int, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("value", [3.0, math.nan])
-@pytest.mark.parametrize("step", ["attention", "experts", "refinement"])
+@pytest.mark.parametrize(
+    ("step", "value"),
+    mostly_slow(
+        itertools.product(["attention", "experts", "refinement"], [3.0, math.nan]),
+        ("attention", 3.0),
+        ("experts", math.nan),
+        ("refinement", 3.0),
+    ),
+)
 def test_a_step_that_does_harm_is_not_kept(
     step: str, value: float, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

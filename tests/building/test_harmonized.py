@@ -179,7 +179,12 @@ def maps_in(run: RunFolder) -> set[str]:
 
 @pytest.mark.parametrize(
     ("variant", "prefer"),
-    [*((variant, "harmonized") for variant in VARIANTS), ("qwen2", "plain mean")],
+    mostly_slow(
+        [*((variant, "harmonized") for variant in VARIANTS), ("qwen2", "plain mean")],
+        *((variant, "harmonized") for variant in ("llama-tied-rope3", "qwen2-granitemoe")),
+        *((variant, "harmonized") for variant in ("granite", "olmo2", "smollm3")),
+        ("qwen2", "plain mean"),
+    ),
 )
 def test_identical_sources_give_the_dense_model(
     variant: str, prefer: str, recipes: Recipes, tmp_path: Path
@@ -217,7 +222,7 @@ def test_identical_sources_give_the_dense_model(
     ("variant", "anchor"),
     mostly_slow(
         [*((variant, "a") for variant in VARIANTS), ("qwen2", "b")],
-        *((variant, "a") for variant in ("llama-tied-rope3", "qwen3", "granite", "olmo2")),
+        *((variant, "a") for variant in ("llama-tied-rope3", "olmo2")),
         ("qwen2", "b"),
     ),
 )
@@ -306,7 +311,7 @@ def assert_reordered(
     ("variant", "prefer"),
     mostly_slow(
         [*((variant, "harmonized") for variant in VARIANTS), ("qwen3", "plain mean")],
-        *((variant, "harmonized") for variant in ("llama-tied-rope3", "qwen2", "olmo2")),
+        *((variant, "harmonized") for variant in ("llama-tied-rope3",)),
         ("qwen3", "plain mean"),
     ),
 )
@@ -334,7 +339,7 @@ def test_reordering_sources_permutes_experts_and_routers_only(
     assert run.read_json(run.metrics)["fit"] == usual.read_json(usual.metrics)["fit"]
 
 
-@pytest.mark.parametrize("variant", mostly_slow(COMMON, "llama", "qwen2-granitemoe"))
+@pytest.mark.parametrize("variant", mostly_slow(COMMON, "qwen2-granitemoe"))
 def test_one_recipe_gives_one_set_of_bytes(
     variant: str, recipes: Recipes, fitted: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -385,7 +390,14 @@ def killing(function: str, call: int) -> Iterator[None]:
             yield
 
 
-@pytest.mark.parametrize("kill", KILLS, ids=str)
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(kill, marks=() if place % 2 else pytest.mark.slow)
+        for place, kill in enumerate(KILLS, start=1)
+    ],
+    ids=str,
+)
 def test_killed_and_resumed_equals_never_killed(
     kill: tuple[str, int, str, bool],
     recipes: Recipes,
@@ -439,13 +451,18 @@ def test_what_was_compared_and_fitted_is_not_done_again(
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [
-        *((variant, "float32") for variant in VARIANTS),
-        ("llama-tied-rope3", "bfloat16"),
+    mostly_slow(
+        [
+            *((variant, "float32") for variant in VARIANTS),
+            ("llama-tied-rope3", "bfloat16"),
+            ("qwen2", "bfloat16"),
+            ("qwen3", "bfloat16"),
+            ("mistral", "float16"),
+        ],
+        *((variant, "float32") for variant in ("llama-tied-rope3", "granite", "olmo2")),
         ("qwen2", "bfloat16"),
-        ("qwen3", "bfloat16"),
         ("mistral", "float16"),
-    ],
+    ),
 )
 def test_the_checkpoint_computes_what_the_build_says(
     variant: str, dtype: str, recipes: Recipes, fitted: Runs, tmp_path: Path
@@ -521,9 +538,7 @@ def test_what_is_kept_of_the_closed_form_is_what_is_written(
     assert any(kept)
 
 
-@pytest.mark.parametrize(
-    "variant", mostly_slow(VARIANTS, "llama-biases", "qwen3", "granite", "olmo2", "smollm3")
-)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, "qwen3", "olmo2"))
 def test_fitting_lowers_the_error_of_every_family(
     variant: str, recipes: Recipes, fitted: Runs, fallen_back: Runs
 ) -> None:
@@ -579,7 +594,9 @@ def folded(state: Mapping[str, Tensor], name: str) -> Tensor:
     return tensor
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", mostly_slow(VARIANTS, "llama-tied-rope3", "qwen2-granitemoe", "olmo2")
+)
 def test_a_fit_that_is_worse_gives_the_plain_mean(
     variant: str, recipes: Recipes, fallen_back: Runs
 ) -> None:
@@ -690,7 +707,11 @@ def test_a_head_that_fits_nothing_is_found_out(
 
 
 @pytest.mark.parametrize(
-    ("which", "chosen"), [("plain", "harmonized"), ("new", "plain mean"), ("both", "harmonized")]
+    ("which", "chosen"),
+    mostly_slow(
+        [("plain", "harmonized"), ("new", "plain mean"), ("both", "harmonized")],
+        ("new", "plain mean"),
+    ),
 )
 def test_a_loss_that_is_no_number_is_never_better(
     which: str, chosen: str, recipes: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -779,7 +800,7 @@ def test_branches_with_little_text_are_not_made_worse(windows: int, tmp_path: Pa
 # ---------------------------------------------------------------------- alignment and routers alone
 
 
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("variant", mostly_slow(FAMILIES, "qwen3"))
 def test_alignment_alone_brings_twins_back_exactly(
     variant: str, twins: Recipes, aligned_only: Runs
 ) -> None:
@@ -801,10 +822,15 @@ def test_alignment_alone_brings_twins_back_exactly(
     ("kind", "variant", "endings"),
     [
         ("residual", "llama-tied-rope3", {"residual"}),
-        ("heads", "qwen2", {"order", "phases", "values"}),
+        pytest.param("heads", "qwen2", {"order", "phases", "values"}, marks=pytest.mark.slow),
         ("heads", "qwen3", {"order", "phases", "values"}),
         ("neurons", "mistral", {"neurons"}),
-        ("all", "qwen3", {"residual", "order", "phases", "values", "neurons"}),
+        pytest.param(
+            "all",
+            "qwen3",
+            {"residual", "order", "phases", "values", "neurons"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_each_alignment_alone_verifies(
@@ -875,7 +901,7 @@ def router_inputs(model: Any, text: Tensor) -> list[Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2-untied"])
+@pytest.mark.parametrize("variant", mostly_slow(["llama", "qwen2-untied"], "llama"))
 def test_hidden_routers_are_the_mean_inputs_of_the_stock_model(
     variant: str, recipes: Recipes, tmp_path: Path
 ) -> None:
@@ -896,7 +922,7 @@ def test_hidden_routers_are_the_mean_inputs_of_the_stock_model(
         assert difference(found, torch.from_numpy(expected)) <= 1e-4
 
 
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("variant", mostly_slow(FAMILIES, "qwen2"))
 def test_regression_routers_are_the_minimum_on_the_stock_models_inputs(
     variant: str, recipes: Recipes, tmp_path: Path
 ) -> None:
@@ -1033,7 +1059,9 @@ def with_maps(twins: Recipes, tmp_path_factory: pytest.TempPathFactory) -> RunFo
     return build(twins("llama"), tmp_path_factory.mktemp("with-maps") / "run")
 
 
-@pytest.mark.parametrize(("change", "said"), RECORDS, ids=range(len(RECORDS)))
+@pytest.mark.parametrize(
+    ("change", "said"), mostly_slow(RECORDS, *RECORDS[::3]), ids=range(len(RECORDS))
+)
 def test_verify_notices_a_changed_record(
     change: Callable[[dict[str, Tensor]], None], said: str, with_maps: RunFolder, tmp_path: Path
 ) -> None:
@@ -1104,7 +1132,7 @@ def test_verify_computes_again_what_is_not_fitted(name: str, fitted: Runs, tmp_p
         pipeline.verify(run)
 
 
-@pytest.mark.parametrize("prefer", ["harmonized", "plain mean"])
+@pytest.mark.parametrize("prefer", mostly_slow(["harmonized", "plain mean"], "harmonized"))
 def test_verify_deep_fits_again(
     prefer: str, fitted: Runs, fallen_back: Runs, tmp_path: Path
 ) -> None:
@@ -1126,7 +1154,7 @@ def finite(run: RunFolder) -> bool:
     return all(bool(torch.isfinite(tensor.float()).all()) for tensor in tensors)
 
 
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize("variant", mostly_slow(FAMILIES, "qwen3"))
 def test_one_short_window_per_source_is_fitted_with_a_warning(
     variant: str, recipes: Recipes, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

@@ -411,8 +411,8 @@ def test_more_processes_than_windows(recipe: Path, tmp_path: Path) -> None:
         ("qwen2", "symphony", ["router.init=hidden", "output.dtype=bfloat16"]),
         ("qwen2-granitemoe", "harmonized", []),
         ("llama", "bam", []),
-        ("llama", "drop-upcycling", []),
-        ("llama", "dume", []),
+        pytest.param("llama", "drop-upcycling", [], marks=pytest.mark.slow),
+        pytest.param("llama", "dume", [], marks=pytest.mark.slow),
     ],
     ids=[
         "tied heads",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checks import random_windows
+from checks import mostly_slow, random_windows
 from conftest import VARIANTS, make_model, make_recipe, make_tokenizer, router_of
 from symphony_moe import pipeline
 from symphony_moe.cli import main
@@ -222,7 +222,9 @@ def test_metrics_hold_every_model_on_every_domain(
         assert torch.tensor(routing["share"][domain]) == pytest.approx(found_here.share, abs=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "variant", mostly_slow(["llama", "mistral", "qwen2", "qwen3"], "mistral", "qwen2")
+)
 def test_losses_are_those_of_stock_document_by_document(
     variant: str, recipes: Callable[[str], Path], copied: Callable[[str], RunFolder]
 ) -> None:

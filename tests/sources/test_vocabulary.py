@@ -286,7 +286,6 @@ def test_padding_is_kept_where_it_is_and_zero_where_there_is_none(tmp_path: Path
     ("variant", "method"),
     mostly_slow(
         itertools.product(["llama", "llama-tied-rope3", "qwen2"], ["symphony", "harmonized"]),
-        ("llama", "symphony"),
         ("llama-tied-rope3", "harmonized"),
         ("qwen2", "symphony"),
     ),
@@ -322,7 +321,7 @@ def test_different_vocabularies_build_verify_and_load(
 
 
 @pytest.mark.parametrize("named", SENTENCE_PIECE)
-@pytest.mark.parametrize("method", ["symphony", "harmonized"])
+@pytest.mark.parametrize("method", mostly_slow(["symphony", "harmonized"], "symphony"))
 def test_sentencepiece_models_with_different_tokens_build_and_verify(
     method: str, named: str, tmp_path: Path
 ) -> None:
@@ -561,9 +560,14 @@ def write_templates(model: Path, templates: Any, how: str) -> None:
             (where / file).write_text(text)
 
 
-@pytest.mark.parametrize("how", ["config", "files"])
-@pytest.mark.parametrize("chat", ["a", "b"])
-@pytest.mark.parametrize("kind", CHATS)
+@pytest.mark.parametrize(
+    ("kind", "chat", "how"),
+    mostly_slow(
+        itertools.product(CHATS, ["a", "b"], ["config", "files"]),
+        *((kind, "b", "files") for kind in CHATS),
+        ("several", "a", "config"),
+    ),
+)
 def test_every_chat_template_is_carried(kind: str, chat: str, how: str, tmp_path: Path) -> None:
     """The anchor's, or those of the chat's source and none of the anchor's; into training too."""
     path = a_pair(tmp_path)
@@ -1080,8 +1084,13 @@ def test_tokens_that_only_a_class_adds_need_rows(union: bool, named: bool, tmp_p
         open_sources(load_recipe(path))
 
 
-@pytest.mark.parametrize("union", [False, True])
-@pytest.mark.parametrize("variant", COMMON)
+@pytest.mark.parametrize(
+    ("variant", "union"),
+    mostly_slow(
+        itertools.product(COMMON, [False, True]),
+        *itertools.product(["llama-tied-rope3", "qwen2"], [False, True]),
+    ),
+)
 def test_no_reader_has_to_know_the_newest_class_name(
     variant: str, union: bool, tmp_path: Path
 ) -> None:

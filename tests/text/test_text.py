@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from checks import mostly_slow
 from conftest import COMMON, WORDS, make_text, make_tokenizer
 from symphony_moe.errors import TextError
 from symphony_moe.recipe.load import resolve_recipe
@@ -371,8 +372,14 @@ def test_positions_count_from_the_beginning_of_document_and_window(
     assert (drawn.positions[:, 1:] == 0).any() and (drawn.positions == 15).any()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("variant", COMMON)
+@pytest.mark.parametrize(
+    ("variant", "attention"),
+    mostly_slow(
+        itertools.product(COMMON, ["eager", "sdpa"]),
+        *((variant, "sdpa") for variant in ("llama", "mistral", "qwen2-granitemoe")),
+        ("qwen3", "eager"),
+    ),
+)
 def test_stock_models_attend_to_a_tokens_own_document(
     variant: str, attention: str, built: Callable[[str], RunFolder]
 ) -> None:
