@@ -30,7 +30,7 @@ from symphony_moe.files import PIECE, RunningDigest, reserve, sync_file, write_a
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Output dtype -> bytes of a number."""
 
-WAITING_BYTES = 128 * 1024**2
+WAITING_BYTES = 32 * 1024**2
 """More bytes than this, and one tensor, do not wait to be written and hashed: who writes waits."""
 
 _BITS: dict[torch.dtype, tuple[torch.dtype, type[numpy.unsignedinteger[Any]], int]] = {
