@@ -761,7 +761,6 @@ def test_what_is_built_cannot_be_set(command: str, run: RunFolder, symphony: Sym
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["nonsense"],
         ["plan"],
         ["report", "x", "--set", "seed=1"],
@@ -780,6 +779,13 @@ def test_a_mistyped_command_line_shows_the_usage(
         main(arguments)
     assert caught.value.code == 2
     assert "usage: symphony" in capsys.readouterr().err
+
+
+def test_without_a_command_the_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit code is still a mistake's, for a script that has lost its command."""
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert "Commands" in out and "compare" in out and err == ""
 
 
 @pytest.mark.parametrize(

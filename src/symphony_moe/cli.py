@@ -73,7 +73,8 @@ Result = tuple[Any, str]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the process's exit code. SystemExit for a mistyped command line."""
+    """Run one command; the process's exit code. SystemExit for a mistyped command line. Without a
+    command it shows the help."""
     words = [str(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that is no text is shown as its escapes.
@@ -82,6 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
         _refuse_bytes(words)
     except RecipeError as error:
         return _fail(str(error), 2, as_json="--json" in words)
+    if not words:
+        _parse(["--help"])
+        return 2  # a script that has lost its command is to notice
     parsed = _parse(words)
     return parsed if isinstance(parsed, int) else _perform(parsed)
 

@@ -165,11 +165,10 @@ class Processes:
             yield
         except RuntimeError as error:
             raise LostProcess(
-                f"process {self.number + 1} of {self.count}: another process of this command has "
-                f"ended or does not answer ({shortened(first_line(error), 100)}), so all of them "
-                "end. What it said is above, or on its machine; a system that is short of memory "
-                "ends processes silently. Finished layers are kept: start the command again with "
-                "--resume"
+                f"process {self.number + 1} of {self.count}: another process has ended or does not "
+                f"answer ({shortened(first_line(error), 100)}), so all of them end. Its own "
+                "message is above, or on its machine. If it left none, the system may have been "
+                "short of memory. Finished layers are kept: start again with --resume"
             ) from error
 
 

@@ -585,6 +585,18 @@ def test_a_hub_id_that_cannot_be_fetched_is_named(download: bool, hub: Path) -> 
         open_source("a", spec, download=download)
 
 
+def test_a_mistyped_folder_is_asked_after(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "coder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match=r"; did you mean 'models/coder'\?$"):
+        open_source("a", SourceSpec(model="models/codr", data="x.txt"))
+    with pytest.raises(SourceError) as caught:
+        open_source("a", SourceSpec(model="models/lawyer", data="x.txt"))
+    assert "did you mean" not in str(caught.value)
+
+
 @pytest.mark.parametrize("model", ["models/of/mine", "a b", "models/", "x" * 200, "--"])
 def test_a_mistyped_path_is_named_as_neither_folder_nor_hub_id(model: str, hub: Path) -> None:
     with pytest.raises(SourceError) as caught:

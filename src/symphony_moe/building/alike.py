@@ -25,10 +25,10 @@ def refuse_alike(recipe: Recipe, sources: Sequence[Source]) -> None:
     # What has q and o in its experts already cannot be told to do so.
     bam = "" if recipe.has_attention_experts else " Or method: bam (Llama, Mistral): q and o too."
     raise SourceMismatch(
-        f"the adapters of {shortened(', '.join(adapted), 100)} change nothing of what an expert "
-        f"keeps ({_parts(sources[0])}): all experts would be {sources[0].public_name}'s, and a "
-        "router would choose between equals. Expected one adapter at least that changes them; "
-        f"train LoRAs on the FFN.{bam} To begin with equal experts: method: sparse-upcycling"
+        f"the adapters of {shortened(', '.join(adapted), 100)} leave the expert's weights as they "
+        f"are ({_parts(sources[0])}), so all experts would be equal to {sources[0].public_name}'s. "
+        f"Expected one adapter at least that changes them: a LoRA on the FFN.{bam} "
+        "If equal experts are wanted, set method: sparse-upcycling"
     )
 
 
@@ -38,9 +38,9 @@ def _refuse_empty_newcomer(recipe: Recipe, sources: Sequence[Source]) -> None:
     new = next((source for source in sources if source.name == recipe.newcomer), None)
     if new is not None and new.adapter is not None and not new.changes_expert:
         raise SourceMismatch(
-            f"{new.name}: its adapter changes nothing of what an expert keeps ({_parts(new)}), and "
-            "a change of experts keeps all else as it is: nothing of the adapter would be in the "
-            f"result. Expected a LoRA of the FFN; or build anew with {new.name} among the sources"
+            f"{new.name}: its adapter leaves the expert's weights as they are ({_parts(new)}). All "
+            "other weights are the old run's, so nothing of the adapter would be in the result. "
+            f"Expected a LoRA on the FFN; or build anew with {new.name} among the sources"
         )
 
 

@@ -43,10 +43,9 @@ from symphony_moe.sources.provenance import provenance
 from symphony_moe.sources.source import Source, anchor_of, is_tied, new_config, public_name
 
 NOTE_PERMUTATION = (
-    "align.neurons reorders each expert's hidden neurons; this by itself does not change what an "
-    "MoE with separate experts computes, before or after training (docs/paper-map.md). It is "
-    "recorded and reported, and takes about {seconds:.0f} s of stage 1 on this machine; "
-    "align.neurons: none leaves it out"
+    "align.neurons reorders each expert's hidden neurons. By itself this does not change what an "
+    "MoE with separate experts computes, before or after training (docs/paper-map.md). It takes "
+    "about {seconds:.0f} s of stage 1 on this machine; align.neurons: none leaves it out"
 )
 
 EVEN_WIDTH = 8

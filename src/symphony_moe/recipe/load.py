@@ -59,7 +59,9 @@ def read_settings(path: Path, setting: str) -> dict[Any, Any]:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
+        raise RecipeError(
+            f"{path}: not readable as YAML: {error}; is it a file of settings such as `{setting}:`?"
+        ) from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: expected settings such as `{setting}:`, got {_kind(content)}")
     return content

@@ -377,10 +377,9 @@ def _refuse_tied_rows(
     unties = declared.tie_word_embeddings and not config.tie_word_embeddings
     if unties and EMBEDDING in adapter.tokens and HEAD not in adapter.tokens:
         raise SourceError(
-            f"{adapter.owner}: its adapter trained rows of the embeddings "
-            "(trainable_token_indices). "
-            "The model's config ties the head to them, and its files hold another one: peft would "
-            "write the rows into that head too. Set tie_word_embeddings: false in the model's "
+            f"{adapter.owner}: its adapter has rows of the embeddings (trainable_token_indices). "
+            "peft would write them into the head too, as the model's config ties it; but the "
+            "files have a head of their own. Set tie_word_embeddings: false in the model's "
             "config.json, or merge the adapter with peft and save the result"
         )
 

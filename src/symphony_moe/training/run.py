@@ -148,9 +148,9 @@ def _out_of_memory(step: int | None) -> RunFolderError:
     next_step = "before the first step" if step is None else f"at step {step + 1}"
     return RunFolderError(
         f"training ran out of memory {next_step}: lower train.batch_size (and raise "
-        "train.gradient_accumulation), or set train.gradient_checkpointing: true; the teachers "
-        "need less with train.teacher_loading: in-turn. The checkpoint is untouched; "
-        "--overwrite begins the training again, with other settings"
+        "train.gradient_accumulation), or set train.gradient_checkpointing: true. If there are "
+        "teachers, train.teacher_loading: in-turn needs less. The checkpoint is as it was; "
+        "--overwrite begins the training again"
     )
 
 
