@@ -93,6 +93,14 @@ def _no_recipe(project: Path) -> None:
     (project / "recipe.yaml").unlink()
 
 
+def _tab_in_recipe(project: Path) -> None:
+    (project / "recipe.yaml").write_text("sources:\n\ta: {model: models/a}\n")
+
+
+def _text_for_a_recipe(project: Path) -> None:
+    (project / "recipe.yaml").write_text('"words": of no recipe: at all')
+
+
 def _binary_recipe(project: Path) -> None:
     (project / "recipe.yaml").write_bytes(bytes(range(256)))
 
@@ -186,6 +194,8 @@ EARLY = [
     (_misspelled, "did you mean align.neurons?"),
     (_no_recipe, "no such recipe file"),
     (_binary_recipe, "not readable as YAML"),
+    (_tab_in_recipe, ": a tab; YAML is indented with spaces\n"),
+    (_text_for_a_recipe, "; expected settings such as `sources:`"),
     (_no_model, "b: "),
     (_empty_model, "config.json"),
     (_no_data, "b.jsonl"),
@@ -953,6 +963,8 @@ def test_a_recipe_is_made_of_models_and_of_mergekits_and_planned(
         assert "there is no folder nowhere" in symphony.refused(*words, "--out", "nowhere/r.yaml")
         code, out, _ = symphony(*words, "--out", f"{words[0]}.yaml", "--overwrite")
         assert code == 0 and out.startswith(f"wrote {words[0]}.yaml\n")
+        if words[0] == "init":
+            assert "theirs: b " in out and "\nnext: symphony plan init.yaml" in out
     assert made["notes"] and all(f"  {note}\n" in out for note in made["notes"])
     assert "fill in sources.a.data, sources.b.data; then: symphony plan import.yaml" in out
     assert parsed(symphony, "plan", "init.yaml")["architecture"] == "mixtral"

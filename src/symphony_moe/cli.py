@@ -400,7 +400,8 @@ def _perform(call: _Call) -> int:
     except SymphonyError as error:
         return _fail(str(error), 2, as_json=call.as_json)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130, as_json=call.as_json)
+        again = "; the same command with --resume goes on" if "resume" in call.arguments else ""
+        return _fail(f"interrupted{again}", 130, as_json=call.as_json)
     except BrokenPipeError:
         # The reader of our output (such as `head`) has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1027,7 +1028,9 @@ def verify(
 
     old = None if parent is None else RunFolder(parent)
     checks = pipeline.verify(RunFolder(folder), deep=deep, parent=old)
-    lines = [f"{name}: {found}" for name, found in checks.items()]
+    # In a terminal each check was a line of the log already.
+    seen = sys.stdout.isatty() and sys.stderr.isatty()
+    lines = [] if seen else [f"{name}: {found}" for name, found in checks.items()]
     unseen = checks.get("old run", "found").startswith("what was kept")
     end = "verified, but not against the old run (--parent DIR)" if unseen else "verified"
     then = "evaluate" if RunFolder(folder).trained.is_dir() else "train"
@@ -1117,9 +1120,21 @@ def _with_recipe(made: "Imported | Proposal", out: Path | None, facts: dict[str,
     from symphony_moe.files import write_text
 
     write_text(out, made.recipe)
-    lines = [f"wrote {out}", *(shown(f"  {note}", 2000) for note in made.notes)]
+    lines = [f"wrote {out}"]
+    if "method" in facts:
+        from symphony_moe.sources.kinship import two_digits
+
+        likeness = facts["likeness"].items()
+        said = ", ".join(f"{name} {two_digits(cosine)}" for name, cosine in likeness)
+        lines.append(
+            f"  method {facts['method']}; mean cosine of the anchor's weights and theirs: "
+            f"{said or 'not known, as weights are not here'}"
+        )
+    lines += [shown(f"  {note}", 2000) for note in made.notes]
     if made.fill_in:
         lines.append(f"fill in {', '.join(made.fill_in)}; then: symphony plan {out}")
+    else:
+        lines.append(next_command("plan", out))
     return result | {"paths": {"recipe": str(out)}}, "\n".join(lines)
 
 

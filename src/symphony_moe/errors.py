@@ -5,6 +5,8 @@ setting), what was expected, what came, and what to do. A failed `assert` means 
 """
 
 import re
+from difflib import get_close_matches
+from pathlib import Path
 
 
 class SymphonyError(ValueError):
@@ -82,3 +84,14 @@ def first_line(error: Exception) -> str:
 def shortened(text: str, limit: int) -> str:
     """Text that is cut to `limit` characters, where it is longer."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def if_mistyped(path: Path) -> str:
+    """What to add to a message that a path is not there: the name in its folder that is nearly the
+    same, if there is one."""
+    try:
+        names = [beside.name for beside in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""

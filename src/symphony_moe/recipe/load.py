@@ -12,7 +12,7 @@ from pydantic import (
     ValidationError,
 )
 
-from symphony_moe.errors import RecipeError, is_text, shortened
+from symphony_moe.errors import RecipeError, if_mistyped, is_text, shortened
 from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.renamed import with_current_names
 from symphony_moe.recipe.settings import BUNDLED, FILL_IN, Recipe
@@ -50,18 +50,19 @@ def read_settings(path: Path, setting: str) -> dict[Any, Any]:
     if path.is_dir():
         raise RecipeError(f"{path}: is a folder, not a recipe file")
     if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe file")
+        raise RecipeError(f"{path}: no such recipe file{if_mistyped(path)}")
+    text = ""
     try:
-        content = read_yaml(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        content = read_yaml(text)
     except UnicodeDecodeError as error:
         where = f"byte {error.start} is not UTF-8"
         raise RecipeError(f"{path}: not readable as YAML: {where}; save it as UTF-8") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise RecipeError(
-            f"{path}: not readable as YAML: {error}; is it a file of settings such as `{setting}:`?"
-        ) from None
+        another = "" if f"{setting}:" in text else f"; expected settings such as `{setting}:`"
+        raise RecipeError(f"{path}: not readable as YAML: {error}{another}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: expected settings such as `{setting}:`, got {_kind(content)}")
     return content

@@ -144,6 +144,8 @@ def _composed(text: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         said = [part for part in (error.context, error.problem) if part]
+        if r"'\t'" in said[-1]:
+            said = ["a tab; YAML is indented with spaces"]
         raise ValueError(_placed(", ".join(said), mark)) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None

@@ -1,10 +1,9 @@
 """Files of a checkpoint on the hub."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
-from symphony_moe.errors import SourceError, first_line
+from symphony_moe.errors import SourceError, first_line, if_mistyped
 from symphony_moe.recipe.settings import SourceSpec
 from symphony_moe.sources.convert import INDEX, SAFETENSORS, weight_map
 from symphony_moe.sources.provenance import FILES as OF_PROVENANCE
@@ -24,24 +23,13 @@ def fetch(name: str, hub_id: str, revision: str | None, patterns: Sequence[str])
         return Path(found)
     except HFValidationError:
         raise SourceError(
-            f"{name}: {hub_id!r} is neither a folder nor a hub id{_meant(hub_id)}"
+            f"{name}: {hub_id!r} is neither a folder nor a hub id{if_mistyped(Path(hub_id))}"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(
             f"{name}: {hub_id!r} is no folder here, and as a hub id it cannot be fetched: "
-            f"{first_line(error).removeprefix('Got: ')}{_meant(hub_id)}"
+            f"{first_line(error).removeprefix('Got: ')}{if_mistyped(Path(hub_id))}"
         ) from None
-
-
-def _meant(hub_id: str) -> str:
-    """A question whether a folder of the working directory was meant, if one has nearly that
-    name."""
-    try:
-        names = [path.name for path in Path(hub_id).parent.iterdir() if path.is_dir()]
-    except OSError:  # it is no path
-        return ""
-    near = get_close_matches(Path(hub_id).name, names, n=1)
-    return f"; did you mean {str(Path(hub_id).parent / near[0])!r}?" if near else ""
 
 
 def is_on_hub(spec: SourceSpec, file: str) -> bool:

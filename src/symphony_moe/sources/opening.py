@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from symphony_moe.bundled import source_folder
-from symphony_moe.errors import SourceError, first_line, shortened
+from symphony_moe.errors import SourceError, first_line, if_mistyped, shortened
 from symphony_moe.files import sha256_of
 from symphony_moe.model.families import (
     ALIASES,
@@ -260,7 +260,7 @@ def _model_folder(name: str, spec: SourceSpec, *, download: bool) -> Path:
     if not folder.is_dir():
         hint = ", which is a file; name the folder of the model that it is in"
         hint = _gguf_hint(name, folder) or (hint if folder.is_file() else "")
-        raise SourceError(f"{name}: no such model folder: {folder}{hint}")
+        raise SourceError(f"{name}: no such model folder: {folder}{hint or if_mistyped(folder)}")
     if (folder / ADAPTER_FILES[0]).is_file():
         raise SourceError(
             f"{name}: {folder} has an {ADAPTER_FILES[0]}: it holds a LoRA, which transformers "

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from symphony_moe.errors import TextError, first_line
+from symphony_moe.errors import TextError, first_line, if_mistyped
 from symphony_moe.recipe.settings import BUNDLED, ChatRules, Data, HubData
 from symphony_moe.text.file_formats import READERS, hint_for, of_columns
 from symphony_moe.text.rows import MESSAGES, Document
@@ -230,7 +230,7 @@ def _check_file_exists(who: str, path: Path) -> None:
             f"{who}: {path} is a folder; name its files, or {{hub: {path}}} for a dataset"
         )
     if not path.is_file():
-        raise TextError(f"{who}: no such data file: {path}")
+        raise TextError(f"{who}: no such data file: {path}{if_mistyped(path)}")
     if path.suffix.lower() not in READERS:
         raise TextError(f"{who}: {path}: expected one of {', '.join(READERS)}{hint_for(path)}")
     if path.stat().st_size == 0:
