@@ -197,7 +197,7 @@ def _shape_of_text(source: Source, data: Any) -> tuple[dict[str, str], list[str]
 
 
 def _head(why: Sequence[str], notes: Sequence[str]) -> Iterator[str]:
-    yield "# Written by `symphony init`; what is not set here has a default (recipe/settings.py)."
+    yield "# Written by `symphony init`; what is not set here has a default (docs/reference)."
     for paragraph in why:
         yield "#"
         yield from comment(paragraph)
@@ -215,8 +215,12 @@ def _settings(recipe: Recipe, method: str, sources: Sequence[Source]) -> Iterato
     yield f"method: {method}"
     context = min(source.config.max_position_embeddings for source in sources)
     length = min(context, recipe.calibration.sequence_length)
+    yield from comment(
+        "Text to calibrate and to train on, in tokens: for models of real size. To try it on a CPU, "
+        "set less."
+    )
     if length < recipe.calibration.sequence_length:
-        yield from comment("The shortest context of the sources.")
+        yield from comment("sequence_length: the shortest context of the sources.")
     tokens = recipe.calibration.tokens
     yield f"calibration: {scalar({'tokens': tokens, 'sequence_length': length})}"
     tokens = recipe.train.tokens
