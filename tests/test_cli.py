@@ -973,6 +973,20 @@ def test_a_recipe_is_made_of_models_and_of_mergekits_and_planned(
     )
 
 
+def test_a_folder_that_cannot_be_written_in_is_refused_before_anything_is_read(
+    project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    for words in (
+        ["init", "none", "gone", "--out", "new"],
+        ["plan", "recipe.yaml", "--html", "new"],
+    ):
+        option = words[-2]
+        message = f"{option} new: nothing can be written there; choose another folder"
+        assert message in symphony.refused(*words)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

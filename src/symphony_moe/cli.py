@@ -418,7 +418,9 @@ def _fail_unforeseen(error: Exception, call: _Call) -> int:
     if is_out_of_room(error):
         return _fail(_no_room(error, call), 2, as_json=call.as_json)
     if is_refusal(error):
-        return _fail(first_line(error), 2, as_json=call.as_json)
+        named = isinstance(error, OSError) and error.filename
+        message = f"{error.filename}: {error.strerror}" if named else first_line(error)
+        return _fail(message, 2, as_json=call.as_json)
     if not _speaks():
         return 1
     traceback.print_exception(error)
@@ -1097,6 +1099,8 @@ def _refuse_existing_file(
         raise RecipeError(f"{option} {out}: {why}; expected the name of {what} to write")
     if out.exists() and not overwrite:
         raise RecipeError(f"{option} {out}: exists; choose another, or --overwrite it")
+    if not os.access(out.parent, os.W_OK):
+        raise RecipeError(f"{option} {out}: nothing can be written there; choose another folder")
 
 
 def _text_of_sources(data: Iterable[str]) -> dict[str, list[str]]:

@@ -359,7 +359,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(f"{folder}: cannot be made: {error}") from None
+        raise RunFolderError(
+            f"{folder}: cannot be made: {error.strerror}; choose another folder"
+        ) from None
 
 
 def adopt_build(run: RunFolder, other: RunFolder, recipe: Recipe, plan: Mapping[str, Any]) -> None:

@@ -216,8 +216,8 @@ def _settings(recipe: Recipe, method: str, sources: Sequence[Source]) -> Iterato
     context = min(source.config.max_position_embeddings for source in sources)
     length = min(context, recipe.calibration.sequence_length)
     yield from comment(
-        "Text to calibrate and to train on, in tokens: for models of real size. To try it on a CPU, "
-        "set less."
+        "Text to calibrate and to train on, in tokens: for models of real size. To try it on a "
+        "CPU, set less."
     )
     if length < recipe.calibration.sequence_length:
         yield from comment("sequence_length: the shortest context of the sources.")
