@@ -220,6 +220,12 @@ def _logged_out(run: RunFolder, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(run.root / "none"))
 
 
+def _logged_out_and_unfinished(run: RunFolder, patch: pytest.MonkeyPatch) -> None:
+    """What is wrong here is said first: it is there to mend whoever is asked for the token."""
+    _logged_out(run, patch)
+    _unfinished(run, patch)
+
+
 def _offline(run: RunFolder, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -237,6 +243,7 @@ def _nothing(run: RunFolder, patch: pytest.MonkeyPatch) -> None:
         (_no_manifest, [NAME], "manifest.json: not there"),
         (_nothing, [NAME, "--what", "trained"], "no finished trained/; run `symphony train"),
         (_logged_out, [NAME], "no token for http://127.0.0.1"),
+        (_logged_out_and_unfinished, [NAME], "no finished checkpoint/"),
         (_offline, [NAME], "HF_HUB_OFFLINE is set"),
         (_nothing, ["some-moe"], "'some-moe' is no repository of the hub"),
         (_nothing, ["a/b/c"], "expected OWNER/NAME"),

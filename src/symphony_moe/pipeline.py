@@ -743,8 +743,8 @@ def push(
     from symphony_moe.reporting.published_card import published_card
 
     refuse_name(repo_id)
-    token = None if dry_run else token_of_user(repo_id)
     recipe, chosen = folder.read_recipe(), model_folder(folder, what)
+    token = None if dry_run else token_of_user(repo_id)
     metrics = read_metrics(folder)
     with locked(folder.root):  # nobody trains it again meanwhile
         files = checked_files(folder, chosen)
