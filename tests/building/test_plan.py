@@ -403,6 +403,19 @@ def test_calibration_text_that_is_too_little_is_noted(
     assert not any("calibration.tokens" in note for note in pipeline.plan(enough).notes)
 
 
+def test_sources_of_one_text_are_noted_where_the_router_learns_of_it(recipes: Recipes) -> None:
+    def noted(*settings: str) -> bool:
+        content = json.loads(recipes("llama").read_text())["sources"]
+        same = f"sources.b.data={content['a']['data']}"
+        for text in (settings, (*settings, same)):
+            notes = pipeline.plan(load_recipe(recipes("llama"), text)).notes
+            found = any("a and b have the same data" in note for note in notes)
+            assert not found or same in text
+        return found
+
+    assert noted("method=harmonized") and not noted("method=btx")
+
+
 def test_what_training_would_refuse_is_noted(recipes: Recipes) -> None:
     """Not refused: a build alone does not mind, and the training may be another machine's."""
     found = pipeline.plan(load_recipe(recipes("llama"), ["train.batch_size=100000"])).notes

@@ -36,6 +36,7 @@ from symphony_moe.model.families import (
 )
 from symphony_moe.model.moe_layer import MoELayer, always_on, dense_layer, layer_outputs
 from symphony_moe.recipe.presets import PRESETS
+from symphony_moe.recipe.rules import of_one_text
 from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
 from symphony_moe.sources.opening import expected_shapes
@@ -424,6 +425,13 @@ def _of_layout(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
     """What is to be said of experts, layers without any, and the order of their neurons."""
     experts, top_k = recipe.experts, recipe.router.top_k
     dense = ", ".join(map(str, experts.dense_layers))
+    twins = of_one_text(recipe)
+    if twins and recipe.fits_router:
+        yield (
+            f"{twins[0]} and {twins[1]} have the same data, so the router (router.init "
+            f"{recipe.router.init}) cannot learn which of them a token is for. Is one of the paths "
+            "a mistake?"
+        )
     if recipe.aligns_neurons:
         cost = matching_seconds(recipe, sources, anchor_of(recipe, sources).config)
         if not dense and not recipe.has_shared_expert:

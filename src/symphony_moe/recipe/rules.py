@@ -102,8 +102,18 @@ def _extra_domains_are_sources(recipe: Recipe) -> str | None:
 
 def _slices_with_one_text(recipe: Recipe) -> str | None:
     """Two sources whose text is the same, so that a calibrated router has one row for both."""
-    if recipe.experts.per_source == 1 or not recipe.fits_router:
+    twins = of_one_text(recipe)
+    if recipe.experts.per_source == 1 or not recipe.fits_router or twins is None:
         return None
+    return (
+        f"{twins[0]} and {twins[1]} have the same data, so router.init {recipe.router.init} gives "
+        "them the same router rows, and a token would get a part of each source's FFN. "
+        "Give them different data, or set router.init to random or experts.per_source to 1"
+    )
+
+
+def of_one_text(recipe: Recipe) -> tuple[str, str] | None:
+    """The first two sources whose text is the same setting."""
     seen: dict[str, tuple[object, ...]] = {}
     for name in recipe.expert_names:
         spec = recipe.sources[name]
@@ -111,11 +121,7 @@ def _slices_with_one_text(recipe: Recipe) -> str | None:
         text = (data, spec.column, spec.chat_format)
         twin = next((other for other, theirs in seen.items() if theirs == text), None)
         if twin is not None and spec.data != FILL_IN:
-            return (
-                f"{twin} and {name} have the same data, so router.init {recipe.router.init} gives "
-                "them the same router rows, and a token would get a part of each source's FFN. "
-                "Give them different data, or set router.init to random or experts.per_source to 1"
-            )
+            return twin, name
         seen[name] = text
     return None
 
