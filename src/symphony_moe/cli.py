@@ -418,8 +418,9 @@ def _fail_unforeseen(error: Exception, call: _Call) -> int:
     if is_out_of_room(error):
         return _fail(_no_room(error, call), 2, as_json=call.as_json)
     if is_refusal(error):
-        named = isinstance(error, OSError) and error.filename
-        message = f"{error.filename}: {error.strerror}" if named else first_line(error)
+        message = first_line(error)
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
         return _fail(message, 2, as_json=call.as_json)
     if not _speaks():
         return 1
