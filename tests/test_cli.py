@@ -973,6 +973,20 @@ def test_a_recipe_is_made_of_models_and_of_mergekits_and_planned(
     )
 
 
+def test_an_interrupted_command_says_how_it_goes_on(
+    project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("symphony_moe.pipeline.build", interrupted)
+    monkeypatch.setattr("symphony_moe.pipeline.plan", interrupted)
+    code, _, err = symphony("build", project / "recipe.yaml", "--out", project / "out")
+    assert code == 130 and "interrupted; the same command with --resume goes on" in err
+    code, _, err = symphony("plan", project / "recipe.yaml")
+    assert code == 130 and "interrupted" in err and "--resume" not in err
+
+
 def test_a_folder_that_cannot_be_written_in_is_refused_before_anything_is_read(
     project: Path, symphony: Symphony, monkeypatch: pytest.MonkeyPatch
 ) -> None:
