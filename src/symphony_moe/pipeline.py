@@ -22,10 +22,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from symphony_moe.building.alike import refuse_alike, say_alike
 from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
 from symphony_moe.building.estimate import measure_speed
 from symphony_moe.building.kept import KeptModel
+from symphony_moe.building.place_layers import place_layers
 from symphony_moe.building.plan import Plan, beyond_context, beyond_memory, make_plan
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError
 from symphony_moe.files import FileHasher, locked, to_json, write_text
@@ -65,6 +68,7 @@ from symphony_moe.sources.opening import (
     refuse_touched,
 )
 from symphony_moe.sources.provenance import CARD
+from symphony_moe.sources.shapes import of_one_shape, shallow
 from symphony_moe.sources.source import FileStates, Source, anchor_of, experts_of
 from symphony_moe.text.documents import check_data_exists
 from symphony_moe.text.texts import Texts
@@ -372,7 +376,8 @@ def _build(asked: _Asked) -> RunFolder:
     # The first of several processes alone reads and writes what is in the run folder.
     if processes.is_first:
         refuse_existing(out, **how)
-    ready = _prepare(asked.recipe, asked.memory, asked.texts, processes)
+    recorded = _recorded(asked) if processes.is_first else None
+    ready = _prepare(asked.recipe, asked.memory, asked.texts, processes, recorded)
     if asked.kept is not None:
         asked.kept.refuse_other_width(ready.planned.config["intermediate_size"])
     folder = RunFolder(out)
@@ -420,9 +425,14 @@ class _Ready:
 
 
 def _prepare(
-    recipe: Recipe, memory: int | None, texts: Texts | None, processes: Processes
+    recipe: Recipe,
+    memory: int | None,
+    texts: Texts | None,
+    processes: Processes,
+    recorded: Recipe | None = None,
 ) -> _Ready:
-    """Open the sources, plan, and read the text, while the sources are hashed."""
+    """Open the sources, plan, and read the text, while the sources are hashed. `recorded`: the
+    recipe of the build that is taken up, if any."""
     _check_text(recipe)
     if not processes.is_first_here:
         processes.wait()  # the first of a machine fetches and converts for the others
@@ -445,10 +455,55 @@ def _prepare(
         text = CalibrationText({}, {})
         if recipe.needs_calibration:
             text = CalibrationText(texts.calibration_windows(), texts.validation_windows())
+        if shallow(recipe, opened):
+            recipe, opened = _with_places(recipe, opened, text, processes, recorded)
+            planned = _plan(recipe, opened, memory)
         if processes.is_first_here:
             recipe = _with_hashes(recipe, read, hashes)
     _refuse_different(recipe, text, processes)
     return _Ready(recipe, opened, states, planned, text)
+
+
+def _recorded(asked: _Asked) -> Recipe | None:
+    """The recipe of a build that is taken up, where it may say more than the one that is asked
+    for."""
+    if not (asked.resume and asked.recipe.widens):
+        return None
+    try:
+        return RunFolder(asked.out).read_recipe()
+    except SymphonyError:  # none, or not a recipe any more
+        return None
+
+
+def _with_places(
+    recipe: Recipe,
+    opened: Sequence[Source],
+    text: CalibrationText,
+    processes: Processes,
+    recorded: Recipe | None,
+) -> tuple[Recipe, Sequence[Source]]:
+    """The recipe with places for the layers of sources that have fewer than others, and the sources
+    with their layers there: as an interrupted build has `recorded` them; by the calibration text;
+    or, where there is none, evenly."""
+    found: dict[str, list[int | None]] = {}
+    if processes.is_first:
+        known = {} if recorded is None else recorded.layers_of(recipe)
+        found = known or place_layers(
+            recipe, opened, [each.windows for each in text.fitted.values()]
+        )
+    added = -1  # None has no place in a tensor
+    numbers = {
+        name: torch.tensor([added if at is None else at for at in layers])
+        for name, layers in found.items()
+    }
+    shared = processes.share(numbers)
+    recipe = recipe.with_layers(
+        {
+            name: [None if at == added else at for at in layers.tolist()]
+            for name, layers in shared.items()
+        }
+    )
+    return recipe, of_one_shape(recipe, opened)
 
 
 def _read_by(recipe: Recipe, opened: Sequence[Source]) -> Sequence[Source]:

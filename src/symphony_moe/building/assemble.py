@@ -17,7 +17,6 @@ from symphony_moe.building.router_init import random_router
 from symphony_moe.model.families import (
     DOWN,
     EMBEDDING,
-    FINAL_NORM,
     HEAD,
     HEAD_AXIS,
     NEURON_AXIS,
@@ -71,7 +70,7 @@ def aligned_table(
     """(first row, rows) of a source's token embeddings or output head in the anchor's coordinates,
     block by block. `reads`: the pass over several sources that this is a part of."""
     residual = alignment.residual(source.name)
-    gain = gain_of(source.family, source.read(FINAL_NORM))
+    gain = gain_of(source.family, source.final_norm())
     stored = EMBEDDING if name == EMBEDDING else source.head_name
     for first, rows in source.table(stored, reads, as_head=name == HEAD):
         if name == HEAD and recipe.folds:
@@ -121,10 +120,10 @@ def fused_final_norm(recipe: Recipe, sources: Sequence[Source]) -> Tensor:
     """The gains of the norm before the head."""
     if recipe.folds:
         anchor = anchor_of(recipe, sources)
-        return neutral_gain(anchor.family, anchor.read(FINAL_NORM))
+        return neutral_gain(anchor.family, anchor.final_norm())
     ordered = _by_name(sources)
     shares = _shares(recipe, ordered, recipe.backbone.norms)
-    fused = linear_mean([source.read(FINAL_NORM) for source in ordered], shares)
+    fused = linear_mean([source.final_norm() for source in ordered], shares)
     # A tied head is as much too large as the token embeddings.
     return fused / stream_scale_of(recipe, sources) if is_tied(recipe, sources) else fused
 

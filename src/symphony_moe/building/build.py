@@ -124,12 +124,16 @@ def refuse_beyond(recipe: Recipe, sources: Sequence[Source]) -> None:
     copied = [anchor_of(recipe, sources)] if recipe.copies_anchor else sources
     layers = [n for n in range(sources[0].config.num_hidden_layers) if n not in dense]
     reads = SharedReads(copied)
-    for name in (f"model.layers.{n}.{part}" for n in layers for part in sources[0].family.expert):
-        times = recipe.experts.per_source if name.endswith(DOWN) else 1
+    for layer, part in ((n, part) for n in layers for part in sources[0].family.expert):
+        times, name = (
+            recipe.experts.per_source if part == DOWN else 1,
+            f"model.layers.{layer}.{part}",
+        )
         for source in copied:
-            if times == 1 and source.headers[name].dtype == "F16" and source.adapter is None:
+            as_it_is = times == 1 and source.adapter is None and source.widening is None
+            if as_it_is and source.headers[name].dtype == "F16":
                 continue
-            largest = times * source.read(name, reads=reads).abs().max()
+            largest = times * source.layer_tensor(layer, part, reads=reads).abs().max()
             if not bool(largest.to(torch.float16).isfinite()):
                 raise RecipeError(f"{source.name}: " + beyond(name, float(largest), dtype))
 
@@ -193,7 +197,7 @@ class Build:
         self.fits_model = recipe.fits_layers and kept is None
         """Whether backbone and head are fitted, beside the plain mean."""
         scales = stream_scale_of(recipe, sources) != 1 or recipe.experts.per_source > 1
-        scales |= recipe.has_shared_expert
+        scales |= recipe.has_shared_expert or any(source.widening for source in sources)
         copies = recipe.copies_experts and not scales
         self.copies = copies or recipe.only_removes
         """Whether experts are written as they are read."""

@@ -201,6 +201,8 @@ def _shown(recipe: Recipe) -> dict[str, Any]:
         del shown["backbone"]["ffn"]
     if recipe.backbone.missing_tokens == "skip":
         del shown["backbone"]["missing_tokens"]
+    if not recipe.widens:
+        del shown["backbone"]["shapes"]
     if recipe.experts.per_source == 1:
         del shown["experts"]["per_source"]
     on_hub = _hub_data(recipe)
@@ -208,6 +210,8 @@ def _shown(recipe: Recipe) -> dict[str, Any]:
         named = {key: public_name(spec[key]) for key in ("model", "adapter") if spec[key]}
         others = ("revision", "gguf_file", "adapter_revision")
         shown["sources"][name] = named | {key: spec[key] for key in others if spec[key]}
+        if spec["layers"] is not None:
+            shown["sources"][name]["layers"] = spec["layers"]
         if name in on_hub:
             shown["sources"][name]["data"] = on_hub[name].model_dump(exclude_defaults=True)
     return shown

@@ -41,6 +41,7 @@ from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
 from symphony_moe.sources.opening import expected_shapes
 from symphony_moe.sources.provenance import provenance
+from symphony_moe.sources.shapes import in_words
 from symphony_moe.sources.source import Source, anchor_of, is_tied, new_config, public_name
 
 NOTE_PERMUTATION = (
@@ -192,6 +193,14 @@ def _of_copies(difference: Difference, anchor: str) -> Difference:
 def _refuse_redrawn_zeros(recipe: Recipe, sources: Sequence[Source]) -> None:
     """Raise SourceMismatch where neurons would be drawn anew of an FFN that is padded with zeros:
     the mean and the deviation of its matrices are not the source's."""
+    widened = in_words({source.name: source for source in sources})
+    if recipe.redraws_neurons and widened:
+        name, words = next(iter(widened.items()))
+        raise SourceMismatch(
+            f"experts.init: drop draws neurons by the mean and deviation of each matrix, and "
+            f"{name}'s are padded with zeros ({words}). Set it to source, or use checkpoints of "
+            "one shape"
+        )
     widths = {source.name: source.own_ffn for source in sources}
     if recipe.redraws_neurons and len(set(widths.values())) > 1:
         spelled = ", ".join(f"{name}: {width}" for name, width in widths.items())
@@ -200,6 +209,32 @@ def _refuse_redrawn_zeros(recipe: Recipe, sources: Sequence[Source]) -> None:
             f"narrower FFNs are padded with zeros ({spelled}). Set it to source, or use "
             "checkpoints of one width"
         )
+
+
+def _of_shapes(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
+    """What is widened (`backbone.shapes`), and what that costs."""
+    import humanize
+
+    by_name = {source.name: source for source in sources}
+    for name, words in in_words(by_name).items():
+        source = by_name[name]
+        own = _one_expert(source.family, source.as_stored.config)
+        more = _one_expert(source.family, source.config) - own
+        yield (
+            f"{name} is padded to the shape of the others, which computes the same: {words}. Its "
+            f"experts have {more:,} parameters more than its own {own:,}, "
+            f"{humanize.naturalsize(more * BYTES[recipe.output.dtype])} on disk and in memory"
+        )
+        if not recipe.aligns_residual:
+            yield (
+                f"{name} has other shapes than {recipe.anchor}, and method {recipe.method} here "
+                "merges the two channel by channel, which keeps little of either unless one was "
+                "cut out of the other. Set method: harmonized"
+            )
+        open_places = recipe.sources[name].layers is None
+        if source.widening is not None and None in source.widening.layers and open_places:
+            how = "by calibration text" if recipe.needs_calibration else "evenly"
+            yield f"{name}: which of the layers are added is found {how}, and kept in recipe.yaml"
 
 
 def _of_widths(recipe: Recipe, sources: Sequence[Source], width: int) -> Iterator[str]:
@@ -396,6 +431,7 @@ def _notes(
         notes.append("the output's head is untied: the final norm's gain is folded into it")
     anchor = anchor_of(recipe, sources)
     notes += _of_heads(recipe, sources)
+    notes += _of_shapes(recipe, sources)
     notes += _of_widths(recipe, sources, anchor.config.intermediate_size)
     scale = stream_scale(anchor.family, anchor.config)
     if scale != 1:

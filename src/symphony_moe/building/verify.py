@@ -524,7 +524,7 @@ def _logits_as_read(source: Source, tokens: Tensor) -> Tensor:
         stream[inside] = rows[tokens[inside] - first] * factor(config, "embeddings")
     for layer in range(config.num_hidden_layers):
         stream = run_layer(load_dense_layer(config, layer, source.read_layer(layer)), stream)
-    norm = source.read(FINAL_NORM)
+    norm = source.final_norm()
     parts = [
         logits_from_stream(config, stream.cpu(), norm, rows)
         for _, rows in source.table(source.head_name)

@@ -40,9 +40,17 @@ HEAD_AXIS = {f"self_attn.{part}_proj.{kind}": 0 for part in "qkv" for kind in ("
 HEAD_AXIS[O_PROJ] = 1
 """The axis of each tensor of attention that counts heads."""
 
+READERS = (Q_PROJ, K_PROJ, V_PROJ, GATE, UP)
+"""The matrices of a layer that read the residual stream."""
+WRITERS = (O_PROJ, DOWN)
+"""Those that write it."""
+
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 _BIASES = tuple(f"self_attn.{part}_proj.bias" for part in "qkvo")
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+BY_LAYER = ("layer_types", "no_rope_layers")
+"""Config fields that say something of each layer."""
+
 _JETMOE_EPS = 1e-6
 _NEVER = -3e4
 """A logit whose share in a softmax is 0 in float32, beside any other. Every output dtype holds

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from symphony_moe.model.families import DOWN, FAMILIES, GATE, SHARED_GATE, UP, factor
+from symphony_moe.model.families import BY_LAYER, DOWN, FAMILIES, GATE, SHARED_GATE, UP, factor
 from symphony_moe.model.moe_layer import MoELayer, router_matrix
 from symphony_moe.model.precision import exact, product_dtype
 
@@ -29,9 +29,6 @@ _ATTENTION = "self_attn."
 
 WINDOWS_TOKENS = 4096
 """Tokens run through a layer at once (whole windows, at least one)."""
-
-_BY_LAYER = ("layer_types", "no_rope_layers")
-"""Config fields that say something of each layer."""
 
 _LEAST_GAIN = 1e-3
 """A gain below this puts out next to nothing, and says nothing of what should come in."""
@@ -52,7 +49,7 @@ def one_layer_model(config: PreTrainedConfig, layer: int) -> PreTrainedModel:
 
     alone = copy.deepcopy(config)
     alone.num_hidden_layers = 1
-    for name in _BY_LAYER:
+    for name in BY_LAYER:
         if getattr(alone, name, None):
             setattr(alone, name, [getattr(alone, name)[layer]])
     # The embeddings are bypassed: do not even describe them at their size.

@@ -18,11 +18,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from symphony_moe.model.families import DOWN, GATE, NEURON_AXIS, UP, Family, head_dim
+from symphony_moe.model.families import (
+    DOWN,
+    NEURON_AXIS,
+    READERS,
+    UP,
+    WRITERS,
+    Family,
+    head_dim,
+)
 
 _Q, _K, _V, _O = (f"self_attn.{part}_proj" for part in "qkvo")
-_READERS = (f"{_Q}.weight", f"{_K}.weight", f"{_V}.weight", GATE, UP)
-_WRITERS = (f"{_O}.weight", DOWN)
 _HEAD_GAINS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
@@ -100,9 +106,9 @@ def rotate_residual(
                     f"{float(gain.min()):.4g} .. {float(gain.max()):.4g}; fold_gains comes first"
                 )
     rotated = {**tensors, **norms}
-    for name in _READERS:
+    for name in READERS:
         rotated[name] = tensors[name] @ _convert(residual, tensors[name])
-    for name in _WRITERS:
+    for name in WRITERS:
         rotated[name] = _convert(residual, tensors[name]).T @ tensors[name]
         bias = name.replace("weight", "bias")
         if bias in tensors:
@@ -115,7 +121,7 @@ def scale_residual(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Ten
     what it reads is `scale` times as large, and the norms' epsilon `scale` squared times."""
     if scale == 1:
         return dict(tensors)
-    writers = {*_WRITERS, *(name.replace("weight", "bias") for name in _WRITERS)}
+    writers = {*WRITERS, *(name.replace("weight", "bias") for name in WRITERS)}
     return {n: tensor * scale if n in writers else tensor for n, tensor in tensors.items()}
 
 

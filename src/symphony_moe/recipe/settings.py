@@ -6,7 +6,7 @@ to the recipe's folder), so a resolved recipe means the same everywhere on the m
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -131,6 +131,11 @@ class SourceSpec(Section):
     chat_format: Literal["messages", "sharegpt"] = "messages"
     """How the data stores chats. `messages`: each message has `role` and `content`. `sharegpt`:
     each has `from` and `value`; `human` becomes the role `user`, `gpt` the role `assistant`."""
+    layers: list[Annotated[Whole, Field(ge=0, lt=10_000)] | None] | None = None
+    """For `backbone.shapes: widest` and a source with fewer layers than another: for each layer of
+    the result the number of this source's layer there, counted from 0, or null for one that is
+    added. Default: matched to the deepest source by calibration text. A run writes it into its
+    recipe."""
     sha256: dict[str, Name] | None = None
     """File name -> SHA-256 of the weights. A run writes it into its recipe. If given, it is
     checked."""
@@ -185,6 +190,10 @@ class Backbone(Section):
     ffn: Literal["linear", "slerp", "anchor"] = "linear"
     """How FFNs are merged for `experts.dense_layers` and for the shared expert, as attention is.
     No effect where there are none."""
+    shapes: Literal["equal", "widest"] = "equal"
+    """Sources whose hidden sizes, head counts or depths differ. `equal`: they are refused. `widest`:
+    smaller ones are padded to the largest in each dimension, which computes the same. Narrower FFNs
+    are padded in any case."""
     weights: dict[str, Share] | None = None
     """Source -> weight in the merge. Weights are normalised to sum to one. Default: equal
     weights."""
@@ -564,6 +573,11 @@ class Recipe(Section):
         return self.fits_layers or self.fits_router
 
     @property
+    def widens(self) -> bool:
+        """Whether sources of unequal shapes are padded to one."""
+        return self.backbone.shapes == "widest"
+
+    @property
     def folds(self) -> bool:
         """Whether norm gains are folded into the matrices that read them, and a tied head untied.
 
@@ -617,20 +631,39 @@ class Recipe(Section):
         return max(self.windows_each // 16, min(4, self.windows_each // 4), 1)
 
     def builds_the_same(self, other: "Recipe") -> bool:
-        """Whether two recipes say the same of a run, whatever hashes their sources are pinned
-        to."""
-        first, second = (
-            recipe.model_copy(
-                update={
-                    "sources": {
-                        name: spec.model_copy(update={"sha256": None})
-                        for name, spec in recipe.sources.items()
-                    }
-                }
-            ).to_yaml()
-            for recipe in (self, other)
-        )
-        return first == second
+        """Whether two recipes say the same of a run, whatever hashes their sources are pinned to,
+        and wherever their layers were found to belong."""
+        return self._bare(other).to_yaml() == other._bare(self).to_yaml()
+
+    def _bare(self, other: "Recipe") -> "Recipe":
+        """Without what a run writes into a recipe: hashes, and places of layers where the other
+        recipe leaves them open."""
+        bare = {}
+        for name, spec in self.sources.items():
+            theirs = other.sources.get(name)
+            is_open = theirs is None or theirs.layers is None
+            update = {"sha256": None} | ({"layers": None} if is_open else {})
+            bare[name] = spec.model_copy(update=update)
+        return self.model_copy(update={"sources": bare})
+
+    def layers_of(self, other: "Recipe") -> dict[str, list[int | None]]:
+        """Source -> places of its layers, where another recipe leaves them open that says the same
+        otherwise; nothing where it does not."""
+        if not self.builds_the_same(other):
+            return {}
+        return {
+            name: spec.layers
+            for name, spec in self.sources.items()
+            if spec.layers is not None and other.sources[name].layers is None
+        }
+
+    def with_layers(self, layers: Mapping[str, Sequence[int | None]]) -> "Recipe":
+        """With the places of some sources' layers."""
+        sources = {
+            name: spec.model_copy(update={"layers": list(layers[name])}) if name in layers else spec
+            for name, spec in self.sources.items()
+        }
+        return self.model_copy(update={"sources": sources})
 
     def to_yaml(self) -> str:
         """The resolved recipe of one build: every setting spelled out."""

@@ -41,7 +41,7 @@ def likeness(source: Source, other: Source) -> float | None:
     None where the weights are not here, have other shapes, or are all zero. Raises SourceError for
     weights that cannot be read or are not finite.
     """
-    one, two = (replace(each, adapter=None) for each in (source, other))
+    one, two = (replace(each.as_stored, adapter=None) for each in (source, other))
     names = list(_matrices(one))
     if one.own_ffn != two.own_ffn:
         names = [name for name in names if not name.endswith(tuple(NEURON_AXIS))]

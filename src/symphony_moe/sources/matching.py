@@ -47,22 +47,31 @@ class Difference:
 
 
 _EXPERTS_ALIKE = "experts of one model must have the same shapes; use checkpoints of one size"
+_WIDENED = (
+    "experts of one model must have the same shapes; backbone.shapes: widest pads the smaller ones "
+    "to the largest, where head_dim is one"
+)
+_ONE_HEAD_SIZE = (
+    "RoPE turns each pair of a head at a frequency that depends on the head's size, so no padding "
+    "computes the same; use checkpoints with one head_dim"
+)
 _ONE_FACTOR = "the result has one for all experts; use checkpoints that share it"
 _ANCHOR_WINS = "the anchor's is used for the whole model"
 
 _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
     ("model_type", "error", "sources must be of one family"),
-    ("hidden_size", "error", _EXPERTS_ALIKE),
+    ("hidden_size", "error", _WIDENED),
     (
         "num_hidden_layers",
         "error",
         "a layer of the result has an FFN of every source's layer of that number, and the deeper "
-        "model's last layers have no partner. Use checkpoints of one depth, or leave one out",
+        "model's last layers have no partner. backbone.shapes: widest adds layers that change "
+        "nothing (where head_dim is one); or leave a source out",
     ),
     ("intermediate_size", "error", _EXPERTS_ALIKE),
-    ("num_attention_heads", "error", _EXPERTS_ALIKE),
-    ("num_key_value_heads", "error", _EXPERTS_ALIKE),
-    ("head_dim", "error", _EXPERTS_ALIKE),
+    ("num_attention_heads", "error", _WIDENED),
+    ("num_key_value_heads", "error", _WIDENED),
+    ("head_dim", "error", _ONE_HEAD_SIZE),
     ("hidden_act", "error", "the MoE has one activation function for all experts"),
     ("rms_norm_eps", "warning", _ANCHOR_WINS),
     (
@@ -80,6 +89,15 @@ _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
     *((name, "error", _ONE_FACTOR) for name in FACTORS),
 )
 """(config field, verdict where sources differ, consequence)."""
+
+
+_PADDED = {
+    "hidden_size": "narrower residual streams are padded with zeros, which computes the same",
+    "num_hidden_layers": "layers that change nothing are added where a source has fewer",
+    "num_attention_heads": "heads that put out nothing are added where a source has fewer",
+    "num_key_value_heads": "KV heads are repeated, or added, where a source has fewer",
+}
+"""Config field -> what becomes of a source that has less of it (`backbone.shapes: widest`)."""
 
 
 def _config_values(field: str, sources: Sequence[Source], anchor: str) -> dict[str, Any]:
@@ -168,6 +186,10 @@ def find_differences(
             "fine",
             "narrower FFNs are padded with neurons of zeros, which computes the same",
         )
+    for field, what in _PADDED.items():
+        if any(source.widening for source in sources):
+            theirs = {s.name: getattr(s.as_stored.config, field) for s in sources}
+            differ(field, theirs, "fine", what)
     if one_family:
         biases = {s.name: any(".bias" in name for name in s.family.vectors) for s in sources}
         differ("biases of attention", biases, "error", _EXPERTS_ALIKE)

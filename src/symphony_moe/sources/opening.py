@@ -54,6 +54,7 @@ from symphony_moe.sources.gguf_file import GGUFFile, open_gguf
 from symphony_moe.sources.hub import SMALL_FILES, fetch, has_weights, hub_headers, is_on_hub
 from symphony_moe.sources.pretrained import load_config
 from symphony_moe.sources.provenance import FILES as OF_PROVENANCE
+from symphony_moe.sources.shapes import of_one_shape
 from symphony_moe.sources.source import (
     GENERATION,
     NO_HEAD,
@@ -104,7 +105,7 @@ def open_sources(recipe: Recipe, *, download: bool = True) -> list[Source]:
     ]
     shared = share_vocabulary(sources, recipe.anchor, recipe.output.chat or recipe.anchor)
     made = _with_transplant(shared, recipe.anchor, recipe.backbone.missing_tokens)
-    return _of_one_width(recipe, made)
+    return of_one_shape(recipe, made)
 
 
 def are_here(recipe: Recipe) -> bool:
@@ -135,23 +136,6 @@ def share_vocabulary(sources: Sequence[Source], anchor: str, chat: str) -> list[
             replace(source, config=config, vocabulary=vocabulary, loaded_tokenizer=loaded)
         )
     return shared
-
-
-def _of_one_width(recipe: Recipe, sources: Sequence[Source]) -> list[Source]:
-    """The sources, those that become experts with the widest one's number of neurons: their FFNs
-    are padded as they are read. Copies of the anchor's FFN have its width without that, where no
-    FFN is merged."""
-    if recipe.copies_anchor and not recipe.merges_ffns:
-        return list(sources)
-    experts = [source for source in sources if source.name in recipe.expert_names]
-    widest = max((source.config.intermediate_size for source in experts), default=0)
-    padded = {}
-    for source in experts:
-        if source.config.intermediate_size < widest:
-            config = copy.deepcopy(source.config)
-            config.intermediate_size = widest
-            padded[source.name] = replace(source, config=config)
-    return [padded.get(source.name, source) for source in sources]
 
 
 def _with_transplant(sources: Sequence[Source], anchor: str, method: str) -> list[Source]:

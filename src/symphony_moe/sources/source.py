@@ -1,10 +1,11 @@
 """One dense checkpoint, read tensor by tensor."""
 
+import copy
 import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ from symphony_moe.model.checkpoint import is_finite
 from symphony_moe.model.families import (
     AUTO,
     EMBEDDING,
+    FINAL_NORM,
     GATE,
     HEAD,
     NEURON_AXIS,
@@ -32,6 +34,7 @@ from symphony_moe.model.families import (
     Target,
     with_more_heads,
 )
+from symphony_moe.model.widening import Widening
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.sources.adapter import FILES as ADAPTER_FILES
 from symphony_moe.sources.adapter import Adapter
@@ -127,6 +130,10 @@ class Source:
     used, but for reading."""
     target: Target = AUTO
     """What the recipe says of the output's architecture."""
+    widening: Widening | None = field(default=None, repr=False)
+    """How its tensors are brought to the shape of the others, where theirs is larger
+    (`backbone.shapes`); `config` is of that shape then. `read` gives them as they are stored, what
+    is named below gives them in that shape."""
     notes: tuple[str, ...] = ()
     """What its files hold that is ignored, or that its config does not say, in words."""
     dropped: tuple[str, ...] = ()
@@ -140,6 +147,14 @@ class Source:
     def family(self) -> Family:
         """The row of its architecture, for the output that the recipe asks for."""
         return self.target.family(self.config)
+
+    @property
+    def as_stored(self) -> "Source":
+        """The source in the shape that its files have."""
+        if self.widening is None:
+            return self
+        config = copy.deepcopy(self.widening.own)
+        return replace(self, config=config, widening=None)
 
     @property
     def head_name(self) -> str:
@@ -335,6 +350,18 @@ class Source:
         by block. A token that it lacks is the mean of the pieces that it makes of the token's text,
         or what the transplant makes of it; a padding row that it lacks is zero. `reads`: see
         `read`. `as_head`: the table is asked for as the head, which may be the embeddings."""
+        for first, rows in self._own_table(name, reads, as_head=as_head):
+            if self.widening is None:
+                yield first, rows
+            elif name == EMBEDDING:
+                yield first, self.widening.embedding(rows)
+            else:
+                yield first, self.widening.head(rows)
+
+    def _own_table(
+        self, name: str, reads: "SharedReads | None", *, as_head: bool
+    ) -> Iterator[tuple[int, Float[Tensor, "rows own_hidden"]]]:
+        """`table`, as wide as it is stored."""
         if self.vocabulary is None:
             for first in range(0, self.headers[name].shape[0], TABLE_ROWS):
                 yield first, self.read(name, slice(first, first + TABLE_ROWS), reads=reads)
@@ -428,6 +455,28 @@ class Source:
             made += torch.sparse.mm(weights, part)
         return made
 
+    def final_norm(self) -> Float[Tensor, " hidden"]:
+        """The gains of the norm before the head."""
+        gain = self.read(FINAL_NORM)
+        return gain if self.widening is None else self.widening.final_norm(gain)
+
+    def layer_tensor(
+        self,
+        layer: int,
+        name: str,
+        *,
+        as_stored: bool = False,
+        reads: "SharedReads | None" = None,
+    ) -> Tensor:
+        """A tensor of a decoder layer by its name within the layer, its FFN padded with neurons of
+        zeros up to `config.intermediate_size`. The others: see `read`."""
+        widening = self.widening
+        own = layer if widening is None else widening.own_layer(layer)
+        tensor = self.read(f"model.layers.{own}.{name}", as_stored=as_stored, reads=reads)
+        if name in NEURON_AXIS and self.own_ffn < self.config.intermediate_size:
+            tensor = _padded(tensor, NEURON_AXIS[name], self.config.intermediate_size)
+        return tensor if widening is None else widening.tensor(layer, name, tensor)
+
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Every tensor of a decoder layer, by its name within the layer."""
         return read_layers([self], layer)[self.name]
@@ -520,20 +569,19 @@ class _Stored:
 def read_layers(
     sources: Sequence[Source], layer: int, *, as_stored: bool = False
 ) -> dict[str, dict[str, Tensor]]:
-    """Source -> every tensor of one of its decoder layers, by its name within the layer, its FFN
-    padded with neurons of zeros up to `config.intermediate_size`. Of a model that several sources
-    are adapters of, each tensor is read once; where none of them changes it, they have it together.
-    `as_stored`: see `Source.read`."""
+    """Source -> every tensor of one of its decoder layers, by its name within the layer, as
+    `Source.layer_tensor` gives it. Of a model that several sources are adapters of, each tensor is
+    read once; where none of them changes it, they have it together. `as_stored`: see
+    `Source.read`."""
     if not sources:
         return {}
     reads, family = SharedReads(sources), sources[0].family
     layers: dict[str, dict[str, Tensor]] = {source.name: {} for source in sources}
     for name in (*family.shared, *family.expert):
         for source in sources:
-            tensor = source.read(f"model.layers.{layer}.{name}", as_stored=as_stored, reads=reads)
-            if name in NEURON_AXIS and source.own_ffn < source.config.intermediate_size:
-                tensor = _padded(tensor, NEURON_AXIS[name], source.config.intermediate_size)
-            layers[source.name][name] = tensor
+            layers[source.name][name] = source.layer_tensor(
+                layer, name, as_stored=as_stored, reads=reads
+            )
     return layers
 
 

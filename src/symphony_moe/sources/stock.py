@@ -134,6 +134,7 @@ def load_source(source: Source, dtype: torch.dtype = torch.float32) -> PreTraine
     Raises VerificationError where the tables that are put in are not those that transformers has
     loaded.
     """
+    source = source.as_stored
     model = load_stock(source.folder, dtype)
     if source.adapter is not None:
         _merge_adapter(model, source, source.adapter)

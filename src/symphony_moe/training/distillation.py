@@ -126,8 +126,8 @@ class Teachers:
         """What the source's output head reads."""
         if self._models:
             return self._run(self._models[owner], numbers)
-        rows = [self._waiting[number] for number in numbers]
-        return torch.from_numpy(self._states[rows]).to(device(), _teacher_dtype())
+        rows, own = [self._waiting[number] for number in numbers], self._heads[owner].shape[1]
+        return torch.from_numpy(self._states[rows][..., :own]).to(device(), _teacher_dtype())
 
     def _run(self, model: Any, numbers: Sequence[int]) -> Float[Tensor, "windows sequence hidden"]:
         """A teacher's last hidden states on windows."""
@@ -141,7 +141,7 @@ class Teachers:
     def _prepare(self, first: int) -> None:
         """Every source on its own of the next windows, from `first` on: as many as may wait."""
         batch, process, processes = self._share
-        hidden = self.sources[0].config.hidden_size
+        hidden = max(source.as_stored.config.hidden_size for source in self.sources)
         length = self.text.sequence_length
         room = max(batch, _WAITING_BYTES // (length * hidden * 4))
         mine = [
@@ -165,6 +165,7 @@ class Teachers:
             for begin in range(0, len(own), at_once):
                 some = own[begin : begin + at_once]
                 rows = [self._waiting[window] for window in some]
-                self._states[rows] = self._run(model, some).float().cpu().numpy()
+                states = self._run(model, some).float().cpu().numpy()
+                self._states[rows, :, : states.shape[-1]] = states
             self._heads.append(model.get_output_embeddings().weight.detach().clone())
             del model
