@@ -1,8 +1,11 @@
 """Helpers of several test files: how a checkpoint is loaded, compared and changed."""
 
+import copy
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from conftest import WORDS, target_of_variant
+from symphony_moe.model.families import BY_LAYER, EMBEDDING, FINAL_NORM
+from symphony_moe.model.widening import Layers, Shape, Widening, widened_config
 from symphony_moe.recipe.settings import SourceSpec
 from symphony_moe.sources.opening import open_source
 from symphony_moe.sources.source import Source
@@ -249,6 +254,34 @@ def opened(folder: Path, name: str = "a", *, download: bool = True, **spec: Any)
     """A source of a model folder, whose text nobody reads."""
     asked = SourceSpec(model=str(folder), data="unused.txt", **spec)
     return open_source(name, asked, download=download)
+
+
+def widened(source: Source, shape: Shape, layers: Layers) -> Source:
+    """A source in a larger shape; layers that are added are of the kinds of its own, in turn."""
+    own, reference = source.config, copy.deepcopy(source.config)
+    for name in BY_LAYER:
+        if getattr(own, name, None):
+            kinds = getattr(own, name)
+            setattr(reference, name, [kinds[n % len(kinds)] for n in range(shape.layers)])
+    config = widened_config(own, shape, layers, reference)
+    return replace(source, config=config, widening=Widening(own, config, layers))
+
+
+def save_widened(model: Path, shape: Shape, layers: Layers, out: Path) -> Path:
+    """A model folder in a larger shape: the same function in more weights."""
+    source = widened(opened(model), shape, layers)
+    tensors = {
+        f"model.layers.{layer}.{name}": tensor.contiguous()
+        for layer in range(shape.layers)
+        for name, tensor in source.read_layer(layer).items()
+    }
+    tensors[FINAL_NORM] = source.final_norm()
+    for name in {EMBEDDING, source.head_name}:
+        tensors[name] = torch.cat([rows for _, rows in source.table(name)])
+    shutil.copytree(model, out)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    source.config.save_pretrained(out)
+    return out
 
 
 def random_windows(seed: int, windows: int, sequence: int = 24) -> Tensor:

@@ -89,6 +89,7 @@ NOT_RUN = {
     ("changing-experts.md", "*"): "shows the form of commands: tests/test_changes.py runs them",
     ("inputs.md", "*"): "shows the form of a command: tests/sources/test_proposal.py runs it",
     ("how-to/experts.md", "python scripts/dense_layers.py --out dense-layers"): STUDIES,
+    ("how-to/shapes.md", "python scripts/unequal_shapes.py --out unequal"): STUDIES,
     (
         "how-to/vocabularies.md",
         "python scripts/vocabulary_study.py --out vocabulary-study",

@@ -379,7 +379,7 @@ def _build(asked: _Asked) -> RunFolder:
     recorded = _recorded(asked) if processes.is_first else None
     ready = _prepare(asked.recipe, asked.memory, asked.texts, processes, recorded)
     if asked.kept is not None:
-        asked.kept.refuse_other_width(ready.planned.config["intermediate_size"])
+        asked.kept.refuse_other_shape(ready.planned.config)
     folder = RunFolder(out)
     if processes.is_first:
         folder = _begin(ready, out, **how)

@@ -326,10 +326,10 @@ def test_an_expert_that_would_change_the_width_is_refused(tmp_path: Path) -> Non
     model = str(tmp_path / "models" / "narrower")
     more = pipeline.add(run, "narrower", tmp_path / "more", model=model, data=data)
     pipeline.verify(more, deep=True)
-    with pytest.raises(SourceMismatch, match=r"have 80 neurons, and the widest .* has 96"):
+    with pytest.raises(SourceMismatch, match=r"have 80 neurons, and the largest .* has 96"):
         wider = str(tmp_path / "models" / "wider")
         pipeline.add(run, "wider", tmp_path / "wider", model=wider, data=data)
-    with pytest.raises(SourceMismatch, match=r"have 80 neurons, and the widest .* has 48"):
+    with pytest.raises(SourceMismatch, match=r"have 80 neurons, and the largest .* has 48"):
         pipeline.remove(run, "c", tmp_path / "fewer")
     assert not (tmp_path / "wider").exists() and not (tmp_path / "fewer").exists()
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +40,15 @@ from symphony_moe.sources.opening import open_source
 from symphony_moe.sources.pretrained import load_tokenizer
 from symphony_moe.sources.provenance import Provenance, provenance
 from symphony_moe.sources.source import TABLE_ROWS, FileStates, Source, anchor_of, file_state
+
+_SHAPE = {
+    "intermediate_size": "neurons",
+    "hidden_size": "channels of the residual stream",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "KV heads",
+}
+"""Config field -> what it counts."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +135,20 @@ class KeptModel:
                 "begins again"
             )
 
-    def refuse_other_width(self, width: int) -> None:
-        """Raise SourceMismatch where the changed run's sources have another `width`, in neurons of
-        an FFN, than the experts that are kept: the widest of them came or went."""
-        own = json.loads((self.folder / "config.json").read_bytes())["intermediate_size"]
-        if own != width:
-            raise SourceMismatch(
-                f"{self.run.root}: its experts have {own:,} neurons, and the widest of the changed "
-                f"run's sources has {width:,}; all experts of one model have one width. Build anew "
-                "with these sources"
-            )
+    def refuse_other_shape(self, planned: Mapping[str, Any]) -> None:
+        """Raise SourceMismatch where the changed run's sources have another shape than the experts
+        that are kept: the largest of them came or went. `planned`: the changed run's
+        config.json."""
+        own = json.loads((self.folder / "config.json").read_bytes())
+        for field, what in _SHAPE.items():
+            if field == "num_attention_heads" and "kv_channels" in own:
+                continue  # JetMoE counts those of all chosen experts
+            if own.get(field) not in (None, planned[field]):
+                raise SourceMismatch(
+                    f"{self.run.root}: its experts have {own[field]:,} {what}, and the largest of "
+                    f"the changed run's sources has {planned[field]:,}; all experts of one model "
+                    "have one shape. Build anew with these sources"
+                )
 
     @property
     def is_plain_mean(self) -> bool:

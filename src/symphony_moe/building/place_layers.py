@@ -35,7 +35,8 @@ def place_layers(
     recipe: Recipe, sources: Sequence[Source], text: Sequence[Windows]
 ) -> dict[str, list[int | None]]:
     """Source -> its `layers`, of those that have fewer than the deepest and no place in the recipe.
-    `text`: of each domain; where there is none, the layers are placed evenly. Raises SourceError for streams that are not finite."""
+    `text`: of each domain; where there is none, the layers are placed evenly. Raises SourceError
+    for streams that are not finite."""
     missing = {s.name: s for s in shallow(recipe, sources)}
     if not text:
         return {n: list(s.widening.layers) for n, s in missing.items() if s.widening is not None}
@@ -59,9 +60,9 @@ def in_words(layers: Sequence[int | None]) -> str:
 
 @torch.inference_mode()
 def stream_similarities(source: Source, text: Windows) -> list[Float[Tensor, "tokens tokens"]]:
-    """After each number of a source's layers, 0 included: the products of every two tokens' streams,
-    each of length one, about the mean, for TOKENS tokens spread evenly over the text. The diagonal
-    of a Gram matrix of norm one is part of it (float32)."""
+    """After each number of a source's layers, 0 included: how alike every two of TOKENS tokens are,
+    spread evenly over the text. Products of their streams, each stream of length one, about the
+    mean of all; the matrix divided by its Frobenius norm."""
     streams = Streams()
     streams.embed({source.name: text}, source.config, source.table(EMBEDDING))
     count = min(TOKENS, text.numel())

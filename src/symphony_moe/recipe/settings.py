@@ -191,9 +191,9 @@ class Backbone(Section):
     """How FFNs are merged for `experts.dense_layers` and for the shared expert, as attention is.
     No effect where there are none."""
     shapes: Literal["equal", "widest"] = "equal"
-    """Sources whose hidden sizes, head counts or depths differ. `equal`: they are refused. `widest`:
-    smaller ones are padded to the largest in each dimension, which computes the same. Narrower FFNs
-    are padded in any case."""
+    """Sources whose hidden sizes, head counts or depths differ. `equal`: refused. `widest`: smaller
+    ones are padded to the largest in each dimension, which computes the same. Narrower FFNs are
+    padded in any case."""
     weights: dict[str, Share] | None = None
     """Source -> weight in the merge. Weights are normalised to sum to one. Default: equal
     weights."""

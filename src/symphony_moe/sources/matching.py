@@ -91,13 +91,16 @@ _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
 """(config field, verdict where sources differ, consequence)."""
 
 
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
 _PADDED = {
+    "intermediate_size": "narrower FFNs are padded with neurons of zeros, which computes the same",
     "hidden_size": "narrower residual streams are padded with zeros, which computes the same",
     "num_hidden_layers": "layers that change nothing are added where a source has fewer",
     "num_attention_heads": "heads that put out nothing are added where a source has fewer",
     "num_key_value_heads": "KV heads are repeated, or added, where a source has fewer",
 }
-"""Config field -> what becomes of a source that has less of it (`backbone.shapes: widest`)."""
+"""Config field -> what becomes of a source that has less of it."""
 
 
 def _config_values(field: str, sources: Sequence[Source], anchor: str) -> dict[str, Any]:
@@ -179,17 +182,8 @@ def find_differences(
         if field in FACTORS and not one_family:
             continue  # that they are of several families is said
         differ(field, _config_values(field, sources, anchor), verdict, consequence)
-    if len({source.config.intermediate_size for source in sources}) == 1:
-        differ(
-            "intermediate_size",
-            {source.name: source.own_ffn for source in sources},
-            "fine",
-            "narrower FFNs are padded with neurons of zeros, which computes the same",
-        )
-    for field, what in _PADDED.items():
-        if any(source.widening for source in sources):
-            theirs = {s.name: getattr(s.as_stored.config, field) for s in sources}
-            differ(field, theirs, "fine", what)
+    for field, (values, consequence) in _padded(sources).items():
+        differ(field, values, "fine", consequence)
     if one_family:
         biases = {s.name: any(".bias" in name for name in s.family.vectors) for s in sources}
         differ("biases of attention", biases, "error", _EXPERTS_ALIKE)
@@ -232,6 +226,18 @@ def find_differences(
         return found  # tokenizers of different families differ in every way; one message is enough
     found += _compare_tokenizers(sources, anchor, chat)
     return found
+
+
+def _padded(sources: Sequence[Source]) -> dict[str, tuple[dict[str, int], str]]:
+    """Config field -> what each source has of it as it is stored, and what becomes of the less; of
+    those in which all are read alike."""
+    found = {}
+    if len({source.config.intermediate_size for source in sources}) == 1:
+        found["intermediate_size"] = {source.name: source.own_ffn for source in sources}
+    if any(source.widening for source in sources):
+        for field in ("hidden_size", "num_hidden_layers", *_HEADS):
+            found[field] = {s.name: getattr(s.as_stored.config, field) for s in sources}
+    return {field: (values, _PADDED[field]) for field, values in found.items()}
 
 
 def _generation_settings(source: Source) -> dict[str, Any]:
