@@ -157,7 +157,7 @@ def test_a_shape_that_the_target_does_not_hold_is_refused(tmp_path: Path) -> Non
         shutil.rmtree(tmp_path / "models" / name)
         heads = {"num_attention_heads": hidden // 8, "num_key_value_heads": groups}
         make_model(tmp_path / "models" / name, "granite", 1, hidden_size=hidden, **heads)
-    with pytest.raises(SourceMismatch, match="query heads 6 to 8.*the heads of a GraniteMoe"):
+    with pytest.raises(SourceMismatch, match=r"query heads 6 to 8.*the heads of a GraniteMoe"):
         pipeline.plan(load_recipe(path))
 
 
