@@ -60,7 +60,8 @@ TRAIN_TOKENS, BATCH, LEARNING_RATE = 600_000, 16, 3e-3
 DISTILL_BATCH, DISTILL_RATE = 4, 1e-3
 
 BUDGET = (
-    "calibration.tokens=32768",
+    "calibration.tokens=16384",
+    "fit.epochs=4",
     "evaluation.tokens=8192",
     "evaluation.extra={}",
     "backbone.shapes=widest",

@@ -49,13 +49,9 @@ def place_layers(
         layers = match_layers(source.config, reference.config, alike)
         assert layers is not None  # there is an even order: the source was opened with it
         found[source.name] = list(layers)
-        log.info("%s: layers among %s's: %s", source.name, reference.name, in_words(layers))
+        places = " ".join("-" if at is None else str(at) for at in layers)
+        log.info("%s: layers among %s's: %s", source.name, reference.name, places)
     return found
-
-
-def in_words(layers: Sequence[int | None]) -> str:
-    """Places of layers, a dash for one that is added."""
-    return " ".join("-" if at is None else str(at) for at in layers)
 
 
 @torch.inference_mode()

@@ -41,7 +41,7 @@ from symphony_moe.recipe.settings import BUNDLED, Recipe
 from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
 from symphony_moe.sources.opening import expected_shapes
 from symphony_moe.sources.provenance import provenance
-from symphony_moe.sources.shapes import in_words
+from symphony_moe.sources.shapes import padded_shapes
 from symphony_moe.sources.source import Source, anchor_of, is_tied, new_config, public_name
 
 NOTE_PERMUTATION = (
@@ -193,7 +193,7 @@ def _of_copies(difference: Difference, anchor: str) -> Difference:
 def _refuse_redrawn_zeros(recipe: Recipe, sources: Sequence[Source]) -> None:
     """Raise SourceMismatch where neurons would be drawn anew of an FFN that is padded with zeros:
     the mean and the deviation of its matrices are not the source's."""
-    widened = in_words({source.name: source for source in sources})
+    widened = padded_shapes({source.name: source for source in sources})
     if recipe.redraws_neurons and widened:
         name, words = next(iter(widened.items()))
         raise SourceMismatch(
@@ -216,7 +216,7 @@ def _of_shapes(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
     import humanize
 
     by_name = {source.name: source for source in sources}
-    for name, words in in_words(by_name).items():
+    for name, words in padded_shapes(by_name).items():
         source = by_name[name]
         own = _one_expert(source.family, source.as_stored.config)
         more = _one_expert(source.family, source.config) - own

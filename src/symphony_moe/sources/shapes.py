@@ -117,8 +117,9 @@ def _widened(recipe: Recipe, sources: Sequence[Source]) -> list[Source]:
     for source in changed.values():
         reason = source.family.refusal(source.config)
         if reason is not None:
+            padded = padded_shapes(changed)[source.name]
             raise SourceMismatch(
-                f"backbone.shapes: {source.name} with {in_words(changed)[source.name]}: {reason}. "
+                f"backbone.shapes: {source.name} with {padded}: {reason}. "
                 "Use checkpoints of one shape, or leave one out"
             )
     return [changed.get(source.name, source) for source in sources]
@@ -170,7 +171,7 @@ _WORDS = {
 }
 
 
-def in_words(sources: Mapping[str, Source]) -> dict[str, str]:
+def padded_shapes(sources: Mapping[str, Source]) -> dict[str, str]:
     """Source -> what is widened, from what to what; of those that are."""
     found = {}
     for name, source in sources.items():
