@@ -62,13 +62,17 @@ def match_layers(
     attends as it does (`BY_LAYER`); None where there is no such order.
 
     `alike`: how alike the residual streams are after each number of layers, 0 included, of the
-    model and of the deeper one. Of all orders that one is found in which the sum over all places is
-    largest (dynamic programming). Without it the streams are alike that are equally far through.
+    model and of the deeper one, each beside the mean of its row: a stream that is little like any
+    says as much of its place as one that is like all. Of all orders that one is found in which the
+    sum over all places is largest (dynamic programming). Without it the streams are alike that are
+    equally far through.
     """
     count, depth = own.num_hidden_layers, reference.num_hidden_layers
     if alike is None:
         through = (torch.arange(size + 1) / size for size in (count, depth))
         alike = -torch.cdist(*(part[:, None] for part in through))
+    else:
+        alike = alike - alike.mean(dim=1, keepdim=True)
     fits = [[_attend_alike(own, n, reference, at) for at in range(depth)] for n in range(count)]
     # best[n, at]: the largest sum up to place `at`, with n of the model's layers behind.
     best = torch.full((count + 1, depth + 1), -torch.inf, dtype=torch.float64)
