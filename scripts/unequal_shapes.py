@@ -177,7 +177,8 @@ def held_out(recipe: Recipe) -> dict[str, Any]:
 
 def sources_alone(recipe: Recipe) -> dict[str, Any]:
     """Each source on the text of its own domain."""
-    text, losses = held_out(recipe), {}
+    text = held_out(recipe)
+    losses: dict[str, float] = {}
     for name, source in zip(recipe.sources, open_sources(recipe), strict=True):
         losses |= losses_and_routing(load_stock(source.folder), {name: text[name]})[0]
     return {"losses": losses}

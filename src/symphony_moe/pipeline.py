@@ -481,7 +481,7 @@ def _with_places(
     text: CalibrationText,
     processes: Processes,
     recorded: Recipe | None,
-) -> tuple[Recipe, Sequence[Source]]:
+) -> tuple[Recipe, list[Source]]:
     """The recipe with places for the layers of sources that have fewer than others, and the sources
     with their layers there: as an interrupted build has `recorded` them; by the calibration text;
     or, where there is none, evenly."""

@@ -74,7 +74,8 @@ def stream_similarities(source: Source, text: Windows) -> list[Float[Tensor, "to
                 f"{source.name} puts out values that are NaN or infinite on the calibration text; "
                 "the weights are damaged or overflow float32"
             )
-        return (product / torch.linalg.norm(product).clamp_min(1e-300)).float()
+        result: Tensor = product / torch.linalg.norm(product).clamp_min(1e-300)
+        return result.float()
 
     found = [gram()]
     for layer in range(source.config.num_hidden_layers):

@@ -206,4 +206,5 @@ class Widening:
         heads = tensor.unflatten(axis, (-1, head_dim(self.own))).movedim(axis, 0)
         found = heads[where.clamp(min=0)]
         found[where < 0] = 1.0 if whole else 0.0
-        return found.movedim(0, axis).flatten(axis, axis + 1)
+        result: Tensor = found.movedim(0, axis).flatten(axis, axis + 1)
+        return result

@@ -91,9 +91,9 @@ def match_layers(
     found: list[int | None] = []
     n = count
     for at in range(depth, 0, -1):
-        goes = bool(goes_on[n, at])
-        found.append(n - 1 if goes else None)
-        n -= goes
+        went = bool(goes_on[n, at])
+        found.append(n - 1 if went else None)
+        n -= went
     return tuple(reversed(found))
 
 
