@@ -9,6 +9,8 @@ shallower (2 layers), are trained first. Then, by `harmonized`, stage 1 alone:
 
 - `widened`: all four (`backbone.shapes: widest`), the layers of `records` matched by its streams;
 - `widened, evenly`: the same, with its layers spread evenly;
+- `one shape`: the bundled `arithmetic` and `records` in their place, which are as large as the
+  anchor and were trained five times as long: what four strangers cost whose shapes are equal;
 - `left out`: `english` and `python` alone;
 - `distilled`: all four, in place of each small source the anchor, trained to give the small
   source's logits on the same calibration text, as often as a fit goes through it (`fit.epochs`).
@@ -67,7 +69,9 @@ BUDGET = (
     "backbone.shapes=widest",
 )
 EVENLY = "sources.records.layers=[0, null, 1, null]"
-CASES = ("widened", "widened, evenly", "left out", "distilled")
+CASES = ("widened", "widened, evenly", "one shape", "left out", "distilled")
+ROWS = ("each source alone", *CASES, "each distilled source alone")
+"""Those of the table."""
 
 
 def batches(text: Packed, size: int, seed: int) -> Iterator[Packed]:
@@ -146,7 +150,10 @@ def recipe_of(case: str, seed: int, out: Path) -> Recipe:
     """The recipe of a case."""
     seeds = [f"seed={seed}", f"calibration.seed={seed}", f"evaluation.seed={seed}"]
     models = {name: trained(name, out / name) for name in SMALL}
-    settings = [*BUDGET, *seeds, *(f"sources.{n}.model={p.resolve()}" for n, p in models.items())]
+    settings = [*BUDGET, *seeds]
+    if case == "one shape":
+        return load_recipe(ROOT / "recipes" / "strangers.yaml", settings)
+    settings += [f"sources.{name}.model={path.resolve()}" for name, path in models.items()]
     if case == "left out":
         settings.append("experts.sources=[english, python]")
     if case == "widened, evenly":
@@ -189,7 +196,7 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     seed -> what `measure` gives."""
     domains = list(next(iter(next(iter(found.values())).values()))["losses"])
     rows = [["", *domains, "mean"], ["---"] * (len(domains) + 2)]
-    for case, by_seed in found.items():
+    for case, by_seed in sorted(found.items(), key=lambda item: ROWS.index(item[0])):
         losses = [entry["losses"] for entry in by_seed.values()]
         columns = [[each[name] for each in losses] for name in domains]
         means = [sum(each.values()) / len(each) for each in losses]
@@ -206,9 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     path = asked.out / "losses.json"
     found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
-    alone, new = "each source alone", "each distilled source alone"
+    alone, new = ROWS[0], ROWS[-1]
     for seed in asked.seeds:
-        for case in (alone, *CASES, new):
+        for case in ROWS:
             if str(seed) in found.setdefault(case, {}):
                 continue
             if case in (alone, new):
