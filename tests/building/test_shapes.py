@@ -99,6 +99,26 @@ def test_a_source_and_its_larger_copy_are_the_dense_model(
 
 
 @pytest.mark.slow
+def test_a_newcomer_has_the_shape_of_the_experts(tmp_path: Path) -> None:
+    """A smaller one is padded; a larger one, and the largest one's leaving, are refused."""
+    run = pipeline.build(load_recipe(unequal(tmp_path, method="btx")), tmp_path / "run")
+    data, models = str(tmp_path / "b.jsonl"), tmp_path / "models"
+    small = make_model(models / "small", "llama", 7, **SMALL)
+    more = pipeline.add(run, "small", tmp_path / "more", model=str(small), data=data)
+    pipeline.verify(more, deep=True)
+    assert more.read_recipe().sources["small"].layers is not None
+    for changes, what in (
+        ({"num_hidden_layers": 4}, "its number of layers: build anew"),
+        ({"hidden_size": 64, "num_attention_heads": 8}, "its experts have 48 channels"),
+    ):
+        large = make_model(
+            models / f"large-{len(changes)}", "llama", 8, **WIDE | {"head_dim": 8} | changes
+        )
+        with pytest.raises(SourceMismatch, match=what):
+            pipeline.add(run, "large", tmp_path / "larger", model=str(large), data=data)
+
+
+@pytest.mark.slow
 def test_a_killed_build_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -338,6 +338,8 @@ def test_a_mismatch_of_depth_says_what_to_do(tmp_path: Path) -> None:
     path = make_recipe(tmp_path, "llama", count=2)
     shutil.rmtree(tmp_path / "models" / "b")
     make_model(tmp_path / "models" / "b", "llama", 1, num_hidden_layers=3)
-    wanted = r"num_hidden_layers \(a: 2; b: 3\): .* no partner\. Use checkpoints of one depth"
+    wanted = (
+        r"num_hidden_layers \(a: 2; b: 3\): .* no partner\. backbone.shapes: widest adds layers"
+    )
     with pytest.raises(SourceMismatch, match=wanted):
         pipeline.plan(load_recipe(path))

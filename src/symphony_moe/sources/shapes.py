@@ -144,9 +144,14 @@ def _layers(recipe: Recipe, source: Source, reference: PreTrainedConfig) -> Laye
             )
         return found
     if len(listed) != depth or [at for at in listed if at is not None] != list(range(own)):
+        hint = "Leave it out to have it found"
+        if recipe.parent is not None:
+            hint = (
+                "The experts of a run all have its number of layers: build anew with these sources"
+            )
         raise SourceMismatch(
             f"sources.{source.name}.layers: expected {depth} entries, with 0 to {own - 1} in order "
-            f"and {depth - own} null(s), got {str(listed)[:120]}. Leave it out to have it found"
+            f"and {depth - own} null(s), got {str(listed)[:120]}. {hint}"
         )
     return tuple(listed)
 
