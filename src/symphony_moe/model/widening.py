@@ -10,7 +10,8 @@
   it is a copy of the layer before, so that it can learn something (block expansion: Wu et al. 2024,
   arXiv 2401.02415).
 
-docs/harmonized.md has the algebra; tests/model/test_widening.py holds it against stock transformers.
+docs/harmonized.md has the algebra.
+tests/model/test_widening.py holds it against stock transformers.
 """
 
 import copy

@@ -183,7 +183,7 @@ def _as_read(rules: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, An
     if rules["model"] != model:
         return dict(from_json(Tokenizer.from_str(json.dumps(rules)).to_str()))
     small = {**rules, "model": _NO_MODEL, "added_tokens": []}
-    return from_json(Tokenizer.from_str(json.dumps(small)).to_str()) | {"model": model}
+    return dict(from_json(Tokenizer.from_str(json.dumps(small)).to_str())) | {"model": model}
 
 
 def _adds_nothing(content: Mapping[str, Any]) -> bool:
