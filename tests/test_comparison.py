@@ -237,6 +237,15 @@ def test_runs_that_differ_cannot_stand_side_by_side(what: str, second: dict[str,
         refuse_different(runs, manifests)
 
 
+def test_a_training_that_stopped_early_stands_beside_one_that_did_not() -> None:
+    """The budget is compared, not what was used of it."""
+    whole = content()["training"]
+    found = {"tokens": 9, "planned_steps": whole["steps"], "chosen_step": 0}
+    short = {"steps": whole["steps"] // 2, "tokens": whole["tokens"] // 2, "validation": found}
+    runs = {("symphony", 1): metrics(), ("btx", 1): metrics(training=whole | short)}
+    refuse_different(runs, dict.fromkeys(runs, manifest()))
+
+
 def test_other_sources_cannot_stand_side_by_side() -> None:
     runs = {("symphony", 1): metrics(), ("symphony", 2): metrics()}
     manifests = {("symphony", 1): manifest(), ("symphony", 2): manifest(b="2")}

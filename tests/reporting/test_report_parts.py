@@ -34,7 +34,7 @@ from symphony_moe.reporting.run_page import Beside, render
 from symphony_moe.reporting.samples import coloured_text, shown_text
 from symphony_moe.reporting.stages import stage_table
 from symphony_moe.reporting.strips import Scale, Strips, Value, expert_colour
-from symphony_moe.reporting.training import held_out_chart
+from symphony_moe.reporting.training import held_out_chart, training_facts
 from symphony_moe.reporting.warned import warnings_of
 from symphony_moe.runs.samples import Samples
 
@@ -373,6 +373,24 @@ def test_held_out_losses_on_the_way_are_a_line_for_every_domain() -> None:
     assert chart is not None and [line.name for line in chart.lines] == DOMAINS
     assert [(p.x, p.y) for p in chart.lines[3].points] == [(100, 2.9), (200, 2.8)]
     assert held_out_chart([], sample_recipe()) is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "steps", "said"),
+    [
+        (0, 50, "before training (validation loss 2.000, at best 2.100 after, stopped at step 50 "),
+        (0, 100, "before training (validation loss 2.000, at best 1.900 after)"),
+        (50, 100, "of step 50 (validation loss 2.000 before, 2.100 there, 1.900 at the end)"),
+        (100, 100, "of step 100 (validation loss 2.000 before, 1.900 there)"),
+    ],
+)
+def test_the_report_says_which_weights_were_kept(chosen: int, steps: int, said: str) -> None:
+    metrics = sample_metrics()
+    curve = [{"step": s, "loss": x} for s, x in ((0, 2.0), (50, 2.1), (100, 1.9)) if s <= steps]
+    found = {"tokens": 9, "planned_steps": 100, "chosen_step": chosen, "curve": curve}
+    assert "Weights kept" not in dict(training_facts(read(metrics).training))
+    metrics["training"] |= {"steps": steps, "validation": found}
+    assert said in dict(training_facts(read(metrics).training))["Weights kept"]
 
 
 def test_likeness_by_layer_is_a_line_for_every_model() -> None:

@@ -183,6 +183,28 @@ def test_a_killed_training_in_shards_goes_on(
     pipeline.verify(run)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", ["1e-3", "0.3"])
+def test_two_processes_keep_the_weights_of_one(
+    rate: str, built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    """The last step's, and where the learning rate ruins the model, those before training."""
+    run, alone = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone")
+    settings = ["train.keep_best=true", f"train.learning_rate={rate}"]
+    for folder in (run, alone):
+        shutil.copytree(built("llama").root, folder.root)
+    pipeline.train(alone, [*SETTINGS, *settings, "train.gradient_accumulation=2"])
+    sets = [word for setting in settings for word in ("--set", setting)]
+    code, output = launch(tmp_path, TORCHRUN, "train", str(run.root), *sets)
+    assert code == 0, output
+    one, other = (r.read_json(r.metrics)["training"]["validation"] for r in (run, alone))
+    assert one["chosen_step"] == other["chosen_step"] == (7 if rate == "1e-3" else 0)
+    for ours, theirs in zip(one["curve"], other["curve"], strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
+    assert output.count("training gained nothing") == (1 if rate == "0.3" else 0)
+    pipeline.verify(run)
+
+
 CLASSES = {
     "qwen2": "Ernie4_5_MoeForCausalLM",
     "qwen3": "Qwen3MoeForCausalLM",

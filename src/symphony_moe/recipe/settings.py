@@ -335,6 +335,12 @@ class Train(Section):
     """Batches per step."""
     checkpoints: Whole = Field(4, ge=1, le=MOST_STEPS)
     """How many checkpoints to save for resuming, at equal intervals."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest loss on validation text. This may be the model before
+    training. The validation text is an eighth of every source's documents. It is not trained on,
+    and it is not held-out text. The loss is measured before training and at each of `checkpoints`.
+    Training stops at half of its steps if the loss has not gone down by then. `false`: the last
+    step's model is the result."""
     evaluations: Whole = Field(0, ge=0, le=MOST_STEPS)
     """How often to measure held-out loss during training, at equal intervals. The last measurement
     is the final evaluation. 0: only the final evaluation."""

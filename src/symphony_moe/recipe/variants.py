@@ -111,6 +111,7 @@ _COMMON = (
     "train.sequence_length",
     "train.batch_size",
     "train.gradient_accumulation",
+    "train.keep_best",
     "compare",
 )
 """What all runs of a comparison that have one seed have in common."""

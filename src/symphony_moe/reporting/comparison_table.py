@@ -59,10 +59,11 @@ def refuse_different(
 
     def facts(name: Name) -> dict[str, Any]:
         training = metrics[name].training or Training()
+        tokens, steps = training.planned
         return {
             "training text, or its order": training.text,
-            "number of trained tokens": training.tokens,
-            "number of steps": training.steps,
+            "number of trained tokens": tokens,
+            "number of steps": steps,
         }
 
     names = list(metrics)

@@ -1,12 +1,19 @@
 """What the training was, and its curves."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.reporting.charts import Chart, Line, Point, worth_drawing
 from symphony_moe.reporting.numbers import Number, count, duration, loss_text
 from symphony_moe.reporting.tables import in_order
-from symphony_moe.runs.metrics import CurvePoint, HeldOutPoint, TemperatureScaling, Training
+from symphony_moe.runs.metrics import (
+    CurvePoint,
+    HeldOutPoint,
+    TemperatureScaling,
+    Training,
+    Validation,
+)
 
 
 def training_facts(training: Training | None) -> list[tuple[str, str]]:
@@ -14,15 +21,36 @@ def training_facts(training: Training | None) -> list[tuple[str, str]]:
     if training is None:
         return []
     rate, scaling = training.learning_rate, training.temperature_scaling
+    validation = training.validation
     facts = [
         ("Scope", training.scope),
         ("Tokens", None if training.tokens is None else count(training.tokens)),
         ("Steps", None if training.steps is None else count(training.steps)),
         ("Time", None if training.seconds is None else duration(training.seconds)),
         ("Learning rate at its peak", None if rate is None else f"{rate:g}"),
+        ("Weights kept", None if validation is None else kept_text(validation)),
         ("Temperature scaling", None if scaling is None else trained_scaling_text(scaling)),
     ]
     return [(what, value) for what, value in facts if value is not None]
+
+
+def kept_text(validation: Validation) -> str:
+    """The step whose weights `train.keep_best` kept, and the losses that say why."""
+    losses = {point.step: point.loss for point in validation.curve}
+    chosen, steps = validation.chosen_step, max(losses, default=0)
+    before = loss_text(losses.get(0))
+    if chosen == 0:
+        best = min((loss for step, loss in losses.items() if step), default=math.nan)
+        stopped = f", stopped at step {count(steps)} of {count(validation.planned_steps)}"
+        return (
+            f"those before training (validation loss {before}, at best {loss_text(best)} after"
+            f"{stopped if steps < validation.planned_steps else ''})"
+        )
+    last = "" if chosen == steps else f", {loss_text(losses.get(steps))} at the end"
+    return (
+        f"of step {count(chosen)} (validation loss {before} before, "
+        f"{loss_text(losses.get(chosen))} there{last})"
+    )
 
 
 def trained_scaling_text(scaling: TemperatureScaling) -> str:

@@ -190,6 +190,27 @@ class HeldOutPoint(Part):
     losses: Losses
 
 
+class ValidationLoss(Part):
+    """Losses on validation text after a step of a training; step 0 is before the first."""
+
+    step: int
+    loss: Real = math.nan
+    """The mean over the sources."""
+    losses: Losses = {}
+
+
+class Validation(Part):
+    """How `train.keep_best` chose the weights."""
+
+    tokens: int
+    """Of the validation text."""
+    planned_steps: int
+    """More than the training's `steps` where it stopped early."""
+    chosen_step: int
+    """Whose weights are the trained model's; 0 for those before training."""
+    curve: list[ValidationLoss] = []
+
+
 class Training(Part):
     """What the training was, and how it went."""
 
@@ -205,9 +226,18 @@ class Training(Part):
     """The recipe's `train`, as it was trained with."""
     curve: Annotated[list[CurvePoint], BeforeValidator(lambda value: value or [])] = []
     held_out: Annotated[list[HeldOutPoint], BeforeValidator(lambda value: value or [])] = []
+    validation: Validation | None = None
     temperature_scaling: TemperatureScaling | None = Field(
         None, validation_alias=AliasChoices("temperature_scaling", "softened")
     )
+
+    @property
+    def planned(self) -> tuple[int | None, int | None]:
+        """(tokens, steps) as they would be without stopping early."""
+        if self.validation is None or not self.steps or self.tokens is None:
+            return self.tokens, self.steps
+        steps = self.validation.planned_steps
+        return self.tokens // self.steps * steps, steps
 
     @model_validator(mode="before")
     @classmethod

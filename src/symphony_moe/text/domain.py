@@ -74,6 +74,10 @@ class Sides:
         """Those to train on: (documents to fit on, documents to validate a fit by)."""
         return split_validation(self.training, VALIDATION_SHARE)
 
+    def trained_on(self, *, is_validated: bool) -> Documents:
+        """Those that a training sees. `is_validated`: by the documents that validate a fit."""
+        return self.of_fit[0] if is_validated else self.training
+
 
 class Domain:
     """The documents of one domain and the tokens that they become.
@@ -118,19 +122,26 @@ class Domain:
                 self._tokens[key] = tokens
         return tokens
 
-    def training_windows(self, who: str, drawing: WindowDraw, folder: Path) -> Packed:
-        """The windows that `draw_packed` draws from the documents to train on.
+    def training_windows(
+        self, who: str, drawing: WindowDraw, folder: Path, *, is_validated: bool = False
+    ) -> Packed:
+        """The windows that `draw_packed` draws from the documents to train on (see
+        `Sides.trained_on`).
 
         Up to 256 MiB of them are int64 in memory. More are int32 in files under `folder`, which may
         hold several texts (see `draw_to_files`). They are taken as they are where they were made of
         the same.
         """
-        if stays_in_memory(drawing):
-            return draw_packed(who, self.sides(who).training, self, drawing)
-        final = folder / self._digest(drawing)[:16]
-        return draw_to_files(who, lambda: self.sides(who).training, self, drawing, final)
 
-    def _digest(self, drawing: WindowDraw) -> str:
+        def documents() -> Documents:
+            return self.sides(who).trained_on(is_validated=is_validated)
+
+        if stays_in_memory(drawing):
+            return draw_packed(who, documents(), self, drawing)
+        final = folder / self._digest(drawing, is_validated=is_validated)[:16]
+        return draw_to_files(who, documents, self, drawing, final)
+
+    def _digest(self, drawing: WindowDraw, *, is_validated: bool) -> str:
         """SHA-256 of all that decides which text to train on is drawn."""
         reading, encoder = self._reading, self._encoder
         own = reading.tokenizer
@@ -142,6 +153,7 @@ class Domain:
             "chats": [own.chat_template, own.special_tokens_map, str(reading.rules)],
             "tokenizer": [*rules_of(encoder.tokenizer), encoder.begin, encoder.end],
             "numbers": numbers,
+            **({"validated by": VALIDATION_SHARE} if is_validated else {}),
         }
         content = json.dumps(made_from, sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()

@@ -5,6 +5,9 @@ Every domain's documents are read, split and tokenised once (`Domain`). Which of
     documents -> held out                                            held_out_text
               -> to train on (training_text) -> of a fit: fitted on  calibration_windows
                                              -> validated by         validation_windows
+
+With `train.keep_best`, documents that validate a fit validate the training too
+(training_validation), and are not trained on.
 """
 
 import logging
@@ -23,6 +26,9 @@ from symphony_moe.text.memory_maps import TrainingText
 from symphony_moe.text.windows import Encoder, Packed, Pieces, WindowDraw, draw_packed, draw_pieces
 
 log = logging.getLogger(__name__)
+
+_VALIDATION_TOKENS = 65_536
+"""Tokens that a training is validated by each time, at most."""
 
 KEPT_BYTES = 2**25
 """Bytes of documents and their tokens that are kept for the next use, all domains together. What
@@ -128,10 +134,32 @@ class Texts:
                     f"{who}: a single document; a fit is validated by documents that it has not "
                     "seen, so give text in several (or fit.method: none and router.init: random)"
                 )
-            who = f"validation text (an eighth of the documents) of {name}"
             drawing = self._of_a_fit(self.recipe.validation_windows)
-            windows[name] = draw_packed(who, documents, domain, drawing)
+            windows[name] = draw_packed(_validates(name), documents, domain, drawing)
         return windows
+
+    def training_validation(self) -> TrainingText:
+        """Equal shares of every source's text that a training is validated by
+        (`train.keep_best`), one source after the other, of documents that are not trained on.
+
+        Raises TextError for a source that has a single document, or too little for a window.
+        """
+        recipe, length = self.recipe, self.recipe.train.sequence_length
+        share = validation_windows_per_source(recipe, len(self._sources))
+        drawing = WindowDraw(share * length, length, recipe.seed)
+        parts = []
+        for name in self._sources:
+            who, domain = f"training text of {name}", self._domain(name)
+            _, documents = domain.sides(who).of_fit
+            if not documents:
+                raise TextError(
+                    f"{who}: a single document; train.keep_best compares models on documents that "
+                    "are not trained on, so give text in several, or set train.keep_best: false"
+                )
+            parts.append(draw_packed(_validates(name), documents, domain, drawing))
+        owners = torch.tensor([n for n, part in enumerate(parts) for _ in range(len(part))])
+        rows = torch.cat([torch.arange(len(part)) for part in parts])
+        return TrainingText(parts, owners, rows)
 
     def training_text(self, folder: Path) -> TrainingText:
         """Equal shares of every source's text, shuffled together. Text that is shorter than its
@@ -146,7 +174,9 @@ class Texts:
         parts, rows = [], []
         for name in self._sources:
             who = f"training text of {name}"
-            part = self._domain(name).training_windows(who, drawing, folder)
+            part = self._domain(name).training_windows(
+                who, drawing, folder, is_validated=recipe.train.keep_best
+            )
             repeats = math.ceil(share / len(part))
             if repeats > 1:
                 log.warning("%s: repeated %.1f times", who, share / len(part))
@@ -158,12 +188,16 @@ class Texts:
         return TrainingText(parts, owners[order], torch.cat(rows)[order])
 
     def refuse_short_training_text(self) -> None:
-        """TextError where a source's text does not fill one window of `train.sequence_length`."""
-        length = self.recipe.train.sequence_length
+        """TextError where a source's text does not fill one window of `train.sequence_length`, or
+        with `train.keep_best`, that of `training_validation` does not."""
+        length, is_validated = self.recipe.train.sequence_length, self.recipe.train.keep_best
+        if is_validated:
+            self.training_validation()
         for name in self._sources:
             who, domain = f"training text of {name}", self._domain(name)
             drawing = WindowDraw(length, length, self.recipe.seed)
-            draw_packed(who, domain.sides(who).training, domain, drawing)
+            documents = domain.sides(who).trained_on(is_validated=is_validated)
+            draw_packed(who, documents, domain, drawing)
 
     def _of_a_fit(self, windows: int) -> WindowDraw:
         settings = self.recipe.calibration
@@ -188,6 +222,20 @@ class Texts:
         return Domain(reading, anchor.encoder, 1.0, self._room)
 
 
+def _validates(name: str) -> str:
+    """Names a source's validation text in errors and warnings."""
+    return f"validation text (an eighth of the documents) of {name}"
+
+
 def windows_per_source(recipe: Recipe, num_sources: int) -> int:
     """Each source's share of the text to train on, in windows."""
     return max(1, recipe.train.tokens // recipe.train.sequence_length // num_sources)
+
+
+def validation_windows_per_source(recipe: Recipe, num_sources: int) -> int:
+    """Each source's share of the text that a training is validated by, in windows: one at least.
+    All measurements together read an eighth as many tokens as are trained on, or fewer."""
+    settings = recipe.train
+    measurements = settings.checkpoints + 1  # the first is before training
+    tokens = min(settings.tokens // (8 * measurements), _VALIDATION_TOKENS)
+    return max(1, tokens // settings.sequence_length // num_sources)

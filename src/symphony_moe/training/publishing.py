@@ -19,6 +19,7 @@ from symphony_moe.recipe.settings import Recipe
 from symphony_moe.recipe.yaml_text import write_yaml
 from symphony_moe.runs.folder import RunFolder, manifest_of_build, retire
 from symphony_moe.training.trainer import MoETrainer
+from symphony_moe.training.validation import describe_validation
 
 
 def refuse_lost(run: RunFolder) -> None:
@@ -54,6 +55,10 @@ def describe_training(
         "curve": _loss_curve(trainer),
         "held_out": _held_out_curve(trainer),
     }
+    windows: Any = trainer.eval_dataset
+    if windows is not None:
+        tokens = len(windows) * settings.sequence_length
+        training["validation"] = describe_validation(tokens, trainer.state)
     return training | ({"temperature_scaling": scaling} if scaling else {})
 
 
@@ -140,7 +145,8 @@ def _write_trained(
     hashes = _stream_weights(run, recipe, raw)
     _copy_companions(run)
     card = run.staged_trained / "README.md"
-    settings = write_yaml(recipe.train.model_dump(mode="json", exclude={"report_to"}))
+    unsaid = {"report_to"} | (set() if recipe.train.keep_best else {"keep_best"})
+    settings = write_yaml(recipe.train.model_dump(mode="json", exclude=unsaid))
     more = f"\n## Training\n\nTrained after building, with\n\n```yaml\n{settings}```\n"
     write_bytes(card, card.read_bytes() + more.encode())
     return hashes

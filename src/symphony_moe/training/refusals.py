@@ -3,6 +3,8 @@
 No Trainer is imported here: a build asks, and trains nothing.
 """
 
+import os
+
 import transformers
 from packaging.version import Version
 
@@ -23,8 +25,25 @@ def refuse_untrainable(recipe: Recipe, architecture: str | None = None) -> None:
     windows = windows_per_source(recipe, sources) * sources
     refuse_short(windows, settings.batch_size * settings.gradient_accumulation, settings)
     _refuse_loggers(settings)
+    _refuse_shards(settings)
     named = "jetmoe" if recipe.has_attention_experts else recipe.output.architecture
     _refuse_architecture(architecture or named)
+
+
+def is_fsdp() -> bool:
+    """Whether the launcher's configuration has FSDP shard the model."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _refuse_shards(settings: Train) -> None:
+    """RecipeError for `train.keep_best` where no process has the whole model to put weights back
+    into."""
+    if settings.keep_best and is_fsdp():
+        raise RecipeError(
+            "train.keep_best: the launcher's configuration shards the model (FSDP), and the best "
+            "weights can only be put back into a whole one. Set train.keep_best: false, or train "
+            "without FSDP"
+        )
 
 
 def _refuse_loggers(settings: Train) -> None:

@@ -56,7 +56,9 @@ def _is_trained_with(run: RunFolder, settings: Train) -> bool:
     training = read_metrics(run).training
     if training is None:
         return False
-    return bool(training.settings == json.loads(json.dumps(settings.model_dump())))
+    # An older version's has not all of today's settings: it did what their defaults do.
+    trained_with = Train().model_dump() | training.settings
+    return bool(trained_with == json.loads(json.dumps(settings.model_dump())))
 
 
 def state_to_resume(run: RunFolder, *, resume: bool, overwrite: bool) -> Path | None:
@@ -80,6 +82,11 @@ def _last_saved(folder: Path) -> Path | None:
     states = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
     whole = [state for state in states if state.name.removeprefix("checkpoint-").isdecimal()]
     return max(whole, key=_step_of, default=None)
+
+
+def state_of_step(folder: Path, step: int) -> Path:
+    """The folder of the state that was saved after a step."""
+    return folder / f"checkpoint-{step}"
 
 
 def _step_of(saved: Path) -> int:
@@ -170,6 +177,10 @@ def refuse_incomplete(saved: Path, processes: PartialState) -> None:
     for name in [SCHEDULER_NAME, drawn, *([] if is_sharded(saved) else [OPTIMIZER_NAME])]:
         if not (saved / name).is_file():
             raise _damaged(saved / name, saved, "it is not there")
+    # With train.keep_best: weights that may be the result.
+    best = TrainerState.load_from_json(str(saved / TRAINER_STATE_NAME)).best_global_step
+    if best and not state_of_step(saved.parent, best).is_dir():
+        raise _damaged(saved, saved, f"it needs {state_of_step(saved.parent, best).name}/")
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from symphony_moe.training.trainer import (
     make_trainer,
     refuse_not_finite,
 )
+from symphony_moe.training.validation import restore_best
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +82,15 @@ def train_run(  # noqa: PLR0913 (all but three are keywords)
     processes = PartialState(cpu=not torch.cuda.is_available())
     begin(run, recipe, processes, resume=resume)
     # 4. The text is drawn. The clock goes on from where the interrupted training was saved.
-    text = Texts.of(recipe, sources, texts).training_text(run.work / "text")
+    texts = Texts.of(recipe, sources, texts)
+    validation = texts.training_validation() if recipe.train.keep_best else None
+    text = texts.training_text(run.work / "text")
     began = time.monotonic() - seconds_until(saved)
     # 5. The model is loaded, with the weights to go on from, and put into a Trainer.
     job = TrainingJob(run, recipe, sources, measure, progress)
     with _explained(run):
         model = load_model(job, saved)
-        trainer = make_trainer(job, model, text, began)
+        trainer = make_trainer(job, model, text, began, validation)
     with _explained(run, trainer):
         batches = recipe.train.gradient_accumulation * trainer.args.world_size
         set_balance_weight(model, recipe.train.balance_weight, batches)
@@ -97,6 +100,8 @@ def train_run(  # noqa: PLR0913 (all but three are keywords)
             refuse_incomplete(saved, processes)
         # 7. Training.
         trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+        if validation is not None:
+            restore_best(run, model, trainer.state)
         # 8. The trained model is gathered and published.
         _finish(job, model, trainer, digest)
 

@@ -1,7 +1,6 @@
 """The stock model that is trained: its weights, what of it learns, its load-balance loss."""
 
 import logging
-import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from symphony_moe.model.families import Family
 from symphony_moe.sources.stock import balance_weight_name, load_stock
 from symphony_moe.training.job import TrainingJob
+from symphony_moe.training.refusals import is_fsdp
 from symphony_moe.training.resuming import is_sharded, reading
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ def load_model(job: TrainingJob, saved: Path | None) -> PreTrainedModel:
 def _first_device() -> torch.device | None:
     """Where the weights are loaded to; None: to the GPU, where there is one. FSDP takes them from
     the CPU, layer by layer: whole, they may not fit on a GPU."""
-    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return torch.device("cpu") if is_fsdp else None
+    return torch.device("cpu") if is_fsdp() else None
 
 
 def choose_parameters(model: PreTrainedModel, scope: str, family: Family) -> int:

@@ -34,6 +34,13 @@ from symphony_moe.training.job import TrainingJob
 from symphony_moe.training.refusals import refuse_short
 from symphony_moe.training.resuming import is_sharded, reading
 from symphony_moe.training.trained_model import count_trained
+from symphony_moe.training.validation import (
+    VALIDATION_LOSS,
+    StopsWithoutGain,
+    ValidationPoint,
+    losses_by_source,
+    validation_curve,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +49,14 @@ log = logging.getLogger(__name__)
 
 
 def make_trainer(
-    job: TrainingJob, model: PreTrainedModel, text: TrainingText, began: float
+    job: TrainingJob,
+    model: PreTrainedModel,
+    text: TrainingText,
+    began: float,
+    validation: TrainingText | None = None,
 ) -> "MoETrainer":
-    """The Trainer of a job, with teachers and callbacks. `began`: see `MoETrainer`.
+    """The Trainer of a job, with teachers and callbacks. `began`: see `MoETrainer`. `validation`:
+    text for `train.keep_best`.
 
     Raises TextError where the text does not fill one step of all processes.
     """
@@ -62,20 +74,19 @@ def make_trainer(
         args=arguments,
         # Whole steps only: of windows that are left over the Trainer would make one step more when
         # it resumes at the end.
-        train_dataset=Windows(
-            text,
-            schedule.steps * schedule.windows_per_step,
-            by_documents=_by_documents(job.settings),
-        ),
+        train_dataset=_windows(text, schedule.steps * schedule.windows_per_step, job),
+        eval_dataset=None if validation is None else _windows(validation, len(validation), job),
         data_collator=default_data_collator,
         callbacks=[
             TrainingProgress(schedule.windows_per_step * job.settings.sequence_length, job.progress)
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    if validation is not None:
+        trainer.add_callback(StopsWithoutGain())
     if job.measure is not None and job.settings.evaluations:
-        # Without temperature scaling, the last step's model is the trained one: `evaluate` does it.
-        at_end = job.settings.temperature_scaling > 0
+        # The last step's model may be the trained one: then `evaluate` does it.
+        at_end = job.settings.temperature_scaling > 0 or job.settings.keep_best
         trainer.add_callback(HeldOutLosses(job.measure, job.settings.evaluations, at_end=at_end))
     return trainer
 
@@ -131,7 +142,22 @@ def _arguments(job: TrainingJob, schedule: _Schedule) -> TrainingArguments:
         remove_unused_columns=False,
         disable_tqdm=True,
         **_activation_checkpointing(settings),
+        **_validation(settings, schedule),
     )
+
+
+def _validation(settings: Train, schedule: _Schedule) -> dict[str, Any]:
+    """The Trainer's settings for `train.keep_best`: validation before the first step and with each
+    state that is saved. The Trainer remembers the best, and keeps the last state and that one."""
+    if not settings.keep_best:
+        return {}
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": schedule.saving_steps,
+        "eval_on_start": True,
+        "metric_for_best_model": VALIDATION_LOSS,
+        "greater_is_better": False,
+    }
 
 
 def _is_in_bfloat16(settings: Train) -> bool:
@@ -189,6 +215,11 @@ def _teachers(job: TrainingJob, text: TrainingText, num_trained: int) -> Teacher
     )
 
 
+def _windows(text: TrainingText, count: int, job: TrainingJob) -> "Windows":
+    """The first windows of a text, packed as the job says."""
+    return Windows(text, count, by_documents=_by_documents(job.settings))
+
+
 class Windows(torch.utils.data.Dataset[dict[str, Any]]):
     """Packed windows as the Trainer wants them; labels are the tokens (the model shifts them), but
     for the first of a document, which nothing before it foretells.
@@ -227,6 +258,7 @@ class MoETrainer(Trainer):
         super().__init__(**stock)
         self.began = began
         self.settings, self.teachers = recipe.train, teachers
+        self.domains = list(recipe.sources)
         self.names, self.slices = recipe.expert_names, recipe.experts.per_source
         self.top_k = recipe.router.top_k * self.slices
         self.num_trained = count_trained(stock["model"])
@@ -268,6 +300,41 @@ class MoETrainer(Trainer):
         """A state that cannot be gone on from does not take the place of one that can."""
         refuse_not_finite(dict(model.named_parameters()), self.state.global_step)
         super()._save_checkpoint(model, trial)
+
+    # Validation
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss on the validation text (nats per token): of each source's, and the mean of those, by
+        which the stock Trainer tells the best weights. What is in the history is not measured
+        again: a resumed training begins with it."""
+        known = validation_curve(self.state.log_history)
+        if known and known[-1].step == self.state.global_step:
+            return known[-1].as_logged()
+        point = ValidationPoint(self.state.global_step, self._validation_losses())
+        metrics = point.as_logged()
+        self.log(metrics)
+        if self.state.global_step == 0:
+            self.state.best_metric = metrics[VALIDATION_LOSS]  # a step must be below it
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _validation_losses(self) -> dict[str, float]:
+        """Source -> nats per token. Every process measures its share."""
+        windows: Any = self.eval_dataset
+        own = range(self.args.process_index, len(windows), self.args.world_size)
+        size = self.args.train_batch_size
+        return losses_by_source(
+            self.model,
+            (
+                default_data_collator([windows[number] for number in own[first : first + size]])
+                for first in range(0, len(own), size)
+            ),
+            windows.text.owners,
+            self.domains,
+            lambda x: self.accelerator.reduce(x, "sum"),
+        )
 
     # The loss
 
@@ -339,7 +406,7 @@ class MoETrainer(Trainer):
         if "loss" in logs:
             logs["seconds"] = round(time.monotonic() - self.began, 2)
             logs |= {name: float(torch.stack(values).mean()) for name, values in self.seen.items()}
-        self.seen.clear()
+            self.seen.clear()
         super().log(logs, start_time)
 
 
