@@ -20,7 +20,6 @@ from symphony_moe.files import hash_folder
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.opening import open_sources
-from symphony_moe.text.memory_maps import TrainingText
 from symphony_moe.text.texts import Texts, validation_windows_per_source
 from symphony_moe.training import run as run_module
 from symphony_moe.training import trainer
@@ -137,11 +136,6 @@ def test_a_training_whose_last_step_is_best_is_not_touched(
     assert one["curve"] == other["curve"]
 
 
-def packed(text: TrainingText) -> tuple[Tensor, Tensor]:
-    numbers = range(len(text))
-    return text.tokens(numbers), text.positions(numbers)
-
-
 def test_validation_losses_are_of_text_that_nobody_else_sees(
     copied: Callable[[str], RunFolder],
 ) -> None:
@@ -155,20 +149,22 @@ def test_validation_losses_are_of_text_that_nobody_else_sees(
     texts, tokenizer = Texts(recipe, sources), sources[0].tokenizer
     text = texts.training_validation()
     share = validation_windows_per_source(recipe, 3)
-    assert (share, len(text)) == (8192 // 16 // 64 // 3, 3 * share) and share > 1
-    windows, positions = packed(text)
-    with torch.inference_mode():
-        logits = load_clean(run.checkpoint)(input_ids=windows).logits
-    first = validation_of(run)["curve"][0]
-    for number, name in enumerate("abc"):
-        asked = (positions[:, 1:] > 0) & (text.owners == number)[:, None]
-        nats = cross_entropy(logits[:, :-1][asked], windows[:, 1:][asked])
-        assert first["losses"][name] == pytest.approx(float(nats), abs=1e-5)
+    assert share == 8192 // 16 // 64 // 3 > 1
+    first, model = validation_of(run)["curve"][0], load_clean(run.checkpoint)
+    assert validation_of(run)["tokens"] == 3 * 64 * share
+    for name, pieces in text.items():
+        nats = []
+        for tokens, _ in pieces.batches(1):  # one document
+            with torch.inference_mode():
+                logits = model(input_ids=tokens).logits
+            nats.append(cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none"))
+        assert first["losses"][name] == pytest.approx(float(torch.cat(nats).mean()), abs=1e-5)
     assert first["loss"] == pytest.approx(sum(first["losses"].values()) / 3)
     held_out, trained_on = texts.held_out_text(), texts.training_text(run.work)
     for number, name in enumerate("abc"):
         own = [n for n in range(len(trained_on)) if int(trained_on.owners[n]) == number]
-        sides = windows[text.owners == number], trained_on.tokens(own), held_out[name].tokens[None]
+        alone = [texts_of[name].tokens[None] for texts_of in (text, held_out)]
+        sides = *alone, trained_on.tokens(own)
         numbers = [
             {found for ids in side for found in re.findall(r"<s>(\d+) ", tokenizer.decode(ids))}
             for side in sides

@@ -52,15 +52,11 @@ from symphony_moe.runs.metrics import (
 )
 from symphony_moe.runs.samples import Choices
 from symphony_moe.sources.source import Source, anchor_of, new_config
-from symphony_moe.sources.stock import load_source, load_stock
+from symphony_moe.sources.stock import load_source, load_stock, tokens_at_once
 from symphony_moe.text.texts import Texts
 from symphony_moe.text.windows import Pieces, as_pieces, digest_of
 
 log = logging.getLogger(__name__)
-
-_AT_ONCE = 1024
-"""Tokens of short documents that go through a model together: attention is computed between all
-of them, and masked."""
 
 
 def evaluate_run(
@@ -210,15 +206,6 @@ def _evaluate_moe(
     return losses, routing, choices, others
 
 
-def _at_once(model: PreTrainedModel, pieces: Pieces) -> int:
-    """Tokens of several pieces that go through a model together. Where its positions depend on the
-    length of what it reads, every piece goes by itself."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        return 1
-    return max(pieces.sequence_length, _AT_ONCE)
-
-
 @torch.inference_mode()
 def losses_and_routing(
     model: PreTrainedModel,
@@ -242,7 +229,7 @@ def losses_and_routing(
         with ExitStack() as stack:
             so_far = stack.enter_context(observe_routing(model, slices)) if is_moe else None
             pieces = as_pieces(text) if isinstance(text, Tensor) else text
-            for parts in pieces.batches(_at_once(model, pieces)):
+            for parts in pieces.batches(tokens_at_once(model, pieces.sequence_length)):
                 tokens, positions = (part.to(model.device) for part in parts)
                 output = model(input_ids=tokens, position_ids=positions, use_cache=False)
                 nats = negative_log_likelihood(output.logits, tokens, known, positions)

@@ -34,6 +34,21 @@ _UNREADABLE = (
 """What transformers raises of a folder with damaged files."""
 
 
+_AT_ONCE = 1024
+"""Tokens of short documents that go through a model together: attention is computed between all
+of them, and masked."""
+
+
+def tokens_at_once(model: PreTrainedModel, sequence_length: int) -> int:
+    """Tokens of several documents, each no longer than `sequence_length`, that go through a stock
+    model together. Where its positions depend on the length of what it reads, every document goes
+    by itself."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return 1
+    return max(sequence_length, _AT_ONCE)
+
+
 def load_stock(
     folder: Path, dtype: torch.dtype = torch.float32, on: torch.device | None = None
 ) -> PreTrainedModel:

@@ -138,16 +138,17 @@ class Texts:
             windows[name] = draw_packed(_validates(name), documents, domain, drawing)
         return windows
 
-    def training_validation(self) -> TrainingText:
-        """Equal shares of every source's text that a training is validated by
-        (`train.keep_best`), one source after the other, of documents that are not trained on.
+    def training_validation(self) -> dict[str, Pieces]:
+        """Source -> documents that a training is validated by (`train.keep_best`), and that are not
+        trained on: equal shares. They are read as held-out documents are, each on its own: packed
+        windows are what a training gets better at even where documents by themselves lose.
 
         Raises TextError for a source that has a single document, or too little for a window.
         """
         recipe, length = self.recipe, self.recipe.train.sequence_length
         share = validation_windows_per_source(recipe, len(self._sources))
         drawing = WindowDraw(share * length, length, recipe.seed)
-        parts = []
+        pieces = {}
         for name in self._sources:
             who, domain = f"training text of {name}", self._domain(name)
             _, documents = domain.sides(who).of_fit
@@ -156,10 +157,8 @@ class Texts:
                     f"{who}: a single document; train.keep_best compares models on documents that "
                     "are not trained on, so give text in several, or set train.keep_best: false"
                 )
-            parts.append(draw_packed(_validates(name), documents, domain, drawing))
-        owners = torch.tensor([n for n, part in enumerate(parts) for _ in range(len(part))])
-        rows = torch.cat([torch.arange(len(part)) for part in parts])
-        return TrainingText(parts, owners, rows)
+            pieces[name] = draw_pieces(_validates(name), documents, domain, drawing)
+        return pieces
 
     def training_text(self, folder: Path) -> TrainingText:
         """Equal shares of every source's text, shuffled together. Text that is shorter than its

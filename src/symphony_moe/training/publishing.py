@@ -55,9 +55,9 @@ def describe_training(
         "curve": _loss_curve(trainer),
         "held_out": _held_out_curve(trainer),
     }
-    windows: Any = trainer.eval_dataset
-    if windows is not None:
-        tokens = len(windows) * settings.sequence_length
+    validation: Any = trainer.eval_dataset
+    if validation is not None:
+        tokens = sum(len(pieces.tokens) for pieces in validation.values())
         training["validation"] = describe_validation(tokens, trainer.state)
     return training | ({"temperature_scaling": scaling} if scaling else {})
 

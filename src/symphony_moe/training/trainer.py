@@ -27,7 +27,7 @@ from symphony_moe.errors import RunFolderError
 from symphony_moe.recipe.settings import Recipe, Train
 from symphony_moe.sources.stock import balance_weight_name, ffn_routers
 from symphony_moe.text.memory_maps import TrainingText
-from symphony_moe.text.windows import Packed
+from symphony_moe.text.windows import Packed, Pieces
 from symphony_moe.training.callbacks import HeldOutLosses, TrainingProgress
 from symphony_moe.training.distillation import Teachers, divergence, fit_in_memory
 from symphony_moe.training.job import TrainingJob
@@ -53,10 +53,10 @@ def make_trainer(
     model: PreTrainedModel,
     text: TrainingText,
     began: float,
-    validation: TrainingText | None = None,
+    validation: Mapping[str, Pieces] | None = None,
 ) -> "MoETrainer":
     """The Trainer of a job, with teachers and callbacks. `began`: see `MoETrainer`. `validation`:
-    text for `train.keep_best`.
+    source -> text for `train.keep_best`.
 
     Raises TextError where the text does not fill one step of all processes.
     """
@@ -74,8 +74,12 @@ def make_trainer(
         args=arguments,
         # Whole steps only: of windows that are left over the Trainer would make one step more when
         # it resumes at the end.
-        train_dataset=_windows(text, schedule.steps * schedule.windows_per_step, job),
-        eval_dataset=None if validation is None else _windows(validation, len(validation), job),
+        train_dataset=Windows(
+            text,
+            schedule.steps * schedule.windows_per_step,
+            by_documents=_by_documents(job.settings),
+        ),
+        eval_dataset=validation,
         data_collator=default_data_collator,
         callbacks=[
             TrainingProgress(schedule.windows_per_step * job.settings.sequence_length, job.progress)
@@ -215,11 +219,6 @@ def _teachers(job: TrainingJob, text: TrainingText, num_trained: int) -> Teacher
     )
 
 
-def _windows(text: TrainingText, count: int, job: TrainingJob) -> "Windows":
-    """The first windows of a text, packed as the job says."""
-    return Windows(text, count, by_documents=_by_documents(job.settings))
-
-
 class Windows(torch.utils.data.Dataset[dict[str, Any]]):
     """Packed windows as the Trainer wants them; labels are the tokens (the model shifts them), but
     for the first of a document, which nothing before it foretells.
@@ -258,7 +257,6 @@ class MoETrainer(Trainer):
         super().__init__(**stock)
         self.began = began
         self.settings, self.teachers = recipe.train, teachers
-        self.domains = list(recipe.sources)
         self.names, self.slices = recipe.expert_names, recipe.experts.per_source
         self.top_k = recipe.router.top_k * self.slices
         self.num_trained = count_trained(stock["model"])
@@ -310,7 +308,8 @@ class MoETrainer(Trainer):
         known = validation_curve(self.state.log_history)
         if known and known[-1].step == self.state.global_step:
             return known[-1].as_logged()
-        point = ValidationPoint(self.state.global_step, self._validation_losses())
+        losses = losses_by_source(self.model, self.eval_dataset, self.accelerator)
+        point = ValidationPoint(self.state.global_step, losses)
         metrics = point.as_logged()
         self.log(metrics)
         if self.state.global_step == 0:
@@ -319,22 +318,6 @@ class MoETrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    def _validation_losses(self) -> dict[str, float]:
-        """Source -> nats per token. Every process measures its share."""
-        windows: Any = self.eval_dataset
-        own = range(self.args.process_index, len(windows), self.args.world_size)
-        size = self.args.train_batch_size
-        return losses_by_source(
-            self.model,
-            (
-                default_data_collator([windows[number] for number in own[first : first + size]])
-                for first in range(0, len(own), size)
-            ),
-            windows.text.owners,
-            self.domains,
-            lambda x: self.accelerator.reduce(x, "sum"),
-        )
 
     # The loss
 

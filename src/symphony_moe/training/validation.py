@@ -8,19 +8,21 @@ rate leaves of it.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from symphony_moe.runs.folder import RunFolder
-from symphony_moe.sources.stock import load_stock
+from symphony_moe.sources.stock import load_stock, tokens_at_once
+from symphony_moe.text.windows import Pieces
 from symphony_moe.training.resuming import reading, state_of_step
 
 log = logging.getLogger(__name__)
@@ -71,33 +73,23 @@ def validation_curve(history: Iterable[Mapping[str, Any]]) -> list[ValidationPoi
 
 @torch.no_grad()
 def losses_by_source(
-    model: nn.Module,
-    batches: Iterable[dict[str, Any]],
-    owners: Int[Tensor, " windows"],
-    names: Sequence[str],
-    total: Callable[[Tensor], Tensor],
+    model: PreTrainedModel, text: Mapping[str, Pieces], processes: Accelerator
 ) -> dict[str, float]:
-    """Source -> nats per token of its text. The model is in evaluation mode afterwards.
-
-    `batches`: what a stock model takes, with labels (-100: not predicted) and the windows' numbers
-    (`window`). `owners`: of each window, the number of its source. `total`: the sum of a tensor
-    over all processes.
-    """
+    """Source -> nats per token of its documents, each read on its own. Every process measures its
+    share. The model is in evaluation mode afterwards."""
     model.eval()
-    device = next(model.parameters()).device
-    found = torch.zeros(len(names), 2, dtype=torch.float64)  # nats, predicted tokens
-    for batch in batches:
-        inputs = {name: value.to(device) for name, value in batch.items()}
-        of_batch = owners[inputs.pop("window").cpu()]
-        labels = inputs.pop("labels")[:, 1:]
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        nats = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), reduction="none"
-        ).view(labels.shape)
-        each = torch.stack((nats.double().sum(dim=1), (labels != -100).sum(dim=1)), dim=1)
-        found.index_add_(0, of_batch, each.double().cpu())
-    summed = total(found.to(device)).tolist()
-    return {name: nats / max(tokens, 1) for name, (nats, tokens) in zip(names, summed, strict=True)}
+    found = torch.zeros(len(text), 2, dtype=torch.float64)  # nats, predicted tokens
+    for row, pieces in zip(found, text.values(), strict=True):
+        batches = pieces.batches(tokens_at_once(model, pieces.sequence_length))
+        own = islice(batches, processes.process_index, None, processes.num_processes)
+        for tokens, positions in (tuple(part.to(model.device) for part in pair) for pair in own):
+            output = model(input_ids=tokens, position_ids=positions, use_cache=False)
+            labels = tokens.masked_fill(positions == 0, -100)[:, 1:].flatten()
+            logits = output.logits[:, :-1].flatten(0, 1).float()
+            row[0] += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            row[1] += int((labels != -100).sum())
+    sums = processes.reduce(found.to(model.device), "sum").tolist()
+    return {name: nats / tokens for name, (nats, tokens) in zip(text, sums, strict=True)}
 
 
 # The end of a training that gains nothing
