@@ -115,7 +115,7 @@ def spell(point: Point, start: Point) -> str:
 
 def main() -> None:
     """Make what is not there, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("families", nargs="+", choices=["strangers", "branches"])
     parser.add_argument("--methods", default="harmonized")
     parser.add_argument("--scopes", default="router,all")

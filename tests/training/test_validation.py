@@ -166,7 +166,11 @@ def test_validation_losses_are_of_text_that_nobody_else_sees(
         alone = [texts_of[name].tokens[None] for texts_of in (text, held_out)]
         sides = *alone, trained_on.tokens(own)
         numbers = [
-            {found for ids in side for found in re.findall(r"<s>(\d+) ", tokenizer.decode(ids))}
+            {
+                found
+                for ids in side
+                for found in re.findall(r"<s>(\d+) ", str(tokenizer.decode(ids)))
+            }
             for side in sides
         ]
         assert all(numbers)

@@ -308,7 +308,9 @@ class MoETrainer(Trainer):
         known = validation_curve(self.state.log_history)
         if known and known[-1].step == self.state.global_step:
             return known[-1].as_logged()
-        losses = losses_by_source(self.model, self.eval_dataset, self.accelerator)
+        model: Any = self.model
+        text: Any = self.eval_dataset
+        losses = losses_by_source(model, text, self.accelerator)
         point = ValidationPoint(self.state.global_step, losses)
         metrics = point.as_logged()
         self.log(metrics)

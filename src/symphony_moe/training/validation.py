@@ -105,11 +105,11 @@ class StopsWithoutGain(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        metrics: Mapping[str, float],
+        metrics: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
         """End it, or let it go on."""
-        assert state.best_metric is not None  # of step 0
+        assert metrics is not None and state.best_metric is not None  # of step 0
         gains = bool(state.best_global_step) or metrics[VALIDATION_LOSS] < state.best_metric
         if not gains and state.max_steps <= 2 * state.global_step < 2 * state.max_steps:
             control.should_training_stop, control.should_save = True, False
