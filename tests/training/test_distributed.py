@@ -216,7 +216,7 @@ def test_two_processes_measure_what_one_does(
 def test_two_processes_put_back_what_was_there_before(
     built: Callable[[str], RunFolder], tmp_path: Path
 ) -> None:
-    """Where nothing was gained. Both stop, and one says it. (The final norm has the temperature.)"""
+    """Where nothing was gained. Both stop, and one says it. The final norm has the temperature."""
     run = RunFolder(tmp_path / "run")
     shutil.copytree(built("llama").root, run.root)
     keep = ["--set", "train.keep_best=true"]
