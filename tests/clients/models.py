@@ -116,11 +116,53 @@ CASES = {
         "qwen2_5",
         {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
     ),
-    "phi3": Case("Phi-3 (whole heads turned)", "phi3", "sentencepiece", {"sliding_window": None}),
+    "phi3": Case(
+        "Phi-3 (whole heads turned)",
+        "phi3",
+        "sentencepiece",
+        {"sliding_window": None, "pad_token_id": None},
+    ),
+    "phi3-part": Case(
+        "Phi-3 (a part of each head turned)",
+        "phi3",
+        "sentencepiece",
+        {
+            "sliding_window": None,
+            "pad_token_id": None,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1 + 0.1 * pair for pair in range(12)],
+                "long_factor": [1 + 0.6 * pair for pair in range(12)],
+            },
+        },
+    ),
+    "dense-layers": Case(
+        "Llama, experts.dense_layers", "llama", "llama3", {}, {"experts": {"dense_layers": [1]}}
+    ),
+    "slices": Case(
+        "Llama, experts.per_source", "llama", "llama3", {}, {"experts": {"per_source": 2}}
+    ),
+    "shared-expert": Case(
+        "Llama, experts.shared_weight", "llama", "llama3", {}, {"experts": {"shared_weight": 0.5}}
+    ),
     "bam": Case("Llama, method bam", "llama", "llama3", {}, {"method": "bam"}),
 }
 
-NOT_YET_ASKED = {"granite", "llama-biases", "olmo2", "smollm3", "qwen2-windows", "phi3"}
+NOT_YET_ASKED = {
+    "granite",
+    "llama-biases",
+    "olmo2",
+    "smollm3",
+    "qwen2-windows",
+    "phi3",
+    "phi3-part",
+    "dense-layers",
+    "slices",
+    "shared-expert",
+}
 """Cases that are not in docs/engines.json yet: `make test-clients` asks about them and writes it.
 Take one out here then, and say in `model/engines.py` what was found."""
 

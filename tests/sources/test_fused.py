@@ -1,6 +1,7 @@
 """Phi-3, whose fused matrices are read in parts, as Mistral's."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ LONG: dict[str, Any] = {
     },
     "original_max_position_embeddings": 64,
 }
+PART: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+}
+LONG_PART: dict[str, Any] = LONG | {
+    "rope_parameters": LONG["rope_parameters"]
+    | {
+        "short_factor": [1.0, 1.1, 1.2],
+        "long_factor": [1.5, 2.0, 3.0],
+        "partial_rotary_factor": 0.75,
+    }
+}
+"""As Phi-4-mini has it: longrope, and a factor of attention that only what is turned has."""
 
 
 @pytest.fixture
@@ -36,7 +49,10 @@ def phi3(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dic
 
 
 @pytest.mark.parametrize(
-    "phi3", [{"sliding_window": 16}, LONG], ids=["window", "long"], indirect=True
+    "phi3",
+    [{"sliding_window": 16}, LONG, PART, LONG_PART],
+    ids=["window", "long", "part", "long part"],
+    indirect=True,
 )
 def test_copies_of_a_phi3_give_the_dense_model(phi3: dict[str, Any], tmp_path: Path) -> None:
     """Law 2, on windows and on both sides of longrope's change; `verify` compares what is read with
@@ -89,12 +105,36 @@ def test_a_fused_matrix_that_is_missing_is_named_by_its_parts(
         opened(folder)
 
 
-def test_a_phi3_that_turns_a_part_of_each_head_is_refused(
+@pytest.mark.parametrize("phi3", [PART, LONG_PART], ids=["part", "long part"], indirect=True)
+def test_rows_that_are_not_turned_are_read_after_each_half_of_those_that_are(
     phi3: dict[str, Any], tmp_path: Path
 ) -> None:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    folder = make_model(tmp_path / "model", "phi3", 0)
+    source, whole = opened(folder), load_file(folder / "model.safetensors")
+    rope, name = phi3["rope_parameters"], "model.layers.1.self_attn."
+    plain = rope["rope_type"] == "default"
+    order = [0, 1, 4, 5, 2, 3, 6, 7] if plain else [0, 1, 2, 6, 3, 4, 5, 7]
+    stays = [order.index(row) for row in ([4, 5, 6, 7] if plain else [6, 7])]
+    stored = whole[name + "qkv_proj.weight"].unflatten(0, (-1, 8))[0][order]
+    if not plain:
+        # As transformers computes longrope's factor of attention.
+        longer = source.config.max_position_embeddings / 64
+        stored[stays] /= math.sqrt(1 + math.log(longer) / math.log(64))
+    assert torch.equal(source.read(name + "q_proj.weight")[:8], stored)
+    assert torch.equal(source.read(name + "q_proj.weight", slice(2, 7)), stored[2:7])
+    v = source.read(name + "v_proj.weight")
+    assert torch.equal(v, whole[name + "qkv_proj.weight"][-len(v) :])
+
+
+@pytest.mark.parametrize("part", [0.4, 0.1, 1.5])
+def test_a_phi3_with_a_number_that_has_no_pair_is_refused(
+    part: float, phi3: dict[str, Any], tmp_path: Path
+) -> None:
+    rope = PART["rope_parameters"] | {"partial_rotary_factor": part}
     folder = make_model(tmp_path / "refused", "phi3", 0, rope_parameters=rope)
-    with pytest.raises(SourceError, match=r"^a: .*refused cannot become an expert: .*partial_rot"):
+    with pytest.raises(
+        SourceError, match=r"^a: .*refused cannot become an expert: .*an even count"
+    ):
         opened(folder)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -552,6 +553,20 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclass(frozen=True)
+class TurnedPart:
+    """Heads of which RoPE turns the first numbers alone, where the class that holds them turns all
+    of each: by an angle of zero, what is not to be turned."""
+
+    head: int
+    """Numbers in a head."""
+    turned: int
+    """Those of them that are turned: pair j is (j, j + turned / 2)."""
+    factor: float
+    """What the class multiplies all of a head by, and the family what is turned alone (longrope's
+    factor of attention)."""
+
+
+@dataclass(frozen=True)
 class Alias:
     """A family that is another one of the table under other names, with some matrices fused. Its
     checkpoints are read as that one's, and from there on they are that one's."""
@@ -566,12 +581,78 @@ class Alias:
     """What the other family's config says."""
     refusals: tuple[tuple[str, _Test], ...] = ()
     """As of a `Family`."""
+    turned: Callable[[PreTrainedConfig], TurnedPart | None] | None = None
+    """What RoPE turns of its heads, by its own config (None: all of each), where that may be a
+    part."""
+
+
+_STANDS_STILL = 1e30
+"""What divides the frequency of a pair that is not turned: an angle of 0 in float32, at every
+position."""
+
+
+def _turned_numbers(config: PreTrainedConfig) -> int:
+    """Numbers of a head that RoPE turns."""
+    return int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def _longrope(config: PreTrainedConfig) -> dict[str, Any]:
+    """RoPE of a Phi-3 as transformers' longrope (arXiv 2402.13753): `short_factor` divides the
+    frequencies up to `original_max_position_embeddings`, `long_factor` beyond. Plain RoPE has
+    factors of 1."""
+    rope = {k: v for k, v in config.rope_parameters.items() if k != "partial_rotary_factor"}
+    if rope["rope_type"] == "longrope":
+        return rope | {"original_max_position_embeddings": config.original_max_position_embeddings}
+    ones = [1.0] * (_turned_numbers(config) // 2)
+    return rope | {
+        "rope_type": "longrope",
+        "short_factor": ones,
+        "long_factor": ones,
+        "factor": 1.0,
+        "original_max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+def _longrope_attention(config: PreTrainedConfig) -> float:
+    """What longrope multiplies what it turns by, as transformers computes it."""
+    rope = _longrope(config)
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    original = rope["original_max_position_embeddings"]
+    stretched = rope.get("factor") or config.max_position_embeddings / original
+    return math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0
+
+
+def _over_whole_heads(config: PreTrainedConfig) -> dict[str, Any]:
+    """Longrope that turns the first pairs of whole heads as `_longrope` turns those of their first
+    part, and the others not at all.
+
+    The class divides 1 by factor * base^(2 j / head), and the family by factor * base^(2 j /
+    turned). With a base of 1 the factor is all of it: the one product, in float32 as the family has
+    it, so that every angle is the same number.
+    """
+    rope, turned = _longrope(config), _turned_numbers(config)
+    periods = rope["rope_theta"] ** (torch.arange(0, turned, 2).float() / turned)
+    still = [_STANDS_STILL] * ((head_dim(config) - turned) // 2)
+    whole = {
+        name: [*(torch.tensor(rope[name]) * periods).tolist(), *still]
+        for name in ("short_factor", "long_factor")
+    }
+    return {**rope, **whole, "rope_theta": 1.0, "attention_factor": _longrope_attention(config)}
+
+
+def _phi3_turned(config: PreTrainedConfig) -> TurnedPart | None:
+    size, turned = head_dim(config), _turned_numbers(config)
+    return None if turned == size else TurnedPart(size, turned, _longrope_attention(config))
 
 
 def _phi3(config: PreTrainedConfig) -> dict[str, Any]:
-    rope = {k: v for k, v in config.rope_parameters.items() if k != "partial_rotary_factor"}
-    if rope["rope_type"] == "longrope":
-        rope["original_max_position_embeddings"] = config.original_max_position_embeddings
+    if _phi3_turned(config) is not None:
+        rope = _over_whole_heads(config)
+    elif config.rope_parameters["rope_type"] == "longrope":
+        rope = _longrope(config)
+    else:
+        rope = {k: v for k, v in config.rope_parameters.items() if k != "partial_rotary_factor"}
     same = (*_SAME_IN_EVERY_TARGET, "intermediate_size", "attention_dropout", "sliding_window")
     settings = {name: getattr(config, name) for name in same}
     return settings | {"head_dim": head_dim(config), "rope_parameters": rope}
@@ -590,23 +671,32 @@ ALIASES = {
             settings=_phi3,
             refusals=(
                 (
-                    "it rotates a part of each head (partial_rotary_factor), and Mixtral all of it",
-                    lambda config: config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
+                    "RoPE should turn an even count of the numbers in a head, at most all of them "
+                    "(partial_rotary_factor)",
+                    lambda config: _turned_numbers(config) not in range(2, head_dim(config) + 1, 2),
                 ),
             ),
+            turned=_phi3_turned,
         ),
     )
 }
 """`model_type` -> how it is read."""
 
+_SIDE_BY_SIDE = (
+    "its attention and FFN read the stream side by side, as cohere2_moe's do; every method here "
+    "takes them one after the other"
+)
+
 HELD_BY_NONE = {
+    "cohere": _SIDE_BY_SIDE,
+    "cohere2": _SIDE_BY_SIDE,
     "gemma2": "no MoE class of transformers caps the logits of attention, as Gemma 2 does",
     "gemma3_text": "no MoE class of transformers has its four norms and its windows exactly",
     "gemma3": "it reads images, and no MoE class of transformers holds Gemma 3 exactly",
     "stablelm": "PhiMoE, the one MoE class of transformers with LayerNorms as it has, turns all of "
     "each head, and its gates do not add up to one",
 }
-"""`model_type` -> why no stock class holds it, of families that are asked for."""
+"""`model_type` -> why no row holds it, of families that are asked for."""
 
 FACTORS = tuple(dict.fromkeys(name for row in FAMILIES.values() for name in row.factors.fields))
 """Every config field that a family multiplies by."""

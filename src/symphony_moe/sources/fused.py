@@ -1,7 +1,8 @@
 """Checkpoints of families that are another one with fused matrices, read as that one's.
 
 A fused matrix has its parts below one another, so that each of them is some of its rows: nothing is
-copied, and a part is read from its place in the file.
+copied, and a part is read from its place in the file. Rows of q and k whose heads are turned in
+part are read in another order.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import replace
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from symphony_moe.errors import SourceError
-from symphony_moe.model.families import Alias
+from symphony_moe.model.families import K_PROJ, Q_PROJ, Alias, TurnedPart
 from symphony_moe.sources.source import DTYPES, Header
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,6 +22,15 @@ def config_read_as(alias: Alias, config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the family that a source is read as."""
     found: PreTrainedConfig = CONFIG_MAPPING[alias.read_as](**alias.settings(config))
     return found
+
+
+def with_turned(headers: Mapping[str, Header], turned: TurnedPart | None) -> dict[str, Header]:
+    """The headers, those of q and k with what RoPE turns of their heads."""
+    moved = (Q_PROJ, K_PROJ) if turned is not None else ()
+    return {
+        name: replace(header, turned=turned) if name.endswith(moved) else header
+        for name, header in headers.items()
+    }
 
 
 def split_headers(

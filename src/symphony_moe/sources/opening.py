@@ -32,6 +32,7 @@ from symphony_moe.model.families import (
     HELD_BY_NONE,
     Alias,
     Target,
+    TurnedPart,
     refusal,
     usual_shapes,
 )
@@ -49,7 +50,7 @@ from symphony_moe.sources.convert import (
     tokenizer_over,
     weight_map,
 )
-from symphony_moe.sources.fused import config_read_as, split_headers
+from symphony_moe.sources.fused import config_read_as, split_headers, with_turned
 from symphony_moe.sources.gguf_file import GGUFFile, open_gguf
 from symphony_moe.sources.hub import SMALL_FILES, fetch, has_weights, hub_headers, is_on_hub
 from symphony_moe.sources.pretrained import load_config
@@ -205,6 +206,7 @@ def open_source(
     notes += [] if files.gguf is None else files.gguf.notes
     if files.alias is not None:
         headers = split_headers(name, files.alias, headers, expected_shapes(files.config))
+        headers = with_turned(headers, files.turned)
         notes.append(f"{name}: a {files.alias.dense} model, read as {files.alias.read_as}")
     # 3. The source, with the head that transformers gives it, proved to be complete.
     source = Source(
@@ -276,6 +278,13 @@ class _Files:
     """The GGUF file among them."""
     alias: Alias | None = None
     """How they are read, where their family is read as another one."""
+
+    @property
+    def turned(self) -> TurnedPart | None:
+        """What RoPE turns of their heads, where that is not all of each."""
+        if self.alias is None or self.alias.turned is None:
+            return None
+        return self.alias.turned(load_config(self.folder))
 
 
 def _readable_files(

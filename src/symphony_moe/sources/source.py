@@ -32,6 +32,7 @@ from symphony_moe.model.families import (
     NEURON_AXIS,
     Family,
     Target,
+    TurnedPart,
     with_more_heads,
 )
 from symphony_moe.model.widening import Widening
@@ -89,6 +90,9 @@ class Header:
     """Rows that it has in the file, where an adapter has made that more or fewer."""
     offset: int | None = field(default=None, compare=False)
     """Where its bytes begin in the file; None where the file is not here."""
+    turned: TurnedPart | None = None
+    """Of q and k whose heads are turned in part: its rows are read in the order of heads that are
+    turned whole."""
 
 
 FileState = tuple[int, int, int]
@@ -325,7 +329,14 @@ class Source:
     def _stored(self, name: str, rows: slice | None) -> Tensor:
         """A tensor, or some of its rows, as it is in the file."""
         header = self.headers[name]
-        first, last, _ = (rows or slice(None)).indices(header.rows or header.shape[0])
+        if header.turned is not None:
+            whole = self._rows(header, name, slice(None))
+            return over_whole_heads(whole, header.turned)[slice(None) if rows is None else rows]
+        return self._rows(header, name, rows or slice(None))
+
+    def _rows(self, header: Header, name: str, rows: slice) -> Tensor:
+        """Rows as they lie in the file."""
+        first, last, _ = rows.indices(header.rows or header.shape[0])
         tensor = torch.empty((max(0, last - first), *header.shape[1:]), dtype=DTYPES[header.dtype])
         per_row = math.prod(header.shape[1:]) * tensor.element_size()
         if not len(tensor):
@@ -769,6 +780,20 @@ def by_tensor(
         f"{name}: {len(twice)} tensors are in more than one file, first {first}; that of "
         f"{headers[first].file}, the last of them, is read, as by transformers"
     ]
+
+
+def over_whole_heads(
+    rows: Float[Tensor, "rows hidden"], part: TurnedPart
+) -> Float[Tensor, "rows hidden"]:
+    """q or k of heads that are turned in part, for a class that turns all of each: pair j of a head
+    is (j, j + head / 2) there, so that what is not turned comes after each half of what is. It is
+    divided by the factor that the class multiplies it by: attention scores stay as they are."""
+    heads = rows.unflatten(0, (-1, part.head))
+    turned, still = heads[:, : part.turned], heads[:, part.turned :]
+    if part.factor != 1:
+        still = (still.float() / part.factor).to(still.dtype)
+    halves = zip(turned.chunk(2, dim=1), still.chunk(2, dim=1), strict=True)
+    return torch.cat([each for half in halves for each in half], dim=1).flatten(0, 1)
 
 
 def refuse_dtype(source: Source, tensor: str) -> None:
