@@ -69,6 +69,8 @@ def _unrecorded(config: Mapping[str, Any], dense: str) -> str:
     biased_llama = dense == "llama" and config.get("attention_bias")
     if kind == "qwen2_moe" or biased_llama or dense in ("granite", "olmo2", "smollm3"):
         return f"as {kind} of {dense or 'such'} sources"
+    if (config.get("rope_scaling") or {}).get("rope_type") == "longrope":
+        return "with RoPE of the type longrope"
     if kind == "ernie4_5_moe":
         size, heads = config["head_dim"], config["num_attention_heads"]
         if size * heads != config["hidden_size"]:
@@ -90,6 +92,7 @@ _TRIED_ROPE = {
         )
     ),
     ("mixtral", "llama3"),
+    ("mixtral", "longrope"),
     ("granitemoe", "llama3"),
 }
 """Architecture and type of RoPE of the models that were asked about."""
@@ -120,13 +123,22 @@ _BY_ARCHITECTURE: dict[tuple[str, str], tuple[Verdict, str]] = {
         "refused",
         "its converter wants a tokenizer.model; use output.architecture: granitemoe",
     ),
+    ("transformers 4.57", "granitemoe_swa"): ("refused", "it has no GraniteMoeSWA"),
     ("MLX", "jetmoe"): ("refused", "it has no JetMoE"),
+    ("MLX", "flex_olmo"): ("refused", "it has no FlexOlmo"),
+    ("MLX", "granitemoe_swa"): ("refused", "it has no GraniteMoeSWA"),
     ("MLX", "ernie4_5_moe"): (
         "refused",
         "its Ernie has other biases; use output.architecture: granitemoe",
     ),
 }
 """What the settings of a model do not change."""
+
+
+def _transformers_4(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    if config["model_type"] == "qwen2_moe" and config.get("use_sliding_window"):
+        return "other", "its Qwen2-MoE has the window in all layers"
+    return _EXACT
 
 
 def _vllm(config: Mapping[str, Any]) -> tuple[Verdict, str]:
@@ -142,6 +154,14 @@ def _llama_cpp(config: Mapping[str, Any]) -> tuple[Verdict, str]:
 
 
 def _mlx(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    if config["model_type"] == "qwen2_moe":
+        if not config.get("qkv_bias", True):
+            return "refused", "its Qwen2-MoE has biases of q, k and v"
+        if config.get("mlp_only_layers"):
+            return "refused", "its Qwen2-MoE has experts in every layer"
+        if config.get("tie_word_embeddings"):
+            return "refused", "its Qwen2-MoE wants a head of its own"
+        return "other", "the gates of its Qwen2-MoE do not add up to one"
     if config["model_type"] != "mixtral":
         return _EXACT
     implied = config["hidden_size"] // config["num_attention_heads"]
@@ -155,7 +175,12 @@ def _mlx(config: Mapping[str, Any]) -> tuple[Verdict, str]:
     return _beyond_window(config)
 
 
-_BY_SETTINGS = {"vLLM": _vllm, "llama.cpp": _llama_cpp, "MLX": _mlx}
+_BY_SETTINGS = {
+    "transformers 4.57": _transformers_4,
+    "vLLM": _vllm,
+    "llama.cpp": _llama_cpp,
+    "MLX": _mlx,
+}
 
 
 def _judge(program: str, config: Mapping[str, Any]) -> tuple[Verdict, str]:

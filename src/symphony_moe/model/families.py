@@ -1009,6 +1009,9 @@ def target_config(
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else scaling,
     }
+    if rope.get("rope_type") == "longrope":
+        # transformers 4 looks for it here alone, and else never leaves the short factors.
+        settings["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return settings
 
 
