@@ -90,7 +90,7 @@ def test_a_plan_names_every_program(variant: str, recipes: Callable[[str], Path]
         ("olmo2", (), {"vLLM": "untried", "llama.cpp": "refused", "MLX": "refused"}),
         ("smollm3", (), {"vLLM": "untried", "llama.cpp": "untried", "MLX": "refused"}),
         ("smollm3", (), {"transformers 4.57": "refused"}),
-        ("qwen2-windows", (), {"vLLM": "untried", "llama.cpp": "other", "MLX": "refused"}),
+        ("qwen2-windows", (), {"vLLM": "other", "llama.cpp": "other", "MLX": "refused"}),
         ("qwen2-windows", (), {"transformers 4.57": "other"}),
         ("llama", MORE_HEADS, {"vLLM": "exact", "llama.cpp": "exact", "MLX": "refused"}),
         ("qwen2", MORE_HEADS, {"vLLM": "untried", "llama.cpp": "refused"}),
