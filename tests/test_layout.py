@@ -264,3 +264,14 @@ def test_contributing_names_files_that_are_there() -> None:
     assert len(named) >= 20 and table.count("\n| a") >= 10
     for name in named:
         assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
+
+
+def test_shapes_are_checked_wherever_they_are_stated() -> None:
+    """The tests' import hook takes modules by name: a new one must be among them, or within one."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (option,) = (o for o in settings["tool"]["pytest"]["ini_options"]["addopts"] if "jaxtyp" in o)
+    checked = option.partition("=")[2].split(",")
+    for path in sorted((ROOT / "src" / "symphony_moe").rglob("*.py")):
+        if "jaxtyping" in path.read_text(encoding="utf-8"):
+            name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+            assert any(f"{name}.".startswith(f"{some}.") for some in checked), name

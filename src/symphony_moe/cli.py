@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         _refuse_bytes(words)
     except RecipeError as error:
         return _fail(str(error), 2, as_json="--json" in words)
-    if not words:
+    if not words and _COMPLETING not in os.environ:
         _parse(["--help"])
         return 2  # a script that has lost its command is to notice
     parsed = _parse(words)

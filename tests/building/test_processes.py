@@ -455,7 +455,7 @@ def test_a_process_that_is_killed_ends_all_and_the_build_goes_on(
     ended = launch(tmp_path, words, failing=kill)
     assert sorted(code or 0 for code in ended.codes) == [-9, 2], ended.output
     (message,) = ended.errors
-    assert "another process of this command has ended" in message and "--resume" in message
+    assert "another process has ended" in message and "--resume" in message
     assert len(message) < 500 and "Traceback" not in ended.output
     # What was done before is not done again: the first layer's fit or comparison.
     again = Fault(0, "symphony_moe.building.build", "fit_layer", LookupError("layer 0 again"))

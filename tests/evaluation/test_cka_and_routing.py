@@ -264,7 +264,7 @@ def test_routing_is_what_the_router_s_matrix_says(
     variant: str, built: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By hand from the routers' inputs, token by token, in float64; 1e-6."""
-    monkeypatch.setattr("symphony_moe.evaluation.losses._AT_ONCE", 48)
+    monkeypatch.setattr("symphony_moe.sources.stock._AT_ONCE", 48)
     model: Any = load_stock(built(variant).checkpoint)
     with torch.no_grad():
         for router in routers(model):

@@ -54,7 +54,7 @@ def loss_by_hand(model: Any, windows: Tensor | Pieces) -> float:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two windows of 24 tokens at once, so that 5 windows are three uneven batches."""
-    monkeypatch.setattr("symphony_moe.evaluation.losses._AT_ONCE", 48)
+    monkeypatch.setattr("symphony_moe.sources.stock._AT_ONCE", 48)
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
