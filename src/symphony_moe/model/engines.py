@@ -142,11 +142,8 @@ def _transformers_4(config: Mapping[str, Any]) -> tuple[Verdict, str]:
 
 
 def _vllm(config: Mapping[str, Any]) -> tuple[Verdict, str]:
-    if config["model_type"] == "qwen2_moe":
-        if not config.get("qkv_bias", True):
-            return "other", "its Qwen2-MoE adds biases of q, k and v, which nothing fills"
-        if config.get("use_sliding_window"):
-            return "other", "its Qwen2-MoE has no windows"
+    if config["model_type"] == "qwen2_moe" and config.get("use_sliding_window"):
+        return "other", "its Qwen2-MoE has no windows"
     if config["model_type"] == "granitemoe" and config["attention_bias"]:
         return "other", "its GraniteMoe leaves the biases out; --model-impl transformers has them"
     return _EXACT
@@ -160,8 +157,6 @@ def _llama_cpp(config: Mapping[str, Any]) -> tuple[Verdict, str]:
 
 def _mlx(config: Mapping[str, Any]) -> tuple[Verdict, str]:
     if config["model_type"] == "qwen2_moe":
-        if not config.get("qkv_bias", True):
-            return "refused", "its Qwen2-MoE has biases of q, k and v"
         if config.get("mlp_only_layers"):
             return "refused", "its Qwen2-MoE has experts in every layer"
         if config.get("tie_word_embeddings"):

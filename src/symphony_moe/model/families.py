@@ -48,6 +48,8 @@ WRITERS = (O_PROJ, DOWN)
 
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 _BIASES = tuple(f"self_attn.{part}_proj.bias" for part in "qkvo")
+_QKV_BIASES = dict(zip(_BIASES, ("queries", "keys", "keys"), strict=False))
+"""Name -> its axis, as in `Family.zeros`."""
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 BY_LAYER = ("layer_types", "no_rope_layers")
 """Config fields that say something of each layer."""
@@ -178,8 +180,8 @@ class Family:
     row j + head_dim / 2."""
     zeros: Mapping[str, str] = field(default_factory=dict)
     """Tensors that the target has and the family lacks, written as zeros: name -> axes, as words of
-    `hidden`, `heads` and `experts` (or numbers). Engines leave them out, so they stay zeros:
-    nothing trains them."""
+    `hidden`, `heads`, `queries` and `keys` (heads times their size) and `experts`, or numbers.
+    Engines leave them out, so they stay zeros: nothing trains them."""
     constants: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     """The same of tensors that hold another number than zero: name -> (axes, number)."""
     has_head_bias: bool = False
@@ -288,7 +290,8 @@ def _ernie(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str, 
 def _qwen2_moe(config: PreTrainedConfig, num_experts: int, top_k: int) -> dict[str, Any]:
     window = attention_window(config)
     return _qwen3_moe(config, num_experts, top_k) | {
-        "qkv_bias": config.model_type == "qwen2",
+        # vLLM has these biases whatever this says, and MLX wants them in the file.
+        "qkv_bias": True,
         # Zeros, of the least size that there is.
         "shared_expert_intermediate_size": 1,
         "use_sliding_window": window is not None,
@@ -757,6 +760,7 @@ def _with_biases(family: Family) -> Family:
 
 def _in_qwen2_moe(family: Family, refusals: tuple[tuple[str, _Test], ...] = ()) -> Family:
     """The family in Qwen2-MoE. `refusals`: variants of the family that it cannot hold."""
+    lacking = {name: axis for name, axis in _QKV_BIASES.items() if name not in family.vectors}
     return replace(
         family,
         moe="qwen2_moe",
@@ -769,7 +773,8 @@ def _in_qwen2_moe(family: Family, refusals: tuple[tuple[str, _Test], ...] = ()) 
         has_head_bias=False,
         router_outputs=(BY_TOKEN,),
         # An expert that every token goes to, and that puts out nothing.
-        zeros={
+        zeros=lacking
+        | {
             "mlp.shared_expert.gate_proj.weight": "1 hidden",
             "mlp.shared_expert.up_proj.weight": "1 hidden",
             "mlp.shared_expert.down_proj.weight": "hidden 1",

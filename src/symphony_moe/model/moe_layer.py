@@ -280,6 +280,7 @@ def layer_outputs(
     for output, names in _by_output(family.shared, family.renamed).items():
         parts = [_to_target(family, config, name, moe.shared[name]) for name in names]
         yield prefix + output, parts[0] if len(parts) == 1 else torch.cat(parts)
+    yield from ((prefix + name, tensor) for name, tensor in _filled(family, config, moe, experts))
     if moe.is_dense:
         assert family.dense_ffn is not None
         yield from ((prefix + new, moe.experts[DENSE][n]) for n, new in family.dense_ffn.items())
@@ -288,15 +289,6 @@ def layer_outputs(
         moe = slice_experts(moe, family.slices)
         experts = slice_names(experts, family.slices)
     router = router_matrix(moe.router, experts)
-    sizes = {
-        "hidden": router.shape[1],
-        "heads": config.num_attention_heads,
-        "experts": len(experts),
-    }
-    filled = {name: (axes, 0.0) for name, axes in family.zeros.items()} | dict(family.constants)
-    for name, (axes, number) in filled.items():
-        shape = [sizes.get(axis) or int(axis) for axis in axes.split()]
-        yield prefix + name, torch.full(shape, number, dtype=router.dtype)
     if moe.always is not None:
         assert family.shared_expert is not None
         # The sigmoid of a gate of zeros is one half.
@@ -308,6 +300,26 @@ def layer_outputs(
         yield prefix + family.attention_router, router_matrix(moe.attention_router, experts)
     for name, tensor in _expert_outputs(family, moe, experts):
         yield prefix + name, tensor
+
+
+def _filled(
+    family: Family, config: PreTrainedConfig, moe: MoELayer, experts: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name within the layer, tensor) for what the target has and the sources lack. A layer with
+    one FFN has those of attention alone."""
+    sizes = {
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "queries": config.num_attention_heads * head_dim(config),
+        "keys": config.num_key_value_heads * head_dim(config),
+        "experts": len(experts) * family.slices,
+    }
+    dtype = next(iter(moe.shared.values())).dtype
+    filled = {name: (axes, 0.0) for name, axes in family.zeros.items()} | dict(family.constants)
+    for name, (axes, number) in filled.items():
+        if not moe.is_dense or name.startswith("self_attn."):
+            shape = [sizes.get(axis) or int(axis) for axis in axes.split()]
+            yield name, torch.full(shape, number, dtype=dtype)
 
 
 def _expert_outputs(
