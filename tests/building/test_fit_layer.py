@@ -885,6 +885,7 @@ def test_a_step_goes_a_share_of_the_way_home(pull: float, monkeypatch: pytest.Mo
     assert torch.equal(free, torch.full((3, 2), 3.0))
 
 
+@pytest.mark.slow
 def test_the_refinement_is_pulled_toward_the_aligned_weights(
     harmonized: Callable[[str], Path], everything_is_kept: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1283,6 +1284,7 @@ def test_router_inputs_are_spread_over_the_text(
         assert seen == [2, 5]
 
 
+@pytest.mark.slow
 def test_the_plain_means_router_has_as_much_text(
     harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

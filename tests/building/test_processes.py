@@ -410,7 +410,7 @@ def test_more_processes_than_windows(recipe: Path, tmp_path: Path) -> None:
         ("llama-tied-rope3", "harmonized", []),
         ("qwen2", "symphony", ["router.init=hidden", "output.dtype=bfloat16"]),
         ("qwen2-granitemoe", "harmonized", []),
-        ("llama", "bam", []),
+        pytest.param("llama", "bam", [], marks=pytest.mark.slow),
         pytest.param("llama", "drop-upcycling", [], marks=pytest.mark.slow),
         pytest.param("llama", "dume", [], marks=pytest.mark.slow),
     ],
