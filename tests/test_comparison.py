@@ -216,6 +216,34 @@ def test_the_way_to_a_loss_is_that_of_the_models_as_they_were_trained() -> None:
     assert reached(scaled(None, 2.9)) is None
 
 
+def test_the_way_to_a_loss_is_that_of_the_weights_that_were_kept() -> None:
+    """With `train.keep_best` and temperature scaling: the loss at the chosen step, not the last's;
+    unknown where nothing was measured there."""
+
+    def reached(chosen_step: int) -> int | None:
+        old = content()["training"]
+        steps = old["steps"]
+        losses = [(old["tokens"] // 2, 2.5), (old["tokens"], 4.0)]
+        training = old | {
+            "temperature_scaling": {"temperature": 1.2},
+            "held_out": [{"tokens": t, "losses": {"a": x, "b": x}} for t, x in losses],
+            "validation": {"tokens": 1, "planned_steps": steps, "chosen_step": chosen_step},
+        }
+        runs = {
+            ("symphony", 1): metrics(training=training, trained={"a": 2.4, "b": 2.4}),
+            ("btx", 1): metrics(trained={"a": 2.0, "b": 2.0}),
+        }
+        entries = entries_of(runs, ["a", "b"])
+        mark_reached(entries, "symphony")
+        assert entries[1]["kept_tokens"] == 200 + old["tokens"] // steps * chosen_step
+        tokens: int | None = entries[3]["reaches"]["tokens"]
+        return tokens
+
+    half = content()["training"]["steps"] // 2
+    assert reached(half) is not None
+    assert reached(half + 1) is None
+
+
 def manifest(**sources: str) -> dict[str, Any]:
     return {"sources": {"a": {"model.safetensors": "1"}} | sources}
 

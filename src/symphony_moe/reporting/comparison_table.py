@@ -31,6 +31,7 @@ class Entry(TypedDict):
     peak_rss_bytes: int
     calibration_tokens: NotRequired[int]
     temperature: NotRequired[float]
+    kept_tokens: NotRequired[int]
     curve: NotRequired[list["Mark"]]
     reaches: NotRequired["Reach"]
     tasks: NotRequired[dict[str, Any]]
@@ -182,6 +183,9 @@ def _trained_entry(run: _Finished, sources: Sequence[str]) -> Entry:
             _mark(calibration + point.tokens, point.losses, sources) for point in training.held_out
         ],
     }
+    if training.validation is not None and training.tokens and training.steps:
+        chosen = training.tokens // training.steps * training.validation.chosen_step
+        entry["kept_tokens"] = calibration + chosen
     if tasks := run.tasks("trained"):
         entry["tasks"] = tasks
     return entry
@@ -237,8 +241,9 @@ def _as_trained(row: Entry) -> float | None:
     that."""
     if row.get("temperature", 1) == 1:  # older tables do not say
         return row["mean_in_domain"]
-    last = row.get("curve", [])[-1:]
-    return last[0]["mean_in_domain"] if last and last[0]["tokens"] == row["tokens"] else None
+    at = row.get("kept_tokens", row["tokens"])  # with train.keep_best maybe not the last step's
+    measured = {mark["tokens"]: mark["mean_in_domain"] for mark in row.get("curve", [])}
+    return measured.get(at)
 
 
 def tokens_to_reach(points: Sequence[tuple[int, float | None]], goal: float) -> int | None:
