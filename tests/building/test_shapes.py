@@ -100,7 +100,7 @@ def test_a_source_and_its_larger_copy_are_the_dense_model(
 
 @pytest.mark.slow
 def test_a_newcomer_has_the_shape_of_the_experts(tmp_path: Path) -> None:
-    """A smaller one is padded; a larger one, and the largest one's leaving, are refused."""
+    """A smaller one is padded; a larger one is refused."""
     run = pipeline.build(load_recipe(unequal(tmp_path, method="btx")), tmp_path / "run")
     data, models = str(tmp_path / "b.jsonl"), tmp_path / "models"
     small = make_model(models / "small", "llama", 7, **SMALL)
@@ -116,6 +116,22 @@ def test_a_newcomer_has_the_shape_of_the_experts(tmp_path: Path) -> None:
         )
         with pytest.raises(SourceMismatch, match=what):
             pipeline.add(run, "large", tmp_path / "larger", model=str(large), data=data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("anchor", "what"),
+    [("b", "its experts have 48 channels"), ("c", "its number of layers: build anew")],
+)
+def test_the_largest_source_cannot_leave(anchor: str, what: str, tmp_path: Path) -> None:
+    path, models = unequal(tmp_path, method="btx"), tmp_path / "models"
+    other = "c" if anchor == "b" else "b"
+    shutil.rmtree(models / other)
+    shutil.copytree(models / anchor, models / other)  # `a` alone is larger
+    recipe = load_recipe(path, [f"anchor={anchor}"])
+    run = pipeline.build(recipe, tmp_path / "run")
+    with pytest.raises(SourceMismatch, match=what):
+        pipeline.remove(run, "a", tmp_path / "less")
 
 
 @pytest.mark.slow
@@ -150,7 +166,8 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
     [
         (["backbone.shapes=equal"], "backbone.shapes: widest"),
         (["sources.c.layers=[0, 1]"], "sources.c.layers: expected 3 entries"),
-        (["sources.c.layers=[1, null, 0]"], "sources.c.layers: expected 3 entries"),
+        (["sources.c.layers=[1, null, 0]"], r"expected 3 entries.*got \[1, null, 0\]"),
+        (["experts.sources=[a, b]", "sources.c.layers=[0, null, 1]"], "c has .*becomes no expert"),
         (["backbone.shapes=equal", "sources.c.layers=[0, null, 1]"], "set backbone.shapes"),
         (["method=drop-upcycling"], "padded with zeros"),
     ],
@@ -161,6 +178,24 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(SymphonyError, match=expected) as refused:
         pipeline.plan(load_recipe(recipe_of_unequal, settings))
     assert isinstance(refused.value, RecipeError | SourceMismatch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["method=btx"], ["b, c: of another shape than a"]),
+        (["method=btx", "anchor=b"], ["a, c: of another shape than b"]),
+        (["method=sparse-upcycling"], []),  # all weights are the anchor's
+        (["method=harmonized"], []),
+    ],
+)
+def test_plan_says_whose_weights_are_averaged_across_shapes(
+    settings: list[str], expected: list[str], recipe_of_unequal: Path
+) -> None:
+    notes = pipeline.plan(load_recipe(recipe_of_unequal, settings)).notes
+    said = [note for note in notes if "channel by channel" in note]
+    assert len(said) == len(expected)
+    assert all(note.startswith(start) for note, start in zip(said, expected, strict=True))
 
 
 def test_heads_of_another_size_are_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from symphony_moe.building.estimate import (
     streams_in_memory,
     work_bytes,
 )
-from symphony_moe.errors import SourceMismatch
+from symphony_moe.errors import SourceMismatch, shortened
 from symphony_moe.model.checkpoint import BYTES, assign_shards
 from symphony_moe.model.engines import Reading, readings
 from symphony_moe.model.families import (
@@ -35,6 +35,7 @@ from symphony_moe.model.families import (
     target_config,
 )
 from symphony_moe.model.moe_layer import MoELayer, always_on, dense_layer, layer_outputs
+from symphony_moe.model.widening import Shape
 from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.rules import of_one_text
 from symphony_moe.recipe.settings import BUNDLED, Recipe
@@ -225,16 +226,23 @@ def _of_shapes(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
             f"experts have {more:,} parameters more than its own {own:,}, "
             f"{humanize.naturalsize(more * BYTES[recipe.output.dtype])} on disk and in memory"
         )
-        if not recipe.aligns_residual:
-            yield (
-                f"{name} has other shapes than {recipe.anchor}, and method {recipe.method} here "
-                "merges the two channel by channel, which keeps little of either unless one was "
-                "cut out of the other. Set method: harmonized"
-            )
         open_places = recipe.sources[name].layers is None
         if source.widening is not None and None in source.widening.layers and open_places:
             how = "by calibration text" if recipe.needs_calibration else "evenly"
             yield f"{name}: which of the layers are added is found {how}, and kept in recipe.yaml"
+    anchor = anchor_of(recipe, sources).as_stored.config
+    others = [
+        source.name
+        for source in sources
+        if source.name in recipe.expert_names
+        and Shape.of(source.as_stored.config) != Shape.of(anchor)
+    ]
+    if recipe.widens and others and recipe.merges_backbone and not recipe.aligns_residual:
+        yield (
+            f"{shortened(', '.join(others), 100)}: of another shape than {recipe.anchor}, and "
+            f"method {recipe.method} here averages their weights channel by channel. That keeps "
+            "little of any, unless one was cut out of the other. Set method: harmonized"
+        )
 
 
 def _of_widths(recipe: Recipe, sources: Sequence[Source], width: int) -> Iterator[str]:

@@ -70,14 +70,17 @@ def _an_expert_has_no_share(recipe: Recipe) -> str | None:
     return f"no share for {missing} (0 leaves one out)" if missing else None
 
 
-def _places_layers_without_widening(recipe: Recipe) -> str | None:
+def _layers_have_no_use(recipe: Recipe) -> str | None:
     named = [name for name, spec in recipe.sources.items() if spec.layers is not None]
-    if recipe.widens or not named:
-        return None
-    return (
-        f"{named[0]} has `layers`, which say where its layers are among those of a deeper source: "
-        "set backbone.shapes to widest, or leave them out"
-    )
+    idle = [name for name in named if name not in recipe.expert_names]
+    if named and not recipe.widens:
+        return (
+            f"{named[0]} has `layers`, which say where its layers are among those of a deeper "
+            "source: set backbone.shapes to widest, or leave them out"
+        )
+    if idle:
+        return f"{idle[0]} has `layers`, but becomes no expert (experts.sources): leave them out"
+    return None
 
 
 def _shares_are_zero(recipe: Recipe) -> bool:
@@ -163,7 +166,7 @@ RULES = (
     Rule("backbone.weights", lambda r: _no_source(r.backbone.weights, r.sources)),
     Rule("backbone.weights", _an_expert_has_no_share),
     Rule("backbone.weights", _when(_shares_are_zero, "the shares add up to nothing")),
-    Rule("sources", _places_layers_without_widening),
+    Rule("sources", _layers_have_no_use),
     Rule("router.top_k", _too_many_experts_per_token),
     Rule("experts.dense_layers", _repeats_a_layer),
     Rule("evaluation.extra", _extra_domains_are_sources),

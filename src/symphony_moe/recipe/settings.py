@@ -518,6 +518,12 @@ class Recipe(Section):
         return has_merged and self.backbone.ffn != "anchor"
 
     @property
+    def merges_backbone(self) -> bool:
+        """Whether weights of several sources become one outside the FFNs."""
+        settings = self.backbone
+        return {settings.attention, settings.embeddings, settings.norms} != {"anchor"}
+
+    @property
     def concatenates_heads(self) -> bool:
         """Whether the new model has the attention heads of all sources."""
         return self.backbone.attention == "concatenated"

@@ -6,6 +6,7 @@ matched to the deepest: by the recipe (`sources.NAME.layers`), or evenly.
 """
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -151,7 +152,7 @@ def _layers(recipe: Recipe, source: Source, reference: PreTrainedConfig) -> Laye
             )
         raise SourceMismatch(
             f"sources.{source.name}.layers: expected {depth} entries, with 0 to {own - 1} in order "
-            f"and {depth - own} null(s), got {str(listed)[:120]}. {hint}"
+            f"and {depth - own} null(s), got {json.dumps(listed)[:120]}. {hint}"
         )
     return tuple(listed)
 
