@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -52,7 +52,12 @@ from symphony_moe.runs.metrics import (
 )
 from symphony_moe.runs.samples import Choices
 from symphony_moe.sources.source import Source, anchor_of, new_config
-from symphony_moe.sources.stock import load_source, load_stock, tokens_at_once
+from symphony_moe.sources.stock import (
+    load_source,
+    load_stock,
+    negative_log_likelihood,
+    tokens_at_once,
+)
 from symphony_moe.text.texts import Texts
 from symphony_moe.text.windows import Pieces, as_pieces, digest_of
 
@@ -268,25 +273,6 @@ def dynamic_routing(
             )
         )
     return DynamicRouting(fixed=fixed, threshold=by_threshold)
-
-
-def negative_log_likelihood(
-    logits: Float[Tensor, "windows sequence vocabulary"],
-    tokens: Int[Tensor, "windows sequence"],
-    known: Bool[Tensor, " vocabulary"] | None = None,
-    positions: Int[Tensor, "windows sequence"] | None = None,
-) -> Float[Tensor, " predicted"]:
-    """Nats of every token but each window's first (of those that are `known`). `positions`: each
-    token's place in its document, whose first token is not asked for."""
-    logits, wanted = logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()
-    if positions is not None:
-        continues = positions[:, 1:].flatten() > 0
-        logits, wanted = logits[continues], wanted[continues]
-    if known is not None:
-        known = known.to(logits.device)
-        asked = known[wanted]
-        logits, wanted = logits[asked].masked_fill(~known, -torch.inf), wanted[asked]
-    return torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
 
 
 def _spell(losses: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -47,6 +47,25 @@ def tokens_at_once(model: PreTrainedModel, sequence_length: int) -> int:
     if rope.get("rope_type") in ("dynamic", "longrope"):
         return 1
     return max(sequence_length, _AT_ONCE)
+
+
+def negative_log_likelihood(
+    logits: Float[Tensor, "windows sequence vocabulary"],
+    tokens: Int[Tensor, "windows sequence"],
+    known: Bool[Tensor, " vocabulary"] | None = None,
+    positions: Int[Tensor, "windows sequence"] | None = None,
+) -> Float[Tensor, " predicted"]:
+    """Nats of every token but each window's first (of those that are `known`). `positions`: each
+    token's place in its document, whose first token is not asked for."""
+    logits, wanted = logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()
+    if positions is not None:
+        continues = positions[:, 1:].flatten() > 0
+        logits, wanted = logits[continues], wanted[continues]
+    if known is not None:
+        known = known.to(logits.device)
+        asked = known[wanted]
+        logits, wanted = logits[asked].masked_fill(~known, -torch.inf), wanted[asked]
+    return torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
 
 
 def load_stock(

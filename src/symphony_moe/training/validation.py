@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from symphony_moe.runs.folder import RunFolder
-from symphony_moe.sources.stock import load_stock, tokens_at_once
+from symphony_moe.sources.stock import load_stock, negative_log_likelihood, tokens_at_once
 from symphony_moe.text.windows import Pieces
 from symphony_moe.training.resuming import reading, state_of_step
 
@@ -84,10 +83,8 @@ def losses_by_source(
         own = islice(batches, processes.process_index, None, processes.num_processes)
         for tokens, positions in (tuple(part.to(model.device) for part in pair) for pair in own):
             output = model(input_ids=tokens, position_ids=positions, use_cache=False)
-            labels = tokens.masked_fill(positions == 0, -100)[:, 1:].flatten()
-            logits = output.logits[:, :-1].flatten(0, 1).float()
-            row[0] += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            row[1] += int((labels != -100).sum())
+            each = negative_log_likelihood(output.logits, tokens, positions=positions)
+            row += torch.tensor([float(each.double().sum()), len(each)], dtype=row.dtype)
     sums = processes.reduce(found.to(model.device), "sum").tolist()
     return {name: nats / tokens for name, (nats, tokens) in zip(text, sums, strict=True)}
 
