@@ -125,10 +125,8 @@ def refuse_beyond(recipe: Recipe, sources: Sequence[Source]) -> None:
     layers = [n for n in range(sources[0].config.num_hidden_layers) if n not in dense]
     reads = SharedReads(copied)
     for layer, part in ((n, part) for n in layers for part in sources[0].family.expert):
-        times, name = (
-            recipe.experts.per_source if part == DOWN else 1,
-            f"model.layers.{layer}.{part}",
-        )
+        name = f"model.layers.{layer}.{part}"
+        times = recipe.experts.per_source if part == DOWN else 1
         for source in copied:
             as_it_is = times == 1 and source.adapter is None and source.widening is None
             if as_it_is and source.headers[name].dtype == "F16":

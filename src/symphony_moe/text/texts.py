@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from symphony_moe.errors import TextError
 from symphony_moe.recipe.settings import Recipe
+from symphony_moe.text.documents import Documents
 from symphony_moe.text.domain import Domain, DomainReading, Room
 from symphony_moe.text.memory_maps import TrainingText
 from symphony_moe.text.windows import Encoder, Packed, Pieces, WindowDraw, draw_packed, draw_pieces
@@ -128,12 +129,12 @@ class Texts:
             if name not in self.recipe.expert_names:
                 continue
             who, domain = f"calibration text of {name}", self._domain(name)
-            _, documents = domain.sides(who).of_fit
-            if not documents:
-                raise TextError(
-                    f"{who}: a single document; a fit is validated by documents that it has not "
-                    "seen, so give text in several (or fit.method: none and router.init: random)"
-                )
+            documents = _validating(
+                who,
+                domain,
+                "a fit is validated by documents that it has not seen, so give text in several "
+                "(or fit.method: none and router.init: random)",
+            )
             drawing = self._of_a_fit(self.recipe.validation_windows)
             windows[name] = draw_packed(_validates(name), documents, domain, drawing)
         return windows
@@ -151,12 +152,12 @@ class Texts:
         pieces = {}
         for name in self._sources:
             who, domain = f"training text of {name}", self._domain(name)
-            _, documents = domain.sides(who).of_fit
-            if not documents:
-                raise TextError(
-                    f"{who}: a single document; train.keep_best compares models on documents that "
-                    "are not trained on, so give text in several, or set train.keep_best: false"
-                )
+            documents = _validating(
+                who,
+                domain,
+                "train.keep_best compares models on documents that are not trained on, so give "
+                "text in several, or set train.keep_best: false",
+            )
             pieces[name] = draw_pieces(_validates(name), documents, domain, drawing)
         return pieces
 
@@ -219,6 +220,15 @@ class Texts:
         anchor = self._sources[recipe.anchor]
         reading = DomainReading(recipe.evaluation.extra[name], "text", anchor.tokenizer, rules)
         return Domain(reading, anchor.encoder, 1.0, self._room)
+
+
+def _validating(who: str, domain: Domain, why: str) -> Documents:
+    """A domain's documents that a fit or a training is validated by. TextError, with why it needs
+    them, where there is none."""
+    _, documents = domain.sides(who).of_fit
+    if not documents:
+        raise TextError(f"{who}: a single document; {why}")
+    return documents
 
 
 def _validates(name: str) -> str:
