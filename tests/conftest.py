@@ -14,6 +14,8 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import stated_shapes  # noqa: F401 (before the package)
+
 # Pico models gain nothing by more threads, and lose much where cores are shared: here, and in the
 # commands that tests start.
 torch.set_num_threads(1)

@@ -152,7 +152,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     ("variant", "top_k"),
     mostly_slow(
         itertools.product(VARIANTS, [1, 2, 3]),
-        *((variant, 2) for variant in VARIANTS),
+        *((variant, 2) for variant in list(VARIANTS)[::2]),
         ("qwen2", 1),
         ("qwen2", 3),
     ),
@@ -279,7 +279,7 @@ def test_the_model_card_reads_the_same_by_every_reader(
         assert read(run.recipe.read_text()) == run.read_recipe().to_content(without=("compare",))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, *COMMON))
 def test_the_code_in_a_model_card_runs(
     variant: str,
     built: Callable[[str], RunFolder],
@@ -309,7 +309,7 @@ def test_the_code_in_a_model_card_asks_a_chat_model_in_a_chat(
     ("variant", "dtype"),
     mostly_slow(
         itertools.product(VARIANTS, ["float32", "bfloat16"]),
-        *((variant, "float32") for variant in list(VARIANTS)[::2]),
+        *((variant, "float32") for variant in ("llama-tied-rope3", "granite", "olmo2")),
         ("qwen2", "bfloat16"),
     ),
 )

@@ -27,7 +27,9 @@ VARIANTS = mostly_slow(
 """Half-split and interleaved rotary, windows, biases, QK-norm, a constant for each head."""
 
 
-@pytest.mark.parametrize("settings", [["method=btx"], FIT], ids=["merged", "fitted"])
+@pytest.mark.parametrize(
+    "settings", mostly_slow([["method=btx"], FIT], FIT), ids=["merged", "fitted"]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equal_sources_make_the_dense_model(
     variant: str, settings: list[str], tmp_path: Path

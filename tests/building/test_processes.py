@@ -334,8 +334,12 @@ def differs(run: RunFolder, other: RunFolder) -> float:
     "method",
     [
         pytest.param("harmonized", id="all is fitted"),
-        pytest.param("symphony", id="neurons are matched and the router is fitted"),
-        pytest.param("btx", id="nothing is calibrated"),
+        pytest.param(
+            "symphony",
+            id="neurons are matched and the router is fitted",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("btx", id="nothing is calibrated", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_build_what_one_builds(
@@ -374,6 +378,7 @@ def test_as_many_processes_give_the_same_bytes(
     assert hash_folder(tmp_path / "run" / "checkpoint") == hash_folder(pair.checkpoint)
 
 
+@pytest.mark.slow
 def test_what_is_solved_is_that_of_one_process_to_rounding(recipe: Path, tmp_path: Path) -> None:
     """All but the gradient steps."""
     sets = ["fit.epochs=0", "router.init=hidden", "calibration.tokens=6144"]
@@ -391,6 +396,7 @@ def test_what_is_solved_is_that_of_one_process_to_rounding(recipe: Path, tmp_pat
         assert one["routing"]["share"] == pytest.approx(other["routing"]["share"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_more_processes_than_windows(recipe: Path, tmp_path: Path) -> None:
     """Some have no part of a step, and nothing to fit on."""
     words = ["build", str(recipe), "--set", "calibration.tokens=384", *QUICK, "--out"]
@@ -407,9 +413,9 @@ def test_more_processes_than_windows(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "method", "sets"),
     [
-        ("llama-tied-rope3", "harmonized", []),
+        pytest.param("llama-tied-rope3", "harmonized", [], marks=pytest.mark.slow),
         ("qwen2", "symphony", ["router.init=hidden", "output.dtype=bfloat16"]),
-        ("qwen2-granitemoe", "harmonized", []),
+        pytest.param("qwen2-granitemoe", "harmonized", [], marks=pytest.mark.slow),
         pytest.param("llama", "bam", [], marks=pytest.mark.slow),
         pytest.param("llama", "drop-upcycling", [], marks=pytest.mark.slow),
         pytest.param("llama", "dume", [], marks=pytest.mark.slow),

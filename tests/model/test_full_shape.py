@@ -435,6 +435,7 @@ def num_files(shapes: Iterable[tuple[int, ...]], limit: int) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_attention_experts_are_planned_at_full_shape(planned: Callable[..., Plan]) -> None:
     """Four query heads to a KV head: k and v four times as large, q and o once for each expert; the
     head stays tied."""
@@ -450,6 +451,7 @@ def test_attention_experts_are_planned_at_full_shape(planned: Callable[..., Plan
     assert any("are 4 times the sources'" in note for note in plan.notes)
 
 
+@pytest.mark.slow
 def test_code_llamas_tokens_come_after_llama_2s(planned: Callable[..., Plan]) -> None:
     plan = planned("llama2-codellama-7b.yaml")
     assert plan.tensors["model.embed_tokens.weight"] == (32004, 4096)

@@ -607,8 +607,7 @@ def test_a_really_full_disk_is_a_message(
 
 @pytest.mark.parametrize(
     "free",
-    [40_000, 640_000, 1_450_000]
-    + [pytest.param(free, marks=pytest.mark.slow) for free in (300_000, 800_000, 960_000)],
+    mostly_slow([40_000, 300_000, 640_000, 800_000, 960_000, 1_450_000], 640_000),
 )
 def test_training_on_a_really_full_disk_is_a_message(
     free: int, disk: Disk, built: Callable[[str], RunFolder], capsys: pytest.CaptureFixture[str]
@@ -935,8 +934,18 @@ def test_a_broken_manifest_is_a_message(
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, b"{}", b"[]", b"\xff\xfe", b"[" * 100_000])
-@pytest.mark.parametrize("name", ["manifest.json", "metrics.json", "plan.json", "recipe.yaml"])
+RECORDS = ["manifest.json", "metrics.json", "plan.json", "recipe.yaml"]
+DAMAGED = [None, b"{}", b"[]", b"\xff\xfe", b"[" * 100_000]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    mostly_slow(
+        itertools.product(RECORDS, DAMAGED),
+        *((name, None) for name in RECORDS),
+        *(("manifest.json", content) for content in DAMAGED[1:]),
+    ),
+)
 def test_a_damaged_file_of_a_run_is_named_before_it_is_needed(
     name: str,
     content: bytes | None,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from checks import EXACT, difference, load_clean, logits_of, opened, random_text
+from checks import EXACT, difference, load_clean, logits_of, mostly_slow, opened, random_text
 from conftest import VARIANTS, make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.errors import SourceError
@@ -50,7 +50,7 @@ def phi3(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dic
 
 @pytest.mark.parametrize(
     "phi3",
-    [{"sliding_window": 16}, LONG, PART, LONG_PART],
+    mostly_slow([{"sliding_window": 16}, LONG, PART, LONG_PART], LONG_PART),
     ids=["window", "long", "part", "long part"],
     indirect=True,
 )

@@ -1,5 +1,6 @@
 """Source beside result, for every kind of tokenizer: every public setting, and awkward text."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,14 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from checks import TEXTS as DRAWN
-from checks import add_tokens, in_two_files, rewrite, sentence_piece_tokenizer, with_beginning
+from checks import (
+    add_tokens,
+    in_two_files,
+    mostly_slow,
+    rewrite,
+    sentence_piece_tokenizer,
+    with_beginning,
+)
 from conftest import make_tokenizer
 from symphony_moe.sources.pretrained import load_tokenizer
 from symphony_moe.sources.same_tokenizer import (
@@ -176,6 +184,12 @@ KINDS: dict[str, Make] = {
     "Unigram": unigram,
 }
 
+EACH = mostly_slow(
+    itertools.product(KINDS, TARGETS),
+    *((kind, "llama") for kind in KINDS),
+    *((next(iter(KINDS)), family) for family in TARGETS),
+)
+
 
 def source(folder: Path, make: Make, family: str) -> PreTrainedTokenizerBase | None:
     """A source's tokenizer as everyone else loads it; None where transformers loads none."""
@@ -200,8 +214,7 @@ def rows_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-@pytest.mark.parametrize("family", TARGETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "family"), EACH)
 def test_a_result_has_every_setting_of_its_source_and_cuts_alike(
     kind: str, family: str, tmp_path: Path
 ) -> None:
@@ -214,8 +227,7 @@ def test_a_result_has_every_setting_of_its_source_and_cuts_alike(
         assert first_difference(stock, written, texts_for(stock)) is None
 
 
-@pytest.mark.parametrize("family", TARGETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "family"), EACH)
 def test_a_table_without_a_row_to_spare_needs_only_what_files_list(
     kind: str, family: str, tmp_path: Path
 ) -> None:

@@ -20,7 +20,15 @@ from huggingface_hub.utils import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from checks import add_tokens, edit_weights, lowercase, opened, prefix_space, swap_tokens
+from checks import (
+    add_tokens,
+    edit_weights,
+    lowercase,
+    mostly_slow,
+    opened,
+    prefix_space,
+    swap_tokens,
+)
 from conftest import make_model, make_tokenizer
 from symphony_moe import pipeline
 from symphony_moe.building.plan import make_plan
@@ -1036,71 +1044,72 @@ OLD = {"rope_parameters": None, "rope_theta": 10000}
 """As transformers 4 writes it; None: the key is not there."""
 
 
-@pytest.mark.parametrize(
-    ("variant", "one", "other"),
-    [
-        ("llama", {"hidden_act": "silu"}, {"hidden_act": "swish"}),
-        ("llama", {"hidden_act": "gelu_new"}, {"hidden_act": "gelu_pytorch_tanh"}),
-        ("llama", {"hidden_act": "gelu_fast"}, {"hidden_act": "gelu_accurate"}),
-        ("llama", {"hidden_act": "gelu"}, {"hidden_act": "gelu_python"}),
-        ("llama", {}, OLD),
-        ("llama", {}, {"rope_parameters": None}),
-        ("llama", {}, {"rope_parameters": ROPE | {"factor": 4}}),
-        ("llama", {}, OLD | {"rope_scaling": {"type": "default"}}),
-        ("llama", {}, OLD | {"rope_scaling": {"type": "linear", "factor": 1.0}}),
-        (
-            "llama",
-            {"rope_parameters": SCALED},
-            OLD | {"rope_scaling": {"type": "linear", "factor": 2}},
-        ),
-        (
-            "llama",
-            {"rope_parameters": SCALED},
-            {"rope_parameters": SCALED | {"original_max_position_embeddings": 64}},
-        ),
-        (
-            "llama",
-            {"rope_parameters": YARN},
-            {"rope_parameters": YARN | {"beta_fast": 32, "beta_slow": 1, "truncate": True}},
-        ),
-        (
-            "llama",
-            {"rope_parameters": YARN},
-            {"rope_parameters": YARN | {"attention_factor": 0.1 * math.log(4) + 1}},
-        ),
-        (
-            "llama",
-            {"rope_parameters": LLAMA3},
-            OLD | {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
-        ),
-        ("llama", {}, {"sliding_window": 16}),
-        ("mistral", {"sliding_window": None}, {"sliding_window": 256}),
-        ("mistral", {"sliding_window": 256}, {"sliding_window": 4096}),
-        ("qwen2", {}, {"use_sliding_window": False, "sliding_window": 16}),
-        (
-            "qwen2",
-            {},
-            {
-                "use_sliding_window": True,
-                "sliding_window": 16,
-                "max_window_layers": 2,
-                "layer_types": None,
-            },
-        ),
-        (
-            "qwen2",
-            {},
-            {
-                "use_sliding_window": True,
-                "sliding_window": 256,
-                "max_window_layers": 0,
-                "layer_types": None,
-            },
-        ),
-        ("llama", {"eos_token_id": 257}, {"eos_token_id": [257]}),
-        ("llama", {"eos_token_id": [258, 257]}, {"eos_token_id": [257, 258]}),
-    ],
-)
+SPELLINGS = [
+    ("llama", {"hidden_act": "silu"}, {"hidden_act": "swish"}),
+    ("llama", {"hidden_act": "gelu_new"}, {"hidden_act": "gelu_pytorch_tanh"}),
+    ("llama", {"hidden_act": "gelu_fast"}, {"hidden_act": "gelu_accurate"}),
+    ("llama", {"hidden_act": "gelu"}, {"hidden_act": "gelu_python"}),
+    ("llama", {}, OLD),
+    ("llama", {}, {"rope_parameters": None}),
+    ("llama", {}, {"rope_parameters": ROPE | {"factor": 4}}),
+    ("llama", {}, OLD | {"rope_scaling": {"type": "default"}}),
+    ("llama", {}, OLD | {"rope_scaling": {"type": "linear", "factor": 1.0}}),
+    (
+        "llama",
+        {"rope_parameters": SCALED},
+        OLD | {"rope_scaling": {"type": "linear", "factor": 2}},
+    ),
+    (
+        "llama",
+        {"rope_parameters": SCALED},
+        {"rope_parameters": SCALED | {"original_max_position_embeddings": 64}},
+    ),
+    (
+        "llama",
+        {"rope_parameters": YARN},
+        {"rope_parameters": YARN | {"beta_fast": 32, "beta_slow": 1, "truncate": True}},
+    ),
+    (
+        "llama",
+        {"rope_parameters": YARN},
+        {"rope_parameters": YARN | {"attention_factor": 0.1 * math.log(4) + 1}},
+    ),
+    (
+        "llama",
+        {"rope_parameters": LLAMA3},
+        OLD | {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+    ),
+    ("llama", {}, {"sliding_window": 16}),
+    ("mistral", {"sliding_window": None}, {"sliding_window": 256}),
+    ("mistral", {"sliding_window": 256}, {"sliding_window": 4096}),
+    ("qwen2", {}, {"use_sliding_window": False, "sliding_window": 16}),
+    (
+        "qwen2",
+        {},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 2,
+            "layer_types": None,
+        },
+    ),
+    (
+        "qwen2",
+        {},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 256,
+            "max_window_layers": 0,
+            "layer_types": None,
+        },
+    ),
+    ("llama", {"eos_token_id": 257}, {"eos_token_id": [257]}),
+    ("llama", {"eos_token_id": [258, 257]}, {"eos_token_id": [257, 258]}),
+]
+"""(family, what one source's config has, what another's has that means the same)."""
+
+
+@pytest.mark.parametrize(("variant", "one", "other"), mostly_slow(SPELLINGS, *SPELLINGS[::3]))
 def test_two_spellings_of_one_meaning_are_no_difference(
     variant: str, one: dict[str, Any], other: dict[str, Any], recipes: Recipes, tmp_path: Path
 ) -> None:
@@ -1236,7 +1245,9 @@ def test_a_padding_token_without_a_row_is_refused(number: int, model: Path) -> N
     assert "300 rows" in message and "Set it to null" in message
 
 
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "file", mostly_slow(["config.json", "generation_config.json"], "generation_config.json")
+)
 @pytest.mark.parametrize(
     ("numbers", "kept"), [(300, None), ([257, 300], [257]), ([300, 999], None), (299, 299)]
 )

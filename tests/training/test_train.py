@@ -97,8 +97,8 @@ def zeros(tensors: dict[str, Tensor]) -> list[str]:
             ),
         ],
         # What the targets have beyond the sources differs; the scopes themselves do not.
-        *((variant, "all") for variant in ("qwen2", "qwen2-granitemoe", "smollm3", "olmo2")),
-        *((variant, "router") for variant in ("llama", "qwen2-granitemoe")),
+        *((variant, "all") for variant in ("qwen2-granitemoe", "olmo2")),
+        ("llama", "router"),
         ("qwen2", "experts"),
     ),
 )
@@ -252,7 +252,7 @@ def taught_to_end(folder: Path, documents: Sequence[str]) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("packing", ["windows", "documents"])
+@pytest.mark.parametrize("packing", mostly_slow(["windows", "documents"], "documents"))
 def test_a_trained_model_still_stops(
     packing: str, ending: Callable[[], tuple[RunFolder, list[str]]], tmp_path: Path
 ) -> None:
@@ -323,9 +323,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "step"),
-    mostly_slow(
-        itertools.product(["llama", "qwen2"], [1, 5, 6]), ("llama", 5), ("llama", 6), ("qwen2", 1)
-    ),
+    mostly_slow(itertools.product(["llama", "qwen2"], [1, 5, 6]), ("llama", 5), ("qwen2", 1)),
 )
 def test_resumed_training_equals_training_in_one_go(
     variant: str,
@@ -483,6 +481,7 @@ def test_half_a_state_is_passed_over(
     assert hash_folder(run.trained) == hash_folder(whole.trained)
 
 
+@pytest.mark.slow
 def test_a_curve_of_means_over_steps_is_that_of_one_go(
     copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
