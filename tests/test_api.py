@@ -135,6 +135,7 @@ def test_a_recipe_is_read_without_torch() -> None:
 # Examples
 
 
+@pytest.mark.slow
 def test_every_example_runs(
     project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

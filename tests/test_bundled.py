@@ -42,6 +42,7 @@ def test_no_document_comes_twice_or_belongs_to_two_domains() -> None:
     assert len(set(texts)) == len(texts)
 
 
+@pytest.mark.slow
 def test_documents_are_the_same_in_another_process() -> None:
     # Another process hashes strings with another seed, so the order of no set may matter.
     program = (

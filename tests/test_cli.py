@@ -299,6 +299,7 @@ def test_a_recipes_path_that_is_no_text_is_named(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_project_in_a_folder_that_is_no_text_is_refused_where_its_files_are(
     project: Path, tmp_path: Path
 ) -> None:
@@ -320,6 +321,7 @@ def test_a_project_in_a_folder_that_is_no_text_is_refused_where_its_files_are(
         assert code == 0 or "is not UTF-8 text" in json.loads(done.stdout)["error"]
 
 
+@pytest.mark.slow
 def test_json_is_json_where_the_output_takes_ascii_alone(project: Path) -> None:
     """A folder's name may hold more."""
     (project / "models" / "b").rename(project / "models" / "café")
@@ -440,6 +442,7 @@ def test_a_source_without_held_out_text_is_named_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_text_with_halves_of_characters_is_used(
     project: Path, tmp_path: Path, symphony: Symphony
 ) -> None:
@@ -1278,6 +1281,7 @@ def test_a_reader_that_goes_away_is_no_error(project: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error_however_little_is_said(project: Path) -> None:
     for words in ("--help", "plan --help", "--version", f"plan {project}/recipe.yaml"):
         program = f"{sys.executable} -m symphony_moe {words} | (exec 0<&-; sleep 0.5)"

@@ -601,6 +601,7 @@ def test_a_comparison_is_a_folder(
     assert path.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_runs_made_elsewhere_are_tabulated(
     recipe: Path,
     tmp_path: Path,

@@ -281,6 +281,7 @@ def test_a_build_over_another(kills: str, project: Project, trained: Kept) -> No
     )
 
 
+@pytest.mark.slow
 @HOW_MANY
 def test_a_training(kills: str, project: Project, built: Kept, trained: Kept) -> None:
     states = project.states("train", before=built)[0]

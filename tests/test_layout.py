@@ -13,6 +13,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 import symphony_moe
+from checks import mostly_slow
 from symphony_moe import cli, pipeline
 from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.bundled import demo_recipe
@@ -156,7 +157,7 @@ def test_every_module_can_be_imported_and_says_what_it_is(module: str) -> None:
 RECIPES = [*sorted((ROOT / "recipes").glob("*.yaml")), demo_recipe()]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", mostly_slow(RECIPES, *RECIPES[::3]), ids=lambda path: path.name)
 def test_every_recipe_that_is_shipped_loads(path: Path) -> None:
     recipe = load_recipe(path)
     assert len(recipe.sources) >= 2

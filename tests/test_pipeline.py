@@ -1123,6 +1123,7 @@ def test_verify_refuses_a_file_that_the_manifest_does_not_know(
         pipeline.verify(run)
 
 
+@pytest.mark.slow
 def test_verify_deep_builds_again(built: Callable[[str], RunFolder], tmp_path: Path) -> None:
     """A second build has the same tensors; where the manifest's hashes differ, it says so."""
     shutil.copytree(built("llama").root, tmp_path / "run")
@@ -1166,6 +1167,7 @@ def in_old_words(run: RunFolder) -> None:
     run.metrics.write_text(json.dumps(metrics))
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_version_0_1_is_still_read(
     recipes: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

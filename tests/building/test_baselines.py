@@ -662,6 +662,7 @@ def test_dropped_neurons_leave_attention_experts(bam: Callable[[str], RunFolder]
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "names", "top_k"),
     mostly_slow(

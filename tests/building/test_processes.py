@@ -473,6 +473,7 @@ def test_a_process_that_is_killed_ends_all_and_the_build_goes_on(
     assert hash_folder(tmp_path / "run" / "checkpoint") == hash_folder(pair.checkpoint)
 
 
+@pytest.mark.slow
 def test_a_build_of_several_processes_goes_on_in_one(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

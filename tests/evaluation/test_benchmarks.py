@@ -418,6 +418,7 @@ def test_code_is_run_where_that_is_confirmed(
             pipeline.evaluate_tasks(run, [name], include=own)
 
 
+@pytest.mark.slow
 def test_the_harnesss_own_tasks(
     own: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

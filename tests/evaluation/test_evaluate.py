@@ -333,6 +333,7 @@ def test_continuations_begin_where_held_out_text_does(
     assert trained != found
 
 
+@pytest.mark.slow
 def test_what_another_run_says_of_the_sources(
     built: Callable[[str], RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -385,6 +385,7 @@ FOUND: Mapping[str, set[str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mostly_slow(PUBLISHED, "llama2-codellama-7b.yaml"))
 def test_released_models_are_planned_as_published(name: str, planned: Callable[..., Plan]) -> None:
     """Parameters, shapes, disk and every difference; nothing else differs."""
@@ -488,6 +489,7 @@ def test_qwen2_reads_the_tokens_of_qwen2_5_in_pieces(planned: Callable[..., Plan
     assert plan.tensors["model.embed_tokens.weight"] == (152064, 3584), "the padding has room"
 
 
+@pytest.mark.slow
 def test_the_chat_models_conventions_are_taken_where_asked_for(
     planned: Callable[..., Plan],
 ) -> None:

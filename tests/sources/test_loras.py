@@ -226,6 +226,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_the_page_does_what_it_says(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -385,6 +385,7 @@ def test_the_order_of_the_sources_does_not_change_the_ids(tmp_path: Path) -> Non
     assert torch.equal(*tables)
 
 
+@pytest.mark.slow
 def test_numbers_say_nothing(tmp_path: Path) -> None:
     """The same model with its tokens under other numbers and its rows moved along gives the same
     checkpoint, tensor by tensor, by either method."""

@@ -284,6 +284,7 @@ def test_a_run_reads_each_file_once_and_tokenises_each_document_at_most_once(
         assert set(counts) <= {0, 1} and sum(counts) >= 3
 
 
+@pytest.mark.slow
 def test_what_a_run_makes_is_what_its_commands_make(recipe: Recipe, tmp_path: Path) -> None:
     """Each alone, from text of its own."""
     together = pipeline.run(recipe, tmp_path / "together")

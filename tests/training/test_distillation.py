@@ -126,6 +126,7 @@ def test_accumulated_batches_count_once(copied: Callable[[str], RunFolder]) -> N
     assert curve(run)[0]["divergence"] == pytest.approx(divergence, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", mostly_slow(["llama", "qwen2"], "llama"))
 def test_teachers_in_turn_give_what_teachers_together_give(
     variant: str, copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
@@ -216,6 +217,7 @@ def test_teachers_of_a_merged_vocabulary(tmp_path: Path) -> None:
     assert curve(run)[0]["divergence"] == pytest.approx(total / predicted, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_held_out_losses_on_the_way(copied: Callable[[str], RunFolder]) -> None:
     """At even distances, and without a trace in the training."""
     whole, run = copied("llama"), copied("llama")

@@ -419,6 +419,7 @@ def test_a_kill_in_the_middle_of_saving_loses_no_more_than_that(
     assert hash_folder(run.trained) == hash_folder(whole.trained)
 
 
+@pytest.mark.slow
 def test_a_kill_at_the_very_end_leaves_a_run_that_verifies(
     copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,6 +500,7 @@ def test_a_curve_of_means_over_steps_is_that_of_one_go(
     assert [point["step"] for point in curves[0][:3]] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_training_anew_that_is_cut_short_goes_on(
     copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -828,6 +830,7 @@ def test_the_recipe_says_how_precisely_it_computes(
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_what_is_trained_may_have_been_trained_elsewhere(
     recipes: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -902,6 +905,7 @@ def test_resuming_with_other_settings_is_refused(
     assert folder.trained.is_dir()
 
 
+@pytest.mark.slow
 def test_training_again_forgets_what_was_measured_of_the_old_model(
     copied: Callable[[str], RunFolder],
 ) -> None:
