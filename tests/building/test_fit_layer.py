@@ -168,7 +168,7 @@ def matrix(moe: MoELayer) -> Tensor:
 def head_and_note(
     state: FitState, start: Tensor, heads: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, Any]]:
-    head, fit = fit_head(state, start, heads)
+    head, _, fit = fit_head(state, start, heads, {})
     return head, fit.to_json()
 
 
@@ -924,7 +924,7 @@ def test_logits_are_scaled_down_as_far_as_the_divergence_allows(
     state = prepared(allowed)
     heads = random_heads(state)
     start = heads.pop("")
-    sharp, _ = fit_head(prepared(0), start, heads)
+    sharp, *_ = fit_head(prepared(0), start, heads, {})
     head, note = head_and_note(state, start, heads)
     temperature = note["temperature_scaling"]["temperature"]
     torch.testing.assert_close(head * temperature, sharp, rtol=1e-5, atol=1e-6)
@@ -1103,7 +1103,7 @@ def test_a_head_that_does_harm_is_not_kept(
     if step == "refinement":
         assert refined["error"][0] == closed["error"][1]
         without = by_hand({"b": 20, "a": 33}, epochs=0, temperature_scaling=0)
-        expected, _ = fit_head(without, start, heads)
+        expected, *_ = fit_head(without, start, heads, {})
         assert torch.equal(head, expected)
     else:
         assert refined["error"][0] == closed["error"][0] == 0

@@ -172,6 +172,38 @@ def test_the_peak_counts_what_a_fit_holds(settings: str, recipes: Recipes) -> No
         assert experts < 0.02 * wanted
 
 
+def test_the_peak_counts_what_learns_with_the_head_and_with_the_first_layer(
+    recipes: Recipes,
+) -> None:
+    """Where the head is the largest moment, five copies of each last layer. Where the first layer
+    is, five of each row of embeddings that the text has."""
+    config = open_sources(load_recipe(recipes("llama")))[0].config
+    config.num_hidden_layers = 4
+    little = ["fit.epochs=1", "calibration.tokens=96", "calibration.sequence_length=32"]
+
+    def peak(ffn: int, vocabulary: int, *settings: str) -> int:
+        recipe = load_recipe(recipes("llama"), [*SETTINGS["a fit"], *little, *settings])
+        config.intermediate_size, config.vocab_size = ffn, vocabulary
+        return estimate.peak_memory(recipe, config, len(recipe.sources))
+
+    heads = [
+        peak(10_000, 10**7, "fit.embeddings=false", f"fit.layers_with_head={count}")
+        for count in (1, 2, 4, 9)
+    ]
+    weights = 3 * 3 * 10_000 * config.hidden_size * 4  # of three experts
+    first, second = heads[1] - heads[0], heads[2] - heads[1]
+    assert 5 * weights < first < 10 * weights and second == 2 * first and heads[3] == heads[2]
+    for vocabulary in (20, 10**7):
+        config.vocab_size = vocabulary
+        without, with_them = (
+            estimate._Moments(load_recipe(recipes("llama"), [*fit, *little]), config, 3).refined()
+            for fit in ([*SETTINGS["a fit"], "fit.embeddings=false"], SETTINGS["a fit"])
+        )
+        recipe = load_recipe(recipes("llama"), little)
+        tokens = recipe.windows_each * 3 * recipe.calibration.sequence_length
+        assert with_them - without == 5 * min(vocabulary, tokens) * config.hidden_size * 4
+
+
 def test_plans_are_printed_and_written(
     recipes: Recipes, capsys: pytest.CaptureFixture[str]
 ) -> None:

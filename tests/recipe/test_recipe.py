@@ -951,6 +951,7 @@ def test_the_defaults_of_the_fit_are_those_that_were_measured() -> None:
     fit = Fit()
     measured = (fit.ridge, fit.epochs, fit.learning_rate, fit.pull, fit.temperature_scaling)
     assert measured == (1e-2, 8.0, 0.06, 0.1, 0.05)
+    assert (fit.embeddings, fit.layers_with_head) == (True, 1)
 
 
 # Settings of an earlier version

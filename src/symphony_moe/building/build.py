@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +22,18 @@ from symphony_moe.building.alignment import Alignment, layer_key
 from symphony_moe.building.assemble import aligned_table, stream_scale_of
 from symphony_moe.building.candidate import Candidate
 from symphony_moe.building.companions import write_companions
+from symphony_moe.building.fit_embeddings import LearnedEmbeddings
 from symphony_moe.building.fit_head import HeadFit, fit_head
 from symphony_moe.building.fit_layer import (
+    advance_on_validation,
     advance_sources,
+    begin_at_embeddings,
     begin_streams,
     calibrate_plain,
     fit_layer,
+    go_back_before_end,
+    keep_before_end,
+    validation_routing,
 )
 from symphony_moe.building.fitting import NEW, PLAIN, SOURCE, FitState
 from symphony_moe.building.kept import ChangedCandidate, KeptModel
@@ -194,6 +199,8 @@ class Build:
         self.kept = kept
         self.fits_model = recipe.fits_layers and kept is None
         """Whether backbone and head are fitted, beside the plain mean."""
+        self.num_with_head = min(recipe.layers_with_head, self.num_layers)
+        """Last layers that learn with the head."""
         scales = stream_scale_of(recipe, sources) != 1 or recipe.experts.per_source > 1
         scales |= recipe.has_shared_expert or any(source.widening for source in sources)
         copies = recipe.copies_experts and not scales
@@ -284,7 +291,8 @@ class Build:
     def _write_model(self, started: float, listen: Listener) -> ModelFit | None:
         """All of the weights, in the order of the files, which are hashed while they are written;
         what was measured, None where nothing is fitted."""
-        self._write_tables(self.new, EMBEDDING)
+        if not self.recipe.refines_embeddings:
+            self._write_tables(self.new, EMBEDDING)
         # 3. Put every stream at its token embeddings.
         self.state = self._begin_fit()
         # 4. Layer by layer: align, fuse, fit, write.
@@ -396,6 +404,25 @@ class Build:
             for name, first_row, rows in model.tables([table]):
                 self.writer.write(name, rows, first_row)
 
+    def _write_learned_embeddings(self, state: FitState) -> None:
+        """Token embeddings that have learned with the first layer."""
+        if state.embeddings is not None and self.is_first:
+            for first_row, rows in state.embeddings.put_into(self.new.embeddings()):
+                self.writer.write(EMBEDDING, rows, first_row)
+
+    def _begin_embeddings(self, windows: Mapping[str, Windows]) -> LearnedEmbeddings | None:
+        """Those of the text's tokens, as they are fused; or as an interrupted build has refined
+        them with the first layer. None where they do not learn."""
+        if not self.recipe.refines_embeddings:
+            return None
+        begun = LearnedEmbeddings.begin(windows, self.new.embeddings())
+        if self._layer_is_finished(0):
+            found = {}
+            if self.is_first:
+                found = {"rows": self.writer.read(EMBEDDING)[begun.tokens]}
+            begun.rows, begun.have_learned = self.processes.share(found)["rows"], True
+        return begun
+
     def _begin_fit(self) -> FitState | None:
         """All streams of the fit at their token embeddings; None where nothing is fitted."""
         if not self.recipe.fits or self.recipe.only_removes:
@@ -415,9 +442,12 @@ class Build:
             {source.name: source.known for source in self.sources},
             {name: each.positions for name, each in texts.items()},
             processes=processes,
+            embeddings=self._begin_embeddings(windows),
             newcomer=self.recipe.newcomer,
         )
         self.new.begin(state, {name: each[state.numbers(name)] for name, each in windows.items()})
+        if state.embeddings is not None and state.embeddings.have_learned:
+            begin_at_embeddings(state)
         if self.recipe.fits_layers:
             for source in self.sources:
                 name = source.name
@@ -435,8 +465,8 @@ class Build:
     def _build_layer(self, layer: int) -> None:
         """Align, fuse, fit and write one layer. A layer that an interrupted build has finished is
         kept: the streams are only brought past it."""
-        record, prefix = self.folder.layer_done(layer), f"model.layers.{layer}."
-        finished = self._is_finished(record, prefix)
+        record, prefixes = self.folder.layer_done(layer), self._prefixes(layer)
+        finished = self._layer_is_finished(layer)
         if finished and self.state is None:
             return
         note: dict[str, Any] = {}
@@ -446,14 +476,17 @@ class Build:
             advance_sources(self.state, layer, self._aligned(self.new, layer))
         router = None
         if self.state is not None:
+            if layer == self.num_layers - self.num_with_head:
+                keep_before_end(self.state)
             # What follows is fitted to the layer as it is written: rounding is an error too.
             self.new.advance(self.state, layer, self._read_written(layer))
             if self.fits_model:
                 router = self._advance_plain(self.state, layer, finished)
+            self.state = replace(self.state, embeddings=None)  # written, and behind all streams
         if self.is_first and not finished:
             text, measured = self.digest, to_json(note)
             self.writer.when_durable(
-                prefix, lambda digest: write_layer(record, router, text, digest, measured)
+                prefixes, lambda digest: write_layer(record, router, text, digest, measured)
             )
             if not self.copies:  # a layer that took long to make is not left to chance
                 self.writer.settle()
@@ -468,13 +501,19 @@ class Build:
             for record in (self.folder.layer_compared(layer), self.folder.layer_done(layer)):
                 record.unlink(missing_ok=True)
 
-    def _is_finished(self, record: Path, prefix: str) -> bool:
+    def _prefixes(self, layer: int) -> tuple[str, ...]:
+        """How the names of the tensors begin that are finished with a layer."""
+        with_it = (EMBEDDING,) if self.recipe.refines_embeddings and layer == 0 else ()
+        return (f"model.layers.{layer}.", *with_it)
+
+    def _layer_is_finished(self, layer: int) -> bool:
         """Whether an interrupted build has finished a layer, which is kept then."""
-        finished = False
+        finished, prefixes = False, self._prefixes(layer)
         if self.is_first:
-            finished = is_finished(record, self.digest, lambda: self.writer.digest(prefix))
+            record = self.folder.layer_done(layer)
+            finished = is_finished(record, self.digest, lambda: self.writer.digest(prefixes))
             if finished:
-                self.writer.keep(prefix)
+                self.writer.keep(prefixes)
         # Where nothing is fitted the first process is at this alone.
         return self.processes.agree(finished) if self.recipe.fits else finished
 
@@ -490,6 +529,8 @@ class Build:
         if self.state is not None:
             moe, fit = fit_layer(self.state, layer, moe, aligned)
             note = fit.to_json()
+            if layer == 0:
+                self._write_learned_embeddings(self.state)
         self._write_layer(layer, moe)
         return note
 
@@ -527,7 +568,11 @@ class Build:
         if not self.fits_model:
             return ModelFit(layers)
         own = {source.name: self.new.aligned_head(source) for source in self.sources}
-        head, head_fit = fit_head(self.state, self.new.whole_head(), own)
+        last = range(self.num_layers - self.num_with_head, self.num_layers)
+        before = {layer: self._read_written(layer) for layer in last}
+        head, refined, head_fit = fit_head(self.state, self.new.whole_head(), own, before)
+        if refined is not before:
+            layers = self._write_last_layers(self.state, refined, layers)
         written = {}
         if self.is_first:
             self.writer.write(HEAD, head)
@@ -542,6 +587,22 @@ class Build:
         if chosen == PLAIN_MEAN and self.is_first:
             self._write_plain(plain_head)
         return ModelFit(layers, head_fit, by_source, chosen)
+
+    def _write_last_layers(
+        self, state: FitState, refined: Mapping[int, MoELayer], notes: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Write the layers that were refined with the head over what they were, and bring the
+        validation text past them; what was measured of all layers, with where these route it."""
+        for layer, moe in refined.items():
+            self._write_layer(layer, moe)
+        go_back_before_end(state)
+        for layer in refined:
+            moe = self._read_written(layer)
+            routing = None if moe.is_dense else validation_routing(state, layer, moe)
+            if self.is_first and routing is not None:
+                notes[layer] |= {"routing": routing.to_json()}
+            advance_on_validation(state, layer, moe)
+        return notes
 
     def _write_plain(self, head: Tensor) -> None:
         """Write the plain mean over the fitted model."""

@@ -17,6 +17,7 @@ from symphony_moe.building.assemble import (
 from symphony_moe.building.fit_head import next_token_losses
 from symphony_moe.building.fit_layer import advance
 from symphony_moe.building.fitting import FitState
+from symphony_moe.model.checkpoint import rounded
 from symphony_moe.model.families import EMBEDDING, HEAD
 from symphony_moe.model.moe_layer import MoELayer
 from symphony_moe.model.streams import Windows
@@ -86,13 +87,14 @@ class Candidate:
     def begin(self, state: FitState, texts: Mapping[str, Windows]) -> None:
         """Put the model's streams at its token embeddings, as they are written. `texts`: source ->
         the text of its stream."""
-
-        def rounded() -> Iterator[tuple[int, Tensor]]:
-            for _, first_row, rows in self.tables([EMBEDDING]):
-                yield first_row, rows.to(self.dtype)
-
         named = {f"{self.part}/{name}": text for name, text in texts.items()}
-        state.streams.embed(named, state.config, rounded())
+        state.streams.embed(named, state.config, self.embeddings())
+
+    def embeddings(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of the fused token embeddings, as they are written, block by block.
+        Raises RecipeError where the output's dtype does not hold them."""
+        for _, first_row, rows in self.tables([EMBEDDING]):
+            yield first_row, rounded(EMBEDDING, rows, self.recipe.output.dtype)
 
     def advance(self, state: FitState, layer: int, moe: MoELayer) -> None:
         """Bring the streams past one of the model's layers, as it is written."""

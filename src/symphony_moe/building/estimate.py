@@ -35,8 +35,8 @@ _KEPT = 64 * 1024**2
 def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
     """Size of the residual streams that wait between layers, at the larger of two moments: all
     sources on the whole text while they are aligned; and, while the new model is fitted, on each
-    source's own text, the source's stream at three places of a layer, the new model's at two and
-    the plain mean's on some."""
+    source's own text, the source's stream at three places of a layer, the new model's at two (and
+    before the last layers, where those learn with the head) and the plain mean's on some."""
     windows = recipe.windows_each
     to_fit = max(1, windows - recipe.validation_windows)
     whole = to_fit + recipe.validation_windows
@@ -44,7 +44,8 @@ def streams_bytes(recipe: Recipe, config: PreTrainedConfig, num_sources: int) ->
     fitting = 2 * whole if recipe.fits else 0
     if recipe.fits_layers:
         router = len(windows_for_router(num_sources, recipe.calibration.sequence_length, to_fit))
-        fitting = 5 * whole + recipe.validation_windows + router
+        places = 6 if recipe.layers_with_head else 5
+        fitting = places * whole + recipe.validation_windows + router
     tokens = num_sources * max(aligning, fitting) * recipe.calibration.sequence_length
     return int(tokens * config.hidden_size * 4)
 
@@ -254,27 +255,42 @@ class _Moments:
 
     def refined(self) -> int:
         """The layer that is learned, its gradient and Adam's two moments, beside the layer that was
-        solved; what the gradient of one step needs."""
+        solved; what the gradient of one step needs. With the first layer, token embeddings."""
+        learned = 4 * (self._experts + self._shared)
+        return self._while_fitted + self._experts + learned + self._rows + self._activations
+
+    @property
+    def _rows(self) -> int:
+        """Of the text's token embeddings those that are learned, their gradient and Adam's two
+        moments, and where they began."""
+        if not self.recipe.refines_embeddings:
+            return 0
+        return 5 * 4 * min(int(self.config.vocab_size), self._tokens) * self._hidden
+
+    @property
+    def _activations(self) -> int:
+        """What the gradient of one step of a layer needs."""
         hidden, ffn = self._hidden, self._ffn
         queries, keys, _ = self._widths
-        learned = 4 * (self._experts + self._shared)
         tokens = max(WINDOWS_TOKENS, self.num_sources * self.recipe.calibration.sequence_length)
         top_k = self.recipe.router.top_k
         # Of each expert that a token goes to: its input, what its neurons are made of, its output.
         of_experts = top_k * (4 * ffn + 3 * hidden) + 2 * ffn
         of_attention = 12 * hidden + self._times * (6 * queries + 4 * keys)
-        activations = 4 * min(tokens, self._tokens) * (of_experts + of_attention)
-        return self._while_fitted + self._experts + learned + activations
+        return 4 * min(tokens, self._tokens) * (of_experts + of_attention)
 
     def head(self) -> int:
         """All sources' heads, the fused one, the solved one, the one that is learned, Adam's two
         moments. At a step, the gradient and two of Adam's steps, or what the gradient's factors are
         cast to. At a look on the way, a cast head, and pieces of logits beside those of the
-        steps."""
+        steps. Of each layer that learns with the head, as it was read, as it is learned, its
+        gradient, Adam's two moments, and what a step's gradient needs."""
         vocabulary = int(self.config.vocab_size)
         table = vocabulary * self._hidden * 4
         piece = min(LOGITS_AT_ONCE, self._tokens * vocabulary) * 4
         held = (self.num_sources + 5) * table + 3 * piece
+        layers = min(self.recipe.layers_with_head, int(self.config.num_hidden_layers))
+        held += layers * (5 * (self._experts + self._shared) + self._activations)
         return held + max(3 * table, table // 2 + 4 * piece)
 
     @property
@@ -356,7 +372,9 @@ def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedC
         # Each source on its own text, the Gram matrices, and forward and backward per epoch.
         fitting += 2.0 * every * 2 * one_source
         fitting += 2.0 * every * config.intermediate_size**2 * layers
-        fitting += recipe.fit.epochs * fitted * (6.0 * active + 6.0 * table)
+        of_head = 8.0 if recipe.layers_with_head else 6.0
+        again = 1 + min(recipe.layers_with_head, layers) / layers  # the last layers, with the head
+        fitting += recipe.fit.epochs * fitted * (6.0 * active * again + of_head * table)
         elsewhere += judged * config.vocab_size * _PASSES * _A_LOGIT
     elsewhere += _seconds(_of_pursuit(sources), 1.0, reduced=False)
     reduced = _reduced(recipe, config)

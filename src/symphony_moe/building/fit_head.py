@@ -2,14 +2,14 @@
 
 Closed form first: ridge regression from the new model's last stream to the logits of the text's own
 source. Logits are never formed: what a source's head makes of its stream is linear, so it is enough
-to regress onto the streams. Then gradient steps on the head alone, on the KL divergence from the
-source's distribution, which is what a squared distance between logits misses (docs/lab-log.md).
-Last, temperature scaling: on text that nobody fitted it to, a fitted model is surer of itself than
-it has reason to be.
+to regress onto the streams. Then gradient steps on the head, and on the last layers with it
+(`fit.layers_with_head`), on the KL divergence from the source's distribution. A squared distance
+between streams or logits misses that (docs/lab-log.md). Last, temperature scaling: on text that
+nobody fitted it to, a fitted model is surer of itself than it has reason to be.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from symphony_moe.building.fitting import (
     NEW,
+    NEW_BEFORE_END,
     SOURCE,
     Batch,
     Descent,
@@ -27,8 +28,10 @@ from symphony_moe.building.fitting import (
     descend,
     solve,
 )
+from symphony_moe.building.learned_layer import LearnedLayer
 from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.model.layer import LOGITS_AT_ONCE, device, head_input
+from symphony_moe.model.moe_layer import MoELayer
 from symphony_moe.model.precision import exact, float32_results, product_dtype
 from symphony_moe.model.streams import in_batches
 from symphony_moe.model.temperature import TEMPERATURES, largest_temperature
@@ -41,8 +44,10 @@ class HeadFit:
     """What was measured while the head was fitted: KL divergences on the validation text."""
 
     closed_form: Step
+    with_last_layers: Step | None
+    """The refinement of the head together with the last layers; None where none are."""
     refinement: Step | None
-    """None where `fit.epochs` is 0."""
+    """That of the head alone; None where the one before was kept, or `fit.epochs` is 0."""
     temperature: float
     divergence: float
     """At that temperature."""
@@ -50,11 +55,13 @@ class HeadFit:
     @property
     def at_one(self) -> float:
         """The divergence at temperature 1."""
-        return (self.refinement or self.closed_form).error
+        return (self.refinement or self.with_last_layers or self.closed_form).error
 
     def to_json(self) -> dict[str, Any]:
         """For `metrics.json`."""
         found = {"closed form": self.closed_form.to_json()}
+        if self.with_last_layers is not None:
+            found["with_last_layers"] = self.with_last_layers.to_json()
         if self.refinement is not None:
             found["refinement"] = self.refinement.to_json()
         found["temperature_scaling"] = {
@@ -65,14 +72,20 @@ class HeadFit:
         return found
 
 
-def fit_head(state: FitState, start: Head, heads: Mapping[str, Head]) -> tuple[Head, HeadFit]:
-    """The head, and what was measured. `start`: the fused one. `heads`: source -> its own, in the
-    anchor's coordinates. All with the final norm's gain folded in."""
+def fit_head(
+    state: FitState, start: Head, heads: Mapping[str, Head], layers: Mapping[int, MoELayer]
+) -> tuple[Head, Mapping[int, MoELayer], HeadFit]:
+    """The head, the last layers, and what was measured. `start`: the fused head. `heads`: source ->
+    its own, in the anchor's coordinates. All with the final norm's gain folded in. `layers`: number
+    -> the last layers, as they are written, where those are refined with the head. The new model's
+    stream before them is NEW_BEFORE_END; behind them it is of no use after this."""
     with state.products():
-        return _fit(state, start, heads)
+        return _fit(state, start, heads, layers)
 
 
-def _fit(state: FitState, start: Head, heads: Mapping[str, Head]) -> tuple[Head, HeadFit]:
+def _fit(
+    state: FitState, start: Head, heads: Mapping[str, Head], layers: Mapping[int, MoELayer]
+) -> tuple[Head, Mapping[int, MoELayer], HeadFit]:
     start = start.to(device())
     heads = {name: head.to(device()) for name, head in heads.items()}
     # 1. Closed form.
@@ -80,16 +93,40 @@ def _fit(state: FitState, start: Head, heads: Mapping[str, Head]) -> tuple[Head,
     before, after = (_divergence(state, head, heads) for head in (start, solved))
     closed_form = Step(before, after, {"output head": solution})
     head = solved if closed_form.kept else start
-    # 2. Gradient steps.
-    refinement = None
-    if state.recipe.fit.epochs > 0:
-        refined, steps = _refine(state, head, start, heads, closed_form.error)
-        after = _divergence(state, refined, heads)
-        refinement = Step(closed_form.error, after, descents=steps)
-        head = refined if refinement.kept else head
+    # 2. Gradient steps: with the last layers, or, where that only does harm, on the head alone.
+    together = alone = None
+    begun = head, closed_form.error
+    if layers:
+        learned = {number: LearnedLayer(state, number, layer) for number, layer in layers.items()}
+        refined, together = _refine(state, begun, start, heads, list(learned.values()))
+        if together.kept:
+            head, layers = refined, {number: each.result() for number, each in learned.items()}
+        del refined, learned  # before there are others
+        if not together.kept:  # the validation text has gone through what was tried
+            _advance(state, [LearnedLayer(state, *each) for each in layers.items()])
+    if state.recipe.refines and not (together and together.kept):
+        refined, alone = _refine(state, begun, start, heads, [])
+        head = refined if alone.kept else head
     # 3. Temperature scaling.
     temperature, divergence = _scale_temperature(state, head, heads)
-    return (head / temperature).cpu(), HeadFit(closed_form, refinement, temperature, divergence)
+    found = HeadFit(closed_form, together, alone, temperature, divergence)
+    return (head / temperature).cpu(), layers, found
+
+
+@torch.no_grad()
+def _advance(state: FitState, layers: Iterable[LearnedLayer]) -> None:
+    """Bring the validation text past the last layers, as they are now."""
+    for name in state.names:
+        rows = state.validation(name)
+        streams = (in_batches(state.stream(part, name)[rows]) for part in (NEW_BEFORE_END, NEW))
+        for before, after in zip(*streams, strict=True):
+            after.copy_(_through(layers, before))
+
+
+def _through(layers: Iterable[LearnedLayer], hidden: Tensor) -> Tensor:
+    for layer in layers:
+        hidden = layer.run(hidden)
+    return hidden
 
 
 @torch.no_grad()
@@ -167,45 +204,100 @@ def _to_fit(state: FitState) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def _refine(
-    state: FitState, start: Head, aligned: Head, heads: Mapping[str, Head], before: float
-) -> tuple[Head, int]:
-    """Gradient steps on the KL divergence, and their number; the gradient of softmax is written
-    out, so that memory holds no more than one piece of two models' logits. `before`: the divergence
-    of `start`."""
-    head = start.clone()
-    dtype = product_dtype(head.device)
+    state: FitState,
+    begun: tuple[Head, float],
+    aligned: Head,
+    heads: Mapping[str, Head],
+    last: Sequence[LearnedLayer],
+) -> tuple[Head, Step]:
+    """Gradient steps on the KL divergence, of the head and of the last layers. `begun`: the head so
+    far, and its divergence."""
+    head, before = begun[0].clone(), begun[1]
+    parameters = [parameter for layer in last for parameter in layer.parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
-    # Made once: memory that is new each time costs as much as what is computed in it.
-    at_once = _rows_at_once(head) * head.element_size() // dtype.itemsize
-    pieces = [head.new_empty(at_once, len(head), dtype=dtype) for _ in range(3)]
-
-    def gradient(batch: Batch) -> None:
-        masks = [state.predicts(name, numbers).to(device()) for name, numbers, _, _ in batch]
-        tokens = max(1, state.processes.total(sum(int(mask.sum()) for mask in masks)))
-        ours, total = head.to(dtype), torch.zeros_like(head)
-        for mask, (name, _, new, source) in zip(masks, batch, strict=True):
-            own = heads[name].to(dtype)
-            rows = (_normed(state, x)[mask].to(dtype) for x in (new, source))
-            for x, wanted in zip(*(some.split(at_once) for some in rows), strict=True):
-                logits, surplus, theirs = (piece[: len(x)] for piece in pieces)
-                torch.softmax(torch.mm(x, ours.T, out=logits), dim=-1, out=surplus)
-                torch.mm(wanted, own.T, out=logits)
-                torch.softmax(_of_known(state, name, logits), dim=-1, out=theirs)
-                surplus -= theirs
-                if dtype == total.dtype:
-                    total.addmm_(surplus.T, x, alpha=1 / tokens)
-                else:
-                    total.add_(surplus.T @ x, alpha=1 / tokens)
-        head.grad = total
+    def divergence() -> float:
+        if last:
+            _advance(state, last)
+        return _divergence(state, head, heads)
 
     with torch.no_grad():
-        layers = state.config.num_hidden_layers
+        how = Descent(
+            [head, *parameters],
+            [aligned, *(None for _ in parameters)],
+            (NEW_BEFORE_END if last else NEW, SOURCE),
+            _Gradient(state, head, heads, last),
+            state.config.num_hidden_layers,
+            divergence,
+            before,
+        )
+        steps = descend(state, how)
+        for parameter in how.parameters:
+            parameter.grad = None
+        return head, Step(before, divergence(), descents=steps)
 
-        def divergence() -> float:
-            return _divergence(state, head, heads)
 
-        how = Descent([head], [aligned], (NEW, SOURCE), gradient, layers, divergence, before)
-        return head, descend(state, how)
+class _Gradient:
+    """Sets the gradient of the KL divergence from the sources' distributions on a batch.
+
+    That of softmax is written out, so that memory holds no more than one piece of two models'
+    logits. What it is for the stream then goes back through the last layers.
+    """
+
+    def __init__(
+        self,
+        state: FitState,
+        head: Head,
+        heads: Mapping[str, Head],
+        layers: Sequence[LearnedLayer],
+    ) -> None:
+        self._state, self._head, self._heads, self._layers = state, head, heads, layers
+        self._dtype = product_dtype(head.device)
+        # Made once: memory that is new each time costs as much as what is computed in it.
+        self._at_once = _rows_at_once(head) * head.element_size() // self._dtype.itemsize
+        self._pieces = [
+            head.new_empty(self._at_once, len(head), dtype=self._dtype) for _ in range(3)
+        ]
+
+    def __call__(self, batch: Batch) -> None:
+        state, head = self._state, self._head
+        masks = [state.predicts(name, numbers).to(device()) for name, numbers, _, _ in batch]
+        tokens = max(1, state.processes.total(sum(int(mask.sum()) for mask in masks)))
+        head.grad = torch.zeros_like(head)
+        ours = head.to(self._dtype)
+        for mask, (name, _, read, source) in zip(masks, batch, strict=True):
+            with torch.set_grad_enabled(bool(self._layers)):
+                stream = _normed(state, _through(self._layers, read))[mask]
+            back = torch.empty_like(stream) if self._layers else None
+            both = ours, self._heads[name].to(self._dtype)
+            new, wanted = stream.detach().to(self._dtype), _normed(state, source)[mask]
+            for at in range(0, len(new), self._at_once):
+                rows = slice(at, at + self._at_once)
+                surplus = self._surplus(name, both, new[rows], wanted[rows].to(self._dtype))
+                _add_product(head.grad, surplus.T, new[rows], 1 / tokens)
+                if back is not None:
+                    back[rows] = surplus @ ours
+            if back is not None:
+                stream.backward(back / tokens)
+
+    def _surplus(self, name: str, heads: tuple[Head, Head], x: Tensor, wanted: Tensor) -> Tensor:
+        """How much more likely each token is to the new model than to a source (tokens x
+        vocabulary). `heads`: of both. `x` and `wanted`: rows of their last streams."""
+        ours, own = heads
+        logits, surplus, theirs = (piece[: len(x)] for piece in self._pieces)
+        torch.softmax(torch.mm(x, ours.T, out=logits), dim=-1, out=surplus)
+        torch.mm(wanted, own.T, out=logits)
+        torch.softmax(_of_known(self._state, name, logits), dim=-1, out=theirs)
+        surplus -= theirs
+        return surplus
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, times: float) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=times)
+    else:
+        total.add_(left @ right, alpha=times)
 
 
 def _of_known(

@@ -10,10 +10,11 @@ text. In the order of the layer:
 4. each expert on its own text: an input map for gate and up, then down from its neurons to what is
    missing to its source's stream after the layer;
 5. local refinement: gradient steps on all of the layer's weights, under its real routing, toward
-   the same streams. No gradient leaves the layer: its input and its target are constants.
+   the same streams. No gradient leaves the layer: its target is a constant, and so is its input,
+   but for that of the first layer. The token embeddings learn with that one.
 
-After the last layer the output head is fitted in the same two ways. Nothing here depends on the
-order of the sources: they are gone through by name.
+After the last layer the output head is fitted in the same two ways; the last layers learn with it
+(`fit_head.py`). Nothing here depends on the order of the sources: they are gone through by name.
 """
 
 import logging
@@ -32,6 +33,7 @@ from symphony_moe.building.fitting import (
     AFTER,
     MIDDLE,
     NEW,
+    NEW_BEFORE_END,
     NEW_MIDDLE,
     PLAIN,
     SOURCE,
@@ -44,16 +46,16 @@ from symphony_moe.building.fitting import (
     solve,
     solve_all,
 )
+from symphony_moe.building.learned_layer import LearnedLayer, mixture_of
 from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.building.router_init import hidden_router, regression_router, ridge_router
 from symphony_moe.errors import SourceError
-from symphony_moe.model.families import DOWN, FAMILIES, GATE, UP, head_dim
+from symphony_moe.model.checkpoint import rounded
+from symphony_moe.model.families import DOWN, EMBEDDING, FAMILIES, GATE, UP, head_dim
 from symphony_moe.model.layer import (
-    MixtureOfExperts,
     activation_of,
     after_ffn,
     attention_input,
-    decoder_layer,
     device,
     ffn_input,
     gated_neurons,
@@ -91,6 +93,13 @@ class ValidationRouting:
     first_choice_is_source: float
     """Share of the tokens whose first choice is the source of their text."""
 
+    def to_json(self) -> dict[str, Any]:
+        """For `metrics.json`."""
+        return {
+            "share": {name: round(share, 6) for name, share in self.share.items()},
+            "first_choice_is_source": round(self.first_choice_is_source, 6),
+        }
+
 
 @dataclass(frozen=True)
 class LayerFit:
@@ -112,12 +121,7 @@ class LayerFit:
         found = {name: step.to_json() for name, step in steps.items() if step is not None}
         if self.routing is None:
             return found
-        return found | {
-            "routing": {
-                "share": {name: round(share, 6) for name, share in self.routing.share.items()},
-                "first_choice_is_source": round(self.routing.first_choice_is_source, 6),
-            }
-        }
+        return found | {"routing": self.routing.to_json()}
 
 
 def fit_layer(
@@ -153,12 +157,13 @@ def _fit(
     if recipe.fits_layers:
         for name in part.names:
             state.streams.swap(f"{SOURCE}/{name}", f"{AFTER}/{name}")
-    routing = None if moe.is_dense else _routing(state, layer, moe)
+    routing = None if moe.is_dense else validation_routing(state, layer, moe)
     return moe, LayerFit(routing, attention, experts, refinement)
 
 
 @torch.no_grad()
-def _routing(state: FitState, layer: int, moe: MoELayer) -> ValidationRouting:
+def validation_routing(state: FitState, layer: int, moe: MoELayer) -> ValidationRouting:
+    """Where the router of a layer sends the validation text, which has come to it."""
     attention = load_attention(state.config, layer, moe.shared)
     router, top_k = router_matrix(moe.router, state.names), state.recipe.router.top_k
     chosen, right = torch.zeros(len(state.names)), 0.0
@@ -184,9 +189,26 @@ def begin_streams(state: FitState) -> None:
     fitted = state.fitted_part.names if state.recipe.fits_layers else []
     for name in state.names:
         windows, sequence = len(state.numbers(name)), state.windows[name].shape[1]
-        for part in [NEW_MIDDLE, MIDDLE, AFTER] if name in fitted else [NEW_MIDDLE]:
+        parts = [NEW_MIDDLE, MIDDLE, AFTER] if name in fitted else [NEW_MIDDLE]
+        if state.recipe.layers_with_head:
+            parts.append(NEW_BEFORE_END)
+        for part in parts:
             hidden = state.config.hidden_size
             state.streams.new(f"{part}/{name}", windows, sequence, hidden)
+
+
+@torch.no_grad()
+def keep_before_end(state: FitState) -> None:
+    """Keep the new model's streams, which have come to the last layers."""
+    for name in state.names:
+        for before, kept in state.batches(name, NEW, NEW_BEFORE_END, reads=1):
+            kept.copy_(before)
+
+
+def go_back_before_end(state: FitState) -> None:
+    """Bring the new model's streams back to where they were before the last layers."""
+    for name in state.names:
+        state.streams.swap(f"{NEW}/{name}", f"{NEW_BEFORE_END}/{name}")
 
 
 @torch.no_grad()
@@ -197,6 +219,17 @@ def advance_sources(state: FitState, layer: int, aligned: Aligned) -> None:
             model = load_dense_layer(state.configs[name], layer, aligned[name])
             for (hidden,) in state.batches(name, SOURCE):
                 hidden.copy_(run_layer(model, hidden))
+
+
+@torch.no_grad()
+def advance_on_validation(state: FitState, layer: int, moe: MoELayer) -> None:
+    """Bring the new model's streams past a layer, as far as they are of validation text."""
+    attention = load_attention(state.config, layer, moe.shared)
+    run = _runner(state, attention, moe, state.names)
+    with state.products():
+        for name in state.names:
+            for (hidden,) in state.streams.visit(f"{NEW}/{name}", rows=state.validation(name)):
+                hidden.copy_(run(hidden))
 
 
 @torch.no_grad()
@@ -496,60 +529,58 @@ def _refine(
     state: FitState, layer: int, start: MoELayer, aligned: MoELayer, error: float
 ) -> tuple[MoELayer, Step]:
     """Gradient steps on one layer's weights, toward the sources' streams after it; pulled toward
-    the `aligned` ones, where the fit began. `error`: that of `start`. Of a change of experts the
-    newcomer's alone learn."""
-    names, is_whole = sorted(start.experts), state.newcomer is None
-    shared = {name: tensor.clone() for name, tensor in start.shared.items()}
-    attention = load_attention(state.config, layer, shared)
-    family = state.family
-    learned: dict[str, Tensor] = {
-        name: parameter
-        for name, parameter in decoder_layer(attention).named_parameters()
-        if is_whole and name in family.attention + family.vectors
-    }
-    # Copies: on the CPU the modules would learn on the weights that they were given.
-    experts = {n: {k: v.clone() for k, v in e.items()} for n, e in start.experts.items()}
-    router = {name: row.clone() for name, row in start.router.items()}
-    mixture = _mixture(state, MoELayer({}, experts, router), names)
-    parameters: list[Tensor] = list(learned.values())
-    home: list[Tensor | None] = [aligned.shared[name] for name in learned]
-    if is_whole and not start.is_dense:
-        parameters, home = [*parameters, mixture.router], [*home, None]  # no router is aligned
-    for name, expert in zip(names, mixture.experts, strict=True):
-        if name in state.names or start.is_dense:
-            parameters += list(expert.values())
-            home += [aligned.experts[name][key] for key in expert]
+    the `aligned` ones, where the fit began. The token embeddings learn with the first layer.
+    `error`: that of `start`."""
+    learned, config = LearnedLayer(state, layer, start), state.config
+    parameters, home = learned.parameters, learned.of(aligned)
+    table, rows = state.embeddings if layer == 0 else None, None
+    if table is not None:
+        rows = table.rows.to(device(), copy=True)
+        parameters, home = [*parameters, rows], [*home, table.rows]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    config = state.config
 
     def loss(batch: Batch) -> Tensor | None:
         if not batch:  # a process that has no part of the step
             return None
-        before = torch.cat([x for _, _, x, _ in batch])
+        if table is None or rows is None:
+            before = torch.cat([x for _, _, x, _ in batch])
+        else:
+            text = torch.cat([state.windows[name][numbers] for name, numbers, _, _ in batch])
+            before = table.embedded(config, text, rows)
         wanted = torch.cat([y for _, _, _, y in batch])
-        middle = run_layer(attention, before)
-        put_out = mixture(ffn_input(config, start.shared, middle))
-        return _relative_error(after_ffn(config, start.shared, middle, put_out), wanted)
-
-    def refined() -> MoELayer:
-        return MoELayer(
-            {**start.shared, **{name: tensor.detach().cpu() for name, tensor in learned.items()}},
-            {
-                name: {key: tensor.detach().cpu() for key, tensor in expert.items()}
-                for name, expert in zip(names, mixture.experts, strict=True)
-            },
-            router_rows(mixture.router.detach().cpu(), names),
-        )
+        return _relative_error(learned.run(before), wanted)
 
     def error_so_far() -> float:
-        return _layer_error(state, layer, refined())
+        if rows is not None:
+            begin_at_embeddings(state, rows.detach(), on_validation=True)
+        return _layer_error(state, layer, learned.result())
 
     how = Descent(parameters, home, (NEW, AFTER), loss, layer, error_so_far, error)
     descents = descend(state, how)
-    found = refined()
-    step = Step(error, _layer_error(state, layer, found), descents=descents)
-    return (found if step.kept else start), step
+    step = Step(error, error_so_far(), descents=descents)
+    if table is not None and rows is not None:
+        if step.kept:
+            written = rounded(EMBEDDING, rows.detach(), state.recipe.output.dtype)
+            table.rows, table.have_learned = written.float().cpu(), True
+        begin_at_embeddings(state)
+    return (learned.result() if step.kept else start), step
+
+
+@torch.no_grad()
+def begin_at_embeddings(
+    state: FitState, rows: Tensor | None = None, *, on_validation: bool = False
+) -> None:
+    """Begin the new model's streams at the embeddings that learn: at some `rows`, or at those that
+    are written. `on_validation`: of the validation text alone."""
+    assert state.embeddings is not None
+    rows = state.embeddings.rows.to(device()) if rows is None else rows
+    for name in state.names:
+        place = state.validation(name) if on_validation else slice(None)
+        windows = state.windows[name][state.numbers(name)[place]]
+        targets = in_batches(state.stream(NEW, name)[place])
+        for text, target in zip(in_batches(windows), targets, strict=True):
+            target.copy_(state.embeddings.embedded(state.config, text, rows))
 
 
 def _grouped(names: Sequence[str], size: int) -> Iterator[list[str]]:
@@ -558,22 +589,12 @@ def _grouped(names: Sequence[str], size: int) -> Iterator[list[str]]:
         yield group
 
 
-def _mixture(state: FitState, moe: MoELayer, names: Sequence[str]) -> MixtureOfExperts:
-    """The experts of some sources, or the one FFN of a dense layer."""
-    if moe.is_dense:
-        names = [DENSE]
-    top_k, activation = min(state.recipe.router.top_k, len(names)), activation_of(state.config)
-    experts = [moe.experts[name] for name in names]
-    router = router_matrix(moe.router, names)
-    return MixtureOfExperts(experts, router, top_k, activation, moe.always)
-
-
 def _runner(
     state: FitState, attention: "PreTrainedModel", moe: MoELayer, names: Sequence[str]
 ) -> Callable[[Tensor], Tensor]:
     """The new model's layer, routed among the experts of some sources: residual stream -> residual
     stream."""
-    mixture = _mixture(state, moe, names)
+    mixture = mixture_of(state, moe, names)
 
     def run(hidden: Tensor) -> Tensor:
         middle = run_layer(attention, hidden)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from symphony_moe.building.fit_embeddings import LearnedEmbeddings
 from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.building.router_init import windows_for_router
 from symphony_moe.model.families import Family
@@ -33,6 +34,8 @@ MIDDLE, AFTER = "middle", "after"
 """The sources' streams within the layer at hand: between attention and FFN, and after it."""
 NEW_MIDDLE = "new-middle"
 """The new model's stream between attention and experts."""
+NEW_BEFORE_END = "new-before-end"
+"""The new model's stream before the last layers, which are refined with the head."""
 
 _WARMUP, _WARMUP_SHARE = 20, 5
 """Steps in which the refinement's learning rate rises, and at most one in so many of all."""
@@ -68,6 +71,8 @@ class FitState:
     """What has been said, and need not be said of every layer."""
     processes: Processes = ALONE
     """Those that share the text."""
+    embeddings: LearnedEmbeddings | None = None
+    """The token embeddings, where they learn with the first layer."""
     newcomer: str | None = None
     """The one source whose expert is fitted, where backbone and other experts are kept; None: all
     is fitted."""

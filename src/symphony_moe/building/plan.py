@@ -433,7 +433,8 @@ def _notes(
         notes.append(
             "fit: stage 1 goes through the calibration text "
             f"{recipe.fit.epochs:g} times per layer (fit.epochs), less often where that does harm; "
-            "0 keeps the closed form alone"
+            f"the last {recipe.fit.layers_with_head} learn again with the head (layers_with_head). "
+            "fit.epochs 0 keeps the closed form alone"
         )
     if any(source.config.tie_word_embeddings for source in sources) and recipe.folds:
         notes.append("the output's head is untied: the final norm's gain is folded into it")
@@ -584,16 +585,13 @@ def _is_here(model: str) -> bool:
 def _without_effect(recipe: Recipe, *, has_one_vocabulary: bool) -> list[str]:
     """What a user has set (to another value than the method's) that nothing reads.
     `has_one_vocabulary`: whether no source lacks an ordinary token of the anchor's."""
-    of_fit = ("fit.ridge", "fit.epochs", "fit.learning_rate", "fit.pull", "fit.temperature_scaling")
+    of_refinement = ("fit.learning_rate", "fit.pull", "fit.embeddings", "fit.layers_with_head")
+    of_fit = ("fit.ridge", "fit.epochs", "fit.temperature_scaling", *of_refinement)
     of_teacher = ("train.teacher_weight", "train.teacher_temperature", "train.teacher_loading")
     mixes_ffns = bool(recipe.experts.dense_layers) or recipe.has_shared_expert
     unread = (
         (not recipe.fits_layers, "fit.method is none", of_fit),
-        (
-            recipe.fits_layers and recipe.fit.epochs == 0,
-            "fit.epochs is 0",
-            ("fit.learning_rate", "fit.pull"),
-        ),
+        (recipe.fits_layers and not recipe.refines, "fit.epochs is 0", of_refinement),
         (not recipe.fits_router, "router.init is random", ("router.temperature",)),
         (not recipe.aligns_neurons, "no neurons are matched", ("align.neuron_share",)),
         (not mixes_ffns, "no layer is dense, and no expert shared", ("backbone.ffn",)),

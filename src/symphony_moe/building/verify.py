@@ -316,13 +316,9 @@ def _recompute(
     dtype = getattr(torch, plan.dtype)
     comparison = _Comparison(run.checkpoint)
     names = [source.name for source in sources]
-    stream = torch.empty(*probe.shape, config.hidden_size)
     fitted = recipe.fits_layers and not _is_plain_mean(run, recipe)
-    for name, first, rows in new.tables([EMBEDDING]):
-        rows = rows.to(dtype)
-        comparison.add(name, rows, first)
-        inside = (probe >= first) & (probe < first + len(rows))
-        stream[inside] = rows[probe[inside] - first].float() * factor(config, "embeddings")
+    _compare_embeddings(comparison, new, learned=fitted and recipe.refines_embeddings)
+    stream = comparison.stored(EMBEDDING)[probe].float() * factor(config, "embeddings")
     for layer in range(config.num_hidden_layers):
         read = comparison.read
         if not fitted:
@@ -354,6 +350,23 @@ def _recompute(
             comparison.add(name, rows, first)
         logits.append(logits_from_stream(config, stream.cpu(), norm.float(), rows.float()))
     return comparison, torch.cat(logits, dim=-1)
+
+
+def _compare_embeddings(comparison: _Comparison, new: Candidate, *, learned: bool) -> None:
+    """`learned`: those of tokens that the calibration text has are refined. All others are
+    compared."""
+    if not learned:
+        for first, rows in new.embeddings():
+            comparison.add(EMBEDDING, rows, first)
+        return
+    counts = [new.alignment.token_counts(source.name) for source in new.sources]
+    unseen = torch.stack([count for count in counts if count is not None]).sum(dim=0) == 0
+    comparison.num_parts += 1
+    stored = comparison.stored(EMBEDDING)
+    for first, rows in new.embeddings():
+        here = slice(first, first + len(rows))
+        name = f"{EMBEDDING} (tokens that the calibration text lacks)"
+        comparison.compare(name, stored[here][unseen[here]], rows[unseen[here]])
 
 
 def _read_as_float(tensors: Mapping[str, Tensor], name: str) -> Tensor:

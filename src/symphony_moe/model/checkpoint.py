@@ -162,12 +162,10 @@ class CheckpointWriter:
         assert tensor.shape[1:] == shape[1:] and first_row + len(tensor) <= shape[0], (
             f"{name}: planned {shape}, got rows {first_row}.. of {tuple(tensor.shape)}"
         )
-        rounded = tensor.to(getattr(torch, self.dtype)).contiguous().cpu()
-        if not is_finite(rounded):
-            raise RecipeError(beyond(name, float(tensor.abs().max()), self.dtype))
+        written = rounded(name, tensor, self.dtype).contiguous().cpu()
         file, offset, _ = self._where[name]
         start = first_row * math.prod(shape[1:]) * BYTES[self.dtype]
-        content = rounded.view(torch.uint8).numpy().data.cast("B")
+        content = written.view(torch.uint8).numpy().data.cast("B")
         self._unsynced.add(file)
 
         def put() -> None:
@@ -204,20 +202,20 @@ class CheckpointWriter:
         stored = torch.frombuffer(content, dtype=getattr(torch, self.dtype))
         return stored.view(self._shapes[name]).float()
 
-    def keep(self, prefix: str) -> None:
+    def keep(self, prefix: str | tuple[str, ...]) -> None:
         """Take the tensors whose names begin so as an earlier, interrupted build has written
         them."""
         for name, shape in self._shapes.items():
             if name.startswith(prefix):
                 self._written[name] = {0: shape[0]}
 
-    def digest(self, prefix: str) -> str:
+    def digest(self, prefix: str | tuple[str, ...]) -> str:
         """SHA-256 of the tensors whose names begin so: of their bytes as they were written, or, of
         those that were not written here, as they are on disk."""
         self._wait(0)
         return self._digest(prefix)
 
-    def _digest(self, prefix: str) -> str:
+    def _digest(self, prefix: str | tuple[str, ...]) -> str:
         hashes = {name: self._hash(name) for name in self._shapes if name.startswith(prefix)}
         return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
 
@@ -225,7 +223,7 @@ class CheckpointWriter:
         file, offset, size = self._where[name]
         return self._tensor_digests[name].finish(self.folder / file, offset, size)
 
-    def when_durable(self, prefix: str, record: Callable[[str], None]) -> None:
+    def when_durable(self, prefix: str | tuple[str, ...], record: Callable[[str], None]) -> None:
         """Call `record` with the digest of the tensors whose names begin so, once everything that
         was written so far is durable: in another thread, while the next tensors are made."""
         written = [job for _, jobs in self._waiting for job in jobs]
@@ -292,6 +290,15 @@ def is_finite(tensor: Tensor) -> bool:
     bits = tensor.contiguous().view(-1).view(signed).numpy()
     negative = 1 << (8 * bits.itemsize - 1)
     return bool(bits.max() < first and bits.view(unsigned).max() < first + negative)
+
+
+def rounded(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """A tensor in an output's dtype. Raises RecipeError where that does not hold a value of it.
+    `name`: for the message."""
+    found = tensor.to(getattr(torch, dtype))
+    if not is_finite(found.cpu()):
+        raise RecipeError(beyond(name, float(tensor.abs().max()), dtype))
+    return found
 
 
 def beyond(name: str, value: float, dtype: str) -> str:

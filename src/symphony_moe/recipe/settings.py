@@ -259,6 +259,13 @@ class Fit(Section):
     learning_rate: Real = Field(0.06, gt=0, le=10)
     """Peak learning rate of the refinement (Adam, cosine schedule), relative to each tensor's root
     mean square."""
+    embeddings: bool = True
+    """Refine the token embeddings together with the first layer. `false`: they stay as they are
+    fused."""
+    layers_with_head: Whole = Field(1, ge=0, le=1_000)
+    """Number of last layers that are refined a second time, together with the head, toward the
+    sources' next-token distributions. Each takes the memory and time of one more layer. Where it
+    does harm, and with 0, the head is refined alone."""
     pull: Real = Field(0.1, ge=0, le=1e9)
     """Decay toward the aligned weights during the refinement. Each step moves a tensor back by this
     many times the learning rate. More of it fits the calibration text less, and keeps more of what
@@ -567,6 +574,22 @@ class Recipe(Section):
     def fits_layers(self) -> bool:
         """Whether the new model's layers and head are fitted to what the sources compute."""
         return self.fit.method != "none"
+
+    @property
+    def refines(self) -> bool:
+        """Whether what is fitted in closed form is then refined by gradient steps."""
+        return self.fits_layers and self.fit.epochs > 0
+
+    @property
+    def refines_embeddings(self) -> bool:
+        """Whether the token embeddings learn with the first layer."""
+        return self.refines and self.fit.embeddings and self.parent is None
+
+    @property
+    def layers_with_head(self) -> int:
+        """Last layers that learn with the head, as far as there are so many. Of a change of experts
+        neither they nor the token embeddings learn."""
+        return self.fit.layers_with_head if self.refines and self.parent is None else 0
 
     @property
     def fits_router(self) -> bool:

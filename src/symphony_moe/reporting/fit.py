@@ -88,7 +88,9 @@ def fit_tables(fit: FitMetrics | None, recipe: Recipe) -> FitTable | None:
         for index, name in enumerate(names)
         if (number := sum(row[index].cell.dropped for row in table))
     ]
-    dropped += [f"{name} of the head" for name, step in head.items() if step.cell.dropped]
+    dropped += [
+        f"{name.replace('_', ' ')} of the head" for name, step in head.items() if step.cell.dropped
+    ]
     return FitTable(
         verdict=fit_verdict(fit),
         # Builds that did not note the loss per source validated on windows of the fitted documents.
