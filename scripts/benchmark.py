@@ -3,11 +3,11 @@
     python scripts/benchmark.py strangers --seeds 1 2 3 --out benchmark
 
 From `recipes/<family>.yaml`, for every seed (of windows, held-out text, router and training): the
-plain mean (BTX) under its three routings, DUME, the paper's preset and `harmonized`, built; then
-the last two trained on equal tokens, all weights and the router alone. One process of `symphony` a
-step; what is there already is kept, so a run that was stopped goes on. Prints Markdown: losses,
-seconds, peak memory, and the share of the gap from BTX's best routing to the specialists that is
-closed. Measure on an idle machine.
+plain mean (BTX) under its three routings, DUME, the paper's preset, `harmonized` and sparse
+upcycling, built; then some of them trained on equal tokens, all weights and the router alone. One
+process of `symphony` a step; what is there already is kept, so a run that was stopped goes on.
+Prints Markdown: losses, seconds, peak memory, and the share of the gap from BTX's best routing to
+the specialists that is closed. Measure on an idle machine.
 """
 
 import argparse
@@ -43,8 +43,10 @@ METHODS = {
     "harmonized, aligned only": ("method=harmonized", "fit.method=none"),
     "harmonized, closed form": ("method=harmonized", "fit.epochs=0"),
     "harmonized": ("method=harmonized",),
+    "harmonized, heads side by side": ("method=harmonized", "backbone.attention=concatenated"),
+    "sparse upcycling": ("method=sparse-upcycling",),
 }
-TRAINED = ("symphony", "harmonized")
+TRAINED = ("symphony", "harmonized", "harmonized, heads side by side", "sparse upcycling")
 LIMIT = "specialists (out of domain: the best of them)"
 
 
