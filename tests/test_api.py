@@ -186,6 +186,7 @@ def test_every_step_is_told_in_order(project: Path) -> None:
         assert told == [(done, total) for done in range(1, total + 1)]
 
 
+@pytest.mark.slow
 def test_a_comparison_tells_of_every_run(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from symphony_moe import cli, comparison
 

@@ -1273,6 +1273,7 @@ def test_a_process_ends_with_the_code_and_without_a_traceback(tmp_path: Path) ->
     assert done.stderr == "symphony: error: nowhere.yaml: no such recipe file\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(project: Path) -> None:
     program = f"{sys.executable} -m symphony_moe plan {project}/recipe.yaml --json | true"
     done = subprocess.run(
@@ -1359,6 +1360,7 @@ def test_a_person_sees_a_bar_and_whole_lines(project: Path, tmp_path: Path) -> N
         assert ("\x1b" in stdout) == bool(more)
 
 
+@pytest.mark.slow
 def test_help_is_drawn_for_people_and_plain_for_programs() -> None:
     """Every command's; no word is cut in either."""
     for name in cli.command_names():

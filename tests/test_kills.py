@@ -326,6 +326,7 @@ def test_a_training_over_one_that_was_cut_short(kills: str, project: Project, bu
     )
 
 
+@pytest.mark.slow
 @HOW_MANY
 def test_the_whole_way(kills: str, project: Project) -> None:
     states, whole = project.states("run")

@@ -107,6 +107,7 @@ def test_a_fit_has_less_to_give_up(strangers: Callable[..., RunFolder]) -> None:
     assert errors["concatenated"] < 0.9 * errors["linear"]
 
 
+@pytest.mark.slow
 def test_the_order_of_sources_permutes_experts_alone(tmp_path: Path) -> None:
     path = make_recipe(tmp_path / "sources", "qwen2")
     runs = []

@@ -1375,6 +1375,7 @@ def test_the_head_is_fitted_and_judged_where_a_document_goes_on(everything_is_ke
 # ------------------------------------------------------------------------------- in bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", mostly_slow(FITTED, "qwen2"))
 def test_a_fit_in_bfloat16_is_the_fit(
     variant: str, harmonized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

@@ -124,6 +124,7 @@ def test_the_routing_on_record_is_that_of_what_is_written(
     assert found == pytest.approx(torch.as_tensor(share).tolist(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_as_many_last_layers_as_there_are(fitted: Runs) -> None:
     """Two, here, whatever more is asked for; the first of them is not what it was."""
     one, two = fitted("qwen2", PLAIN[0]), fitted("qwen2", PLAIN[0], "fit.layers_with_head=2")

@@ -368,6 +368,7 @@ def test_two_processes_build_what_one_builds(
     pipeline.verify(run)
 
 
+@pytest.mark.slow
 def test_as_many_processes_give_the_same_bytes(
     recipe: Path, pair: RunFolder, tmp_path: Path
 ) -> None:

@@ -532,6 +532,7 @@ def test_the_experts_that_reach_the_threshold_are_mixed_by_their_probabilities(
 # ---------------------------------------------------------------------------------------- the run
 
 
+@pytest.mark.slow
 def test_metrics_and_report_hold_likeness_routing_and_the_dynamic_curve(
     recipes: Callable[[str], Path], built: Callable[[str], RunFolder], tmp_path: Path
 ) -> None:

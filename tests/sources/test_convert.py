@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from checks import opened
+from checks import mostly_slow, opened
 from conftest import make_model, make_recipe
 from symphony_moe import pipeline
 from symphony_moe.cli import main
@@ -414,7 +414,7 @@ def test_factors_that_no_llama3_parameters_give_are_refused(llama: Path, tmp_pat
     require_the_same(source, llama)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", mostly_slow(["llama", "qwen2", "qwen3"], "qwen2"))
 @pytest.mark.parametrize(
     ("parameters", "settings"),
     [

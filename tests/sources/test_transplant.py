@@ -223,6 +223,7 @@ def test_the_merge_takes_a_made_row(pair: Path, tmp_path: Path) -> None:
     assert torch.equal(found["skip"][rest], found["pursuit"][rest])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "deep"),
     mostly_slow([("pursuit", True), ("regression", True), ("pursuit", False)], ("pursuit", False)),

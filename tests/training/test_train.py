@@ -323,7 +323,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "step"),
-    mostly_slow(itertools.product(["llama", "qwen2"], [1, 5, 6]), ("llama", 5), ("qwen2", 1)),
+    mostly_slow(itertools.product(["llama", "qwen2"], [1, 5, 6]), ("qwen2", 1)),
 )
 def test_resumed_training_equals_training_in_one_go(
     variant: str,
@@ -442,7 +442,9 @@ def test_a_kill_at_the_very_end_leaves_a_run_that_verifies(
             pipeline.verify(run)
 
 
-@pytest.mark.parametrize("at", ["scale_temperature", "publish_trained"])
+@pytest.mark.parametrize(
+    "at", mostly_slow(["scale_temperature", "publish_trained"], "publish_trained")
+)
 def test_a_kill_after_the_last_step_of_text_that_is_no_whole_number_of_steps(
     at: str, copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -567,7 +569,7 @@ def cut_short(
             *((name, harm) for name in STATE for harm in HARMS[3:]),
         ],
         *((name, "other") for name in [*STATE, *OTHERS, *NOTES]),
-        *(("rng_state.pth", harm) for harm in HARMS if harm != "other"),
+        ("rng_state.pth", "pickle"),
         ("settings.json", "gone"),
     ),
 )

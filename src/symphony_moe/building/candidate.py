@@ -17,7 +17,7 @@ from symphony_moe.building.assemble import (
 from symphony_moe.building.fit_head import next_token_losses
 from symphony_moe.building.fit_layer import advance
 from symphony_moe.building.fitting import FitState
-from symphony_moe.model.checkpoint import rounded
+from symphony_moe.model.checkpoint import as_written
 from symphony_moe.model.families import EMBEDDING, HEAD
 from symphony_moe.model.moe_layer import MoELayer
 from symphony_moe.model.streams import Windows
@@ -94,7 +94,7 @@ class Candidate:
         """(first row, rows) of the fused token embeddings, as they are written, block by block.
         Raises RecipeError where the output's dtype does not hold them."""
         for _, first_row, rows in self.tables([EMBEDDING]):
-            yield first_row, rounded(EMBEDDING, rows, self.recipe.output.dtype)
+            yield first_row, as_written(EMBEDDING, rows, self.recipe.output.dtype)
 
     def advance(self, state: FitState, layer: int, moe: MoELayer) -> None:
         """Bring the streams past one of the model's layers, as it is written."""

@@ -50,7 +50,7 @@ from symphony_moe.building.learned_layer import LearnedLayer, mixture_of
 from symphony_moe.building.least_squares import LeastSquares, Solution
 from symphony_moe.building.router_init import hidden_router, regression_router, ridge_router
 from symphony_moe.errors import SourceError
-from symphony_moe.model.checkpoint import rounded
+from symphony_moe.model.checkpoint import as_written
 from symphony_moe.model.families import DOWN, EMBEDDING, FAMILIES, GATE, UP, head_dim
 from symphony_moe.model.layer import (
     activation_of,
@@ -561,7 +561,7 @@ def _refine(
     step = Step(error, error_so_far(), descents=descents)
     if table is not None and rows is not None:
         if step.kept:
-            written = rounded(EMBEDDING, rows.detach(), state.recipe.output.dtype)
+            written = as_written(EMBEDDING, rows.detach(), state.recipe.output.dtype)
             table.rows, table.have_learned = written.float().cpu(), True
         begin_at_embeddings(state)
     return (learned.result() if step.kept else start), step

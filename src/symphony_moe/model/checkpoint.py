@@ -162,7 +162,7 @@ class CheckpointWriter:
         assert tensor.shape[1:] == shape[1:] and first_row + len(tensor) <= shape[0], (
             f"{name}: planned {shape}, got rows {first_row}.. of {tuple(tensor.shape)}"
         )
-        written = rounded(name, tensor, self.dtype).contiguous().cpu()
+        written = as_written(name, tensor, self.dtype).contiguous().cpu()
         file, offset, _ = self._where[name]
         start = first_row * math.prod(shape[1:]) * BYTES[self.dtype]
         content = written.view(torch.uint8).numpy().data.cast("B")
@@ -292,7 +292,7 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(bits.max() < first and bits.view(unsigned).max() < first + negative)
 
 
-def rounded(name: str, tensor: Tensor, dtype: str) -> Tensor:
+def as_written(name: str, tensor: Tensor, dtype: str) -> Tensor:
     """A tensor in an output's dtype. Raises RecipeError where that does not hold a value of it.
     `name`: for the message."""
     found = tensor.to(getattr(torch, dtype))
