@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check site fmt lock test-slow test-newest test-pages test-clients test-real test-gpu bench gpu-study bundled wheel clean
+.PHONY: install demo test check lint types site fmt lock test-slow test-newest test-pages test-clients test-real test-gpu bench gpu-study bundled wheel clean
 
 install: $(INSTALLED)
 
@@ -22,10 +22,15 @@ demo: install
 test: check
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Formatting, lint, types, and the pages.
-check: install site
+# Formatting, lint, types, and the pages: two at a time.
+check: install
+	@$(MAKE) --no-print-directory --jobs 2 types lint site
+
+lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: install
 	$(BIN)/mypy
 
 # The pages in docs/ as a site: build/site/index.html. A broken link is an error. (The variable: the

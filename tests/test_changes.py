@@ -245,6 +245,7 @@ def test_adding_to_identical_sources_keeps_the_dense_function(method: str, tmp_p
     assert difference(logits_of(load_clean(more.checkpoint), text), dense) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_trained_runs_trained_weights_are_kept(
     run: RunFolder, newcomer: Callable[[str], Spec], tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ UNUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_that_a_copy_does_not_use(recipes: Recipes, tmp_path: Path) -> None:
     """Models and the Trainer take longer to import than a small model takes to copy."""
     words = ["build", str(recipes("llama")), "--out", str(tmp_path / "run"), "--set", COPIES[0]]

@@ -556,7 +556,7 @@ def test_fitting_lowers_the_error_of_every_family(
 # ------------------------------------------------------------------------- what each tensor is
 
 
-@pytest.mark.parametrize("variant", COMMON)
+@pytest.mark.parametrize("variant", mostly_slow(COMMON, "qwen2", "qwen3"))
 def test_embeddings_are_weighted_by_how_often_a_token_is_in_each_text(
     variant: str, recipes: Recipes, fitted: Runs
 ) -> None:
@@ -1281,6 +1281,7 @@ def test_resuming_with_other_calibration_text_is_refused(recipes: Recipes, tmp_p
 # --------------------------------------------------------------------------------- the whole way
 
 
+@pytest.mark.slow
 def test_the_whole_way_with_tied_sources(recipes: Recipes, tmp_path: Path) -> None:
     """Built, verified, trained, evaluated and reported: the untied head, and the metrics of
     alignment and fit."""

@@ -525,6 +525,7 @@ def local(name: str, data_sets: Path) -> list[str]:
     return [f"{where}.hub={data_sets / d['hub']}" for where, d in data.items()]
 
 
+@pytest.mark.slow
 def test_the_papers_main_method_is_planned(planned: Callable[..., Plan], data_sets: Path) -> None:
     name = "paper-llama3.2-1b.yaml"
     plan = planned(name, *local(name, data_sets))
