@@ -38,4 +38,5 @@ def jaxtyped_where_stated(thing: Any = None, **options: Any) -> Any:
     return _jaxtyped(thing, **options) if any(states_shape(x, names) for x in stated) else thing
 
 
+# It has overloads that nothing here needs.
 jaxtyping.jaxtyped = jaxtyped_where_stated  # type: ignore[assignment]

@@ -103,9 +103,7 @@ def test_the_last_layer_and_the_head_alone_are_others(variant: str, fitted: Runs
     pipeline.verify(with_it)
 
 
-def test_the_routing_on_record_is_that_of_what_is_written(
-    fitted: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_routing_on_record_is_that_of_what_is_written(fitted: Runs) -> None:
     """That of the last layer too, whose router has learned once more."""
     before, after = fitted("qwen2", *PLAIN), fitted("qwen2", PLAIN[0])
     first, second = (run.read_json(run.metrics)["fit"]["layers"] for run in (before, after))
@@ -165,9 +163,9 @@ def random_layer(state: FitState, layer: int) -> MoELayer:
     )
 
 
-def prepared(**settings: Any) -> tuple[FitState, dict[int, MoELayer], dict[str, Tensor]]:
+def prepared() -> tuple[FitState, dict[int, MoELayer], dict[str, Tensor]]:
     """Two sources, two last layers of a new model, and heads (that of no name: where it begins)."""
-    state = by_hand({"b": 20, "a": 33}, epochs=2, temperature_scaling=0, **settings)
+    state = by_hand({"b": 20, "a": 33}, epochs=2, temperature_scaling=0)
     for name in "ab":
         before = state.streams.new(f"{NEW_BEFORE_END}/{name}", *state.stream(NEW, name).shape)
         before.copy_(state.stream(NEW, name))

@@ -420,7 +420,7 @@ class Build:
             found = {}
             if self.is_first:
                 found = {"rows": self.writer.read(EMBEDDING)[begun.tokens]}
-            begun.rows, begun.have_learned = self.processes.share(found)["rows"], True
+            begun.rows = self.processes.share(found)["rows"]
         return begun
 
     def _begin_fit(self) -> FitState | None:
@@ -445,8 +445,13 @@ class Build:
             embeddings=self._begin_embeddings(windows),
             newcomer=self.recipe.newcomer,
         )
-        self.new.begin(state, {name: each[state.numbers(name)] for name, each in windows.items()})
-        if state.embeddings is not None and state.embeddings.have_learned:
+        own_text = {name: each[state.numbers(name)] for name, each in windows.items()}
+        if state.embeddings is None:
+            self.new.begin(state, own_text)
+        else:  # their rows are at hand: no source's table is read again
+            for name, part in own_text.items():
+                count, sequence = part.shape
+                state.streams.new(f"{NEW}/{name}", count, sequence, self.config.hidden_size)
             begin_at_embeddings(state)
         if self.recipe.fits_layers:
             for source in self.sources:
@@ -572,7 +577,7 @@ class Build:
         before = {layer: self._read_written(layer) for layer in last}
         head, refined, head_fit = fit_head(self.state, self.new.whole_head(), own, before)
         if refined is not before:
-            layers = self._write_last_layers(self.state, refined, layers)
+            self._write_last_layers(self.state, refined, layers)
         written = {}
         if self.is_first:
             self.writer.write(HEAD, head)
@@ -590,9 +595,10 @@ class Build:
 
     def _write_last_layers(
         self, state: FitState, refined: Mapping[int, MoELayer], notes: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
+    ) -> None:
         """Write the layers that were refined with the head over what they were, and bring the
-        validation text past them; what was measured of all layers, with where these route it."""
+        validation text past them. `notes`: what was measured of all layers, to which it is added
+        where these route that text."""
         for layer, moe in refined.items():
             self._write_layer(layer, moe)
         go_back_before_end(state)
@@ -602,7 +608,6 @@ class Build:
             if self.is_first and routing is not None:
                 notes[layer] |= {"routing": routing.to_json()}
             advance_on_validation(state, layer, moe)
-        return notes
 
     def _write_plain(self, head: Tensor) -> None:
         """Write the plain mean over the fitted model."""

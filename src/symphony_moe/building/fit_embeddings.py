@@ -24,8 +24,6 @@ class LearnedEmbeddings:
     """The tokens that the text has, in order."""
     rows: Float[Tensor, "tokens hidden"]
     """Their embeddings, as they are written."""
-    have_learned: bool = False
-    """Whether the rows are no longer those that were fused."""
 
     @classmethod
     def begin(

@@ -562,7 +562,7 @@ def _refine(
     if table is not None and rows is not None:
         if step.kept:
             written = as_written(EMBEDDING, rows.detach(), state.recipe.output.dtype)
-            table.rows, table.have_learned = written.float().cpu(), True
+            table.rows = written.float().cpu()
         begin_at_embeddings(state)
     return (learned.result() if step.kept else start), step
 

@@ -433,8 +433,8 @@ def _notes(
         notes.append(
             "fit: stage 1 goes through the calibration text "
             f"{recipe.fit.epochs:g} times per layer (fit.epochs), less often where that does harm; "
-            f"the last {recipe.fit.layers_with_head} learn again with the head (layers_with_head). "
-            "fit.epochs 0 keeps the closed form alone"
+            "0 keeps the closed form alone. Last layers that learn again with the head: "
+            f"{recipe.fit.layers_with_head} (fit.layers_with_head)"
         )
     if any(source.config.tie_word_embeddings for source in sources) and recipe.folds:
         notes.append("the output's head is untied: the final norm's gain is folded into it")
