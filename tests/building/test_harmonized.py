@@ -153,8 +153,8 @@ def aligned_only(twins: Recipes, tmp_path_factory: pytest.TempPathFactory) -> Ru
     return once(make, tmp_path_factory)
 
 
-def windows_of(recipe: Path) -> dict[str, Tensor]:
-    loaded = load_recipe(recipe, QUICK)
+def windows_of(recipe: Path, *given: str) -> dict[str, Tensor]:
+    loaded = load_recipe(recipe, [*QUICK, *given])
     windows = Texts(loaded, open_sources(loaded)).calibration_windows()
     return {name: text.windows for name, text in windows.items()}
 
@@ -912,7 +912,7 @@ def test_hidden_routers_are_the_mean_inputs_of_the_stock_model(
     run = pipeline.build(recipe, tmp_path / "run")
     pipeline.verify(run)
     model = load_clean(run.checkpoint)
-    windows = windows_of(recipes(variant))
+    windows = windows_of(recipes(variant), "calibration.windows=random")
     inputs = {name: router_inputs(model, text) for name, text in windows.items()}
     for layer in range(2):
         means = np.stack([inputs[name][layer].mean(dim=0).numpy() for name in "abc"])
@@ -941,7 +941,7 @@ def test_regression_routers_are_the_minimum_on_the_stock_models_inputs(
     layers = run.read_json(run.metrics)["fit"]["layers"]
     assert [list(layer) for layer in layers] == [["routing"]] * 2, "the balance is reported"
     model = load_clean(run.checkpoint)
-    windows = windows_of(recipes(variant))
+    windows = windows_of(recipes(variant), "calibration.windows=random")
     inputs = {name: router_inputs(model, text) for name, text in windows.items()}
     for layer in range(2):
         router = router_of(model.model.layers[layer]).weight.detach().double().numpy()

@@ -79,7 +79,7 @@ def chatty(tmp_path: Path) -> PreTrainedTokenizerBase:
 
 
 def draw_packed(
-    who: str, documents: Documents, tokenizer: PreTrainedTokenizerBase, **drawing: int
+    who: str, documents: Documents, tokenizer: PreTrainedTokenizerBase, **drawing: Any
 ) -> Packed:
     return windows_module.draw_packed(who, documents, Encoder.of(tokenizer), WindowDraw(**drawing))
 
@@ -760,7 +760,7 @@ def test_much_of_a_stream_is_not_pooled_four_times(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But with so many tokens to spare as are allowed: each is fetched over the network."""
-    monkeypatch.setattr(windows_module, "_STREAM_SPARE", 45)
+    monkeypatch.setattr(windows_module, "_SPARE", 45)
     folder = make_set(tmp_path / "set", one_token_documents(400))
     given: list[str] = []
 

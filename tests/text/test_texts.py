@@ -118,7 +118,7 @@ def opened(
             "b": {"model": models["b"], "data": chats},
         },
         "method": "harmonized",
-        "calibration": {"tokens": 2 * 40 * 32, "sequence_length": 32},
+        "calibration": {"tokens": 2 * 40 * 32, "sequence_length": 32, "windows": "random"},
         "train": {"tokens": 200 * 64, "sequence_length": 64},
         "evaluation": {
             "tokens": 500,

@@ -19,6 +19,7 @@ PRESETS: dict[str, _Sections] = {
         "router": {"init": "random"},
     },
     "harmonized": {
+        "calibration": {"windows": "coverage"},
         "backbone": {"attention": "linear", "embeddings": "selective-linear", "norms": "linear"},
         "align": {"residual": "orthogonal", "heads": "all", "neurons": "auto"},
         "experts": {"init": "source"},

@@ -156,6 +156,10 @@ class Calibration(Section):
     least one window, and one more for validation if something is fitted."""
     sequence_length: Whole = Field(2048, ge=2, le=LONGEST)
     """Tokens per window."""
+    windows: Literal["random", "coverage"] = "random"
+    """Which windows are used. `random`: any. `coverage`: half of them are any. The other half add
+    the most different tokens and pairs of tokens to that half. They come from up to 16 times as
+    much text. Validation windows are always random."""
     domains: list[Name] | None = Field(None, min_length=1)
     """Sources whose text the alignment uses. Default: all. A fit needs the text of all of them."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -13,6 +13,7 @@ With `train.keep_best`, documents that validate a fit validate the training too
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -113,7 +114,9 @@ class Texts:
                 who, domain = f"calibration text of {name}", self._domain(name)
                 sides = domain.sides(who)
                 documents = sides.of_fit[0] if recipe.fits else sides.training
-                windows[name] = draw_packed(who, documents, domain, self._of_a_fit(wanted))
+                covers = recipe.calibration.windows == "coverage"
+                drawing = replace(self._of_a_fit(wanted), covers=covers)
+                windows[name] = draw_packed(who, documents, domain, drawing)
         return windows
 
     def validation_windows(self) -> dict[str, Packed]:

@@ -30,16 +30,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from symphony_moe.errors import SourceError, TextError
+from symphony_moe.text.coverage import covering_windows
 from symphony_moe.text.documents import Documents, DocumentStream
 from symphony_moe.text.rows import Document
 
 log = logging.getLogger(__name__)
 
-_POOL = 4
-"""Windows are drawn from this many times the tokens asked for (or from all there is)."""
+_POOL, _POOL_TO_COVER = 4, 16
+"""Windows are drawn from this many times the tokens asked for, or from all there is: at random, and
+where half of them are chosen for coverage."""
 
-_STREAM_SPARE = 2**24
-"""But from no more tokens of a stream than this, beyond those asked for."""
+_SPARE = 2**24
+"""Of a stream no more tokens are read than this, beyond those asked for. Nor are they for coverage,
+unless four times the tokens asked for are more."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ class WindowDraw:
     tokens: int
     sequence_length: int
     seed: int
+    covers: bool = False
+    """Half of the windows are those that add the most different tokens and pairs of tokens."""
 
     @property
     def windows(self) -> int:
@@ -225,27 +230,35 @@ def digest_of(windows: Iterable[Int[Tensor, "_ _"]]) -> str:
 
 
 def draw_packed(who: str, documents: Documents, encoder: Encodes, drawing: WindowDraw) -> Packed:
-    """Windows drawn at random over the whole text (int64, in memory).
+    """Windows drawn over the whole text (int64, in memory): at random, or half of them for what
+    they add to the others.
 
-    Documents are packed in an order drawn from the seed, up to four times the tokens asked for. Of
-    a stream these are no more than 2**24 tokens beyond those asked for: the rest is never read. The
-    windows are drawn from the pack without repetition. Less text than asked for is said in a
-    warning and used as it is. Text that does not fill one window raises TextError. `who` names the
-    text in both.
+    Documents are packed in an order drawn from the seed. There are up to four times the tokens
+    asked for. For coverage there are 16 times as many, but no more than 2**24 beyond those asked
+    for, or four times as many. Of a stream there are never more than 2**24 beyond those asked for:
+    the rest is not read. The windows are drawn from the pack without repetition, in an order drawn
+    from the seed. Less text than asked for is said in a warning and used as it is. Text that
+    does not fill one window raises TextError. `who` names the text in both.
     """
     encoded = pooled(documents, encoder, drawing)
     windows, places, num_documents = _end_to_end(encoded, drawing.sequence_length)
     chosen = choose_windows(who, num_documents, len(windows), drawing)
+    if drawing.covers and 1 < len(chosen) < len(windows):
+        first = chosen[: (len(chosen) + 1) // 2].tolist()
+        both = torch.tensor(first + covering_windows(windows, len(chosen) - len(first), first))
+        chosen = both[chosen.argsort().argsort()]  # in an order that says nothing
     drawn = packed(windows[chosen], places[chosen])
     return Packed(drawn.windows.long(), drawn.positions.long())
 
 
 def pooled(documents: Documents, encoder: Encodes, drawing: WindowDraw) -> Iterator[Sequence[int]]:
     """Token ids of one document after the other, in an order drawn from the seed, until there are
-    enough to draw at random from."""
+    enough to draw from."""
     enough = _POOL * drawing.whole
+    if drawing.covers:
+        enough = max(enough, min(_POOL_TO_COVER * drawing.whole, drawing.whole + _SPARE))
     if isinstance(documents, DocumentStream):
-        enough = min(enough, drawing.whole + _STREAM_SPARE)
+        enough = min(enough, drawing.whole + _SPARE)
     count = 0
     for document in _shuffled(documents, drawing.seed):
         ids = encoder.encode(document)
