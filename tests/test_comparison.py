@@ -439,7 +439,7 @@ def test_a_comparison(
     assert names[0] == names[1]
     # Another recipe's runs are not taken over.
     assert run_compare(recipe, out, *methods, "--resume", "--set", "train.tokens=1024") == 2
-    assert "was begun by another recipe" in capsys.readouterr().err
+    assert "was begun by another recipe (train.tokens 1024 (there " in capsys.readouterr().err
     assert (out / "comparison.html").is_file()
     # Nor is what somebody has trained again with settings of his own.
     training = first.read_json(first.metrics)["training"]

@@ -26,7 +26,7 @@ from symphony_moe.reporting.comparison_table import (
 )
 from symphony_moe.reporting.page import title
 from symphony_moe.runs.comparison_folder import CompareFolder, start_comparison
-from symphony_moe.runs.folder import RunFolder, adopt_build
+from symphony_moe.runs.folder import RunFolder, adopt_build, what_differs
 from symphony_moe.runs.metrics import Metrics, read_metrics
 from symphony_moe.sources.opening import open_sources
 from symphony_moe.text.texts import Texts
@@ -164,7 +164,10 @@ def _naming(method: str) -> Iterator[None]:
 def _refuse_another_recipe(run: RunFolder, recipe: Recipe) -> None:
     """RunFolderError for a run that was begun by another recipe."""
     if run.recipe.is_file() and not run.read_recipe().builds_the_same(recipe):
-        raise RunFolderError(f"{run.root}: was begun by another recipe; --overwrite begins again")
+        raise RunFolderError(
+            f"{run.root}: was begun by another recipe{what_differs(run, recipe)}; --overwrite "
+            "begins again"
+        )
 
 
 def _adopt_build(

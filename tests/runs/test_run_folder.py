@@ -28,7 +28,7 @@ from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, Veri
 from symphony_moe.files import hash_folder, publish, sha256_of, write_text
 from symphony_moe.model.streams import Streams
 from symphony_moe.recipe.load import load_recipe
-from symphony_moe.recipe.settings import Recipe
+from symphony_moe.recipe.settings import Calibration, Recipe
 from symphony_moe.runs.folder import (
     RunFolder,
     log_to,
@@ -183,10 +183,62 @@ def test_overwriting_follows_no_links(run: RunFolder, llama: Recipe, tmp_path: P
 
 
 def test_resuming_needs_the_same_recipe(run: RunFolder, llama: Recipe) -> None:
+    """What differs is said: the first three things, in short."""
     before = snapshot(run.root)
-    with pytest.raises(RunFolderError, match="another recipe"):
-        pipeline.build(llama.model_copy(update={"seed": 5}), run.root, resume=True)
+    other = llama.model_copy(update={"seed": 5})
+    with pytest.raises(
+        RunFolderError, match=r"another recipe .*\(seed 5 \(there 114514\)\); --over"
+    ):
+        pipeline.build(other, run.root, resume=True)
+    calibration = Calibration(tokens=512, sequence_length=8, seed=1)
+    many = llama.model_copy(update={"seed": 5, "calibration": calibration})
+    expected = r"\(calibration\.tokens 512 \(there 1536\), .* and 1 more\); "
+    with pytest.raises(RunFolderError, match=expected) as refused:
+        pipeline.build(many, run.root, resume=True)
+    assert len(str(refused.value)) < 500
     assert snapshot(run.root) == before
+
+
+def test_what_differs_is_said_in_one_line_each(llama: Recipe) -> None:
+    """Sources that come and go, files, the order; values that are long or have several lines."""
+    a, b, c = (llama.sources[name] for name in "abc")
+    one = llama.model_copy(update={"sources": {"a": a, "b": b}})
+
+    def other(**sources: Any) -> Recipe:
+        return llama.model_copy(update={"sources": sources})
+
+    assert one.differences(other(a=a, b=b, c=c)) == ["no source c (there one)"]
+    assert other(a=a, c=c).differences(one) == ["source c (there none)", "no source b (there one)"]
+    assert other(b=b, a=a).differences(one) == ["the order of the sources"]
+    data = b.model_copy(update={"data": ["x\ny" * 9, "z" * 500]})
+    (found,) = other(a=a, b=data).differences(one)
+    assert found.startswith("sources.b.data ['x") and " (there " in found and len(found) < 130
+    assert "\n" not in found
+    pinned = [b.model_copy(update={"sha256": {"model.safetensors": hash_}}) for hash_ in "12"]
+    found_layers = a.model_copy(update={"layers": [0, 1]})
+    assert other(a=a, b=pinned[0]).differences(other(a=found_layers, b=pinned[1])) == [
+        "the files of b"
+    ]
+
+
+def test_a_run_of_an_earlier_version_did_what_that_version_does(
+    run: RunFolder, llama: Recipe, tmp_path: Path
+) -> None:
+    """Settings that its recipe lacks are not read as today's defaults."""
+    text = run.recipe.read_text()
+    older = RunFolder(tmp_path / "older")
+    older.root.mkdir()
+    kept = [
+        line
+        for line in text.splitlines()
+        if not line.startswith(("  windows:", "  embeddings: true", "  layers_with_head:"))
+    ]
+    assert len(kept) == len(text.splitlines()) - 3
+    older.recipe.write_text("\n".join(kept).replace("method: symphony", "method: harmonized"))
+    recipe = older.read_recipe()
+    assert recipe.calibration.windows == "random"
+    assert not recipe.fit.embeddings and recipe.fit.layers_with_head == 0
+    assert load_recipe(older.recipe).calibration.windows == "coverage"
 
 
 def test_resuming_needs_the_same_weights(recipes: Recipes, tmp_path: Path) -> None:
@@ -197,7 +249,7 @@ def test_resuming_needs_the_same_weights(recipes: Recipes, tmp_path: Path) -> No
     tensors = load_file(path)
     tensors["model.norm.weight"] *= 2
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(RunFolderError, match="sources that have changed"):
+    with pytest.raises(RunFolderError, match=r"changed since \(the files of b\);"):
         pipeline.build(recipe, run.root, resume=True)
 
 

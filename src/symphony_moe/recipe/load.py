@@ -14,15 +14,17 @@ from pydantic import (
 
 from symphony_moe.errors import RecipeError, if_mistyped, is_text, shortened
 from symphony_moe.recipe.presets import PRESETS
-from symphony_moe.recipe.renamed import with_current_names
+from symphony_moe.recipe.renamed import with_current_names, with_what_was_done
 from symphony_moe.recipe.settings import BUNDLED, FILL_IN, Recipe
 from symphony_moe.recipe.yaml_text import read_yaml, spelled
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = (), *, tell: bool = True) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), *, of_run: bool = False) -> Recipe:
     """Read a recipe file, apply `a.b=c` overrides, resolve presets and paths.
 
-    A setting of an earlier version is read under its new name; `tell`: and a note says so.
+    A setting of an earlier version is read under its new name, and a note says so. `of_run`: the
+    file is a run's own. Then nobody is told, and a setting that it lacks stands for what its
+    version did.
 
     Raises RecipeError for a file that is not there or not YAML, an unknown key or preset, a value
     of the wrong kind, and settings that contradict each other.
@@ -32,7 +34,9 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), *, tell: bool =
     1024
     """
     path = Path(path)
-    content = read_content(path, overrides, tell=tell)
+    content = read_content(path, overrides, tell=not of_run)
+    if of_run:
+        content = with_what_was_done(content)
     return resolve_recipe(content, path.resolve().parent, str(path))
 
 

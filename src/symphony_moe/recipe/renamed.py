@@ -1,4 +1,4 @@
-"""Settings that were called otherwise in an earlier version: taken, with a note of the new name."""
+"""Settings that were called otherwise in an earlier version, or were not there."""
 
 import logging
 from collections.abc import Mapping
@@ -15,6 +15,24 @@ RENAMED = {
 }
 """Where an old name stood -> the new name, since 0.2.0. Sections on the way have their new names:
 what was `refit.soften` is ("fit", "soften") here."""
+
+
+WHAT_WAS_DONE: dict[str, dict[str, Any]] = {
+    "calibration": {"windows": "random"},
+    "fit": {"embeddings": False, "layers_with_head": 0},
+}
+"""Settings since 0.2.0 whose default changes what is built -> what was done before."""
+
+
+def with_what_was_done(content: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The recipe of a run, which spells all settings of its version out: a later setting that it
+    lacks stands for what was done before."""
+    filled = dict(content)
+    for section, settings in WHAT_WAS_DONE.items():
+        own = content.get(section)
+        if isinstance(own, Mapping):
+            filled[section] = {**settings, **own}
+    return filled
 
 
 def with_current_names(content: Mapping[Any, Any], who: str, *, tell: bool) -> dict[Any, Any]:

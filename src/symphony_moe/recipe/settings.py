@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from symphony_moe.errors import shortened
 from symphony_moe.recipe.yaml_text import SpelledFloat, SpelledInt, spelled, write_yaml
 
 
@@ -674,6 +675,31 @@ class Recipe(Section):
         and wherever their layers were found to belong."""
         return self._bare(other).to_yaml() == other._bare(self).to_yaml()
 
+    def differences(self, other: "Recipe") -> list[str]:
+        """What a recipe that is not the same, that of a folder, has otherwise: `fit.epochs 4 (there
+        8)`, `source c (there none)`, `the files of c`; the order of the sources, if nothing
+        else."""
+        mine, theirs = self.sources, other.sources
+        shared = [name for name in mine if name in theirs]
+        found = [f"source {name} (there none)" for name in mine if name not in theirs]
+        found += [f"no source {name} (there one)" for name in theirs if name not in mine]
+        here, there = self._bare(other)._flat(shared), other._bare(self)._flat(shared)
+        for key in dict.fromkeys([*here, *there]):
+            if here.get(key) != there.get(key):
+                now, before = (_shown(flat.get(key)) for flat in (here, there))
+                found.append(f"{key} {now} (there {before})")
+        for name in shared:
+            hashes = mine[name].sha256, theirs[name].sha256
+            if all(hashes) and hashes[0] != hashes[1]:
+                found.append(f"the files of {name}")
+        return found or ["the order of the sources"]
+
+    def _flat(self, sources: Collection[str]) -> dict[str, Any]:
+        """Dotted key -> value, of these sources and of all other settings."""
+        content = self.to_content(without=("compare",))
+        content["sources"] = {name: content["sources"][name] for name in sources}
+        return _flattened(content)
+
     def _bare(self, other: "Recipe") -> "Recipe":
         """Without what a run writes into a recipe: hashes, and places of layers where the other
         recipe leaves them open."""
@@ -712,6 +738,18 @@ class Recipe(Section):
         """Every setting, without some sections, as YAML writes it."""
         unspoken = {*without} | ({"parent"} if self.parent is None else set())
         return self.model_dump(mode="json", exclude=unspoken)
+
+
+def _flattened(content: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {key: content}
+    parts = (_flattened(value, f"{key}.{name}".lstrip(".")) for name, value in content.items())
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _shown(value: Any) -> str:
+    """A value in one short line."""
+    return shortened(" ".join(str(value).split()), 40)
 
 
 def parse_size(text: str, setting: str = "output.max_shard_size") -> int:

@@ -168,7 +168,7 @@ class RunFolder:
                     f"{', '.join(sections) or 'nothing'}"
                 )
         # Nobody wrote it by hand, so nobody need hear of old names in it.
-        return load_recipe(self.recipe, overrides, tell=False)
+        return load_recipe(self.recipe, overrides, of_run=True)
 
     def require_checkpoint(self) -> None:
         """RunFolderError unless stage 1 is finished."""
@@ -309,6 +309,16 @@ def _is_by(run: RunFolder, recipe: str) -> bool:
         return False
 
 
+def what_differs(run: RunFolder, recipe: Recipe) -> str:
+    """The first few differences, where the run's recipe can be read."""
+    try:
+        found = recipe.differences(run.read_recipe())
+    except SymphonyError:
+        return ""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f" ({', '.join(found[:3])}{more})" if found else ""
+
+
 def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     """Make the folder of a new build, or take up one that was cut short.
 
@@ -324,8 +334,8 @@ def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> R
             _clear(run)
     elif run.recipe.is_file() and not _is_by(run, text):
         raise RunFolderError(
-            f"{root}: holds a build of another recipe or of sources that have changed since; "
-            "--overwrite it or choose another --out"
+            f"{root}: holds a build of another recipe or of sources that have changed since"
+            f"{what_differs(run, recipe)}; --overwrite it or choose another --out"
         )
     make_folder(run.work)
     write_text(run.recipe, text)
