@@ -26,8 +26,8 @@ from symphony_moe.model.families import DOWN, GATE, UP
 from symphony_moe.model.moe_layer import MoELayer, join_slices, slice_experts, slice_names
 from symphony_moe.recipe.load import load_recipe
 
-CASES = mostly_slow([*VARIANTS], "qwen2", "granite")
-"""An expert of its own name each, biases that the target adds, and experts in one tensor."""
+CASES = mostly_slow([*VARIANTS], "qwen2", "qwen2-granitemoe")
+"""An expert of its own name each; experts in one tensor, in a family's other target."""
 
 
 def wide(root: Path, variant: str, *names: str) -> Path:

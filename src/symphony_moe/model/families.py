@@ -442,6 +442,7 @@ _GRANITEMOE: dict[str, Any] = {
     },
     "router_outputs": (BY_TOKEN, ("experts", "weights", "logits"), BY_EXPERT),
     "target_settings": _granitemoe,
+    "expert_width": "intermediate_size",
 }
 """What GraniteMoe is, whichever family is in it."""
 
