@@ -576,7 +576,7 @@ def test_embeddings_are_weighted_by_how_often_a_token_is_in_each_text(
     expected = torch.from_numpy(total / weight[:, None])
     stored = read_tensors(fitted(variant).checkpoint)["model.embed_tokens.weight"].double()
     assert difference(stored, expected) <= 1e-6
-    assert len({len(set(text.flatten().tolist())) for text in windows.values()}) > 1
+    assert len({tuple(record[f"{name}.tokens"].tolist()) for name in windows}) > 1
 
 
 def folded(state: Mapping[str, Tensor], name: str) -> Tensor:
@@ -1055,8 +1055,9 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def with_maps(twins: Recipes, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A fitted run of which every map is used."""
-    return build(twins("llama"), tmp_path_factory.mktemp("with-maps") / "run")
+    """A fitted run of which every map is used, and whose embeddings are what the record gives."""
+    folder = tmp_path_factory.mktemp("with-maps") / "run"
+    return build(twins("llama"), folder, "fit.embeddings=false")
 
 
 @pytest.mark.parametrize(
@@ -1076,6 +1077,20 @@ def test_verify_notices_a_changed_record(
     with pytest.raises(VerificationError) as caught:
         pipeline.verify(run)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("ending", "lacks"), [("b.tokens", "b"), (".tokens", "a")])
+def test_verify_needs_to_know_which_embeddings_have_learned(
+    ending: str, lacks: str, recipes: Recipes, tmp_path: Path
+) -> None:
+    run = build(recipes("llama"), tmp_path / "run", "fit.embeddings=true")
+    pipeline.verify(run)
+    record = load_file(run.alignment)
+    _drop_all(ending)(record)
+    save_file(record, run.alignment)
+    trusting(run)
+    with pytest.raises(VerificationError, match=f"maps: {lacks}.tokens is missing"):
+        pipeline.verify(run)
 
 
 @pytest.mark.parametrize("change", [_skew, _split_group, _drop("c.layers.0.heads.values"), _turn])

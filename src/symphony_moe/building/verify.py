@@ -219,6 +219,10 @@ def _check_maps(run: RunFolder, recipe: Recipe, sources: Sequence[Source]) -> st
     )
     if wrong:
         return f"{wrong} is missing or surplus"
+    if recipe.refines_embeddings and not _is_plain_mean(run, recipe):
+        uncounted = [s.name for s in sources if alignment.token_counts(s.name) is None]
+        if uncounted:  # which embeddings have not learned could not be told
+            return f"{uncounted[0]}.tokens is missing"
     for layer in range(num_layers):
         for source in sources:
             if not alignment.has_maps(source.name):
