@@ -1385,7 +1385,7 @@ def test_a_fit_in_bfloat16_is_the_fit(
     small_steps(monkeypatch)
     fits = []
     for precision in ("float32", "bfloat16", "bfloat16"):
-        settings = ["fit.epochs=2", "fit.learning_rate=0.001"]
+        settings = ["fit.epochs=2", "fit.learning_rate=0.001", "calibration.windows=random"]
         settings.append(f"calibration.precision={precision}")
         begun = begin(load_recipe(harmonized(variant), settings))
         moe, note = begun.fit()

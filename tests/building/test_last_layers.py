@@ -37,6 +37,7 @@ from symphony_moe.sources.opening import expected_shapes, open_sources
 from symphony_moe.text.texts import Texts
 
 FIT = [
+    "calibration.windows=random",
     "method=harmonized",
     "output.dtype=float32",
     "fit.epochs=12",

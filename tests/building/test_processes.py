@@ -383,6 +383,7 @@ def test_as_many_processes_give_the_same_bytes(
 def test_what_is_solved_is_that_of_one_process_to_rounding(recipe: Path, tmp_path: Path) -> None:
     """All but the gradient steps."""
     sets = ["fit.epochs=0", "router.init=hidden", "calibration.tokens=6144"]
+    sets.append("calibration.windows=random")
     words = ["build", str(recipe), *(word for each in sets for word in ("--set", each)), "--out"]
     ended = launch(tmp_path, [*words, str(tmp_path / "run")], count=3)
     assert ended.codes == [0, 0, 0], ended.output
