@@ -316,7 +316,7 @@ def what_differs(run: RunFolder, recipe: Recipe) -> str:
     except SymphonyError:
         return ""
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f" ({', '.join(found[:3])}{more})" if found else ""
+    return f" ({', '.join(found[:3])}{more})"
 
 
 def start_run(root: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:

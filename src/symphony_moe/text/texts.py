@@ -13,7 +13,6 @@ With `train.keep_best`, documents that validate a fit validate the training too
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -107,15 +106,16 @@ class Texts:
         Raises TextError for a source whose text does not fill a window.
         """
         recipe = self.recipe
-        wanted = max(1, recipe.windows_each - recipe.validation_windows)
+        drawing = self._of_a_fit(
+            max(1, recipe.windows_each - recipe.validation_windows),
+            covers=recipe.calibration.windows == "coverage",
+        )
         windows = {}
         for name in self._sources:
             if name in recipe.calibration_domains:
                 who, domain = f"calibration text of {name}", self._domain(name)
                 sides = domain.sides(who)
                 documents = sides.of_fit[0] if recipe.fits else sides.training
-                covers = recipe.calibration.windows == "coverage"
-                drawing = replace(self._of_a_fit(wanted), covers=covers)
                 windows[name] = draw_packed(who, documents, domain, drawing)
         return windows
 
@@ -202,10 +202,10 @@ class Texts:
             documents = domain.sides(who).trained_on(is_validated=is_validated)
             draw_packed(who, documents, domain, drawing)
 
-    def _of_a_fit(self, windows: int) -> WindowDraw:
+    def _of_a_fit(self, windows: int, *, covers: bool = False) -> WindowDraw:
         settings = self.recipe.calibration
         length = settings.sequence_length
-        return WindowDraw(windows * length, length, settings.seed)
+        return WindowDraw(windows * length, length, settings.seed, covers)
 
     def _domain(self, name: str) -> Domain:
         if name not in self._domains:
