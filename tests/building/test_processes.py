@@ -299,7 +299,7 @@ def test_a_step_has_one_gradient_however_it_is_dealt_out(monkeypatch: pytest.Mon
 # Whole builds
 
 
-QUICK = ["--set", "fit.epochs=1"]
+QUICK = ["--set", "fit.epochs=1", "--set", "calibration.windows=random"]
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +357,7 @@ def test_two_processes_build_what_one_builds(
         assert ended.output.count("I layer 2 of 2") == 1
     assert main([*words, "--out", str(alone.root)]) == 0
     # The gradient steps, and L-BFGS, make more of a rounding than what is solved (see below).
-    assert differs(run, alone) <= (0 if method == "btx" else 0.02)
+    assert differs(run, alone) <= (0 if method == "btx" else 5e-3)
     mine, its = (json.loads(each.metrics.read_text()) for each in (run, alone))
     if method == "harmonized":
         assert mine["fit"]["loss"] == pytest.approx(its["fit"]["loss"], abs=3e-4)
