@@ -812,6 +812,10 @@ def train(
 
     run = RunFolder(folder)
     pipeline.train(run, overrides or (), resume=resume, overwrite=overwrite, progress=progress)
+    if is_launched():
+        from symphony_moe.processes import leave
+
+        leave()
     if process_number() > 0:
         return {}, ""  # the first process may still be writing
     training = run.read_json(run.metrics)["training"]

@@ -221,6 +221,13 @@ def together() -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
+def leave() -> None:
+    """End what a training's processes talk through. Its threads must not outlive the command: the
+    process may be aborted for them at its very end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_first_to_fail() -> bool:
     """Whether no other process that the launcher has started has failed before this one: one
     message is enough."""

@@ -68,6 +68,8 @@ import os
 import sys
 import time
 from pathlib import Path
+
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
@@ -116,6 +118,7 @@ def publish_seen(run, recipe, model, *rest):
 
 train.publish_trained = publish_seen
 code = main(sys.argv[1:])
+print("LEFT", not torch.distributed.is_initialized())
 if os.environ["RANK"] != "0":
     ended.touch()
 sys.exit(code)
@@ -171,6 +174,7 @@ def test_two_processes_give_the_losses_of_one(
     # Sharded where it is meant to be.
     model = "MixtralForCausalLM" if launcher == "torchrun" else "FSDPMixtralForCausalLM"
     assert f"MODEL {model}\n" in output
+    assert output.count("LEFT True\n") == 2
     assert losses(run) == pytest.approx(single, abs=1e-4)
     assert output.count("trained ") == 1 and output.count("step 7 of 7") == 1
     pipeline.verify(run)
