@@ -11,7 +11,7 @@ from typing import Any
 from bench_parts.measuring import gigabytes, markdown, shown
 from bench_parts.setting import Setting, build
 
-SHAPES = {"135M": (3, 4), "0.5B": (2, 2), "1.1B": (2, 2)}
+SHAPES = {"135M": (3, 4), "0.5B": (2, 2), "1.1B": (2, 2), "7B": (4, 2)}
 """Shape -> sources, layers."""
 METHODS = ("symphony", "harmonized", "dume", "btx", "bam", "drop-upcycling", "sparse-upcycling")
 TOKENS, SEQUENCE, EPOCHS = 8192, 512, 1

@@ -26,10 +26,10 @@ import torch
 
 from symphony_moe.building.alike import refuse_alike, say_alike
 from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
-from symphony_moe.building.estimate import measure_speed
+from symphony_moe.building.estimate import beyond_memory, measure_speed
 from symphony_moe.building.kept import KeptModel
 from symphony_moe.building.place_layers import place_layers
-from symphony_moe.building.plan import Plan, beyond_context, beyond_memory, make_plan
+from symphony_moe.building.plan import Plan, beyond_context, make_plan
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError
 from symphony_moe.files import FileHasher, locked, to_json, write_text
 from symphony_moe.machine import (
@@ -558,8 +558,8 @@ def _note(ready: _Ready, whole: Build, memory: int | None) -> dict[str, str]:
         log.warning("%s", note)
     if apart := beyond_averaging(ready.recipe, planned.likeness):
         log.warning("%s", apart)
-    if memory is not None and planned.peak_memory_bytes > memory:
-        log.warning("%s", beyond_memory(planned.peak_memory_bytes, memory))
+    if short := beyond_memory(ready.recipe, whole.anchor.config, len(ready.sources), memory):
+        log.warning("%s", short)
     return begun_with
 
 

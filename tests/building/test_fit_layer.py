@@ -810,6 +810,64 @@ def test_a_step_takes_as_much_of_every_source_and_every_window_once_an_epoch(
     assert draws(5) == drawn and draws(6)["c"] != drawn["c"]
 
 
+def path_of_a_descent(*, in_parts: bool) -> tuple[list[int], list[Tensor]]:
+    """Windows in each batch that the loss was asked for, and where the parameters ended."""
+    state = by_hand({"a": 15, "b": 15, "c": 15}, epochs=2, learning_rate=0.1, pull=0.5)
+    generator = torch.Generator().manual_seed(3)
+    wide, narrow = (torch.randn(n, 8, generator=generator).requires_grad_(True) for n in (7, 2))
+    asked = []
+
+    def loss(batch: Batch) -> Tensor:
+        asked.append(sum(len(numbers) for _, numbers, _, _ in batch))
+        read = torch.cat([stream for _, _, stream, _ in batch])
+        wanted = torch.cat([stream for _, _, _, stream in batch])
+        found = (read.flatten(0, 1) / 20) @ wide.T @ wide @ narrow.T @ narrow
+        return (found - wanted.flatten(0, 1) / 100).square().mean()
+
+    home = [torch.zeros(7, 8), None]
+    how = Descent([wide, narrow], home, ("new", "source"), loss, 0, in_parts=in_parts)
+    descend(state, how)
+    assert wide.grad is None and narrow.grad is None
+    return asked, [wide.detach(), narrow.detach()]
+
+
+def test_a_large_step_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One window of each source is more than is run at once: so many sources at a time as fit, and
+    the steps are those of the whole. A step that fits is not cut."""
+    monkeypatch.setattr(fitting, "WINDOWS_TOKENS", 2 * 8)
+    cut, ended = path_of_a_descent(in_parts=True)
+    whole, expected = path_of_a_descent(in_parts=False)
+    assert cut == [2, 1] * len(whole) and set(whole) == {3}
+    torch.testing.assert_close(ended, expected)
+    monkeypatch.setattr(fitting, "WINDOWS_TOKENS", 6 * 8)
+    cut, ended = path_of_a_descent(in_parts=True)
+    whole, expected = path_of_a_descent(in_parts=False)
+    assert cut == whole and set(cut) == {6}
+    assert all(map(torch.equal, ended, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_tensor_moves_piece_by_piece(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same numbers, with either of Adam's forms."""
+    monkeypatch.setattr(fitting, "product_dtype", lambda where: dtype)
+    monkeypatch.setattr(fitting, "WINDOWS_TOKENS", 6 * 8)
+    _, expected = path_of_a_descent(in_parts=False)
+    sizes = []
+    real = torch.optim.Adam
+
+    def watched(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Adam:
+        sizes.append([[len(piece) for piece in group["params"]] for group in groups])
+        return real(groups, **settings)
+
+    monkeypatch.setattr(fitting, "_PIECE", 20)
+    monkeypatch.setattr(torch.optim, "Adam", watched)
+    _, ended = path_of_a_descent(in_parts=False)
+    assert sizes == [[[2, 2, 2, 1], [2]]]
+    assert all(map(torch.equal, ended, expected))
+
+
 def test_the_learning_rate_rises_and_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a gradient that never changes, Adam's step is the learning rate, as a share of the size
     of the tensor's entries: twenty steps up to the peak, then a cosine down to nothing."""

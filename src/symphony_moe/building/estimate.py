@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import psutil
 import torch
@@ -90,6 +91,42 @@ def peak_memory(
     return peak
 
 
+_LIGHTER: tuple[dict[str, Any], ...] = (
+    {"layers_with_head": 0},
+    {"layers_with_head": 0, "embeddings": False},
+    {"epochs": 0},
+)
+"""Settings of a fit that need less memory, those that cost least first."""
+
+
+def beyond_memory(
+    recipe: Recipe, config: PreTrainedConfig, num_sources: int, memory: int | None = None
+) -> str:
+    """That a build needs more memory than it may take, and what needs less; empty where it does
+    not. `memory`: see `streams_in_memory`; None: what the machine has."""
+    shape = (config, num_sources, memory)
+    limit = psutil.virtual_memory().total if memory is None else memory
+    peak = peak_memory(recipe, *shape)
+    if peak <= limit:
+        return ""
+    whose = "this machine has" if memory is None else "--memory allows"
+    said = f"stage 1 takes about {_in_mb(peak)} at its peak; {whose} {_in_mb(limit)}. "
+    for settings in _LIGHTER if recipe.refines else ():
+        fit = recipe.fit.model_copy(update=settings)
+        less = peak_memory(recipe.model_copy(update={"fit": fit}), *shape)
+        if less < peak:
+            peak = less
+            values = (f"fit.{name}: {str(value).lower()}" for name, value in settings.items())
+            said += f"With {' and '.join(values)} it takes {_in_mb(less)}. "
+        if less <= limit:
+            break
+    return f"{said}Fewer sources need less (experts.sources)"
+
+
+def _in_mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
 def _without_streams(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
     moments = _Moments(recipe, config, num_sources)
     return int(_process_bytes() + _KEPT + max(moments.all().values()))
@@ -136,11 +173,9 @@ class _Moments:
         if recipe.fits_router:
             found["a router fitted"] = self.routed()
         if recipe.fits_layers:
-            found |= {
-                "experts solved": self.solved(),
-                "a layer refined": self.refined(),
-                "the head fitted": self.head(),
-            }
+            found |= {"experts solved": self.solved(), "the head fitted": self.head()}
+        if recipe.refines:
+            found["a layer refined"] = self.refined()
         return found
 
     @cached_property
@@ -257,7 +292,8 @@ class _Moments:
         """The layer that is learned, its gradient and Adam's two moments, beside the layer that was
         solved; what the gradient of one step needs. With the first layer, token embeddings."""
         learned = 4 * (self._experts + self._shared)
-        return self._while_fitted + self._experts + learned + self._rows + self._activations
+        activations = self._activations(max(WINDOWS_TOKENS, self._sequence))
+        return self._while_fitted + self._experts + learned + self._rows + activations
 
     @property
     def _rows(self) -> int:
@@ -267,12 +303,10 @@ class _Moments:
             return 0
         return 5 * 4 * min(int(self.config.vocab_size), self._tokens) * self._hidden
 
-    @property
-    def _activations(self) -> int:
-        """What the gradient of one step of a layer needs."""
+    def _activations(self, tokens: int) -> int:
+        """What the gradient of one step of a layer needs, of so many tokens at once."""
         hidden, ffn = self._hidden, self._ffn
         queries, keys, _ = self._widths
-        tokens = max(WINDOWS_TOKENS, self.num_sources * self.recipe.calibration.sequence_length)
         top_k = self.recipe.router.top_k
         # Of each expert that a token goes to: its input, what its neurons are made of, its output.
         of_experts = top_k * (4 * ffn + 3 * hidden) + 2 * ffn
@@ -280,23 +314,39 @@ class _Moments:
         return 4 * min(tokens, self._tokens) * (of_experts + of_attention)
 
     def head(self) -> int:
-        """All sources' heads, the fused one, the solved one, the one that is learned, Adam's two
-        moments. At a step, the gradient and two of Adam's steps, or what the gradient's factors are
-        cast to. At a look on the way, a cast head, and pieces of logits beside those of the
-        steps. Of each layer that learns with the head, as it was read, as it is learned, its
-        gradient, Adam's two moments, and what a step's gradient needs."""
+        """All sources' heads, the fused one, the solved one; a product of one source's, or a cast
+        head and pieces of logits."""
         vocabulary = int(self.config.vocab_size)
         table = vocabulary * self._hidden * 4
         piece = min(LOGITS_AT_ONCE, self._tokens * vocabulary) * 4
-        held = (self.num_sources + 5) * table + 3 * piece
+        held = (self.num_sources + 2) * table
+        if self.recipe.refines:
+            held += self._head_learned(table, piece)
+            return held + max(self._casts * table, table // 2 + 4 * piece)
+        return held + max(table, table // 2 + 4 * piece)
+
+    def _head_learned(self, table: int, piece: int) -> int:
+        """While the head learns: itself, Adam's two moments, and pieces of logits. Of each layer
+        that learns with it, as it was read, as it is learned, its gradient, Adam's two moments, and
+        what a step's gradient needs of one source's text."""
         layers = min(self.recipe.layers_with_head, int(self.config.num_hidden_layers))
-        held += layers * (5 * (self._experts + self._shared) + self._activations)
-        return held + max(3 * table, table // 2 + 4 * piece)
+        windows = max(1, WINDOWS_TOKENS // (self._sequence * self.num_sources))
+        activations = self._activations(windows * self._sequence)
+        return 3 * (table + piece) + layers * (5 * (self._experts + self._shared) + activations)
+
+    @property
+    def _casts(self) -> int:
+        """Tables at a step of the head: its gradient, and what two heads are cast to."""
+        return 2 if _reduced(self.recipe, self.config) else 1
+
+    @property
+    def _sequence(self) -> int:
+        return self.recipe.calibration.sequence_length
 
     @property
     def _batch(self) -> int:
         """Tokens that are run through a layer at once."""
-        sequence = self.recipe.calibration.sequence_length
+        sequence = self._sequence
         return min(max(1, WINDOWS_TOKENS // sequence) * sequence, self._tokens)
 
     @property

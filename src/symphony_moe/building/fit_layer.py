@@ -540,9 +540,7 @@ def _refine(
     for parameter in parameters:
         parameter.requires_grad_(True)
 
-    def loss(batch: Batch) -> Tensor | None:
-        if not batch:  # a process that has no part of the step
-            return None
+    def loss(batch: Batch) -> Tensor:
         if table is None or rows is None:
             before = torch.cat([x for _, _, x, _ in batch])
         else:
@@ -556,7 +554,7 @@ def _refine(
             begin_at_embeddings(state, rows.detach(), on_validation=True)
         return _layer_error(state, layer, learned.result())
 
-    how = Descent(parameters, home, (NEW, AFTER), loss, layer, error_so_far, error)
+    how = Descent(parameters, home, (NEW, AFTER), loss, layer, error_so_far, error, in_parts=True)
     descents = descend(state, how)
     step = Step(error, error_so_far(), descents=descents)
     if table is not None and rows is not None:

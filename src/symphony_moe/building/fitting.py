@@ -40,6 +40,8 @@ NEW_BEFORE_END = "new-before-end"
 _WARMUP, _WARMUP_SHARE = 20, 5
 """Steps in which the refinement's learning rate rises, and at most one in so many of all."""
 
+_PIECE = 2**22
+"""Numbers of a tensor that Adam moves at once: it makes copies of them."""
 
 _HOPELESS = 4.0
 """A descent that was kept in the end has not been seen above 1.12 times its first error on the way
@@ -298,6 +300,9 @@ class Descent:
     way."""
     before: float = math.inf
     """What it was at the start."""
+    in_parts: bool = False
+    """Whether the loss may be asked for of a part of a step at a time: what the gradient of one
+    part needs is freed before the next."""
 
 
 def descend(state: FitState, descent: Descent) -> int:
@@ -322,7 +327,8 @@ def descend(state: FitState, descent: Descent) -> int:
     draws = {name: _draw(rows[name], each, generator) for name in names}
     # A step is a share of what a tensor's entries are worth, whatever the scale of the model.
     sizes = [float(tensor.detach().square().mean().sqrt()) for tensor in parameters]
-    groups = [{"params": [tensor]} for tensor in parameters]
+    pieces = [tensor.detach().split(_rows_of_a_piece(tensor)) for tensor in parameters]
+    groups = [{"params": list(each)} for each in pieces]
     start = [None if tensor is None else tensor.to(device()) for tensor in descent.start]
     warmup = min(_WARMUP, math.ceil(num_steps / _WARMUP_SHARE))
     # Fused, a step is three times as fast, and rounds in another order: not where all is float32.
@@ -337,23 +343,53 @@ def descend(state: FitState, descent: Descent) -> int:
             group["lr"] = rate * size
         chosen = {name: next(draws[name]) + first[name] for name in names}
         batch = _part_of_step(state, chosen, descent.parts)
-        optimizer.zero_grad()
-        loss = descent.loss(batch)
-        if loss is not None:
-            windows = sum(len(numbers) for _, numbers, _, _ in batch)
-            (loss * (windows / (each * len(names)))).backward()
+        for part in _in_parts(batch) if descent.in_parts else [batch]:
+            loss = descent.loss(part)
+            if loss is not None:
+                windows = sum(len(numbers) for _, numbers, _, _ in part)
+                (loss * (windows / (each * len(names)))).backward()
         _add_gradients(state.processes, parameters)
+        _hand_gradients(parameters, pieces)
         optimizer.step()
         with torch.no_grad():
             for tensor, home in zip(parameters, start, strict=True):
                 if home is not None:
                     tensor.lerp_(home, min(1.0, settings.pull * rate))
+                tensor.grad = None  # a look takes memory of its own
+        optimizer.zero_grad()
         if number + 1 in looks and descent.error is not None:
-            optimizer.zero_grad()  # the look takes memory of its own
             error = descent.error()
             if not error <= _HOPELESS * descent.before:  # nor where it is NaN
                 return number + 1
     return num_steps
+
+
+def _rows_of_a_piece(tensor: Tensor) -> int:
+    return max(1, _PIECE // tensor[0].numel())
+
+
+def _hand_gradients(parameters: Sequence[Tensor], pieces: Sequence[Sequence[Tensor]]) -> None:
+    """Give each piece of a tensor its part of the tensor's gradient."""
+    for tensor, parts in zip(parameters, pieces, strict=True):
+        if tensor.grad is not None:
+            gradients = tensor.grad.split([len(part) for part in parts])
+            for part, gradient in zip(parts, gradients, strict=True):
+                part.grad = gradient
+
+
+def _in_parts(batch: Batch) -> Iterator[Batch]:
+    """A step's text in parts of no more than WINDOWS_TOKENS tokens, or of one source."""
+    part: list[tuple[str, Tensor, Tensor, Tensor]] = []
+    tokens = 0
+    for each in batch:
+        more = each[2].shape[:2].numel()
+        if part and tokens + more > WINDOWS_TOKENS:
+            yield part
+            part, tokens = [], 0
+        part.append(each)
+        tokens += more
+    if part:
+        yield part
 
 
 def _part_of_step(state: FitState, chosen: Mapping[str, Tensor], parts: tuple[str, str]) -> Batch:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from symphony_moe.building.alike import say_alike
 from symphony_moe.building.estimate import (
+    beyond_memory,
     build_seconds,
     matching_seconds,
     peak_memory,
@@ -145,10 +146,9 @@ def make_plan(
     disk = total * BYTES[recipe.output.dtype]
     shape = (recipe, anchor.config, len(sources))
     in_memory = streams_in_memory(*shape, memory)
-    peak = peak_memory(*shape, memory)
     notes = _notes(recipe, sources, differences, opened or sources)
-    if memory is not None and peak > memory:
-        notes.append(beyond_memory(peak, memory))
+    if short := beyond_memory(*shape, memory):
+        notes.append(short)
     return Plan(
         architecture=family.moe,
         family=family.dense,
@@ -162,7 +162,7 @@ def make_plan(
         disk_bytes=disk,
         shards=len(assign_shards(tensors, recipe.output.dtype, recipe.output.max_shard_bytes)),
         work_bytes=work_bytes(*shape, memory),
-        peak_memory_bytes=peak,
+        peak_memory_bytes=peak_memory(*shape, memory),
         streams_in_memory=in_memory,
         seconds=build_seconds(recipe, sources, anchor.config),
         readers=readings(
@@ -396,14 +396,6 @@ def beyond_context(recipe: Recipe, opened: Sequence[Source], *sections: str) -> 
                 f"{section}.sequence_length {length} is beyond the context of {', '.join(short)}"
             )
     return sentences
-
-
-def beyond_memory(peak: int, memory: int) -> str:
-    """That a build needs more memory than it may take, in words."""
-    return (
-        f"--memory: stage 1 takes about {peak / 1e6:,.0f} MB at its peak, more than "
-        f"{memory / 1e6:,.0f} MB. Fewer sources need less (experts.sources)"
-    )
 
 
 def _readers(recipe: Recipe, section: str) -> list[str]:
