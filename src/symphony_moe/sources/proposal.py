@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from symphony_moe.errors import RecipeError, shortened
+from symphony_moe.errors import RecipeError, SourceMismatch, shortened
 from symphony_moe.recipe.draft import (
     FILL_IN_TEXT,
     comment,
@@ -25,8 +25,9 @@ from symphony_moe.sources.kinship import (
     likeness_to_anchor,
     two_digits,
 )
-from symphony_moe.sources.matching import find_differences, refuse_mismatch
+from symphony_moe.sources.matching import Difference, find_differences, refuse_mismatch
 from symphony_moe.sources.opening import open_sources
+from symphony_moe.sources.shapes import of_one_shape, padded_shapes
 from symphony_moe.sources.source import Source
 from symphony_moe.text.documents import check_data_exists
 from symphony_moe.text.shape import shape_of_rows
@@ -73,8 +74,9 @@ def propose_recipe(
     for name, spec in recipe.sources.items():
         if spec.data:
             check_data_exists(name, spec.data)
-    sources = open_sources(recipe, download=False)
-    differences = find_differences(sources, recipe.anchor)
+    recipe, sources, differences = _padded_where_it_helps(
+        recipe, open_sources(recipe, download=False)
+    )
     refuse_mismatch(differences)
     cosines = likeness_to_anchor(sources, recipe.anchor)
     notes = [str(one) for one in differences if one.verdict == "warning"]
@@ -84,6 +86,8 @@ def propose_recipe(
         shapes[source.name], problems = _shape_of_text(source, spec.data)
         notes += [*source.remarks, *problems]
     method, why = _method(recipe, cosines)
+    if recipe.widens:
+        method, why = "harmonized", [*_padding(sources), *why[:1]]
     fill_in = [f"sources.{name}.data" for name, spec in specs.items() if not spec["data"]]
     if fill_in:
         why.append(FILL_IN_TEXT)
@@ -95,6 +99,36 @@ def propose_recipe(
     text = "\n".join(lines) + "\n"
     _refuse_what_would_not_load(text, folder)
     return Proposal(text, method, cosines, notes, fill_in)
+
+
+def _padded_where_it_helps(
+    recipe: Recipe, sources: list[Source]
+) -> tuple[Recipe, list[Source], list[Difference]]:
+    """Recipe, sources and how they differ; padded to one shape where they cannot become one model
+    as they are, and can so."""
+    differences = find_differences(sources, recipe.anchor)
+    if any(one.verdict == "error" for one in differences):
+        backbone = recipe.backbone.model_copy(update={"shapes": "widest"})
+        padding = recipe.model_copy(update={"backbone": backbone})
+        try:
+            padded = of_one_shape(padding, sources)
+        except SourceMismatch:
+            return recipe, sources, differences
+        remaining = find_differences(padded, recipe.anchor)
+        if not any(one.verdict == "error" for one in remaining):
+            return padding, padded, remaining
+    return recipe, sources, differences
+
+
+def _padding(sources: Sequence[Source]) -> Iterator[str]:
+    """What is padded."""
+    found = padded_shapes({source.name: source for source in sources})
+    told = "; ".join(f"{name}: {changes}" for name, changes in found.items())
+    yield (
+        f"The sources have different shapes. backbone.shapes: widest pads the smaller ones, which "
+        f"computes the same: {told}. docs/how-to/shapes.md says what it is worth; leaving a source "
+        "out may be better."
+    )
 
 
 def _refuse_text_of_nobody(data: Mapping[str, Sequence[str]], names: Sequence[str]) -> None:
@@ -213,6 +247,9 @@ def _settings(recipe: Recipe, method: str, sources: Sequence[Source]) -> Iterato
     yield from comment("The anchor's tokenizer, norms and context are the result's.")
     yield f"anchor: {scalar(recipe.anchor)}"
     yield f"method: {method}"
+    if recipe.widens:
+        yield from comment("The experts of one model have one shape.")
+        yield f"backbone: {scalar({'shapes': recipe.backbone.shapes})}"
     context = min(source.config.max_position_embeddings for source in sources)
     length = min(context, recipe.calibration.sequence_length)
     yield from comment(
