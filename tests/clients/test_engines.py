@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from conftest import WORDS
 from engine_table import COLUMNS, FILE, write_tables
 from environments import ask_script, python, to_gguf
-from models import CASES, NEW, make_run
+from models import CASES, NEW, keeps, make_run
 from servers import Refused, ask_llama_cpp, ask_vllm, last_error
 from symphony_moe.model import engines
 from symphony_moe.model.engines import readings
@@ -105,6 +105,9 @@ JUDGED = (
     "num_attention_heads",
     "hidden_act",
     "sliding_window",
+    "use_sliding_window",
+    "mlp_only_layers",
+    "tie_word_embeddings",
     "max_position_embeddings",
     "rope_scaling",
 )
@@ -193,7 +196,7 @@ def compare(
             if cut != expected
         }
     )
-    spoken = "spoken" not in theirs or theirs["spoken"].strip() == ours["spoken"].strip()
+    spoken = "spoken" not in theirs or _words(theirs["spoken"]) == _words(ours["spoken"])
     exact = nats <= TOLERANCE and same == total and spoken
     exact = exact and texts == (sorted(SPACES) if spaces else [])
     return {
@@ -207,6 +210,12 @@ def compare(
     }
 
 
+def _words(spoken: str) -> str:
+    """A text without spaces around it, and without a character that it ends within: a server may
+    leave that out."""
+    return spoken.strip().rstrip("\N{REPLACEMENT CHARACTER}")
+
+
 def note(case: str, name: str, config: Any, entry: dict[str, Any]) -> None:
     """Write what was measured into docs/engines.json and the tables that are made of it."""
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
@@ -216,6 +225,8 @@ def note(case: str, name: str, config: Any, entry: dict[str, Any]) -> None:
         "family": CASES[case].family,
         "config": {key: config[key] for key in JUDGED if key in config},
         "sentencepiece": CASES[case].tokenizer == "sentencepiece",
+        "dense": CASES[case].model_type,
+        "layout": CASES[case].layout,
     }
     row["programs"][name] = entry
     text = json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False)
@@ -236,9 +247,10 @@ def test_a_program_does_what_is_said_of_it(
     program = next(program for program, names in COLUMNS.items() if name in names)
     config = json.loads((runs(case).checkpoint / "config.json").read_text())
     spaces = CASES[case].tokenizer == "sentencepiece"
-    said = readings(config, sentencepiece=spaces, dense=CASES[case].model_type)
+    about = {"dense": CASES[case].model_type, "layout": CASES[case].layout}
+    said = readings(config, sentencepiece=spaces, **about)
     claim = next(reading for reading in said if reading.program == program)
-    entry: dict[str, Any] = {"day": datetime.date.today().isoformat(), "said": claim.verdict}
+    entry: dict[str, Any] = {"day": datetime.date.today().isoformat()}
     asked, expected = reference(case)
     for stage, question_, found, ours in zip(
         STAGES, asked, ask(name, asked, tmp_path), expected, strict=True
@@ -252,8 +264,8 @@ def test_a_program_does_what_is_said_of_it(
     note(case, name, config, entry)
     print(f"\n{case}, {name}: {entry}")
     verdicts = {entry[stage]["verdict"] for stage in STAGES}
-    assert verdicts == {claim.verdict}, entry
-    if claim.verdict == "exact":
+    assert keeps(claim, name, verdicts), entry
+    if verdicts == {"exact"}:
         assert all(entry[stage]["of"] >= TOKENS for stage in STAGES)
         assert entry["built"]["warns"] == ("warns" in claim.why)
 

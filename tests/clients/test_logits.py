@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from environments import ask_script, python
 from models import CASES, SIZES
 from servers import last_error
+from symphony_moe.model import engines
 from symphony_moe.model.engines import readings
 from symphony_moe.model.families import ALIASES, Family, Target, target_config
 
@@ -54,14 +55,14 @@ LAYOUTS = {
     "smollm3": Layout("smollm3", dict.fromkeys(ALL, _NONE) | {"vllm": "exact"}),
     "qwen2-windows": Layout("qwen2-windows", dict.fromkeys(ALL, "other")),
     "phi3-part": Layout("phi3-part", ALL | {"mlx": "other"}),
-    "slices": Layout("llama", ALL, SLICED, "several experts of a source"),
-    "dense-layers": Layout("llama", ALL | {"mlx": "not in model"}, DENSE, "layers without experts"),
+    "slices": Layout("llama", ALL, SLICED, engines.SLICES),
+    "dense-layers": Layout("llama", ALL | {"mlx": "not in model"}, DENSE, engines.DENSE_LAYERS),
     "qwen2-dense-layers": Layout(
-        "qwen2", ALL | {"mlx": "not in model"}, DENSE, "layers without experts"
+        "qwen2", ALL | {"mlx": "not in model"}, DENSE, engines.DENSE_LAYERS
     ),
-    "qwen3-dense-layers": Layout("qwen3", ALL, DENSE, "layers without experts"),
-    "shared-expert": Layout("llama", ALL | {"mlx": "other"}, SHARED, "a shared expert"),
-    "qwen2-shared-expert": Layout("qwen2", ALL | {"mlx": "lm_head"}, SHARED, "a shared expert"),
+    "qwen3-dense-layers": Layout("qwen3", ALL, DENSE, engines.DENSE_LAYERS),
+    "shared-expert": Layout("llama", ALL | {"mlx": "other"}, SHARED, engines.SHARED_EXPERT),
+    "qwen2-shared-expert": Layout("qwen2", ALL | {"mlx": "lm_head"}, SHARED, engines.SHARED_EXPERT),
 }
 
 

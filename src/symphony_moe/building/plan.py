@@ -24,7 +24,13 @@ from symphony_moe.building.estimate import (
 )
 from symphony_moe.errors import SourceMismatch, shortened
 from symphony_moe.model.checkpoint import BYTES, assign_shards
-from symphony_moe.model.engines import Reading, readings
+from symphony_moe.model.engines import (
+    DENSE_LAYERS,
+    SHARED_EXPERT,
+    SLICES,
+    Reading,
+    readings,
+)
 from symphony_moe.model.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -176,12 +182,12 @@ def make_plan(
 
 
 def _layout(family: Family) -> str:
-    """What a recipe asks of the layers that no model had which programs were asked about."""
+    """What a recipe asks of the layers, for `readings`."""
     if family.dense_layers:
-        return "with layers without experts"
+        return DENSE_LAYERS
     if family.has_shared_expert:
-        return "with a shared expert"
-    return "with several experts of a source" if family.slices > 1 else ""
+        return SHARED_EXPERT
+    return SLICES if family.slices > 1 else ""
 
 
 def _of_copies(difference: Difference, anchor: str) -> Difference:

@@ -17,6 +17,11 @@ TRIED = {
 }
 """Program -> the versions that were asked."""
 
+DENSE_LAYERS = "with layers without experts"
+SHARED_EXPERT = "with a shared expert"
+SLICES = "with several experts of a source"
+"""What a recipe may ask of the layers (`experts.*`)."""
+
 Verdict = Literal["exact", "other", "refused", "untried"]
 """`exact`: the same tokens. `other`: it loads the model, says nothing, and answers otherwise.
 `refused`: it does not load the model. `untried`: nobody has asked it."""
@@ -46,10 +51,11 @@ def readings(
 ) -> list[Reading]:
     """What every program of `TRIED` makes of a model with this config, which is one of
     `families.target_config`. `sentencepiece`: its tokenizer is of that kind. `dense`: `model_type`
-    of its sources. `layout`: what its layers have that those of no measured model had."""
-    found = [Reading("transformers 5", "exact")]
+    of its sources. `layout`: DENSE_LAYERS, SHARED_EXPERT or SLICES; empty for none of them."""
+    is_newer = config["model_type"] == "granitemoe_swa"
+    found = [Reading("transformers 5", "exact", "from 5.15 on" if is_newer else "")]
     untried = _untried(config)
-    unknown = untried or layout or _unrecorded(config, dense)
+    unknown = untried or _unrecorded(config, dense, layout)
     for program in list(TRIED)[1:]:
         # Without what nobody tried: a program that does not even read that is said to be so.
         verdict, why = _judge(program, {**config, "rope_scaling": None} if untried else config)
@@ -62,15 +68,22 @@ def readings(
     return found
 
 
-def _unrecorded(config: Mapping[str, Any], dense: str) -> str:
+_LAYOUTS = {
+    ("llama", "qwen2_moe", DENSE_LAYERS),
+    ("llama", "qwen2_moe", SHARED_EXPERT),
+    ("llama", "mixtral", SLICES),
+}
+"""Sources, architecture and layout of the models that were asked about."""
+
+
+def _unrecorded(config: Mapping[str, Any], dense: str, layout: str) -> str:
     """The kind of model that no measurement is recorded of (`docs/engines.json`); empty where there
     is one. That a program refuses such a model, or answers otherwise, is known all the same."""
     kind = config["model_type"]
-    biased_llama = dense == "llama" and config.get("attention_bias")
-    if kind == "qwen2_moe" or biased_llama or dense in ("granite", "olmo2", "smollm3"):
+    if layout:
+        return "" if (dense, kind, layout) in _LAYOUTS else layout
+    if kind == "qwen2_moe" and dense != "qwen2":
         return f"as {kind} of {dense or 'such'} sources"
-    if (config.get("rope_scaling") or {}).get("rope_type") == "longrope":
-        return "with RoPE of the type longrope"
     if kind == "ernie4_5_moe":
         size, heads = config["head_dim"], config["num_attention_heads"]
         if size * heads != config["hidden_size"]:
@@ -84,6 +97,7 @@ _TRIED_ROPE = {
         for architecture in (
             "mixtral",
             "granitemoe",
+            "granitemoe_swa",
             "ernie4_5_moe",
             "qwen3_moe",
             "jetmoe",
@@ -102,11 +116,15 @@ _EXACT: tuple[Verdict, str] = ("exact", "")
 
 def _untried(config: Mapping[str, Any]) -> str:
     """What the config has that no measured model had; empty for nothing."""
-    kind = (config.get("rope_scaling") or {}).get("rope_type", "default")
+    kind = _rope_type(config)
     if (config["model_type"], kind) not in _TRIED_ROPE:
         return f"with RoPE of the type {kind}"
     activation = config.get("hidden_act") or config.get("activation_function") or "silu"
     return "" if activation == "silu" else f"with the activation {activation}"
+
+
+def _rope_type(config: Mapping[str, Any]) -> str:
+    return str((config.get("rope_scaling") or {}).get("rope_type", "default"))
 
 
 _BY_ARCHITECTURE: dict[tuple[str, str], tuple[Verdict, str]] = {
@@ -116,7 +134,6 @@ _BY_ARCHITECTURE: dict[tuple[str, str], tuple[Verdict, str]] = {
     ),
     ("vLLM", "flex_olmo"): ("exact", "by its Transformers backend"),
     ("llama.cpp", "flex_olmo"): ("refused", "it has no FlexOlmo"),
-    ("llama.cpp", "qwen2_moe"): ("other", "its gates do not add up to one"),
     ("vLLM", "jetmoe"): ("other", "its JetMoE is another model"),
     ("llama.cpp", "jetmoe"): ("refused", "it has no JetMoE"),
     ("llama.cpp", "ernie4_5_moe"): (
@@ -146,10 +163,19 @@ def _vllm(config: Mapping[str, Any]) -> tuple[Verdict, str]:
         return "other", "its Qwen2-MoE has no windows"
     if config["model_type"] == "granitemoe" and config["attention_bias"]:
         return "other", "its GraniteMoe leaves the biases out; --model-impl transformers has them"
+    if _rope_type(config) == "longrope":
+        return "other", "it reads short texts with the factors of RoPE for long ones"
     return _EXACT
 
 
 def _llama_cpp(config: Mapping[str, Any]) -> tuple[Verdict, str]:
+    if config["model_type"] == "qwen2_moe":
+        if config.get("mlp_only_layers"):
+            return "refused", "its converter wants experts in every layer of a Qwen2-MoE"
+        why = "the gates of its Qwen2-MoE do not add up to one, and its server may stop"
+        return "other", why
+    if _rope_type(config) == "longrope":
+        return "other", "its Mixtral does not know this RoPE (longrope)"
     if config["model_type"] == "granitemoe" and config.get("rope_scaling"):
         return "refused", "its GraniteMoe does not scale RoPE; use output.architecture: auto"
     return _beyond_window(config)
@@ -170,6 +196,8 @@ def _mlx(config: Mapping[str, Any]) -> tuple[Verdict, str]:
             f"it takes heads of {implied}, hidden_size / num_attention_heads; this model has "
             f"heads of {config['head_dim']}"
         )
+    if _rope_type(config) == "longrope":
+        return "other", "its Mixtral does not know this RoPE (longrope)"
     if config.get("rope_scaling"):
         return "other", "its Mixtral does not scale RoPE; use output.architecture: granitemoe"
     return _beyond_window(config)
