@@ -1,4 +1,4 @@
-"""The numbers of README's table and docs/lab-log.md: every method on a bundled family.
+"""The first table of docs/results.md and more of docs/lab-log.md: every method on a bundled family.
 
     python scripts/benchmark.py strangers --seeds 1 2 3 --out benchmark
 

@@ -159,7 +159,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "parameters": ({"parameters": {"t": 0.5}}, "parameters: mergekit-moe does not read it"),
     "shared": (
         {"shared_experts": [{"source_model": "a/shared", "residual_scale": 0.1}]},
-        "shared_experts[0] a/shared: no counterpart; no expert here serves every token",
+        "shared_experts[0] a/shared: no counterpart; no source can be the expert",
     ),
     "base": ({"base_model": "a/donor"}, "base_model a/donor is no expert there"),
     "noise": (

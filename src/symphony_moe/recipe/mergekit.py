@@ -353,9 +353,10 @@ def _notes_of_experts(theirs: _Theirs, path: Path, *, upcycled: bool) -> Iterato
     for number, expert in enumerate(theirs.shared_experts or ()):
         model = _model(expert.source_model, f"{path}: shared_experts[{number}].source_model")
         yield (
-            f"shared_experts[{number}] {model}: no counterpart; no expert here serves every token. "
-            "It is left out, with its prompts and scale. To keep what it knows, name it under "
-            "sources, as one more expert that tokens are routed to."
+            f"shared_experts[{number}] {model}: no counterpart; no source can be the expert that "
+            "serves every token (experts.shared_weight merges one from all). It is left out, with "
+            "its prompts and scale. To keep what it knows, name it under sources, as one more "
+            "expert that tokens are routed to."
         )
     references = [theirs.base_model, *(expert.source_model for expert in theirs.experts)]
     if any(isinstance(one, dict) and one.get("override_architecture") for one in references):
