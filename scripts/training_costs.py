@@ -1,15 +1,16 @@
-"""What training a fused model gains or costs, and what `train.keep_best` makes of it:
-docs/lab-log.md.
+"""What training a fused model gains or costs, and what `train.keep_best` and `train.average` make
+of it: docs/lab-log.md.
 
     python scripts/training_costs.py strangers branches --out training-costs
     python scripts/training_costs.py branches --methods btx --rates 2e-4,1e-3 --out training-costs
 
 A bundled family, by `recipes/<family>.yaml` with fewer tokens: built once by each method, then
-trained with several scopes and learning rates, with `train.keep_best`. Each training goes on to its
-last step, whatever the validation text says: so it shows what would have been written without
-`train.keep_best`, and whether it stops a training that would still have gained. Losses are held-out
-nats per token: the mean of the sources' domains, and of the others. What is there already is kept,
-so a study that was stopped goes on.
+trained with several scopes and learning rates. Each training goes on to its last step, whatever the
+validation text says: so it shows what would have been written without `train.keep_best`, and
+whether it stops a training that would still have gained. What `train.average` makes of the last
+step's weights is in the last column, with their share. Losses are held-out nats per token: the mean
+of the sources' domains, and of the others. What is there already is kept, so a study that was
+stopped goes on.
 """
 
 import argparse
@@ -34,7 +35,10 @@ from symphony_moe.training.validation import StopsWithoutGain
 
 ROOT = Path(__file__).parent.parent
 BUDGET = ("calibration.tokens=65536", "train.tokens=153600", "evaluation.tokens=4096")
-KEEP_BEST = ("train.keep_best=true", "train.checkpoints=4", "train.evaluations=4")
+MEASURED = (
+    *("train.keep_best=true", "train.average=true"),
+    *("train.checkpoints=4", "train.evaluations=4"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,16 @@ class Point:
 
     step: int
     validation: float
+    in_domain: float
+    out_of_domain: float
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What `train.average` writes, and its losses."""
+
+    share: float
+    """Of the last step's weights."""
     in_domain: float
     out_of_domain: float
 
@@ -77,12 +91,12 @@ class Study:
         outside = [loss for name, loss in losses.items() if name not in self.recipe.sources]
         return Point(step, validation, sum(inside) / len(inside), sum(outside) / len(outside))
 
-    def curve(self, settings: Sequence[str]) -> list[Point]:
-        """The built model, and the states of a training with these settings."""
+    def curve(self, settings: Sequence[str]) -> tuple[list[Point], Averaged]:
+        """The built model and the states of a training with these settings; and the average."""
         name = "-".join(settings).replace("train.", "")
         path = self.run.root / f"curve-{name}.json"
         if not path.is_file():
-            recipe = load_recipe(self.run.recipe, [*settings, *KEEP_BEST, BUDGET[1]])
+            recipe = load_recipe(self.run.recipe, [*settings, *MEASURED, BUDGET[1]])
             train_run(
                 self.run, recipe, self.sources, resume=False, overwrite=True, measure=self.measure
             )
@@ -94,9 +108,17 @@ class Study:
                 tokens = point.step * (training.tokens or 0) // (training.steps or 1)
                 assert held_out.tokens == tokens, f"{path}: point {at} is of another step"
                 points.append(self.point(point.step, point.loss, held_out.losses))
-            write_text(path, to_json([asdict(point) for point in points]))
+            assert training.averaging is not None
+            average = self.point(0, 0.0, self.measure(load_stock(self.run.trained)))
+            share = training.averaging.share
+            found = {
+                "points": [asdict(point) for point in points],
+                "averaged": asdict(Averaged(share, average.in_domain, average.out_of_domain)),
+            }
+            write_text(path, to_json(found))
             shutil.rmtree(self.run.trained)
-        return [Point(**point) for point in json.loads(path.read_text())]
+        content = json.loads(path.read_text())
+        return [Point(**point) for point in content["points"]], Averaged(**content["averaged"])
 
 
 def kept(curve: Sequence[Point]) -> Point:
@@ -108,7 +130,7 @@ def kept(curve: Sequence[Point]) -> Point:
     return min(curve, key=lambda point: point.validation) if gains else start
 
 
-def spell(point: Point, start: Point) -> str:
+def spell(point: Point | Averaged, start: Point) -> str:
     """A cell of the table."""
     change = point.in_domain - start.in_domain
     return f"{point.in_domain:.3f} ({change:+.3f}; {point.out_of_domain:.3f})"
@@ -124,26 +146,32 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=114514)
     parser.add_argument("--out", type=Path, default=Path("training-costs"))
     given = parser.parse_args()
-    # What comes after half of the steps is measured too.
-    with patch.object(StopsWithoutGain, "on_evaluate", return_value=None):
+    # What comes after half of the steps is measured too, and the last step's weights are averaged.
+    with (
+        patch.object(StopsWithoutGain, "on_evaluate", return_value=None),
+        patch("symphony_moe.training.run.restore_best"),
+    ):
         _print_table(given)
 
 
 def _print_table(given: argparse.Namespace) -> None:
     """Train what is not trained yet, and print a row for each training."""
-    print("| | scope | rate | built | the last step | kept | its step |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | scope | rate | built | the last step | kept | its step | averaged | share |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for family, method in product(given.families, given.methods.split(",")):
         run = RunFolder(given.out / f"{family}-{method}-seed{given.seed}")
         study = Study.begin(run, family, method, given.seed)
         for scope, rate in product(given.scopes.split(","), given.rates.split(",")):
-            curve = study.curve([f"train.scope={scope}", f"train.learning_rate={rate}"])
+            settings = [f"train.scope={scope}", f"train.learning_rate={rate}"]
+            curve, averaged = study.curve(settings)
             start, best = curve[0], kept(curve)
             cells = (
                 *(f"{family}, {method}", scope, rate),
                 f"{start.in_domain:.3f} ({start.out_of_domain:.3f})",
                 *(spell(curve[-1], start), spell(best, start)),
                 f"{best.step} of {curve[-1].step}",
+                spell(averaged, start),
+                f"{averaged.share:g}",
             )
             print(f"| {' | '.join(cells)} |", flush=True)
 

@@ -58,6 +58,7 @@ def test_the_method_fits_what_the_models_are_to_each_other(
     recipe = written(made, tmp_path)
     assert recipe.method == method and list(recipe.sources) == ["english", "python"]
     assert recipe.anchor == "english" and FILL_IN not in made.recipe
+    assert recipe.train.average == (method == "harmonized")
     assert not any("no branch" in note for note in pipeline.plan(recipe).notes)
 
 

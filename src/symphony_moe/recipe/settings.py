@@ -112,7 +112,8 @@ class SourceSpec(Section):
     """One source: a dense checkpoint and text of its domain."""
 
     model: Name
-    """Local folder, hub id, or `bundled:<family>/<domain>`."""
+    """Local folder, hub id, or a bundled model: `bundled:strangers/NAME` or
+    `bundled:branches/NAME`, where NAME is `english`, `python`, `arithmetic` or `records`."""
     revision: Name | None = None
     """Branch, tag or commit on the hub. Default: the newest."""
     gguf_file: Name | None = None
@@ -125,7 +126,8 @@ class SourceSpec(Section):
     adapter_revision: Name | None = None
     """Branch, tag or commit of the adapter on the hub. Default: the newest."""
     data: Data
-    """Text of this source's domain. Calibration, training and evaluation read it."""
+    """Text of this source's domain: `.jsonl`, `.txt` or `.parquet` files, `bundled:NAME`, or
+    `{hub: ...}`. Calibration, training and evaluation read it."""
     column: Name = "text"
     """Column of `.jsonl` and `.parquet` files with the text. `messages` holds a chat, which is
     formatted by the source's chat template."""
@@ -135,11 +137,11 @@ class SourceSpec(Section):
     layers: list[Annotated[Whole, Field(ge=0, lt=10_000)] | None] | None = None
     """For `backbone.shapes: widest` and a source with fewer layers than another: for each layer of
     the result the number of this source's layer there, counted from 0, or null for one that is
-    added. Default: matched to the deepest source by calibration text. A run writes it into its
-    recipe."""
+    added. Default: matched to the deepest source by calibration text, or evenly where the method
+    reads none. A run writes it into its recipe."""
     sha256: dict[str, Name] | None = None
-    """File name -> SHA-256 of the weights. A run writes it into its recipe. If given, it is
-    checked."""
+    """File name -> SHA-256, of every file of the source that is read: weights, config, tokenizer. A
+    run writes it into its recipe. If given, it is checked."""
 
     @model_validator(mode="after")
     def _one_column(self) -> "SourceSpec":
@@ -158,9 +160,9 @@ class Calibration(Section):
     sequence_length: Whole = Field(2048, ge=2, le=LONGEST)
     """Tokens per window."""
     windows: Literal["random", "coverage"] = "random"
-    """Which windows are used. `random`: any. `coverage`: half of them are any. The other half add
-    the most different tokens and pairs of tokens to that half. They come from up to 16 times as
-    much text. Validation windows are always random."""
+    """Which windows are used. `random`: drawn at random. `coverage`: half are drawn at random. The
+    other half are chosen from up to 16 times as much text, for tokens and pairs of tokens that the
+    others lack. Validation windows are always random."""
     domains: list[Name] | None = Field(None, min_length=1)
     """Sources whose text the alignment uses. Default: all. A fit needs the text of all of them."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -287,8 +289,8 @@ class Router(Section):
     init: Literal["random", "regression", "ridge", "hidden"] = "random"
     """Router initialisation. `random`: normal, standard deviation 0.02. `regression`: logistic
     regression from router inputs to the source of the text. `ridge`: ridge regression to it, as in
-    DUME. Where no layer is fitted, each source's text then goes through its own expert. `hidden`:
-    the mean router input of each source's text."""
+    DUME. Where no layer is fitted, each source's text goes through its own expert while these
+    inputs are gathered. `hidden`: the mean router input of each source's text."""
     temperature: Real = Field(1.0, ge=1e-6, le=1e9)
     """The rows of a router that is not random are divided by this. Higher: more even routing."""
     top_k: Whole = Field(2, ge=1, le=64)
@@ -325,7 +327,8 @@ class Train(Section):
     scope: Literal["router", "experts", "all"] = "all"
     """What is trained. `router`: the router. `experts`: router and experts. `all`: everything."""
     tokens: Whole = Field(10_000_000, gt=0, le=MOST_TOKENS)
-    """Training tokens in total. Every source's data gives an equal share."""
+    """Training tokens in total. Every source's data gives an equal share. Text that is shorter than
+    its share is repeated."""
     learning_rate: Real = Field(5e-5, gt=0, le=1)
     """Peak learning rate of the cosine schedule."""
     warmup: Real = Field(0.03, ge=0, lt=1)
@@ -353,6 +356,11 @@ class Train(Section):
     and it is not held-out text. The loss is measured before training and at each of `checkpoints`.
     Training stops at half of its steps if the loss has not gone down by then. `false`: the last
     step's model is the result."""
+    average: bool = False
+    """Average the weights before training and after it. The share of the trained weights is 0, 1/4,
+    1/2, 3/4 or 1: the one with the lowest loss on the validation text that `keep_best` describes.
+    With `keep_best`, its best checkpoint takes the place of the last step's. `false`: the trained
+    model is the result."""
     evaluations: Whole = Field(0, ge=0, le=MOST_STEPS)
     """How often to measure held-out loss during training, at equal intervals. The last measurement
     is the final evaluation. 0: only the final evaluation."""
@@ -378,6 +386,11 @@ class Train(Section):
     report_to: str | list[str] = "none"
     """Where the Trainer's log goes besides `metrics.json`: `tensorboard`, `wandb`, ... Each is a
     package to install. Default: nowhere else."""
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether documents are kept from training for validation."""
+        return self.keep_best or self.average
 
 
 class Evaluation(Section):
@@ -454,7 +467,8 @@ class Recipe(Section):
     sources: dict[str, SourceSpec] = Field(min_length=2, max_length=64)
     """Name -> source. One expert each, in this order."""
     anchor: Name
-    """The source that the others are aligned to. Default: the first."""
+    """The source whose tokenizer, context length and chat template the result has. Methods that
+    align bring the others into its coordinates. Default: the first."""
     method: Name = "symphony"
     """Preset, whose values are the defaults of the sections below: `symphony`, `harmonized`, `btx`,
     `bam`, `drop-upcycling`, `sparse-upcycling` or `dume`."""

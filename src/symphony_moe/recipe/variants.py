@@ -112,6 +112,7 @@ _COMMON = (
     "train.batch_size",
     "train.gradient_accumulation",
     "train.keep_best",
+    "train.average",
     "compare",
 )
 """What all runs of a comparison that have one seed have in common."""

@@ -32,6 +32,7 @@ class Entry(TypedDict):
     calibration_tokens: NotRequired[int]
     temperature: NotRequired[float]
     kept_tokens: NotRequired[int]
+    average: NotRequired[float]
     curve: NotRequired[list["Mark"]]
     reaches: NotRequired["Reach"]
     tasks: NotRequired[dict[str, Any]]
@@ -186,6 +187,8 @@ def _trained_entry(run: _Finished, sources: Sequence[str]) -> Entry:
     if training.validation is not None and training.tokens and training.steps:
         chosen = training.tokens // training.steps * training.validation.chosen_step
         entry["kept_tokens"] = calibration + chosen
+    if training.averaging is not None:
+        entry["average"] = training.averaging.share
     if tasks := run.tasks("trained"):
         entry["tasks"] = tasks
     return entry
@@ -241,6 +244,8 @@ def _as_trained(row: Entry) -> float | None:
     that."""
     if row.get("temperature", 1) == 1:  # older tables do not say
         return row["mean_in_domain"]
+    if row.get("average", 1) != 1:  # a mean of weights is measured at the end alone
+        return None
     at = row.get("kept_tokens", row["tokens"])  # with train.keep_best maybe not the last step's
     measured = {mark["tokens"]: mark["mean_in_domain"] for mark in row.get("curve", [])}
     return measured.get(at)

@@ -8,6 +8,7 @@ from symphony_moe.reporting.charts import Chart, Line, Point, worth_drawing
 from symphony_moe.reporting.numbers import Number, count, duration, loss_text
 from symphony_moe.reporting.tables import in_order
 from symphony_moe.runs.metrics import (
+    Averaging,
     CurvePoint,
     HeldOutPoint,
     TemperatureScaling,
@@ -21,7 +22,7 @@ def training_facts(training: Training | None) -> list[tuple[str, str]]:
     if training is None:
         return []
     rate, scaling = training.learning_rate, training.temperature_scaling
-    validation = training.validation
+    validation, averaging = training.validation, training.averaging
     facts = [
         ("Scope", training.scope),
         ("Tokens", None if training.tokens is None else count(training.tokens)),
@@ -29,6 +30,7 @@ def training_facts(training: Training | None) -> list[tuple[str, str]]:
         ("Time", None if training.seconds is None else duration(training.seconds)),
         ("Learning rate at its peak", None if rate is None else f"{rate:g}"),
         ("Weights kept", None if validation is None else kept_text(validation)),
+        ("Weights averaged", None if averaging is None else averaged_text(averaging)),
         ("Temperature scaling", None if scaling is None else trained_scaling_text(scaling)),
     ]
     return [(what, value) for what, value in facts if value is not None]
@@ -50,6 +52,16 @@ def kept_text(validation: Validation) -> str:
     return (
         f"of step {count(chosen)} (validation loss {before} before, "
         f"{loss_text(losses.get(chosen))} there{last})"
+    )
+
+
+def averaged_text(averaging: Averaging) -> str:
+    """The share of the trained weights that `train.average` took, and the losses that say why."""
+    losses = {point.share: point.loss for point in averaging.curve}
+    taken, before, after = (loss_text(losses.get(n)) for n in (averaging.share, 0.0, 1.0))
+    return (
+        f"{100 * averaging.share:.0f} % of the trained ones (validation loss {taken}; {before} "
+        f"before training, {after} after)"
     )
 
 

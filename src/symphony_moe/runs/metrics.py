@@ -211,6 +211,25 @@ class Validation(Part):
     curve: list[ValidationLoss] = []
 
 
+class AverageLoss(Part):
+    """Losses on validation text of a mean of the weights before training and after it."""
+
+    share: Real = math.nan
+    """Of the trained weights."""
+    loss: Real = math.nan
+    """The mean over the sources."""
+    losses: Losses = {}
+
+
+class Averaging(Part):
+    """How `train.average` chose the share of the trained weights."""
+
+    tokens: int
+    """Of the validation text."""
+    share: Real = math.nan
+    curve: list[AverageLoss] = []
+
+
 class Training(Part):
     """What the training was, and how it went."""
 
@@ -227,6 +246,7 @@ class Training(Part):
     curve: Annotated[list[CurvePoint], BeforeValidator(lambda value: value or [])] = []
     held_out: Annotated[list[HeldOutPoint], BeforeValidator(lambda value: value or [])] = []
     validation: Validation | None = None
+    averaging: Averaging | None = None
     temperature_scaling: TemperatureScaling | None = Field(
         None, validation_alias=AliasChoices("temperature_scaling", "softened")
     )

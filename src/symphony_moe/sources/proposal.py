@@ -244,7 +244,7 @@ def _head(why: Sequence[str], notes: Sequence[str]) -> Iterator[str]:
 
 def _settings(recipe: Recipe, method: str, sources: Sequence[Source]) -> Iterator[str]:
     """The settings below the sources."""
-    yield from comment("The anchor's tokenizer, norms and context are the result's.")
+    yield from comment("The anchor's tokenizer and context length are the result's.")
     yield f"anchor: {scalar(recipe.anchor)}"
     yield f"method: {method}"
     if recipe.widens:
@@ -260,8 +260,14 @@ def _settings(recipe: Recipe, method: str, sources: Sequence[Source]) -> Iterato
         yield from comment("sequence_length: the shortest context of the sources.")
     tokens = recipe.calibration.tokens
     yield f"calibration: {scalar({'tokens': tokens, 'sequence_length': length})}"
-    tokens = recipe.train.tokens
-    yield f"train: {scalar({'tokens': tokens, 'sequence_length': length})}"
+    training: dict[str, Any] = {"tokens": recipe.train.tokens, "sequence_length": length}
+    if method == "harmonized":
+        yield from comment(
+            "average: the result is the mean of the model before training and after it, where that "
+            "loses less on validation text."
+        )
+        training["average"] = True
+    yield f"train: {scalar(training)}"
     yield from comment("Text of no source's domain: extra: {name: file} under evaluation.")
     yield f"evaluation: {scalar({'sequence_length': length})}"
 

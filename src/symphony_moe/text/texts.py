@@ -6,7 +6,7 @@ Every domain's documents are read, split and tokenised once (`Domain`). Which of
               -> to train on (training_text) -> of a fit: fitted on  calibration_windows
                                              -> validated by         validation_windows
 
-With `train.keep_best`, documents that validate a fit validate the training too
+With `train.keep_best` or `train.average`, documents that validate a fit validate the training too
 (training_validation), and are not trained on.
 """
 
@@ -143,9 +143,10 @@ class Texts:
         return windows
 
     def training_validation(self) -> dict[str, Pieces]:
-        """Source -> documents that a training is validated by (`train.keep_best`), and that are not
-        trained on: equal shares. They are read as held-out documents are, each on its own: packed
-        windows are what a training gets better at even where documents by themselves lose.
+        """Source -> documents that a training is validated by (`train.keep_best`, `train.average`),
+        and that are not trained on: equal shares. They are read as held-out documents are, each on
+        its own: packed windows are what a training gets better at even where documents by
+        themselves lose.
 
         Raises TextError for a source that has a single document, or too little for a window.
         """
@@ -158,8 +159,8 @@ class Texts:
             documents = _validating(
                 who,
                 domain,
-                "train.keep_best compares models on documents that are not trained on, so give "
-                "text in several, or set train.keep_best: false",
+                f"{_asks(recipe)} compares models on documents that are not trained on, so give "
+                f"text in several, or set {_asks(recipe)}: false",
             )
             pieces[name] = draw_pieces(_validates(name), documents, domain, drawing)
         return pieces
@@ -178,7 +179,7 @@ class Texts:
         for name in self._sources:
             who = f"training text of {name}"
             part = self._domain(name).training_windows(
-                who, drawing, folder, is_validated=recipe.train.keep_best
+                who, drawing, folder, is_validated=recipe.train.is_validated
             )
             repeats = math.ceil(share / len(part))
             if repeats > 1:
@@ -192,8 +193,8 @@ class Texts:
 
     def refuse_short_training_text(self) -> None:
         """TextError where a source's text does not fill one window of `train.sequence_length`, or
-        with `train.keep_best`, that of `training_validation` does not."""
-        length, is_validated = self.recipe.train.sequence_length, self.recipe.train.keep_best
+        where a training is validated, that of `training_validation` does not."""
+        length, is_validated = self.recipe.train.sequence_length, self.recipe.train.is_validated
         if is_validated:
             self.training_validation()
         for name in self._sources:
@@ -232,6 +233,11 @@ def _validating(who: str, domain: Domain, why: str) -> Documents:
     if not documents:
         raise TextError(f"{who}: a single document; {why}")
     return documents
+
+
+def _asks(recipe: Recipe) -> str:
+    """The setting that asks for validation text."""
+    return "train.keep_best" if recipe.train.keep_best else "train.average"
 
 
 def _validates(name: str) -> str:

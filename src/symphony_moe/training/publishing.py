@@ -37,11 +37,10 @@ def refuse_lost(run: RunFolder) -> None:
 # Numbers
 
 
-def describe_training(
-    trainer: MoETrainer, digest: str, scaling: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def describe_training(trainer: MoETrainer, found: Mapping[str, Any]) -> dict[str, Any]:
     """For `metrics.json`: what was trained on how much text in how many seconds, and how the losses
-    went. `digest`: of the text. `scaling`: what `scale_temperature` has found."""
+    went. `found`: the digest of the `text`, and what `averaging` and `temperature_scaling` came to,
+    None for what was not asked for."""
     settings, steps = trainer.settings, trainer.state.global_step
     training: dict[str, Any] = {
         "scope": settings.scope,
@@ -50,16 +49,15 @@ def describe_training(
         "seconds": round(time.monotonic() - trainer.began, 2),
         "learning_rate": settings.learning_rate,
         "trained_parameters": trainer.num_trained,
-        "text": digest,
         "settings": settings.model_dump(),
         "curve": _loss_curve(trainer),
         "held_out": _held_out_curve(trainer),
     }
-    validation: Any = trainer.eval_dataset
-    if validation is not None:
+    if settings.keep_best:
+        validation: Any = trainer.eval_dataset
         tokens = sum(len(pieces.tokens) for pieces in validation.values())
         training["validation"] = describe_validation(tokens, trainer.state)
-    return training | ({"temperature_scaling": scaling} if scaling else {})
+    return training | {key: value for key, value in found.items() if value is not None}
 
 
 def _loss_curve(trainer: MoETrainer) -> list[dict[str, int | float]]:
@@ -145,7 +143,8 @@ def _write_trained(
     hashes = _stream_weights(run, recipe, raw)
     _copy_companions(run)
     card = run.staged_trained / "README.md"
-    unsaid = {"report_to"} | (set() if recipe.train.keep_best else {"keep_best"})
+    unsaid = {"report_to"}
+    unsaid |= {name for name in ("keep_best", "average") if not getattr(recipe.train, name)}
     settings = write_yaml(recipe.train.model_dump(mode="json", exclude=unsaid))
     more = f"\n## Training\n\nTrained after building, with\n\n```yaml\n{settings}```\n"
     write_bytes(card, card.read_bytes() + more.encode())

@@ -36,14 +36,15 @@ def is_fsdp() -> bool:
 
 
 def _refuse_shards(settings: Train) -> None:
-    """RecipeError for `train.keep_best` where no process has the whole model to put weights back
-    into."""
-    if settings.keep_best and is_fsdp():
-        raise RecipeError(
-            "train.keep_best: the launcher's configuration shards the model (FSDP), and the best "
-            "weights can only be put back into a whole one. Set train.keep_best: false, or train "
-            "without FSDP"
-        )
+    """RecipeError for settings that put weights back into a model, where no process has the whole
+    one."""
+    for setting in ("keep_best", "average"):
+        if getattr(settings, setting) and is_fsdp():
+            raise RecipeError(
+                f"train.{setting}: the launcher's configuration shards the model (FSDP), and "
+                f"weights can only be put back into a whole one. Set train.{setting}: false, or "
+                "train without FSDP"
+            )
 
 
 def _refuse_loggers(settings: Train) -> None:

@@ -9,8 +9,9 @@ shares, held-out documents left out.
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -25,6 +26,7 @@ from symphony_moe.runs.folder import RunFolder
 from symphony_moe.sources.source import Source, anchor_of
 from symphony_moe.text.memory_maps import TrainingText
 from symphony_moe.text.texts import Texts
+from symphony_moe.training.averaging import average_weights
 from symphony_moe.training.job import Measure, TrainingJob
 from symphony_moe.training.publishing import describe_training, publish_trained, refuse_lost
 from symphony_moe.training.refusals import refuse_untrainable
@@ -83,7 +85,7 @@ def train_run(  # noqa: PLR0913 (all but three are keywords)
     begin(run, recipe, processes, resume=resume)
     # 4. The text is drawn. The clock goes on from where the interrupted training was saved.
     texts = Texts.of(recipe, sources, texts)
-    validation = texts.training_validation() if recipe.train.keep_best else None
+    validation = texts.training_validation() if recipe.train.is_validated else None
     text = texts.training_text(run.work / "text")
     began = time.monotonic() - seconds_until(saved)
     # 5. The model is loaded, with the weights to go on from, and put into a Trainer.
@@ -100,16 +102,21 @@ def train_run(  # noqa: PLR0913 (all but three are keywords)
             refuse_incomplete(saved, processes)
         # 7. Training.
         trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
-        if validation is not None:
+        averages = recipe.train.average
+        # The model before training is part of an average anyway.
+        if recipe.train.keep_best and (trainer.state.best_global_step or not averages):
             restore_best(run, model, trainer.state)
+        averaging = average_weights(run, model, trainer) if averages else None
         # 8. The trained model is gathered and published.
-        _finish(job, model, trainer, digest)
+        _finish(job, model, trainer, {"text": digest, "averaging": averaging})
 
 
-def _finish(job: TrainingJob, model: PreTrainedModel, trainer: MoETrainer, digest: str) -> None:
+def _finish(
+    job: TrainingJob, model: PreTrainedModel, trainer: MoETrainer, found: Mapping[str, Any]
+) -> None:
     """Gather the weights and measure the temperature, which takes all processes; the first then
     writes `trained/`. The others do not wait for it: where the weights are large, writing them
-    takes longer than a collective operation may."""
+    takes longer than a collective operation may. `found`: see `describe_training`."""
     is_first = trainer.is_world_process_zero()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if is_first:
@@ -118,7 +125,7 @@ def _finish(job: TrainingJob, model: PreTrainedModel, trainer: MoETrainer, diges
     if is_first:
         if scaling:
             weights[FINAL_NORM] = weights[FINAL_NORM] / scaling["temperature"]
-        training = describe_training(trainer, digest, scaling)
+        training = describe_training(trainer, {**found, "temperature_scaling": scaling})
         publish_trained(job.run, job.recipe, model, weights, training)
 
 

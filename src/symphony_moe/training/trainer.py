@@ -56,7 +56,7 @@ def make_trainer(
     validation: Mapping[str, Pieces] | None = None,
 ) -> "MoETrainer":
     """The Trainer of a job, with teachers and callbacks. `began`: see `MoETrainer`. `validation`:
-    source -> text for `train.keep_best`.
+    source -> text for `train.keep_best` and `train.average`.
 
     Raises TextError where the text does not fill one step of all processes.
     """
@@ -86,11 +86,11 @@ def make_trainer(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    if validation is not None:
+    if job.settings.keep_best and not job.settings.average:
         trainer.add_callback(StopsWithoutGain())
     if job.measure is not None and job.settings.evaluations:
         # The last step's model may be the trained one: then `evaluate` does it.
-        at_end = job.settings.temperature_scaling > 0 or job.settings.keep_best
+        at_end = job.settings.temperature_scaling > 0 or job.settings.is_validated
         trainer.add_callback(HeldOutLosses(job.measure, job.settings.evaluations, at_end=at_end))
     return trainer
 
