@@ -1088,7 +1088,7 @@ def test_every_source_computes_what_stock_loading_of_it_does(
 def test_a_source_that_does_not_fit_into_memory_is_not_compared(
     built: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = SimpleNamespace(available=1000)
+    memory = SimpleNamespace(available=1000, total=10**12)
     monkeypatch.setattr("symphony_moe.building.verify.psutil.virtual_memory", lambda: memory)
     checks = pipeline.verify(built("llama"))
     assert checks["a in stock transformers"].startswith("not checked: loading takes 0 GB")
