@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checks import load_clean, tensors_of
+from checks import Killed, load_clean, tensors_of
 from conftest import make_recipe
 from symphony_moe import pipeline
 from symphony_moe.errors import RecipeError, RunFolderError, TextError
@@ -163,6 +163,26 @@ def test_the_best_checkpoint_takes_the_place_of_the_last(
     pipeline.train(run, [AVERAGE, "train.keep_best=true", "train.checkpoints=7"])
     assert all(torch.equal(seen[-1][name], tensor) for name, tensor in saved["end"].items())
     assert run.read_json(run.metrics)["training"]["steps"] == 7
+
+
+def test_a_training_that_was_killed_before_its_average_goes_on(
+    copied: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the last state that was saved, to the same bytes."""
+    run, cut = copied("llama"), copied("llama")
+    pipeline.train(run, [AVERAGE])
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(averaging, "_tell", killed)
+        with pytest.raises(Killed):
+            pipeline.train(cut, [AVERAGE])
+    assert not cut.trained.exists()
+    pipeline.train(cut, [AVERAGE], resume=True)
+    assert hash_folder(cut.trained) == hash_folder(run.trained)
+    assert averaging_of(cut) == averaging_of(run)
 
 
 def test_what_it_cannot_do_is_refused(

@@ -217,6 +217,25 @@ def test_two_processes_measure_what_one_does(
 
 
 @pytest.mark.slow
+def test_two_processes_average_what_one_does(
+    built: Callable[[str], RunFolder], tmp_path: Path
+) -> None:
+    """Each measures a share of the text, and all take the same mean."""
+    run, alone = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone")
+    for folder in (run, alone):
+        shutil.copytree(built("llama").root, folder.root)
+    average = "train.average=true"
+    pipeline.train(alone, [*SETTINGS, average, "train.gradient_accumulation=2"])
+    code, output = launch(tmp_path, TORCHRUN, "train", str(run.root), "--set", average)
+    assert code == 0, output
+    one, other = (r.read_json(r.metrics)["training"]["averaging"] for r in (run, alone))
+    assert one["share"] == other["share"] and one["tokens"] == other["tokens"]
+    for ours, theirs in zip(one["curve"], other["curve"], strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
+    pipeline.verify(run)
+
+
+@pytest.mark.slow
 def test_two_processes_put_back_what_was_there_before(
     built: Callable[[str], RunFolder], tmp_path: Path
 ) -> None:
