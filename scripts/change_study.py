@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 ADDED, REMOVED = "records", "python"
 BUDGET = (
     "calibration.tokens=32768",
+    "train.average=false",
     "fit.epochs=2",
     "evaluation.tokens=8192",
     "train.tokens=65536",

@@ -43,7 +43,9 @@ def _verdict(programs: dict[str, Any], names: tuple[str, ...]) -> str:
     verdicts = {one["verdict"] for one in found}
     newest = {programs[names[-1]][stage]["verdict"] for stage in ("built", "trained")}
     if newest == {"exact"} != verdicts:
-        return f"exact in {names[-1].rpartition('-')[2]}"
+        old, new = (name.rpartition("-")[2] for name in (names[0], names[-1]))
+        oldest = programs[names[0]]["built"]["verdict"]
+        return f"exact in {new}, {_WORDS[oldest]} in {old}"
     worst = next(verdict for verdict in ("other", "refused", "exact") if verdict in verdicts)
     star = worst == "exact" and any(one["texts cut otherwise"] for one in found)
     return _WORDS[worst] + ("\\*" if star else "")

@@ -299,8 +299,9 @@ def test_what_needs_less_memory_is_named(recipes: Recipes, monkeypatch: pytest.M
     config = open_sources(recipe)[0].config
     config.vocab_size = 200_000
     shape = (config, len(recipe.sources))
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         "fit.layers_with_head: 0": {"layers_with_head": 0},
+        "fit.embeddings: false": {"embeddings": False},
         "fit.layers_with_head: 0 and fit.embeddings: false": {
             "layers_with_head": 0,
             "embeddings": False,

@@ -112,6 +112,7 @@ def test_a_plan_names_every_program(variant: str, recipes: Callable[[str], Path]
         ("llama", DENSE, {"vLLM": "exact", "llama.cpp": "refused", "MLX": "refused"}),
         ("qwen3", DENSE, {"vLLM": "untried", "llama.cpp": "untried", "MLX": "untried"}),
         ("llama", SHARED, {"vLLM": "exact", "llama.cpp": "other", "MLX": "other"}),
+        ("qwen2", AS_QWEN, {"vLLM": "untried", "transformers 4.57": "untried"}),
         ("llama", AS_QWEN, {"vLLM": "untried", "llama.cpp": "other", "MLX": "other"}),
         ("llama", ("method=bam",), {"vLLM": "other", "llama.cpp": "refused", "MLX": "refused"}),
     ],

@@ -430,9 +430,10 @@ def test_released_models_are_planned_as_published(name: str, planned: Callable[.
 
 @pytest.mark.slow
 def test_four_of_7b_fit_in_24_gib(planned: Callable[..., Plan]) -> None:
-    """With a small vocabulary as they are; with a large one the plan says what to do without."""
+    """With a small vocabulary as they are; with a large one the plan says what to do without. What
+    is measured is up to 1.12 times as much (docs/bench.md)."""
     limit = 24 * 2**30
-    assert planned("llama2-codellama-7b.yaml").peak_memory_bytes < limit
+    assert 1.12 * planned("llama2-codellama-7b.yaml").peak_memory_bytes < limit
     name = "qwen2.5-7b.yaml"
     assert planned(name).peak_memory_bytes > limit
     plan = pipeline.plan(load_recipe(RECIPES / name), memory=limit)

@@ -2,6 +2,7 @@
 folders, the shape of the text from its first rows; what must be filled in is said."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,8 @@ def test_smaller_models_are_padded_where_that_makes_them_fit(project: Path) -> N
     words = " ".join(made.recipe.replace("#", " ").split())
     assert "b: layers 1 to 2" in words
     assert "c: hidden size 16 to 32" in words and "docs/how-to/shapes.md" in words
+    assert "needs two documents" in words and "not here" not in words
+    assert re.search(r"# llama, [\d,]+ parameters in \w+, 1 layers.*\n  b:", made.recipe)
     assert all(one.verdict != "error" for one in pipeline.plan(recipe).differences)
 
 

@@ -162,7 +162,8 @@ def test_the_best_checkpoint_takes_the_place_of_the_last(
     seen = loses(monkeypatch, [2.0, 1.5, 1.25, 1.75, 2.5])
     pipeline.train(run, [AVERAGE, "train.keep_best=true", "train.checkpoints=7"])
     assert all(torch.equal(seen[-1][name], tensor) for name, tensor in saved["end"].items())
-    assert run.read_json(run.metrics)["training"]["steps"] == 7
+    training = run.read_json(run.metrics)["training"]
+    assert training["steps"] == 7 and training["validation"]["chosen_step"] == (best or 7)
 
 
 def test_a_training_that_was_killed_before_its_average_goes_on(
@@ -202,11 +203,22 @@ def test_what_it_cannot_do_is_refused(
         with pytest.raises(RunFolderError, match="training diverged by step 7"):
             pipeline.train(run, [AVERAGE])
     assert not run.trained.exists()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(averaging, "load_stock", full)
+        with pytest.raises(RunFolderError, match=r"train.average: no memory .* --resume"):
+            pipeline.train(run, [AVERAGE], resume=True)
+    assert not run.trained.exists()
     path = make_recipe(tmp_path, count=2)
     rows = (tmp_path / "b.jsonl").read_text().splitlines()
     (tmp_path / "b.jsonl").write_text(f"{rows[0]}\n")
     recipe = load_recipe(path, [AVERAGE])
-    with pytest.raises(TextError, match=r"single document; train.average .* train.average: false"):
+    with pytest.raises(
+        TextError, match=r"single document; train.average: .* set train.average: false"
+    ):
         Texts(recipe, open_sources(recipe)).refuse_short_training_text()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match=r"train.average: .*FSDP.*average: false"):

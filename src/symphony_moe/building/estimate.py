@@ -93,6 +93,7 @@ def peak_memory(
 
 _LIGHTER: tuple[dict[str, Any], ...] = (
     {"layers_with_head": 0},
+    {"embeddings": False},
     {"layers_with_head": 0, "embeddings": False},
     {"epochs": 0},
 )

@@ -233,8 +233,6 @@ def _refine(
             before,
         )
         steps = descend(state, how)
-        for parameter in how.parameters:
-            parameter.grad = None
         return head, Step(before, divergence(), descents=steps)
 
 

@@ -302,7 +302,7 @@ class Descent:
     """What it was at the start."""
     in_parts: bool = False
     """Whether the loss may be asked for of a part of a step at a time: what the gradient of one
-    part needs is freed before the next."""
+    part needs is freed before the next. It may not add over processes then."""
 
 
 def descend(state: FitState, descent: Descent) -> int:

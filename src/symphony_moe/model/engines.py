@@ -82,7 +82,7 @@ def _unrecorded(config: Mapping[str, Any], dense: str, layout: str) -> str:
     kind = config["model_type"]
     if layout:
         return "" if (dense, kind, layout) in _LAYOUTS else layout
-    if kind == "qwen2_moe" and dense != "qwen2":
+    if kind == "qwen2_moe" and not (dense == "qwen2" and config.get("use_sliding_window")):
         return f"as {kind} of {dense or 'such'} sources"
     if kind == "ernie4_5_moe":
         size, heads = config["head_dim"], config["num_attention_heads"]

@@ -359,8 +359,8 @@ class Train(Section):
     average: bool = False
     """Average the weights before training and after it. The share of the trained weights is 0, 1/4,
     1/2, 3/4 or 1: the one with the lowest loss on the validation text that `keep_best` describes.
-    With `keep_best`, its best checkpoint takes the place of the last step's. `false`: the trained
-    model is the result."""
+    With `keep_best`, its best checkpoint takes the place of the last step's, if it is better than
+    the model before training. `false`: the trained model is the result."""
     evaluations: Whole = Field(0, ge=0, le=MOST_STEPS)
     """How often to measure held-out loss during training, at equal intervals. The last measurement
     is the final evaluation. 0: only the final evaluation."""

@@ -74,9 +74,8 @@ def propose_recipe(
     for name, spec in recipe.sources.items():
         if spec.data:
             check_data_exists(name, spec.data)
-    recipe, sources, differences = _padded_where_it_helps(
-        recipe, open_sources(recipe, download=False)
-    )
+    opened = open_sources(recipe, download=False)
+    recipe, sources, differences = _padded_where_it_helps(recipe, opened)
     refuse_mismatch(differences)
     cosines = likeness_to_anchor(sources, recipe.anchor)
     notes = [str(one) for one in differences if one.verdict == "warning"]
@@ -87,12 +86,12 @@ def propose_recipe(
         notes += [*source.remarks, *problems]
     method, why = _method(recipe, cosines)
     if recipe.widens:
-        method, why = "harmonized", [*_padding(sources), *why[:1]]
+        method, why = "harmonized", list(_padding(sources))
     fill_in = [f"sources.{name}.data" for name, spec in specs.items() if not spec["data"]]
     if fill_in:
         why.append(FILL_IN_TEXT)
     lines = [*_head(why, notes), "sources:"]
-    for source in sources:
+    for source in opened:
         settings = _placed(specs[source.name], folder) | shapes[source.name]
         lines += source_lines(source.name, settings, [_in_short(source)])
     lines += _settings(recipe, method, sources)
@@ -128,6 +127,10 @@ def _padding(sources: Sequence[Source]) -> Iterator[str]:
         f"The sources have different shapes. backbone.shapes: widest pads the smaller ones, which "
         f"computes the same: {told}. docs/how-to/shapes.md says what it is worth; leaving a source "
         "out may be better."
+    )
+    yield (
+        "Weights of different shapes are not compared. harmonized aligns and fits them, whether "
+        "they are strangers or branches. It needs two documents of every source at least."
     )
 
 
@@ -263,8 +266,8 @@ def _settings(recipe: Recipe, method: str, sources: Sequence[Source]) -> Iterato
     training: dict[str, Any] = {"tokens": recipe.train.tokens, "sequence_length": length}
     if method == "harmonized":
         yield from comment(
-            "average: the result is the mean of the model before training and after it, where that "
-            "loses less on validation text."
+            "average: the result is a mean of the model before training and after it, with the "
+            "share that loses least on validation text."
         )
         training["average"] = True
     yield f"train: {scalar(training)}"

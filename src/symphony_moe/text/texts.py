@@ -159,8 +159,8 @@ class Texts:
             documents = _validating(
                 who,
                 domain,
-                f"{_asks(recipe)} compares models on documents that are not trained on, so give "
-                f"text in several, or set {_asks(recipe)}: false",
+                f"{_asks(recipe, ', ')}: models are compared on documents that are not trained on, "
+                f"so give text in several, or set {_asks(recipe, ': false, ')}: false",
             )
             pieces[name] = draw_pieces(_validates(name), documents, domain, drawing)
         return pieces
@@ -235,9 +235,10 @@ def _validating(who: str, domain: Domain, why: str) -> Documents:
     return documents
 
 
-def _asks(recipe: Recipe) -> str:
-    """The setting that asks for validation text."""
-    return "train.keep_best" if recipe.train.keep_best else "train.average"
+def _asks(recipe: Recipe, between: str) -> str:
+    """The settings that ask for validation text."""
+    names = (name for name in ("keep_best", "average") if getattr(recipe.train, name))
+    return between.join(f"train.{name}" for name in names)
 
 
 def _validates(name: str) -> str:

@@ -62,7 +62,7 @@ def average_weights(run: RunFolder, model: PreTrainedModel, trainer: MoETrainer)
         measured.append(_Measured(share, losses))
     best = min(measured, key=lambda each: (math.isnan(each.loss), each.loss))
     _put(weights, before, trained, best.share)
-    _tell(measured, best)
+    _tell(measured, best, trainer.settings.scope)
     return {
         "tokens": sum(len(pieces.tokens) for pieces in text.values()),
         "share": best.share,
@@ -71,7 +71,7 @@ def average_weights(run: RunFolder, model: PreTrainedModel, trainer: MoETrainer)
 
 
 def _free(model: PreTrainedModel, trainer: MoETrainer) -> None:
-    """Give up the gradients and the optimizer's moments, which take more than the copies here."""
+    """Give up the gradients and the optimizer's moments: no step comes any more."""
     model.zero_grad(set_to_none=True)
     if trainer.optimizer is not None:
         trainer.optimizer.state.clear()
@@ -90,15 +90,16 @@ def _put(
             tensor.copy_(torch.lerp(before[name].to(trained[name]), trained[name], share))
 
 
-def _tell(measured: Sequence[_Measured], best: _Measured) -> None:
+def _tell(measured: Sequence[_Measured], best: _Measured, scope: str) -> None:
     start, end = measured[0].loss, measured[-1].loss
     if best.share == 0:
         log.warning(
-            "training gained nothing: loss on validation text %.3f before, %.3f after, and no mean "
-            "of the two loses less. The weights before training are kept. Lower "
-            "train.learning_rate, or set train.scope: router",
+            "train.average: training gained nothing: loss on validation text %.3f before, %.3f "
+            "after, and no mean of these two models loses less. The weights before training are "
+            "kept. Lower train.learning_rate%s",
             start,
             end,
+            "" if scope == "router" else ", or set train.scope: router",
         )
     else:
         log.info(

@@ -56,7 +56,9 @@ def describe_training(trainer: MoETrainer, found: Mapping[str, Any]) -> dict[str
     if settings.keep_best:
         validation: Any = trainer.eval_dataset
         tokens = sum(len(pieces.tokens) for pieces in validation.values())
-        training["validation"] = describe_validation(tokens, trainer.state)
+        training["validation"] = describe_validation(
+            tokens, trainer.state, averages=settings.average
+        )
     return training | {key: value for key, value in found.items() if value is not None}
 
 

@@ -106,9 +106,22 @@ def train_run(  # noqa: PLR0913 (all but three are keywords)
         # The model before training is part of an average anyway.
         if recipe.train.keep_best and (trainer.state.best_global_step or not averages):
             restore_best(run, model, trainer.state)
-        averaging = average_weights(run, model, trainer) if averages else None
+        averaging = _averaged(run, model, trainer) if averages else None
         # 8. The trained model is gathered and published.
         _finish(job, model, trainer, {"text": digest, "averaging": averaging})
+
+
+def _averaged(run: RunFolder, model: PreTrainedModel, trainer: MoETrainer) -> dict[str, Any]:
+    try:
+        return average_weights(run, model, trainer)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFolderError(
+            "train.average: no memory for two copies of the weights after the last step. All steps "
+            "are saved: with more memory, or fewer processes on a machine, --resume goes on from "
+            "there. The checkpoint is as it was"
+        ) from None
 
 
 def _finish(

@@ -147,13 +147,16 @@ def restore_best(run: RunFolder, model: PreTrainedModel, state: TrainerState) ->
     model.load_state_dict(kept.state_dict())
 
 
-def describe_validation(tokens: int, state: TrainerState) -> dict[str, Any]:
+def describe_validation(
+    tokens: int, state: TrainerState, *, averages: bool = False
+) -> dict[str, Any]:
     """For `metrics.json`: the losses on validation text of so many `tokens`, and the step whose
-    weights are the result."""
+    weights are the result; with `averages`, are averaged with those before training: the last
+    step's, where no step was better than those."""
     return {
         "tokens": tokens,
         "planned_steps": state.max_steps,
-        "chosen_step": state.best_global_step or 0,
+        "chosen_step": state.best_global_step or (state.global_step if averages else 0),
         "curve": [
             {"step": point.step, "loss": point.mean, "losses": dict(point.losses)}
             for point in validation_curve(state.log_history)
