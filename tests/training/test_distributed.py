@@ -198,38 +198,31 @@ def test_a_killed_training_in_shards_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "found", "alike"),
+    [
+        ("keep_best", "validation", ("tokens", "chosen_step")),
+        ("average", "averaging", ("tokens", "share")),
+    ],
+)
 def test_two_processes_measure_what_one_does(
-    built: Callable[[str], RunFolder], tmp_path: Path
+    setting: str,
+    found: str,
+    alike: tuple[str, ...],
+    built: Callable[[str], RunFolder],
+    tmp_path: Path,
 ) -> None:
-    """The validation losses of `train.keep_best`, of which each has a share."""
+    """The losses on validation text, of which each has a share; and all keep the same weights."""
     run, alone = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone")
     for folder in (run, alone):
         shutil.copytree(built("llama").root, folder.root)
-    keep = "train.keep_best=true"
-    pipeline.train(alone, [*SETTINGS, keep, "train.gradient_accumulation=2"])
-    code, output = launch(tmp_path, TORCHRUN, "train", str(run.root), "--set", keep)
+    asked = f"train.{setting}=true"
+    pipeline.train(alone, [*SETTINGS, asked, "train.gradient_accumulation=2"])
+    code, output = launch(tmp_path, TORCHRUN, "train", str(run.root), "--set", asked)
     assert code == 0, output
-    one, other = (r.read_json(r.metrics)["training"]["validation"] for r in (run, alone))
-    assert one["chosen_step"] == other["chosen_step"] == 7
-    for ours, theirs in zip(one["curve"], other["curve"], strict=True):
-        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
-    pipeline.verify(run)
-
-
-@pytest.mark.slow
-def test_two_processes_average_what_one_does(
-    built: Callable[[str], RunFolder], tmp_path: Path
-) -> None:
-    """Each measures a share of the text, and all take the same mean."""
-    run, alone = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "alone")
-    for folder in (run, alone):
-        shutil.copytree(built("llama").root, folder.root)
-    average = "train.average=true"
-    pipeline.train(alone, [*SETTINGS, average, "train.gradient_accumulation=2"])
-    code, output = launch(tmp_path, TORCHRUN, "train", str(run.root), "--set", average)
-    assert code == 0, output
-    one, other = (r.read_json(r.metrics)["training"]["averaging"] for r in (run, alone))
-    assert one["share"] == other["share"] and one["tokens"] == other["tokens"]
+    one, other = (r.read_json(r.metrics)["training"][found] for r in (run, alone))
+    assert [one[key] for key in alike] == [other[key] for key in alike]
+    assert one.get("chosen_step", 7) == 7
     for ours, theirs in zip(one["curve"], other["curve"], strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
     pipeline.verify(run)
