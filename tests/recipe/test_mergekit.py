@@ -223,7 +223,7 @@ def _in_expert(**settings: Any) -> dict[str, Any]:
             "unknown setting shared_experts[0].residual; did you mean shared_experts[0].residual_s",
         ),
         ({"zzz": 1}, "unknown setting zzz; known: base_model, experts, gate_mode"),
-        ({"gate_mode": "hiden"}, "gate_mode: Input should be 'hidden'"),
+        ({"gate_mode": "hiden"}, "random or uniform_random (got 'hiden'); did you mean hidden?"),
         ({"dtype": "int8"}, "dtype: expected one of bfloat16, float16, float32, got 'int8'"),
         (
             {"architecture": "mixtrall"},
@@ -234,7 +234,7 @@ def _in_expert(**settings: Any) -> dict[str, Any]:
         ({"experts": []}, "experts: "),
         ({"experts": {"a": 1}}, "experts: "),
         ({"experts": ["someone/base"]}, "experts.0: "),
-        ({"base_model": None}, "base_model: Field required"),
+        ({"base_model": None}, "base_model is missing"),
         ({"base_model": True}, "base_model: expected a folder or hub id"),
         ({"base_model": ["a/b"]}, "base_model: expected a folder or hub id"),
         ({"base_model": {"model": {"pth": "a/b"}}}, "base_model: expected a folder or hub id"),
@@ -257,7 +257,7 @@ def test_what_mergekit_moe_would_not_do_is_refused(
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
     assert "expected settings such as `experts:`, got a list" in refusal(tmp_path, "[1]")
     assert "not readable as YAML" in refusal(tmp_path, "a: [")
-    assert "experts: Field required" in refusal(tmp_path, "base_model: a/b")
+    assert "experts is missing" in refusal(tmp_path, "base_model: a/b")
     assert "expected two sources or more" in refusal(
         tmp_path, base_model="a/b", experts=[{"source_model": "a/b"}]
     )

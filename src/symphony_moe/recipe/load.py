@@ -3,7 +3,7 @@
 import difflib
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from symphony_moe.errors import RecipeError, if_mistyped, is_text, shortened
+from symphony_moe.recipe.mistakes import describe_mistakes, nearest, whose_mistake
 from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.renamed import with_current_names, with_what_was_done
 from symphony_moe.recipe.settings import BUNDLED, FILL_IN, Recipe
@@ -34,10 +35,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), *, of_run: bool
     1024
     """
     path = Path(path)
+    overrides = list(overrides)
     content = read_content(path, overrides, tell=not of_run)
     if of_run:
         content = with_what_was_done(content)
-    return resolve_recipe(content, path.resolve().parent, str(path))
+    return resolve_recipe(content, path.resolve().parent, str(path), overrides=overrides)
 
 
 def read_content(path: Path, overrides: Iterable[str], *, tell: bool = True) -> dict[Any, Any]:
@@ -78,17 +80,21 @@ def resolve_recipe(
     who: str,
     *,
     relative: Collection[str] | None = None,
+    overrides: Sequence[str] = (),
 ) -> Recipe:
-    """Check settings and fill in presets and absolute paths. `who` names the recipe in errors.
+    """Check settings and fill in presets and absolute paths. `who` names the recipe in errors;
+    where a setting comes of one of the `overrides`, that is named.
     `relative`: the sources whose paths are relative to the folder, where the others are resolved
     already; None: all are, and those of `evaluation.extra`."""
     refuse_unknown_keys(content, Recipe, who, "")
     settings = _without_nulls(content)
     method = spelled(settings.get("method", "symphony"))
     if not isinstance(method, str) or method not in PRESETS:
+        asked = [one for one in overrides if one.partition("=")[0].strip() == "method"]
         raise RecipeError(
-            f"{who}: method: {shortened(repr(method), 60)} is not available; "
-            f"available: {', '.join(PRESETS)}"
+            f"{f'--set {shortened(asked[-1], 100)}' if asked else who}: method: "
+            f"{shortened(repr(method), 60)} is not available; available: "
+            f"{', '.join(PRESETS)}{nearest(str(method), list(PRESETS))}"
         )
     for section in settings.keys() - {"sources", "compare"}:
         if isinstance(own := settings[section], Mapping):
@@ -117,7 +123,8 @@ def resolve_recipe(
             settings["evaluation"] = evaluation | {"extra": absolute}
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        raise RecipeError(f"{who}: {describe_mistakes(error)}") from None
+        whose = whose_mistake(error, who, overrides)
+        raise RecipeError(f"{whose}: {describe_mistakes(error)}") from None
     except RecursionError:
         raise RecipeError(f"{who}: a YAML alias stands inside itself") from None
 
@@ -148,7 +155,9 @@ def apply_override(content: dict[str, Any], spelled_out: str, *, tell: bool = Tr
         raise RecipeError(f"{who}: the value is not YAML: {error}") from None
     for name in reversed(names):
         setting = {name: setting}
-    (*parents, last), setting = _unnested(with_current_names(setting, who, tell=tell), len(names))
+    setting = with_current_names(setting, who, tell=tell)
+    refuse_unknown_keys(setting, Recipe, who, "")
+    (*parents, last), setting = _unnested(setting, len(names))
     section = content
     for parent in parents:
         if section.get(parent) is None:
@@ -261,38 +270,3 @@ def _sections(annotation: Any) -> list[tuple[type[BaseModel], bool]]:
     if origin in (typing.Union, types.UnionType):
         return [found for argument in arguments for found in _sections(argument)]
     return []
-
-
-def describe_mistakes(error: ValidationError) -> str:
-    """A sentence for each of the first mistakes, in the recipe's words."""
-    found = error.errors()
-    if any(one["loc"][:1] == ("sources",) for one in found):
-        found = [one for one in found if one["loc"] != ("anchor",)]  # it is the first of them
-    sentences = list(dict.fromkeys(_describe(one) for one in found))
-    shown = [shortened(sentence, 400 if len(sentences) == 1 else 150) for sentence in sentences[:2]]
-    return "; ".join(shown) + (f"; and {more} more" if (more := len(sentences) - 2) > 0 else "")
-
-
-def _describe(error: Any) -> str:
-    place, got = error["loc"], error.get("input")
-    shown = ""
-    if isinstance(got, str | int | float | bool):
-        shown = f" (got {shortened(repr(got), 80)})"
-    expected = error["msg"].removeprefix("Value error, ")
-    of_source = place[:1] == ("sources",)
-    if place == ("sources",) and error["type"] != "too_long":
-        expected = "expected two sources or more, each as NAME: {model: ..., data: ...}"
-        shown = f" (got {len(got)})" if error["type"] == "too_short" else ""
-    elif of_source and len(place) == 2 and error["type"] in ("model_type", "dict_type"):
-        expected = "expected {model: ..., data: ...}"
-    elif of_source and place[2:3] == ("data",) and place[3:] in _DATA_BRANCHES:
-        place = place[:3]
-        expected = "expected a file, a list of files, or {hub: ..., column: ...}"
-    elif error["type"] == "string_type" and shown:
-        expected = "expected text; write it in quotes"
-    where = ".".join(shortened(str(part), 60) for part in place)
-    return f"{where}: {expected}{shown}" if where else expected
-
-
-_DATA_BRANCHES = {("str",), ("list[str]",), ("HubData",)}
-"""What pydantic says of text that is none of `Data`: one mistake, three times."""

@@ -22,12 +22,8 @@ from symphony_moe.recipe.draft import (
     source_lines,
     source_names,
 )
-from symphony_moe.recipe.load import (
-    describe_mistakes,
-    read_settings,
-    refuse_unknown_keys,
-    resolve_recipe,
-)
+from symphony_moe.recipe.load import read_settings, refuse_unknown_keys, resolve_recipe
+from symphony_moe.recipe.mistakes import describe_mistakes
 from symphony_moe.recipe.settings import FILL_IN, Name, Real, Section, Whole
 from symphony_moe.recipe.yaml_text import read_yaml, spelled
 

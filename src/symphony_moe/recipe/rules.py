@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from symphony_moe.recipe.mistakes import nearest
 from symphony_moe.recipe.settings import FILL_IN, Recipe
 
 
@@ -42,7 +43,8 @@ def _no_source(chosen: Iterable[str] | None, sources: Collection[str]) -> str | 
     """The first of some names that is no source's."""
     for name in chosen or ():
         if name not in sources:
-            return f"{name!r} is no source; sources are {list(sources)}"
+            known = ", ".join(sources)
+            return f"{name!r} is no source; there is: {known}{nearest(name, list(sources))}"
     return None
 
 
