@@ -247,7 +247,7 @@ def _no_stopwatch() -> Iterator[None]:
     from symphony_moe.building import estimate
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "_matmul_speed", lambda dtype: 1e10)
+        patch.setattr(estimate, "matmul_speed", lambda dtype: 1e10)
         yield
 
 

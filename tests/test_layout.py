@@ -37,7 +37,16 @@ ORDER = [
     *("errors", "machine", "processes", "progress", "files"),
     *("bundled", "recipe", "runs", "model", "text", "sources"),
     *("building", "training", "evaluation", "reporting"),
-    *("uploading", "pipeline", "comparison", "doctor", "console", "cli", "__main__"),
+    *(
+        "training_cost",
+        "uploading",
+        "pipeline",
+        "comparison",
+        "doctor",
+        "console",
+        "cli",
+        "__main__",
+    ),
 ]
 """Folders and modules at the top, each of which knows those before it alone."""
 

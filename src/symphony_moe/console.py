@@ -124,7 +124,7 @@ def progress_bar(handler: logging.StreamHandler[Any]) -> Iterator[Listener]:
             stages.clear()
             stages[step.stage] = bar.add_task(step.stage, words="")
         count = f"{step.done} of {step.total} {UNITS.get(step.stage, 'steps')}"
-        words = ", ".join(filter(None, (count, pace.after(step))))
+        words = ", ".join(filter(None, (count, pace.after(step), step.note)))
         bar.update(
             stages[step.stage], completed=step.done, total=step.total, words=words, refresh=True
         )
@@ -250,13 +250,16 @@ def describe_plan(plan: "Plan") -> str:
     from symphony_moe.sources.kinship import two_digits
 
     total, active = plan.total_parameters, plan.active_parameters
+    seconds = plan.training_seconds
+    training = "" if seconds is None else f", {rough_time(seconds)} for training"
     lines = [
         f"{len(plan.sources)} x {plan.family} -> {plan.architecture}",
         f"  parameters  {total:,} in total, {active:,} active per token",
         f"  on disk     {plan.disk_bytes / 1e9:.3f} GB in {plan.dtype}, {plan.shards} file(s); "
         f"{plan.work_bytes / 1e9:.3f} GB more until stage 1 ends",
-        f"  memory      about {plan.peak_memory_bytes / 1e9:.1f} GB at the peak of stage 1",
-        f"  time        about {rough_time(plan.seconds)} for stage 1 on this machine",
+        f"  memory      about {plan.peak_memory_bytes / 1e9:.1f} GB at the peak of stage 1, "
+        f"{plan.training_peak_memory_bytes / 1e9:.1f} GB in training",
+        f"  time        about {rough_time(plan.seconds)} for stage 1 on this machine{training}",
         "sources",
     ]
     for source in plan.sources:
@@ -270,6 +273,8 @@ def describe_plan(plan: "Plan") -> str:
             f"{name} {two_digits(cosine)}" for name, cosine in plan.likeness.items()
         )
         lines.append(f"  mean cosine of the anchor's weights and theirs: {cosines}")
+    if plan.warnings:
+        lines += ["warnings", *(f"  {warning}" for warning in plan.warnings)]
     lines += ["read by", *(f"  {reading}" for reading in plan.readers)]
     lines.append("differences" if plan.differences else "no differences between the sources")
     lines += [f"  {d.verdict}: {d}" for d in plan.differences]

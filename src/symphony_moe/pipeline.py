@@ -29,7 +29,7 @@ from symphony_moe.building.build import Build, CalibrationText, refuse_beyond
 from symphony_moe.building.estimate import beyond_memory, measure_speed
 from symphony_moe.building.kept import KeptModel
 from symphony_moe.building.place_layers import place_layers
-from symphony_moe.building.plan import Plan, beyond_context, make_plan
+from symphony_moe.building.plan import Plan, adapter_notes, beyond_context, make_plan
 from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError
 from symphony_moe.files import FileHasher, locked, to_json, write_text
 from symphony_moe.machine import (
@@ -73,6 +73,7 @@ from symphony_moe.sources.source import FileStates, Source, anchor_of, experts_o
 from symphony_moe.text.documents import check_data_exists
 from symphony_moe.text.texts import Texts
 from symphony_moe.training.refusals import refuse_untrainable
+from symphony_moe.training_cost import TrainingCost
 from symphony_moe.uploading import (
     MAIN,
     Upload,
@@ -106,7 +107,9 @@ def plan(recipe: Recipe, *, memory: int | None = None) -> Plan:
     """
     _refuse_changed_run(recipe)
     _check_text(recipe)
-    return _plan(recipe, open_sources(recipe, download=False), memory)
+    opened = open_sources(recipe, download=False)
+    Texts(recipe, opened).refuse_unreadable()
+    return _plan(recipe, opened, memory)
 
 
 def _plan(recipe: Recipe, opened: Sequence[Source], memory: int | None) -> Plan:
@@ -114,16 +117,19 @@ def _plan(recipe: Recipe, opened: Sequence[Source], memory: int | None) -> Plan:
     planned = make_plan(recipe, experts, opened, memory)
     refuse_alike(recipe, experts)
     cosines = likeness_to_anchor(_read_by(recipe, experts), recipe.anchor)
-    apart = beyond_averaging(recipe, cosines)
-    notes = planned.notes if apart is None else [apart, *planned.notes]
-    planned = dataclasses.replace(planned, likeness=cosines, notes=notes)
+    cost = TrainingCost.of(planned, recipe, experts)
+    warned = [beyond_averaging(recipe, cosines), *planned.warnings, cost.beyond_memory()]
     try:
         refuse_untrainable(recipe, planned.architecture)
     except SymphonyError as error:  # a build alone does not mind, nor another machine
-        planned = dataclasses.replace(
-            planned, notes=[*planned.notes, f"`symphony train` stops here: {error}"]
-        )
-    return planned
+        warned.append(f"`symphony train` stops here: {error}")
+    return dataclasses.replace(
+        planned,
+        likeness=cosines,
+        warnings=[sentence for sentence in warned if sentence],
+        training_peak_memory_bytes=cost.peak_bytes,
+        training_seconds=cost.seconds,
+    )
 
 
 def run(  # noqa: PLR0913 (all but two are keywords)
@@ -163,6 +169,8 @@ def run(  # noqa: PLR0913 (all but two are keywords)
     texts.held_out_text()
     if is_to_train:
         texts.refuse_short_training_text()
+        experts = experts_of(recipe, sources)
+        _warn_of_memory(TrainingCost.of(make_plan(recipe, experts), recipe, experts))
     folder = build(
         recipe,
         out,
@@ -553,8 +561,10 @@ def _note(ready: _Ready, whole: Build, memory: int | None) -> dict[str, str]:
     begun_with = note_versions(folder.begun_with, now, "this build")
     _warn_beyond_context(ready.recipe, ready.opened, "calibration")
     folder.update_json(folder.plan, planned.to_json())
-    remarks = [remark for source in ready.opened for remark in source.remarks]
-    for note in (*remarks, *say_alike(ready.recipe, ready.sources)):
+    notes = [str(found) for found in planned.differences if found.verdict == "warning"]
+    for source in ready.opened:
+        notes += [*source.remarks, *adapter_notes(ready.recipe, source)]
+    for note in (*notes, *say_alike(ready.recipe, ready.sources)):
         log.warning("%s", note)
     if apart := beyond_averaging(ready.recipe, planned.likeness):
         log.warning("%s", apart)
@@ -651,6 +661,11 @@ def train(
         texts = Texts.of(recipe, sources, texts)
         measure = None
         _warn_beyond_context(recipe, sources, "train")
+        planned = folder.read_json(folder.plan)
+        experts = experts_of(recipe, sources)
+        _warn_of_memory(
+            TrainingCost(recipe, experts, planned["tensors"], planned["active_parameters"])
+        )
         if recipe.train.evaluations:
             windows = texts.held_out_text()
 
@@ -820,6 +835,12 @@ def _as_trained(recipe: Recipe, metrics: Metrics) -> Recipe:
     settings = metrics.training.settings if metrics.training else {}
     known = {name: value for name, value in settings.items() if name in Train.model_fields}
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=known)})
+
+
+def _warn_of_memory(cost: TrainingCost) -> None:
+    """Log that a training needs more memory than there is, before it, or a build, is begun."""
+    if short := cost.beyond_memory():
+        log.warning("%s", short)
 
 
 def _warn_beyond_context(recipe: Recipe, sources: Sequence[Source], section: str) -> None:

@@ -508,9 +508,49 @@ def test_sources_of_one_text_are_noted_where_the_router_learns_of_it(recipes: Re
 
 def test_what_training_would_refuse_is_noted(recipes: Recipes) -> None:
     """Not refused: a build alone does not mind, and the training may be another machine's."""
-    found = pipeline.plan(load_recipe(recipes("llama"), ["train.batch_size=100000"])).notes
-    assert "`symphony train` stops here: training text: " in found[-1]
-    assert not any("stops here" in n for n in pipeline.plan(load_recipe(recipes("llama"))).notes)
+    found = pipeline.plan(load_recipe(recipes("llama"), ["train.batch_size=100000"]))
+    assert "`symphony train` stops here: training text: " in found.warnings[-1]
+    others = pipeline.plan(load_recipe(recipes("llama"))).warnings
+    assert not any("stops here" in warning for warning in others)
+
+
+def test_a_model_whose_tokens_go_through_all_experts_is_said_to_be_one(recipes: Recipes) -> None:
+    def noted(top_k: int) -> list[str]:
+        planned = pipeline.plan(load_recipe(recipes("llama"), [f"router.top_k={top_k}"]))
+        return [note for note in planned.notes if "every token goes through all experts" in note]
+
+    assert noted(3) and "1/3 of the experts' work" in noted(3)[0]
+    assert not noted(2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], "8 times (fit.epochs), less often where that does harm. The last layer learns once"),
+        (["fit.epochs=1", "fit.layers_with_head=0"], "text 1 time (fit.epochs), less often where"),
+        (["fit.layers_with_head=2"], "The last 2 layers learn once more, together with the head"),
+        (["fit.epochs=0"], "layers are fitted in closed form alone"),
+    ],
+)
+def test_how_often_layers_learn_is_noted(settings: list[str], said: str, recipes: Recipes) -> None:
+    planned = pipeline.plan(load_recipe(recipes("llama"), ["method=harmonized", *settings]))
+    (note,) = [note for note in planned.notes if "fit." in note and "layer" in note]
+    assert said in note
+    assert ("once more" in note) == (settings in ([], ["fit.layers_with_head=2"]))
+
+
+@pytest.mark.parametrize("setting", ["sources.b.data", "evaluation.extra.other"])
+def test_text_that_cannot_be_read_is_refused(
+    setting: str, recipes: Recipes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first row is looked at, and no more of it."""
+    rows = [{"body": "no text"}, {"text": "alpha"}]
+    for order, code in ((rows, 2), (rows[::-1], 0)):
+        (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in order))
+        words = ["plan", str(recipes("llama")), "--set", f"{setting}={tmp_path / 'rows.jsonl'}"]
+        assert main(words) == code
+        said = capsys.readouterr().err
+        assert ("rows.jsonl, line 1" in said and "expected a column 'text'" in said) == bool(code)
 
 
 def test_variants_that_compare_would_refuse_are_refused(

@@ -239,7 +239,8 @@ def test_kinship_is_told_from_the_rest(tmp_path: Path) -> None:
     make_model(tmp_path / "models" / "b", "llama", 1, intermediate_size=WIDE)
     planned = pipeline.plan(load_recipe(path))
     assert abs(planned.likeness["b"]) < 0.1
-    assert planned.notes[0].startswith("b (") and "no branch of a's base" in planned.notes[0]
+    assert planned.warnings[0].startswith("b (")
+    assert "not fine-tuned from a's base" in planned.warnings[0]
 
 
 def test_copies_have_the_width_of_the_anchor(tmp_path: Path) -> None:

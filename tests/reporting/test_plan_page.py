@@ -22,6 +22,8 @@ def whole_plan() -> dict[str, Any]:
     return sample_plan() | {
         "readers": readers,
         "streams_in_memory": False,
+        "training_seconds": 7320.0,
+        "training_peak_memory_bytes": 19_500_000_000,
         "likeness": {"maths": 0.95, "code": 0.001},
     }
 
@@ -39,12 +41,17 @@ def test_the_page_says_what_will_be_built_and_what_it_takes() -> None:
     assert costs["Peak memory of the build"] == "about 3.5 GB"
     assert costs["Disk, for good"] == "2.2 GB"
     assert costs["Disk, until the build ends"] == "812.0 MB"
-    # 16 bytes and 4 bytes for each of 1,124,618,240 parameters.
-    assert costs["Memory of the training"] == "18.0 GB and the activations"
+    assert costs["Time of the training"] == "about 2 hours and 2 minutes"
+    assert costs["Peak memory of the training"] == "about 19.5 GB"
+    # 4 bytes for each of 1,124,618,240 parameters.
     assert costs["Memory of the evaluation"] == "4.5 GB and the activations"
     assert "wait in files under work/" in words
-    router = rendered(train__scope="router")
-    assert "Memory of the training" not in router.words
+    assert "(train.scope: all)" in words
+    # A GPU trains, and an older version planned no training.
+    unknown = whole_plan() | {"training_seconds": None}
+    assert "Time of the training" not in rendered(unknown).words
+    older = {k: v for k, v in whole_plan().items() if not k.startswith("training_")}
+    assert "of the training" not in rendered(older).words
     texts = {row[0]: row[1] for row in page.table("Text that will be read")}
     assert texts["Build (calibration)"] == "262,144" and texts["Evaluation"] == "65,536"
 
@@ -150,3 +157,16 @@ def test_importing_the_module_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_warnings_come_first() -> None:
+    assert "Warnings" not in rendered().words
+    warned = rendered(whole_plan() | {"warnings": ["stage 1 takes about 53,000 MB"]}).words
+    assert warned.index("stage 1 takes about 53,000 MB") < warned.index("What goes in")
+
+
+def test_a_model_without_sparsity_is_said_to_be_so() -> None:
+    assert "everything but the experts that it is not sent to" in rendered().words
+    plan = whole_plan()
+    dense = rendered(plan | {"active_parameters": plan["total_parameters"]}).words
+    assert "A token passes through all of them." in dense

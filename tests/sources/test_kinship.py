@@ -99,10 +99,10 @@ def test_a_plan_reads_a_few_rows_of_matrices(
 @pytest.mark.parametrize("method", PRESETS)
 def test_who_averages_strangers_is_told(method: str, recipes: Recipes) -> None:
     planned = pipeline.plan(load_recipe(recipes("llama"), [f"method={method}"]))
-    told = [note for note in planned.notes if "no branch of a's base" in note]
+    told = [one for one in planned.warnings if "not fine-tuned from a's base" in one]
     assert bool(told) is (method in AVERAGE)
     if told:
-        assert told == planned.notes[:1] and "Set method: harmonized" in told[0]
+        assert told == planned.warnings[:1] and "Set method: harmonized" in told[0]
         assert re.match(r"b \(-?0\.0", told[0]) and "strangers" in told[0] and len(told[0]) < 480
 
 
@@ -124,7 +124,7 @@ def test_what_is_set_beside_the_method_counts(recipes: Recipes) -> None:
     assert unaligned and "Set align.residual: orthogonal, align.heads: all" in unaligned
     kept = said("backbone.attention=anchor", "backbone.embeddings=anchor")
     assert kept and "a's backbone, whose residual stream is not theirs" in kept
-    assert "keeps little" not in kept
+    assert "lose most" not in kept
     distant = said("experts.sources=[a, b]")
     assert distant and "b (0.50)" in distant and "c (" not in distant
     assert "the further apart" in distant and "strangers" not in distant
@@ -150,8 +150,8 @@ def test_a_build_warns_once_and_keeps_the_numbers(
     recipe = load_recipe(recipes("llama"), ["method=btx"])
     with caplog.at_level(logging.WARNING, "symphony_moe"):
         run = pipeline.build(recipe, tmp_path / "run")
-    assert [m for m in caplog.messages if "no branch of" in m] == [
-        run.read_json(run.plan)["notes"][0]
+    assert [m for m in caplog.messages if "not fine-tuned from" in m] == [
+        run.read_json(run.plan)["warnings"][0]
     ]
     assert run.read_json(run.plan)["likeness"] == pipeline.plan(recipe).likeness
 

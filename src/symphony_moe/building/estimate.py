@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -111,32 +111,73 @@ def beyond_memory(
     if peak <= limit:
         return ""
     whose = "this machine has" if memory is None else "--memory allows"
-    said = f"stage 1 takes about {_in_mb(peak)} at its peak; {whose} {_in_mb(limit)}. "
-    for settings in _LIGHTER if recipe.refines else ():
+    said = f"stage 1 takes about {in_mb(peak)} at its peak; {whose} {in_mb(limit)}. "
+
+    def measure(settings: Mapping[str, Any]) -> int:
         fit = recipe.fit.model_copy(update=settings)
-        less = peak_memory(recipe.model_copy(update={"fit": fit}), *shape)
-        if less < peak:
-            peak = less
-            values = (f"fit.{name}: {str(value).lower()}" for name, value in settings.items())
-            said += f"With {' and '.join(values)} it takes {_in_mb(less)}. "
-        if less <= limit:
-            break
+        return peak_memory(recipe.model_copy(update={"fit": fit}), *shape)
+
+    if recipe.refines:
+        said += say_lighter("fit", _LIGHTER, (peak, limit), measure)
     return f"{said}Fewer sources need less (experts.sources)"
 
 
-def _in_mb(size: int) -> str:
+def say_lighter(
+    section: str,
+    ways: Sequence[Mapping[str, Any]],
+    sizes: tuple[int, int],
+    measure: Callable[[Mapping[str, Any]], int],
+) -> str:
+    """A sentence for each way that needs less memory than those before it, up to the first that
+    fits. `ways`: settings of a recipe's `section`. `sizes`: (what is needed without them, what
+    there is), in bytes. `measure`: the bytes that settings need."""
+    (peak, limit), sentences = sizes, []
+    for settings in ways:
+        less = measure(settings)
+        if less < peak:
+            peak = less
+            values = (f"{section}.{name}: {_as_yaml(value)}" for name, value in settings.items())
+            sentences.append(f"With {' and '.join(values)} it takes {in_mb(less)}. ")
+        if less <= limit:
+            break
+    return "".join(sentences)
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def in_mb(size: int) -> str:
+    """Bytes as a message says them."""
     return f"{size / 1e6:,.0f} MB"
 
 
 def _without_streams(recipe: Recipe, config: PreTrainedConfig, num_sources: int) -> int:
     moments = _Moments(recipe, config, num_sources)
-    return int(_process_bytes() + _KEPT + max(moments.all().values()))
+    return int(process_bytes() + _KEPT + max(moments.all().values()))
 
 
 @cache
-def _process_bytes() -> int:
+def process_bytes() -> int:
     """What this process holds before a build: the interpreter, the libraries, the tokenizers."""
     return psutil.Process().memory_info().rss
+
+
+def numbers_for_gradient(config: PreTrainedConfig, top_k: int, times: int = 1) -> int:
+    """How many numbers the gradient of one MoE layer needs for one token. `times`: how many
+    sources' heads its attention has."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    queries, keys = _widths(config)
+    # Of each expert that a token goes to: its input, what its neurons are made of, its output.
+    of_experts = top_k * (4 * ffn + 3 * hidden) + 2 * ffn
+    of_attention = 12 * hidden + times * (6 * queries + 4 * keys)
+    return int(of_experts + of_attention)
+
+
+def _widths(config: PreTrainedConfig) -> tuple[int, int]:
+    """Numbers of a token's queries, and of its keys."""
+    size = head_dim(config)
+    return int(config.num_attention_heads) * size, int(config.num_key_value_heads) * size
 
 
 @dataclass(frozen=True)
@@ -215,9 +256,7 @@ class _Moments:
     @cached_property
     def _widths(self) -> tuple[int, int, int]:
         """(queries, keys, all that passes inside attention) of a token."""
-        size = head_dim(self.config)
-        queries = int(self.config.num_attention_heads) * size
-        keys = int(self.config.num_key_value_heads) * size
+        queries, keys = _widths(self.config)
         return queries, keys, 2 * queries + keys
 
     def tables(self) -> int:
@@ -306,13 +345,8 @@ class _Moments:
 
     def _activations(self, tokens: int) -> int:
         """What the gradient of one step of a layer needs, of so many tokens at once."""
-        hidden, ffn = self._hidden, self._ffn
-        queries, keys, _ = self._widths
-        top_k = self.recipe.router.top_k
-        # Of each expert that a token goes to: its input, what its neurons are made of, its output.
-        of_experts = top_k * (4 * ffn + 3 * hidden) + 2 * ffn
-        of_attention = 12 * hidden + self._times * (6 * queries + 4 * keys)
-        return 4 * min(tokens, self._tokens) * (of_experts + of_attention)
+        numbers = numbers_for_gradient(self.config, self.recipe.router.top_k, self._times)
+        return 4 * min(tokens, self._tokens) * numbers
 
     def head(self) -> int:
         """All sources' heads, the fused one, the solved one; a product of one source's, or a cast
@@ -427,12 +461,12 @@ def build_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedC
         again = 1 + min(recipe.layers_with_head, layers) / layers  # the last layers, with the head
         fitting += recipe.fit.epochs * fitted * (6.0 * active * again + of_head * table)
         elsewhere += judged * config.vocab_size * _PASSES * _A_LOGIT
-    elsewhere += _seconds(_of_pursuit(sources), 1.0, reduced=False)
+    elsewhere += seconds_of_products(_of_pursuit(sources), 1.0, reduced=False)
     reduced = _reduced(recipe, config)
     copying = _START + _A_LAYER * layers + _A_WEIGHT * num_weights
     # The comparisons with the anchor are mostly no products; what is refined is mostly products.
-    aligning = _ALIGNING * _seconds(aligning, 0.7, reduced=reduced)
-    fitting = _FITTING * _seconds(fitting, 0.2, reduced=reduced)
+    aligning = _ALIGNING * seconds_of_products(aligning, 0.7, reduced=reduced)
+    fitting = _FITTING * seconds_of_products(fitting, 0.2, reduced=reduced)
     return float(copying + elsewhere + aligning + fitting)
 
 
@@ -453,9 +487,9 @@ def _of_pursuit(sources: Sequence[Source]) -> float:
 def measure_speed(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Measure what `build_seconds` asks of this machine, once: while nothing else runs."""
     if recipe.aligns or recipe.fits or recipe.backbone.missing_tokens == "pursuit":
-        _matmul_speed(torch.float32)
+        matmul_speed(torch.float32)
         if _reduced(recipe, config):
-            _matmul_speed(torch.bfloat16)
+            matmul_speed(torch.bfloat16)
 
 
 def _reduced(recipe: Recipe, config: PreTrainedConfig) -> bool:
@@ -464,15 +498,15 @@ def _reduced(recipe: Recipe, config: PreTrainedConfig) -> bool:
     return is_processor and is_reduced(recipe.calibration.precision, config.hidden_size, device())
 
 
-def _seconds(operations: float, rest: float, *, reduced: bool) -> float:
+def seconds_of_products(operations: float, rest: float, *, reduced: bool) -> float:
     """How long that many operations take; of the time in float32 the share `rest` goes into what is
     no faster in bfloat16 (both shares measured at 135 M parameters: docs/lab-log.md)."""
     if not operations:
         return 0.0
-    in_float32 = operations / _matmul_speed(torch.float32)
+    in_float32 = operations / matmul_speed(torch.float32)
     if not reduced:
         return in_float32
-    return rest * in_float32 + (1 - rest) * operations / _matmul_speed(torch.bfloat16)
+    return rest * in_float32 + (1 - rest) * operations / matmul_speed(torch.bfloat16)
 
 
 def matching_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrainedConfig) -> float:
@@ -483,7 +517,7 @@ def matching_seconds(recipe: Recipe, sources: Sequence[Source], config: PreTrain
 
 
 @cache
-def _matmul_speed(dtype: torch.dtype) -> float:
+def matmul_speed(dtype: torch.dtype) -> float:
     """Floating-point operations per second of this machine's processor: the best of some products,
     so that what else runs for a moment does not count."""
     size = 1024

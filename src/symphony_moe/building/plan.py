@@ -101,9 +101,15 @@ class Plan:
     readers: list[Reading]
     """Which programs read the output, and what each makes of it."""
     notes: list[str]
+    warnings: list[str] = field(default_factory=list)
+    """What may cost more than it gives: to be mended before a build, not after it."""
     likeness: dict[str, float] = field(default_factory=dict)
     """Source -> mean cosine of its weights and the anchor's (`sources.kinship`), where both are
     here: all that a plan reads of weights."""
+    training_peak_memory_bytes: int = 0
+    """Estimate for stage 2 (`training_cost`)."""
+    training_seconds: float | None = None
+    """Rough estimate for stage 2, in one process. None where a GPU trains: it is not known."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `plan.json`."""
@@ -152,9 +158,7 @@ def make_plan(
     disk = total * BYTES[recipe.output.dtype]
     shape = (recipe, anchor.config, len(sources))
     in_memory = streams_in_memory(*shape, memory)
-    notes = _notes(recipe, sources, differences, opened or sources)
-    if short := beyond_memory(*shape, memory):
-        notes.append(short)
+    short = beyond_memory(*shape, memory)
     return Plan(
         architecture=family.moe,
         family=family.dense,
@@ -177,7 +181,8 @@ def make_plan(
             dense=family.dense,
             layout=_layout(family),
         ),
-        notes=notes,
+        notes=_notes(recipe, sources, differences, opened or sources),
+        warnings=[short] if short else [],
     )
 
 
@@ -422,18 +427,12 @@ def _notes(
     notes = [str(d) for d in differences if d.verdict == "warning"]
     for source in opened:
         notes += source.remarks
-        notes += [f"{source.name}: {note}" for note in _of_adapter(source)]
+        notes += adapter_notes(recipe, source)
         notes += [f"{source.name}: {note}" for note in _of_text(recipe, source)]
     notes += say_alike(recipe, sources)
     notes += _of_ends(recipe, sources)
     notes += _of_layout(recipe, sources)
-    if recipe.fits_layers:
-        notes.append(
-            "fit: stage 1 goes through the calibration text "
-            f"{recipe.fit.epochs:g} times per layer (fit.epochs), less often where that does harm; "
-            "0 keeps the closed form alone. Last layers that learn again with the head: "
-            f"{recipe.fit.layers_with_head} (fit.layers_with_head)"
-        )
+    notes += _of_fit(recipe)
     if any(source.config.tie_word_embeddings for source in sources) and recipe.folds:
         notes.append("the output's head is untied: the final norm's gain is folded into it")
     anchor = anchor_of(recipe, sources)
@@ -464,6 +463,25 @@ def _notes(
     return notes + _without_effect(recipe, has_one_vocabulary=not lacks)
 
 
+def _of_fit(recipe: Recipe) -> Iterator[str]:
+    """How often layers learn from the calibration text."""
+    if not recipe.fits_layers:
+        return
+    if not recipe.refines:
+        yield "layers are fitted in closed form alone (fit.epochs: 0)"
+        return
+    times = f"{recipe.fit.epochs:g} time{'' if recipe.fit.epochs == 1 else 's'}"
+    said = (
+        f"each layer learns from the calibration text {times} (fit.epochs), less often where that "
+        "does harm"
+    )
+    last = recipe.layers_with_head
+    if last:
+        which = "layer learns" if last == 1 else f"{last} layers learn"
+        said += f". The last {which} once more, together with the head (fit.layers_with_head)"
+    yield said
+
+
 def _of_layout(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
     """What is to be said of experts, layers without any, and the order of their neurons."""
     experts, top_k = recipe.experts, recipe.router.top_k
@@ -474,6 +492,12 @@ def _of_layout(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
             f"{twins[0]} and {twins[1]} have the same data, so the router (router.init "
             f"{recipe.router.init}) cannot learn which of them a token is for. Is one of the paths "
             "a mistake?"
+        )
+    if top_k == len(sources):
+        yield (
+            f"router.top_k is {top_k}, and there are {len(sources)} sources: every token goes "
+            "through all experts, and the router weighs them. With router.top_k: 1 a token goes "
+            f"through one of them, which is 1/{top_k} of the experts' work"
         )
     if recipe.aligns_neurons:
         cost = matching_seconds(recipe, sources, anchor_of(recipe, sources).config)
@@ -543,6 +567,30 @@ def _of_ends(recipe: Recipe, sources: Sequence[Source]) -> Iterator[str]:
                 f"{source.name}: its documents end with {encoder.end_text!r}, at which generation "
                 "stops as well (eos_token_id of the generation config)"
             )
+
+
+def adapter_notes(recipe: Recipe, source: Source) -> list[str]:
+    """What is to be said of a source's adapter; nothing of a source without one."""
+    said = [*_of_adapter(source), *_of_kept_attention(recipe, source)]
+    return [f"{source.name}: {note}" for note in said]
+
+
+def _of_kept_attention(recipe: Recipe, source: Source) -> Iterator[str]:
+    """What of an adapter is not in a run that keeps the backbone of another one."""
+    if source.adapter is None or source.name != recipe.newcomer:
+        return
+    left_out = sorted(
+        {
+            name.split(".")[-2]
+            for name in source.headers
+            if ".self_attn." in name and source.adapter.touches(name)
+        }
+    )
+    if left_out:
+        yield (
+            f"its adapter changes attention too ({', '.join(left_out)}). That part is left out: "
+            "the run's attention is kept as it is"
+        )
 
 
 def _of_adapter(source: Source) -> Iterator[str]:

@@ -135,10 +135,10 @@ class SourceSpec(Section):
     """How the data stores chats. `messages`: each message has `role` and `content`. `sharegpt`:
     each has `from` and `value`; `human` becomes the role `user`, `gpt` the role `assistant`."""
     layers: list[Annotated[Whole, Field(ge=0, lt=10_000)] | None] | None = None
-    """For `backbone.shapes: widest` and a source with fewer layers than another: for each layer of
-    the result the number of this source's layer there, counted from 0, or null for one that is
-    added. Default: matched to the deepest source by calibration text, or evenly where the method
-    reads none. A run writes it into its recipe."""
+    """Where the layers of a source are that has fewer than another (`backbone.shapes: widest`).
+    For each layer of the result: the number of this source's layer, counted from 0, or null for one
+    that is added. Default: matched to the deepest source by calibration text, or spread evenly
+    where the method reads none. A run writes it into its recipe."""
     sha256: dict[str, Name] | None = None
     """File name -> SHA-256, of every file of the source that is read: weights, config, tokenizer. A
     run writes it into its recipe. If given, it is checked."""
@@ -244,8 +244,8 @@ class Experts(Section):
     """Layers, counted from 0, that get no experts: one FFN each, merged from all sources by
     `backbone.ffn`. For sources whose MoE architecture has such layers: Llama, Qwen2 and Qwen3."""
     shared_weight: Real = Field(0.0, ge=0, lt=1)
-    """Weight of a shared expert, which every token goes through beside its own experts: it is
-    merged from all sources' FFNs by `backbone.ffn`, and the others together have the rest of the
+    """Weight of a shared expert, which every token goes through beside its own experts. It is
+    merged from all sources' FFNs by `backbone.ffn`. The others together have the rest of the
     weight. 0: no shared expert. For Llama and Qwen2 sources."""
     drop_share: Real = Field(0.5, ge=0, le=1)
     """Fraction of each expert's neurons that `drop` draws anew. They are drawn from a normal

@@ -26,8 +26,8 @@ _PARTS = (
 )
 """Part of the model -> what is in the names of its tensors; the first that fits."""
 
-_TRAINED_BYTES, _EVALUATED_BYTES = 16, 4
-"""For a parameter: float32 weights, gradients and AdamW's two moments; float32 weights."""
+_EVALUATED_BYTES = 4
+"""For a parameter: float32 weights."""
 
 
 def render_plan(plan: Mapping[str, Any], recipe: Recipe) -> str:
@@ -46,6 +46,7 @@ def render_plan(plan: Mapping[str, Any], recipe: Recipe) -> str:
         differences=by_value(plan["differences"]),
         readers=_readers(plan["readers"]),
         notes=other_notes(plan),
+        warnings=plan.get("warnings", []),
         recipe_yaml=recipe.to_yaml(),
     )
 
@@ -100,13 +101,21 @@ def _costs(plan: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, str, str]
         ),
         ("Disk, until the build ends", size(plan["work_bytes"]), "Under work/ in the run folder."),
     ]
-    if recipe.train.scope == "all":
+    if seconds := plan.get("training_seconds"):
         costs.append(
             (
-                "Memory of the training",
-                f"{size(_TRAINED_BYTES * total)} and the activations",
-                "16 bytes for each parameter: weights, gradients and AdamW's two moments in "
-                "float32.",
+                "Time of the training",
+                f"about {duration(seconds)}",
+                "In one process. A rough estimate.",
+            )
+        )
+    if peak := plan.get("training_peak_memory_bytes"):
+        costs.append(
+            (
+                "Peak memory of the training",
+                f"about {size(peak)}",
+                "Weights in float32, gradients and AdamW's two moments of those that are trained "
+                f"(train.scope: {recipe.train.scope}), and the activations of a batch.",
             )
         )
     return [

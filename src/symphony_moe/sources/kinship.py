@@ -107,8 +107,8 @@ def beyond_averaging(recipe: Recipe, cosines: Mapping[str, float]) -> str | None
     who = ", ".join(f"{name} ({two_digits(apart[name])})" for name in [*apart][:4])
     who += f" and {len(apart) - 4} more" if len(apart) > 4 else ""
     told = (
-        f"{who}: no branch of {recipe.anchor}'s base, by the mean cosine of weights "
-        f"({BRANCHES_FROM} or more)."
+        f"{who}: not fine-tuned from {recipe.anchor}'s base (the mean cosine of weights is below "
+        f"{BRANCHES_FROM})."
     )
     if recipe.parent is not None:
         return f"{told} The kept backbone knows little of it; build anew, by method: harmonized"
@@ -120,14 +120,14 @@ def beyond_averaging(recipe: Recipe, cosines: Mapping[str, float]) -> str | None
         )
     strangers = any(kinship(cosine) == "strangers" for cosine in apart.values())
     why = (
-        "the mean of strangers keeps little of what they know"
+        "strangers lose most of what they know"
         if strangers
         else "the further apart weights are, the less their mean keeps of them"
     )
     aligns = PRESETS[recipe.method]["align"]["residual"] != "none"
     instead = "align.residual: orthogonal, align.heads: all" if aligns else "method: harmonized"
     return (
-        f"{told} Method {recipe.method} here puts all into one backbone as they are: {why}. Set "
+        f"{told} Method {recipe.method} here averages their weights as they are: {why}. Set "
         f"{instead}"
     )
 

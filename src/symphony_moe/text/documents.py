@@ -184,6 +184,20 @@ def read_documents(
     return found
 
 
+def refuse_unreadable(
+    who: str,
+    data: Data,
+    column: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: ChatRules = MESSAGES,
+) -> None:
+    """Raise TextError as `read_documents` does for the first row of every local file. No more is
+    read, and nothing of the hub."""
+    for item in data if isinstance(data, list) else [data]:
+        if isinstance(item, str) and not item.startswith(BUNDLED):
+            next(_documents(who, item, column, tokenizer, rules), None)
+
+
 def _documents(
     who: str, data: Data, column: str, tokenizer: PreTrainedTokenizerBase, rules: ChatRules
 ) -> Iterator[Document]:

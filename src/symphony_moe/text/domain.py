@@ -18,6 +18,7 @@ from symphony_moe.text.documents import (
     Documents,
     DocumentStream,
     read_documents,
+    refuse_unreadable,
     split_held_out,
     split_validation,
 )
@@ -110,6 +111,11 @@ class Domain:
             else:
                 log.debug("%s: %d bytes of documents are not kept", who, size)
         return sides
+
+    def refuse_unreadable(self, who: str) -> None:
+        """Raise TextError for a file whose first row cannot be read."""
+        of = self._reading
+        refuse_unreadable(who, of.data, of.column, of.tokenizer, of.rules)
 
     def encode(self, document: str) -> Sequence[int]:
         """Token ids of one document (see `Encoder.encode`)."""

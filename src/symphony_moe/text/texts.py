@@ -83,6 +83,12 @@ class Texts:
             return texts
         return cls(recipe, sources)
 
+    def refuse_unreadable(self) -> None:
+        """Raise TextError for a file of any domain whose first row cannot be read. No more of it is
+        read, and nothing of the hub."""
+        for name in (*self._sources, *self.recipe.evaluation.extra):
+            self._domain(name).refuse_unreadable(f"text of {name}")
+
     def held_out_text(self) -> dict[str, Pieces]:
         """Domain -> held-out text: the sources' domains, then the extra ones. All of an extra
         domain's documents are evaluated on, as none is trained on.

@@ -245,6 +245,7 @@ def draw_packed(who: str, documents: Documents, encoder: Encodes, drawing: Windo
     chosen = choose_windows(who, num_documents, len(windows), drawing)
     if drawing.covers and 1 < len(chosen) < len(windows):
         first = chosen[: (len(chosen) + 1) // 2].tolist()
+        log.info("%s: choosing windows among %s", who, f"{len(windows):,}")
         both = torch.tensor(first + covering_windows(windows, len(chosen) - len(first), first))
         chosen = both[chosen.argsort().argsort()]  # in an order that says nothing
     drawn = packed(windows[chosen], places[chosen])

@@ -29,6 +29,12 @@ _WAITING_BYTES = 4 * 1024**3
 """Teachers' hidden states that wait on disk at once, at most."""
 
 
+def are_loaded_together(loading: str, sources: Sequence[Source], num_trained: int) -> bool:
+    """Whether all teachers are in memory at once. `loading`: `train.teacher_loading`;
+    `num_trained`: parameters of the student that learn."""
+    return loading == "together" or (loading == "auto" and fit_in_memory(sources, num_trained))
+
+
 def fit_in_memory(sources: Sequence[Source], num_trained: int) -> bool:
     """Whether all teachers fit beside the student in training: in half of the memory that is free,
     once Adam's two moments and the gradient have theirs. `num_trained`: parameters of the student

@@ -1,7 +1,6 @@
 """The stock model that is trained: its weights, what of it learns, its load-balance loss."""
 
 import logging
-import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,15 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from symphony_moe.model.families import Family
+from symphony_moe.model.scopes import learns
 from symphony_moe.sources.stock import balance_weight_name, load_stock
 from symphony_moe.training.job import TrainingJob
 from symphony_moe.training.refusals import is_fsdp
 from symphony_moe.training.resuming import is_sharded, reading
 
 log = logging.getLogger(__name__)
-
-_ROUTER = re.compile(r"\.(gate|router|router\.layer)\.weight$")
-_EXPERT = re.compile(r"\.experts\.|\.(input|output)_linear\.weight$")
 
 
 def load_model(job: TrainingJob, saved: Path | None) -> PreTrainedModel:
@@ -45,19 +42,9 @@ def _first_device() -> torch.device | None:
 
 
 def choose_parameters(model: PreTrainedModel, scope: str, family: Family) -> int:
-    """Freeze what the scope leaves out; the number of parameters that learn.
-
-    `router`: the routers' matrices. `experts`: those and the experts' (of FFN and attention).
-    `all`: everything that the sources have. What the target has beyond that stays as it is,
-    whatever the scope (`Family.constant`): vLLM and llama.cpp leave some of it out.
-    """
+    """Freeze what the scope leaves out (`scopes.learns`); the number of parameters that learn."""
     for name, parameter in model.named_parameters():
-        learns = {
-            "router": bool(_ROUTER.search(name)),
-            "experts": bool(_ROUTER.search(name) or _EXPERT.search(name)),
-            "all": True,
-        }[scope]
-        parameter.requires_grad_(learns and family.constant(name) is None)
+        parameter.requires_grad_(learns(name, scope, family))
     return count_trained(model)
 
 

@@ -29,7 +29,7 @@ from symphony_moe.sources.stock import balance_weight_name, ffn_routers
 from symphony_moe.text.memory_maps import TrainingText
 from symphony_moe.text.windows import Packed, Pieces
 from symphony_moe.training.callbacks import HeldOutLosses, TrainingProgress
-from symphony_moe.training.distillation import Teachers, divergence, fit_in_memory
+from symphony_moe.training.distillation import Teachers, are_loaded_together, divergence
 from symphony_moe.training.job import TrainingJob
 from symphony_moe.training.refusals import refuse_short
 from symphony_moe.training.resuming import is_sharded, reading
@@ -205,9 +205,7 @@ def _by_documents(settings: Train) -> bool:
 def _teachers(job: TrainingJob, text: TrainingText, num_trained: int) -> Teachers:
     """The sources, for distillation into a model of which `num_trained` parameters learn."""
     settings, processes = job.settings, PartialState()
-    together = settings.teacher_loading == "together" or (
-        settings.teacher_loading == "auto" and fit_in_memory(job.sources, num_trained)
-    )
+    together = are_loaded_together(settings.teacher_loading, job.sources, num_trained)
     log.info("teachers: %s", "all in memory" if together else "one after the other")
     return Teachers(
         job.sources,
