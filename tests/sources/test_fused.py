@@ -70,6 +70,24 @@ def test_copies_of_a_phi3_give_the_dense_model(phi3: dict[str, Any], tmp_path: P
         assert difference(logits_of(moe, text), logits_of(dense, text)) <= EXACT
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "phi3", [{"sliding_window": 16}, PART], ids=["window", "part"], indirect=True
+)
+def test_a_phi3_goes_the_whole_way(phi3: dict[str, Any], tmp_path: Path) -> None:
+    """Fitted, trained, evaluated; with an expert more, and one replaced."""
+    recipe = make_recipe(tmp_path, "phi3", method="harmonized", fit={"epochs": 1})
+    run = pipeline.run(load_recipe(recipe), tmp_path / "run")
+    pipeline.verify(run)
+    metrics = run.read_json(run.metrics)
+    assert metrics["training"]["curve"][-1]["loss"] < metrics["training"]["curve"][0]["loss"]
+    model, data = str(make_model(tmp_path / "new", "phi3", 9)), str(tmp_path / "a.jsonl")
+    more = pipeline.add(run, "new", tmp_path / "more", model=model, data=data)
+    pipeline.verify(more, deep=True)
+    other = pipeline.replace(run, "b", tmp_path / "other", model=model, data=data)
+    pipeline.verify(other, deep=True)
+
+
 def test_a_part_is_its_rows_of_the_fused_matrix(phi3: dict[str, Any], tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "phi3", 0)
     source, stored = opened(folder), load_file(folder / "model.safetensors")

@@ -210,6 +210,28 @@ def test_a_lora_that_would_leave_nothing_in_a_changed_run_is_refused(
     assert fewer.read_recipe().expert_names == ["general", "law"]
 
 
+def test_attention_that_a_changed_run_leaves_out_is_said(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = recipe_of(home, ["general", "math"], tmp_path / "recipe.yaml", method="btx")
+    run = pipeline.build(load_recipe(path), tmp_path / "run")
+    make_adapter(home / "models/base", tmp_path / "ffn", target_modules=FFN, lora_alpha=9)
+    adapters = {"new": tmp_path / "ffn", "code": home / "loras" / "code"}
+    for name, adapter in adapters.items():
+        caplog.clear()
+        pipeline.add(
+            run,
+            name,
+            tmp_path / name,
+            model=str(home / "models/base"),
+            data=str(home / "data/code.jsonl"),
+            overrides=[f"sources.{name}.adapter={adapter}"],
+        )
+        found = [m for m in caplog.messages if "changes attention too" in m]
+        said = "code: its adapter changes attention too (v_proj). That part is left out"
+        assert len(found) == (name == "code") and all(m.startswith(said) for m in found)
+
+
 # -------------------------------------------------------------------------------------- the page
 
 

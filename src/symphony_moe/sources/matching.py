@@ -85,6 +85,11 @@ _CONFIG_RULES: tuple[tuple[str, Verdict, str], ...] = (
         _ANCHOR_WINS + "; the others' attention was trained with RoPE in other layers",
     ),
     ("sliding_window", "warning", _ANCHOR_WINS),
+    (
+        "layer_types",
+        "warning",
+        _ANCHOR_WINS + "; the others' attention was trained with windows in other layers",
+    ),
     ("max_position_embeddings", "warning", _ANCHOR_WINS),
     *((name, "error", _ONE_FACTOR) for name in FACTORS),
 )
@@ -150,8 +155,24 @@ def _is_one_rope(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
     )
 
 
+def _layers_with_window(config: PreTrainedConfig) -> Any:
+    """Which layers have a window: "all", or their numbers."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    layers = [number for number, kind in enumerate(kinds) if kind == "sliding_attention"]
+    return "all" if len(layers) == len(kinds) else {"windows in layers": layers}
+
+
+def _slide_alike(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
+    """Whether two configs have windows in the same layers; and where one has none at all, which
+    `sliding_window` tells."""
+    if attention_window(one) is None or attention_window(other) is None:
+        return True
+    return bool(_layers_with_window(one) == _layers_with_window(other))
+
+
 _READ: dict[str, Callable[[PreTrainedConfig], Any]] = {
     "head_dim": head_dim,
+    "layer_types": _layers_with_window,
     "rope_parameters": _rope_settings,
     "sliding_window": attention_window,
 }
@@ -159,6 +180,7 @@ _READ: dict[str, Callable[[PreTrainedConfig], Any]] = {
 
 _SAME: dict[str, Callable[[PreTrainedConfig, PreTrainedConfig], bool]] = {
     "hidden_act": _is_one_activation,
+    "layer_types": _slide_alike,
     "rope_parameters": _is_one_rope,
 }
 """Config field -> whether two configs mean the same by it."""
@@ -416,13 +438,24 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+_LISTED = 8
+"""More numbers than this are not told one by one."""
+
+
 def _in_words(value: Any) -> str:
     """In words that are the same for the same value: 10000 and 10000.0 are one number."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_in_words(value[key])}" for key in sorted(value))
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return ", ".join(map(_in_words, value)) if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    spelled = [_in_words(one) for one in value]
+    if len(value) > _LISTED and all(isinstance(one, int | float) for one in value):
+        # Such as RoPE's factor for each pair of a head.
+        digest = _digest(", ".join(spelled))
+        return f"{len(value)} numbers from {value[0]:.4g} to {value[-1]:.4g}, sha256 {digest}"
+    return ", ".join(spelled)
 
 
 def refuse_mismatch(differences: Sequence[Difference]) -> None:
