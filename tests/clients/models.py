@@ -120,13 +120,13 @@ CASES = {
         {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
     ),
     "phi3": Case(
-        "Phi-3 (whole heads turned)",
+        "Phi-3, plain RoPE, no window",
         "phi3",
         "sentencepiece",
         {"sliding_window": None, "pad_token_id": None},
     ),
     "phi3-part": Case(
-        "Phi-3 (a part of each head turned)",
+        "Phi-3, RoPE on a part of each head",
         "phi3",
         "sentencepiece",
         {

@@ -43,8 +43,11 @@ class Layout(NamedTuple):
     said: dict[str, str]
     target: Target = Target()
     layout: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+    """(setting, value), beside the case's."""
 
 
+PART = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 DENSE = Target(dense_layers=(1,))
 SHARED = Target(shared_expert=True)
 SLICED = Target(slices=2)
@@ -55,6 +58,9 @@ LAYOUTS = {
     "smollm3": Layout("smollm3", dict.fromkeys(ALL, _NONE) | {"vllm": "exact"}),
     "qwen2-windows": Layout("qwen2-windows", dict.fromkeys(ALL, "other")),
     "phi3-part": Layout("phi3-part", ALL | {"mlx": "other"}),
+    "phi3-plain-part": Layout(
+        "phi3", ALL | {"mlx": "other"}, settings=(("rope_parameters", PART),)
+    ),
     "slices": Layout("llama", ALL, SLICED, engines.SLICES),
     "dense-layers": Layout("llama", ALL | {"mlx": "not in model"}, DENSE, engines.DENSE_LAYERS),
     "qwen2-dense-layers": Layout(
@@ -70,7 +76,7 @@ def family_and_config(layout: Layout) -> tuple[Family, dict[str, Any]]:
     """The row of a case, and the config that a build writes."""
     case = CASES[layout.case]
     sizes = SIZES | {"vocab_size": 320, "pad_token_id": None}
-    dense = CONFIG_MAPPING[case.model_type](**(sizes | case.settings))
+    dense = CONFIG_MAPPING[case.model_type](**(sizes | case.settings | dict(layout.settings)))
     alias = ALIASES.get(case.model_type)
     if alias is not None:
         dense = CONFIG_MAPPING[alias.read_as](**alias.settings(dense))

@@ -61,8 +61,10 @@ def readings(
         verdict, why = _judge(program, {**config, "rope_scaling": None} if untried else config)
         if unknown and verdict == "exact":
             verdict, why = "untried", unknown
-        if program == "llama.cpp" and verdict == "exact" and sentencepiece:
-            more = "it splits spaces that begin a text, and text after a special token, otherwise"
+        if program == "llama.cpp" and verdict == "exact":
+            more = "if its converter knows the tokenizer"
+            if sentencepiece:
+                more = "it splits spaces that begin a text, or follow a special token, otherwise"
             why = f"{why}; {more}" if why else more
         found.append(Reading(program, verdict, why))
     return found
@@ -84,6 +86,8 @@ def _unrecorded(config: Mapping[str, Any], dense: str, layout: str) -> str:
         return "" if (dense, kind, layout) in _LAYOUTS else layout
     if kind == "qwen2_moe" and not (dense == "qwen2" and config.get("use_sliding_window")):
         return f"as {kind} of {dense or 'such'} sources"
+    if _rope_type(config) == "longrope" and _has_one_length(config):
+        return "with plain RoPE on a part of each head"
     if kind == "ernie4_5_moe":
         size, heads = config["head_dim"], config["num_attention_heads"]
         if size * heads != config["hidden_size"]:
@@ -121,6 +125,13 @@ def _untried(config: Mapping[str, Any]) -> str:
         return f"with RoPE of the type {kind}"
     activation = config.get("hidden_act") or config.get("activation_function") or "silu"
     return "" if activation == "silu" else f"with the activation {activation}"
+
+
+def _has_one_length(config: Mapping[str, Any]) -> bool:
+    """Whether a longrope turns short and long texts alike: it stands for plain RoPE on a part of
+    each head."""
+    rope = config.get("rope_scaling") or {}
+    return bool(rope.get("short_factor") == rope.get("long_factor"))
 
 
 def _rope_type(config: Mapping[str, Any]) -> str:
@@ -163,7 +174,7 @@ def _vllm(config: Mapping[str, Any]) -> tuple[Verdict, str]:
         return "other", "its Qwen2-MoE has no windows"
     if config["model_type"] == "granitemoe" and config["attention_bias"]:
         return "other", "its GraniteMoe leaves the biases out; --model-impl transformers has them"
-    if _rope_type(config) == "longrope":
+    if _rope_type(config) == "longrope" and not _has_one_length(config):
         return "other", "it reads short texts with the factors of RoPE for long ones"
     return _EXACT
 

@@ -695,7 +695,8 @@ HELD_BY_NONE = {
     "cohere": _SIDE_BY_SIDE,
     "cohere2": _SIDE_BY_SIDE,
     "gemma2": "no MoE class of transformers caps the logits of attention, as Gemma 2 does",
-    "gemma3_text": "no MoE class of transformers has its four norms and its windows exactly",
+    "gemma3_text": "Beam, the one MoE class of transformers with its four norms and windows, "
+    "scales the residual stream by depth and gates attention; neither vLLM nor llama.cpp loads it",
     "gemma3": "it reads images, and no MoE class of transformers holds Gemma 3 exactly",
     "stablelm": "PhiMoE, the one MoE class of transformers with LayerNorms as it has, turns all of "
     "each head, and its gates do not add up to one",
