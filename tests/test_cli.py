@@ -933,6 +933,37 @@ def test_every_command_speaks_json(project: Path, tmp_path: Path, symphony: Symp
     assert verified["verified"] is True and "rebuilt" in verified["checks"]
 
 
+@pytest.mark.parametrize(
+    "words", [["plan"], ["plan", "r.yaml", "--nonsense"], ["frobnicate"], ["verify", "nosuch"]]
+)
+def test_a_refusal_is_json_as_well(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code: Any = None
+    with suppress(SystemExit):
+        code = main([*words, "--json"])
+    shown = capsys.readouterr()
+    assert code in (2, None)  # None: the command line itself is refused, which ends with 2
+    assert f"symphony: error: {json.loads(shown.out)['error']}\n" in shown.err
+
+
+def test_a_run_folder_that_is_none_is_called_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run-one").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name, said in (
+        (
+            "run-onr",
+            f"no such folder; expected a run folder, as `symphony build --out` makes one; "
+            f"did you mean '{tmp_path}/run-one'?",
+        ),
+        ("file", "is a file; expected a run folder"),
+        ("run-one", "no recipe.yaml; is it a run folder"),
+    ):
+        assert main(["verify", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("did you mean") == ("did you mean" in said)
+
+
 THEIRS = """
 base_model: models/a
 gate_mode: random
@@ -1427,6 +1458,28 @@ def test_each_command_says_the_next_one(project: Path, tmp_path: Path, symphony:
             assert words[-4:] == ["--set", "train.learning_rate=1e-3", "--memory", "1.5 gb"]
     assert done == ["plan", "build", "verify", "train", "evaluate", "report"]
     assert words[1:] == [str(tmp_path / "the run"), "OWNER/NAME"]
+    # And from wherever else a run is.
+    run = RunFolder(tmp_path / "the run")
+    for gone, then in (("report", "report"), ("metrics", "evaluate"), ("trained", "train")):
+        if gone == "metrics":
+            kept = run.read_json(run.metrics)
+            run.metrics.write_text(json.dumps({k: kept[k] for k in kept if k != "trained"}))
+        else:
+            path = getattr(run, gone)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _, out, _ = symphony("verify", run.root)
+        assert out.strip().splitlines()[-1].startswith(f"next: symphony {then} ")
+
+
+def test_a_training_tells_its_losses_and_few_lines_of_steps(
+    project: Path, tmp_path: Path, symphony: Symphony
+) -> None:
+    """At its end; and where nobody looks, the last step's line alone, as it took no 30 seconds."""
+    assert symphony("build", project / "recipe.yaml", "--out", tmp_path / "run")[0] == 0
+    _, out, err = symphony("train", tmp_path / "run")
+    first = re.search(r"; training loss (\d\.\d{3}) at first, (\d\.\d{3}) at last\n", out)
+    lines = [line for line in err.splitlines() if re.match(r"I step \d+ of \d+, loss", line)]
+    assert first is not None and len(lines) == 1 and lines[0].endswith(f"loss {first[2]}")
 
 
 def test_lines_of_steps_are_few_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -122,7 +123,7 @@ def _parse(words: list[str]) -> _Call | int:
         )
         return 2 if parsed == 1 else parsed  # 1: a shell that typer has no completion for
     except typer.TyperException as error:
-        _refuse_usage(error)
+        _refuse_usage(error, as_json="--json" in words)
     except SystemExit as ended:
         if _COMPLETING in os.environ:
             return int(ended.code or 0)  # fish is told by it whether to complete names of files
@@ -131,7 +132,7 @@ def _parse(words: list[str]) -> _Call | int:
         return _fail(first_line(error), 2, as_json=False)
 
 
-def _refuse_usage(error: typer.TyperException) -> NoReturn:
+def _refuse_usage(error: typer.TyperException, *, as_json: bool) -> NoReturn:
     """Say what is wrong with a command line and where its help is; SystemExit."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "symphony"
@@ -139,7 +140,10 @@ def _refuse_usage(error: typer.TyperException) -> NoReturn:
     if process_number() == 0:  # all that a launcher has started have the same command line
         print(f"usage: {' '.join([path, *pieces])}", file=sys.stderr)
         message = shown(error.format_message(), 300).removesuffix(".")
-        print(f"symphony: error: {message}; `{path} --help` says more", file=sys.stderr)
+        message = f"{message}; `{path} --help` says more"
+        if as_json:
+            print(_json({"error": message}))
+        print(f"symphony: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -575,7 +579,8 @@ def demo(
         | {"paths": _paths(folder), "continuations": texts}
         | {"paper": losses | {"paths": _paths(paper)}},
         f"{table}\n\nHeld-out prompts, continued by the trained model:\n{lines}\n\n"
-        f"model:  {folder.trained}\nreport: {folder.report}\ntry:    {_one_liner(folder)}",
+        f"model:  {folder.trained}\nreport: {folder.report}\ntry:    {_one_liner(folder)}\n"
+        f"{next_command('init', 'MODEL', 'MODEL', '--out', 'recipe.yaml')}",
     )
 
 
@@ -820,7 +825,7 @@ def train(
         return {}, ""  # the first process may still be writing
     training = run.read_json(run.metrics)["training"]
     made = f"trained {run.trained}: {training['steps']} steps, {training['seconds']:.0f} s"
-    text = f"{made}\n{next_command('evaluate', folder)}"
+    text = f"{made}{_losses_of_training(training)}\n{next_command('evaluate', folder)}"
     return {"training": training, "paths": {"trained": str(run.trained)}}, text
 
 
@@ -900,7 +905,7 @@ def evaluate(
         chat_template=chat_template,
         unsafe_code=unsafe_code,
     )
-    return {"tasks": results}, describe_tasks(results)
+    return {"tasks": results}, f"{describe_tasks(results)}\n\n{next_command('report', folder)}"
 
 
 @_command
@@ -909,9 +914,9 @@ def report(*, folder: Folder) -> Result:
     from symphony_moe import pipeline
     from symphony_moe.runs.folder import RunFolder
 
-    path = pipeline.report(RunFolder(folder))
-    then = next_command("push", folder, "OWNER/NAME")
-    return {"paths": {"report": str(path)}}, f"wrote {path}\n{then}"
+    run = RunFolder(folder)
+    path = pipeline.report(run)
+    return {"paths": {"report": str(path)}}, f"wrote {path}\n{_next_step(run)}"
 
 
 @_command
@@ -945,7 +950,7 @@ def run(
     return (
         metrics | {"paths": _paths(folder)},
         f"{_losses_as_text(metrics)}\n\nmodel:  {folder.trained}\nreport: {folder.report}\n"
-        f"try:    {_one_liner(folder)}",
+        f"try:    {_one_liner(folder)}\n{_next_step(folder)}",
     )
 
 
@@ -996,7 +1001,7 @@ def compare(
             for seed in of_seeds
         ]
         return {"runs": runs}, "\n".join(
-            f"symphony run {one['recipe']} --out {one['out']}" for one in runs
+            shlex.join(["symphony", "run", one["recipe"], "--out", one["out"]]) for one in runs
         )
     # A SIGTERM ends this process as Ctrl-C does, and with it the run that it waits for.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -1035,13 +1040,10 @@ def verify(
 
     old = None if parent is None else RunFolder(parent)
     checks = pipeline.verify(RunFolder(folder), deep=deep, parent=old)
-    # In a terminal each check was a line of the log already.
-    seen = sys.stdout.isatty() and sys.stderr.isatty()
-    lines = [] if seen else [f"{name}: {found}" for name, found in checks.items()]
+    lines = [f"{name}: {found}" for name, found in checks.items()]
     unseen = checks.get("old run", "found").startswith("what was kept")
     end = "verified, but not against the old run (--parent DIR)" if unseen else "verified"
-    then = "evaluate" if RunFolder(folder).trained.is_dir() else "train"
-    text = "\n".join([*lines, end, next_command(then, folder)])
+    text = "\n".join([*lines, end, _next_step(RunFolder(folder))])
     return {"verified": True, "checks": checks}, text
 
 
@@ -1152,6 +1154,14 @@ def _data(files: list[str]) -> str | list[str]:
     return files[0] if len(files) == 1 else files
 
 
+def _losses_of_training(training: Mapping[str, Any]) -> str:
+    """The losses between which a training went, where there are two."""
+    losses = [point["loss"] for point in training["curve"]]
+    if len(losses) < 2:
+        return ""
+    return f"; training loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last"
+
+
 def _changed(folder: "RunFolder") -> Result:
     """What is said of a run whose experts were changed."""
     about = folder.read_json(folder.manifest)["parent"]
@@ -1184,11 +1194,22 @@ def _like(sources_from: Path | None) -> "RunFolder | None":
     return like
 
 
+def _next_step(run: "RunFolder") -> str:
+    """What to do with a run as it is."""
+    if not run.trained.is_dir():
+        return next_command("train", run.root)
+    if "trained" not in run.read_json(run.metrics):
+        return next_command("evaluate", run.root)
+    if not run.report.is_file():
+        return next_command("report", run.root)
+    return next_command("push", run.root, "OWNER/NAME")
+
+
 def _one_liner(folder: "RunFolder") -> str:
     """A command that prompts the model through transformers alone."""
     code = (
         "from transformers import pipeline; "
-        f"print(pipeline('text-generation', '{folder.trained}')('def main(')[0]['generated_text'])"
+        f"print(pipeline('text-generation', '{folder.trained}')('The ')[0]['generated_text'])"
     )
     return f'{sys.executable} -c "{code}"'
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 UNITS = {
     "align": "layers",
@@ -19,12 +19,14 @@ class Progress:
     """A step of a long command that is done."""
 
     stage: str
-    """`align`, `build`, `train`, `evaluate` or `compare`."""
+    """`align`, `build`, `verify`, `train`, `evaluate` or `compare`."""
     done: int
     """Steps of the stage that are done: layers, training steps, models or runs."""
     total: int
     tokens: int = 0
     """Tokens of text in one step. 0: they are not counted."""
+    note: str = field(default="", repr=False, compare=False)
+    """What else is known by now, as the loss, in few words."""
 
 
 Listener = Callable[[Progress], None]

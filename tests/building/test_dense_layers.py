@@ -271,7 +271,7 @@ def test_the_architecture_follows_from_dense_layers(recipes: Callable[[str], Pat
         ("llama", ["experts.dense_layers=[0,1]"], SourceMismatch, "all 2 layers are named"),
         ("llama", ["experts.dense_layers=[1,1]"], RecipeError, "layer 1 is named twice"),
         ("llama", ["experts.dense_layers=[1,0]"], RecipeError, r"write \[0, 1\]"),
-        ("llama", ["experts.dense_layers=[-1]"], RecipeError, "greater than or equal to 0"),
+        ("llama", ["experts.dense_layers=[-1]"], RecipeError, "expected a number of 0 or more"),
         ("llama", ["method=bam", *DENSE], RecipeError, "experts in every layer"),
     ],
 )

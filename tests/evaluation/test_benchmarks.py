@@ -496,7 +496,8 @@ def test_people_and_programs_read_the_results(
     command = ["evaluate", str(run.root), "--tasks", "own_loud,own_words", "--include", str(own)]
     command += ["--models", "a,built", "--limit", "4"]
     assert main(command) == 0
-    head, *rows = capsys.readouterr().out.splitlines()
+    head, *rows, empty, then = capsys.readouterr().out.splitlines()
+    assert not empty and then.startswith("next: symphony report ")
     assert head.split() == ["task", "metric", "examples", "documents", "a", "built"]
     assert [row.split()[:2] for row in rows] == [["own_loud", "acc"], ["own_words", "exact_match"]]
     assert "4 of 24" in rows[0]

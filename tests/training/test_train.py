@@ -702,7 +702,7 @@ def test_what_auto_becomes_is_refused_before_it_is_built(
     """Granite has one class, which old versions do not train; a build alone does not mind."""
     monkeypatch.setattr(refusals.transformers, "__version__", "5.9.0")
     recipe = load_recipe(recipes("granite"))
-    assert any("granitemoe of transformers 5.9.0" in note for note in pipeline.plan(recipe).notes)
+    assert any("granitemoe of transformers 5.9.0" in one for one in pipeline.plan(recipe).warnings)
     with pytest.raises(RecipeError, match=r"granitemoe of transformers 5\.9\.0"):
         pipeline.run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -46,6 +46,7 @@ from symphony_moe.model.moe_layer import (
     named_parts,
     read_layer_outputs,
 )
+from symphony_moe.progress import Progress, of_step
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.runs.folder import RunFolder, changed_files
 from symphony_moe.runs.metrics import PLAIN_MEAN
@@ -80,7 +81,9 @@ class _Checks:
         self.found[name] = problem or passed
         if problem:
             self.failed.append(f"{name}: {problem}")
-        log.info("%s: %s", name, self.found[name])
+        # How many there are is not known before; the command prints all of them at its end.
+        step = Progress("verify", len(self.found), len(self.found) + 1)
+        log.info("%s: %s", name, self.found[name], extra=of_step(step))
 
     def raise_failed(self) -> None:
         """VerificationError where anything has failed so far."""

@@ -123,8 +123,7 @@ def _expected(error: Mapping[str, Any]) -> str:
         in_quotes = "; write it in quotes" if isinstance(error.get("input"), int | float) else ""
         return f"expected text{in_quotes}"
     if kind == "literal_error":
-        *others, last = _choices(error)
-        return f"expected {', '.join(others)} or {last}" if others else f"expected {last}"
+        return "expected " + str(context["expected"]).replace("'", "")
     if kind in _EXPECTED:
         return _EXPECTED[kind].format(**context)
     return _own_words(error).replace("Input should be", "expected")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError
+from symphony_moe.errors import RecipeError, RunFolderError, SymphonyError, if_mistyped
 from symphony_moe.files import hash_folder, locked, publish, sync_folder, to_json, write_text
 from symphony_moe.recipe.load import load_recipe
 from symphony_moe.recipe.settings import Recipe
@@ -157,6 +157,13 @@ class RunFolder:
 
         Raises RunFolderError where this is no run folder, RecipeError for other overrides.
         """
+        if not self.root.is_dir():
+            is_file = self.root.exists()
+            raise RunFolderError(
+                f"{self.root}: {'is a file' if is_file else 'no such folder'}; expected a run "
+                "folder, as `symphony build --out` makes one"
+                f"{'' if is_file else if_mistyped(self.root)}"
+            )
         if not self.recipe.is_file():
             raise RunFolderError(
                 f"{self.root}: no recipe.yaml; is it a run folder of `symphony build`?"

@@ -3,14 +3,13 @@ held-out text is measured."""
 
 import logging
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from symphony_moe.errors import RunFolderError
-from symphony_moe.progress import Listener, Progress
+from symphony_moe.progress import Listener, Progress, of_step
 from symphony_moe.training.job import Measure
 
 log = logging.getLogger(__name__)
@@ -23,22 +22,19 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, tokens_per_step: int, listener: Listener) -> None:
         """`listener`: hears of every optimizer step, in the first process."""
         self.tokens_per_step, self.listener = tokens_per_step, listener
-        self.begun: tuple[int, float] | None = None
+        self.loss = ""
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Remember where and when this process began."""
-        if self.begun is None:
-            self.begun = state.global_step, time.monotonic()
+    def _step(self, state: TrainerState) -> Progress:
+        return Progress(
+            "train", state.global_step, state.max_steps, self.tokens_per_step, self.loss
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Tell the listener."""
         if args.process_index == 0:
-            step = Progress("train", state.global_step, state.max_steps, self.tokens_per_step)
-            self.listener(step)
+            self.listener(self._step(state))
 
     def on_log(
         self,
@@ -48,8 +44,8 @@ class TrainingProgress(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Log the loss (nats per token), the speed and the seconds that are left."""
-        if not logs or "loss" not in logs or self.begun is None:
+        """Log the loss (nats per token)."""
+        if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
         if not math.isfinite(loss):
@@ -57,16 +53,9 @@ class TrainingProgress(TrainerCallback):
                 f"training diverged at step {state.global_step}: the loss is {loss}. Lower "
                 "train.learning_rate; the checkpoint is untouched"
             )
-        first_step, began = self.begun
-        speed = (state.global_step - first_step) / (time.monotonic() - began)
-        log.info(
-            "step %d of %d, loss %.3f, %s tokens/s, %.0f s to go",
-            state.global_step,
-            state.max_steps,
-            loss,
-            f"{speed * self.tokens_per_step:,.0f}",
-            (state.max_steps - state.global_step) / speed,
-        )
+        self.loss = f"loss {loss:.3f}"
+        step = self._step(state)
+        log.info("step %d of %d, %s", step.done, step.total, self.loss, extra=of_step(step))
 
 
 class HeldOutLosses(TrainerCallback):
