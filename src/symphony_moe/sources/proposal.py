@@ -192,13 +192,12 @@ def _method(recipe: Recipe, cosines: Mapping[str, float]) -> tuple[str, list[str
             "branches; `symphony plan` tells them apart once the weights are here.",
         ]
     if kinds == {"branches"}:
-        return "symphony", [
+        return "harmonized", [
             measured,
-            "So all are branches of one base, and their weights can be averaged: symphony is the "
-            "paper's way, btx the plain mean. harmonized fits the result to the sources as well, "
-            "which takes longer. Of the bundled branches it was ahead before training (2.07 nats "
-            "per token in domain, symphony 2.48). After training it was ahead in domain, and "
-            "behind out of it (docs/results.md).",
+            "So all are branches of one base, and their weights can be averaged. harmonized fits "
+            "the result to the sources as well. It lost the least wherever it was measured "
+            "(docs/how-to/which-method.md), and takes the longest. symphony is the paper's method, "
+            "and btx the plain mean: both are much faster. dume fits the router alone.",
         ]
     apart = "strangers" if "strangers" in kinds else "far from one another"
     return "harmonized", [
@@ -250,6 +249,13 @@ def _settings(recipe: Recipe, method: str, sources: Sequence[Source]) -> Iterato
     yield from comment("The anchor's tokenizer and context length are the result's.")
     yield f"anchor: {scalar(recipe.anchor)}"
     yield f"method: {method}"
+    yield from comment(f"How many experts a token goes through, of {len(sources)}.")
+    if recipe.router.top_k == len(sources):
+        yield from comment(
+            f"{recipe.router.top_k} is all of them: the router weighs them, and leaves none out. 1 "
+            "is less work for each token."
+        )
+    yield f"router: {scalar({'top_k': recipe.router.top_k})}"
     if recipe.widens:
         yield from comment("The experts of one model have one shape.")
         yield f"backbone: {scalar({'shapes': recipe.backbone.shapes})}"
