@@ -126,5 +126,6 @@ def test_a_card_names_no_place_on_the_machine(project: Path) -> None:
 
 def test_a_card_says_who_reads_the_model(project: Path) -> None:
     text = card_of(project)
-    assert "- llama.cpp: the same answers [b" in text and "- vLLM: the same answers [0." in text
+    assert "- llama.cpp: the same answers (if its converter knows the tokenizer) [b" in text
+    assert "- vLLM: the same answers [0." in text
     assert "with symphony_moe 0." in text and ", transformers 5." in text

@@ -3,7 +3,9 @@
 In headless Chromium (`make test-pages`). Every page is looked at in the light and the dark scheme.
 """
 
+import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -162,15 +164,18 @@ def test_every_link_of_the_contents_leads_to_a_section(show: Open) -> None:
 # Numbers
 
 
-def table_of(page: Any, caption: str) -> list[list[str]]:
-    """Cells of the table whose caption begins so."""
+def table_of(page: Any, caption: str, number: int = 0) -> list[list[str]]:
+    """Cells of the table whose caption begins so (a regular expression); of several the one with
+    that number. Empty where there is none."""
     rows: list[list[str]] = page.evaluate(
-        """(caption) => {
+        """([caption, number]) => {
           const tables = [...document.querySelectorAll("table")];
-          const found = tables.find((one) => one.caption.textContent.startsWith(caption));
-          return [...found.rows].map((row) => [...row.cells].map((cell) => cell.innerText.trim()));
+          const begins = new RegExp("^" + caption);
+          const found = tables.filter((one) => begins.test(one.caption?.textContent ?? ""));
+          const rows = [...(found[number]?.rows ?? [])];
+          return rows.map((row) => [...row.cells].map((cell) => cell.innerText.trim()));
         }""",
-        caption,
+        [caption, number],
     )
     return rows
 
@@ -221,13 +226,73 @@ def test_marks_stand_where_their_numbers_put_them(run: RunFolder, show: Open) ->
             assert row[kind] == pytest.approx(place, abs=1), (domain, kind)
 
 
-def test_shares_of_experts_are_those_that_were_measured(run: RunFolder, show: Open) -> None:
-    routing = run.read_json(run.metrics)["routing"]["built"]["share"]
+@pytest.mark.parametrize("stage", ["built", "trained"])
+def test_shares_of_experts_are_those_that_were_measured(
+    stage: str, run: RunFolder, show: Open
+) -> None:
+    routing = run.read_json(run.metrics)["routing"][stage]["share"]
     page = show("report")
     for domain, layers in routing.items():
-        rows = table_of(page, f"{domain}")
+        caption = f"{domain}( .out of domain.)?[0-9]"
+        rows = table_of(page, caption, ["built", "trained"].index(stage))
         for layer, shares in enumerate(layers):
             assert rows[1 + layer] == [str(layer), *(f"{100 * share:.1f}" for share in shares)]
+
+
+def test_the_training_curve_is_the_one_that_was_measured(run: RunFolder, show: Open) -> None:
+    """As its table has it, which everybody can open who cannot see a chart."""
+    page = show("report")
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    curve = run.read_json(run.metrics)["training"]["curve"]
+    losses = [f"{point['loss']:.3f}" for point in curve]
+    rows = table_of(page, "Training loss against tokens")
+    assert [row[1] for row in rows[1:]] == losses
+
+
+def test_what_the_fit_found_is_what_it_noted(run: RunFolder, show: Open) -> None:
+    metrics = run.read_json(run.metrics)
+    head, *rows = table_of(show("report"), "Validation text: loss by source")
+    shown = {row[0].removesuffix(" (written)"): row[1:4] for row in rows}
+    for name, losses in metrics["fit"]["loss_by_source"].items():
+        assert shown[name] == [f"{losses[source]:.3f}" for source in head[1:4]]
+
+
+def test_seconds_and_memory_are_those_that_were_taken(run: RunFolder, show: Open) -> None:
+    import humanize
+
+    timing = run.read_json(run.metrics)["timing"]
+    rows = {row[0]: row[1:] for row in table_of(show("report"), "Measured stage by stage")}
+    for stage, name in (("Build", "build"), ("Train", "train"), ("Evaluate", "evaluate")):
+        assert humanize.naturalsize(timing[f"{name}_peak_rss_bytes"]) in rows[stage]
+    assert f"{timing['build_seconds']:.1f} seconds" in " ".join(rows["Build"])
+
+
+def test_the_plan_page_has_the_numbers_of_the_plan(run: RunFolder, show: Open) -> None:
+    import humanize
+
+    page = show("plan")
+    plan = run.read_json(run.plan)
+    costs = {row[0]: row[1] for row in table_of(page, "Estimates")}
+    assert costs["Disk, for good"] == humanize.naturalsize(plan["disk_bytes"])
+    assert f"{plan['total_parameters']:,}" in page.locator("#parameters").inner_text()
+    parts = {row[0]: row[1:3] for row in table_of(page, "Where they are")}
+    number, share = parts["Routers"]
+    routers = sum(
+        math.prod(shape) for name, shape in plan["tensors"].items() if name.endswith(".gate.weight")
+    )
+    assert number == f"{routers:,}" and share.endswith("%")
+
+
+def test_the_comparison_has_the_means_of_its_runs(show: Open) -> None:
+    rows = {row[0]: " ".join(row[1:]) for row in table_of(show("comparison"), "Held-out loss")}
+    for stage, where in itertools.product(("built", "trained"), ("in_domain", "out_of_domain")):
+        for method in ("ours", "paper", "btx"):
+            of_seeds = [
+                entry[f"mean_{where}"]
+                for entry in sample_entries()
+                if (entry["method"], entry["stage"]) == (method, stage)
+            ]
+            assert f"{sum(of_seeds) / len(of_seeds):.3f}" in rows[method]
 
 
 def test_likeness_and_alignment_are_those_that_were_measured(run: RunFolder, show: Open) -> None:

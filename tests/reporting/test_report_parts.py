@@ -115,6 +115,19 @@ def test_the_steps_say_what_the_build_and_the_training_did() -> None:
     assert lineage(sample_plan(), recipe, read(metrics)).steps[-1].title == "Not trained"
 
 
+def test_maps_that_were_refused_are_no_part_of_what_the_build_did() -> None:
+    metrics = sample_metrics()
+    refused = next(iter(metrics["alignment"]["neurons"]))
+    metrics["alignment"]["neurons"][refused]["used"] = False
+
+    def build_step() -> list[str]:
+        return lineage(sample_plan(), sample_recipe(), read(metrics)).steps[1].words
+
+    assert f"not used: FFN neurons of {refused}" in build_step()
+    metrics["alignment"]["neurons"][refused]["used"] = True
+    assert not any("FFN neurons of" in words for words in build_step())
+
+
 def test_text_is_named_without_the_machines_folders() -> None:
     assert text_words(["/home/me/a.jsonl", "/data/b.txt"]) == "a.jsonl, b.txt"
     assert text_words("bundled:python") == "bundled:python"

@@ -47,7 +47,7 @@ def model_card(
 
 A `{plan.architecture}` model with {total:,} parameters, {active:,} of them active per token (top \
 {top_k}), built from {len(sources)} `{plan.family}` models with symphony-moe, method \
-`{recipe.method}`, after the paper [Symphony-MoE](https://arxiv.org/abs/2509.18542).
+`{recipe.method}`{_after_paper(recipe)}.
 
 | expert | source | model | licence |
 |---|---|---|---|
@@ -73,6 +73,13 @@ By method `{recipe.method}`, with {_versions()}.
 ```yaml
 {write_yaml(_shown(recipe))}```
 """
+
+
+def _after_paper(recipe: Recipe) -> str:
+    """The paper whose method it is; nothing where it is another method's."""
+    if recipe.method != "symphony":
+        return ""
+    return ", of the paper [Symphony-MoE](https://arxiv.org/abs/2509.18542)"
 
 
 def _layout(recipe: Recipe) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from symphony_moe.recipe.settings import Data, HubData, Recipe, SourceSpec
+from symphony_moe.reporting.alignment import KINDS
 from symphony_moe.reporting.numbers import count, in_words, size
 from symphony_moe.reporting.strips import expert_colour
 from symphony_moe.runs.metrics import PLAIN_MEAN, Metrics
@@ -143,7 +144,19 @@ def _steps(plan: Mapping[str, Any], recipe: Recipe, metrics: Metrics | None) -> 
         return steps
     if metrics.fit is not None and metrics.fit.chosen == PLAIN_MEAN:
         steps[1].words.append("the fit did not pay: the plain mean was written")
+    else:
+        steps[1].words.extend(_maps_left_out(metrics))
     return [*steps, _training_step(metrics)]
+
+
+def _maps_left_out(metrics: Metrics) -> list[str]:
+    """Maps that were found, did not pay, and are not used."""
+    words = []
+    for kind, (what, _) in KINDS.items():
+        by_source = metrics.alignment.get(kind) or {}
+        if refused := [name for name, agreement in by_source.items() if not agreement.used]:
+            words.append(f"not used: {what} of {', '.join(refused)}")
+    return words
 
 
 def _training_step(metrics: Metrics) -> LineageStep:
