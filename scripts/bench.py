@@ -11,7 +11,9 @@ The parts (each a module of `bench_parts`):
 - calibration: the first pass over the calibration text against a plain forward
 - matching: the assignment of neurons against scipy's
 - growth: seconds and memory of a build with layers, tokens and sources
+- families: builds of other families against Llama's
 - planned: what `plan` says against what a build takes
+- planned_training: what `plan` says of a training
 - training: a step of `symphony train` against the stock model's own
 
 Writes `results/PART.json` and `bench.md` below `--out`, and the page that `--page` names. A part
@@ -28,11 +30,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench_parts import calibration, copies, growth, matching, planned, training
+from bench_parts import calibration, copies, families, growth, matching, planned, training
 from bench_parts.measuring import machine
 from bench_parts.setting import Setting
 
@@ -98,11 +101,24 @@ PARTS = {
         growth.measure,
         growth.describe,
     ),
+    "families": Part(
+        "Other families",
+        "Builds of the same sizes: hidden 512, FFN 1408, 4 layers, two sources. The results of "
+        "Granite and SmolLM3 have the matrices of all experts in one tensor.",
+        families.measure,
+        families.describe,
+    ),
     "planned": Part(
         "What `plan` says, and what it takes",
         "Few layers at full width: peak memory does not grow with depth.",
         planned.measure,
         planned.describe,
+    ),
+    "planned_training": Part(
+        "What `plan` says of a training, and what it takes",
+        "8 steps of 2 windows of 512 tokens, in float32 on the processor.",
+        planned.measure_training,
+        partial(planned.describe, what="scope"),
     ),
     "training": Part(
         "Training: against the stock model",

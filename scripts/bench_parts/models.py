@@ -82,6 +82,29 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Name -> what its config has beside transformers' defaults. All are Llama but where they say."""
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 64},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.015625,
+        "logits_scaling": 8.0,
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "smollm3": {"model_type": "smollm3", "pad_token_id": None},
+    "phi3": {"model_type": "phi3", "sliding_window": None, "pad_token_id": None},
+}
+"""Family -> what its config has beside a shape's."""
+SHAPES |= {
+    f"{shape} {family}": {**SHAPES[shape], **settings}
+    for shape in ("wide", "tiny")
+    for family, settings in FAMILIES.items()
+}
+
 DOCUMENTS = 4000
 """Of each text."""
 

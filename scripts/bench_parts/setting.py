@@ -38,8 +38,10 @@ class Setting:
         return State(self.home / "results" / f"{part}.json")
 
     def sources(self, shape: str, count: int, layers: int | None = None) -> dict[str, Any]:
-        """See `models.sources`. In a quick bench all are tiny."""
-        return models.sources(self.home, "tiny" if self.quick else shape, count, layers)
+        """See `models.sources`. In a quick bench all are tiny, of the same family."""
+        size, *family = shape.split()
+        shape = " ".join(["tiny" if self.quick else size, *family])
+        return models.sources(self.home, shape, count, layers)
 
     def recipe(self, name: str, sources: Mapping[str, Any], **sections: Any) -> Path:
         """A recipe on disk."""
