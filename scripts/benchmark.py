@@ -1,13 +1,14 @@
-"""The first table of docs/results.md and more of docs/lab-log.md: every method on a bundled family.
+"""The first table of docs/results.md and more of docs/lab-log.md: every method on some sources.
 
     python scripts/benchmark.py strangers --seeds 1 2 3 --out benchmark
 
-From `recipes/<family>.yaml`, for every seed (of windows, held-out text, router and training): the
-plain mean (BTX) under its three routings, DUME, the paper's preset, `harmonized` and sparse
-upcycling, built; then some of them trained on equal tokens, all weights and the router alone. One
-process of `symphony` a step; what is there already is kept, so a run that was stopped goes on.
-Prints Markdown: losses, seconds, peak memory, and the share of the gap from BTX's best routing to
-the specialists that is closed. Measure on an idle machine.
+From `recipes/strangers.yaml` or `recipes/branches.yaml`, or another recipe file, for every seed (of
+windows, held-out text, router and training): the plain mean (BTX) under its three routings, DUME,
+the paper's preset, `harmonized` and sparse upcycling, built; then some of them trained on equal
+tokens, all weights and the router alone. One process of `symphony` a step; what is there already is
+kept, so a run that was stopped goes on. Prints Markdown: losses, seconds, peak memory, and the
+share of the gap from BTX's best routing to the specialists that is closed. For the times, measure
+on an idle machine.
 """
 
 import argparse
@@ -101,14 +102,15 @@ def in_domain(losses: Mapping[str, float], domains: Sequence[str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("family", choices=("strangers", "branches"))
+    parser.add_argument("family", help="strangers, branches, or a recipe file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("benchmark"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--scopes", nargs="*", choices=("all", "router"), default=["all", "router"])
     parser.add_argument("--set", action="append", default=[], help="another setting of the recipe")
     options = parser.parse_args()
-    path = ROOT / "recipes" / f"{options.family}.yaml"
+    is_bundled = options.family in ("strangers", "branches")
+    path = ROOT / "recipes" / f"{options.family}.yaml" if is_bundled else Path(options.family)
 
     rows: dict[str, list[dict[str, float]]] = {}
     costs: dict[str, list[dict[str, float]]] = {}
@@ -117,7 +119,7 @@ def main() -> None:
         recipe = load_recipe(path, seeds)
         sources = open_sources(recipe)
         windows = Texts(recipe, sources).held_out_text()
-        home = options.out / options.family / f"seed{seed}"
+        home = options.out / (options.family if is_bundled else path.stem) / f"seed{seed}"
         own = {s.name: losses_of(s.folder, windows, home / f"{s.name}.json") for s in sources}
         # The specialists have no loss out of domain as one: each row below does.
         limit = {name: losses[name] for name, losses in own.items()}
