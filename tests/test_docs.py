@@ -18,8 +18,8 @@ import pytest
 import docs_site
 from checks import add_tokens, drop_merges, edit_weights, mostly_slow, rewrite
 from conftest import make_model, make_text
-from symphony_moe import cli
-from symphony_moe.recipe.load import resolve_recipe
+from symphony_moe import cli, pipeline
+from symphony_moe.recipe.load import load_recipe, resolve_recipe
 from symphony_moe.recipe.settings import Recipe
 from symphony_moe.recipe.yaml_text import read_yaml
 
@@ -87,20 +87,19 @@ NOT_RUN = {
     ("training.md", "*"): "several processes and studies: tests/training/test_distributed.py, "
     "tests/test_comparison.py",
     ("changing-experts.md", "*"): "shows the form of commands: tests/test_changes.py runs them",
-    ("inputs.md", "*"): "shows the form of a command: tests/sources/test_proposal.py runs it",
     ("how-to/experts.md", "python scripts/dense_layers.py --out dense-layers"): STUDIES,
     ("how-to/shapes.md", "python scripts/unequal_shapes.py --out unequal"): STUDIES,
     (
         "how-to/vocabularies.md",
         "python scripts/vocabulary_study.py --out vocabulary-study",
     ): STUDIES,
-    ("how-to/report.md", "*"): "shows the form of commands: tests/reporting runs them",
     ("how-to/publish.md", "*"): "needs the hub; tests/test_push.py runs it against a stand-in",
     ("how-to/gpus.md", "symphony doctor"): "names a second GPU",
     ("how-to/gpus.md", "accelerate launch --config_file fsdp2.yaml -m symphony_moe train run"): (
         "needs two GPUs; tests/training/test_distributed.py trains by FSDP2 on CPUs"
     ),
     ("how-to/gpus.md", "compute_environment: LOCAL_MACHINE"): "accelerate's; the same",
+    ("how-to/gpus.md", "docker build -t symphony-moe ."): "needs Docker and a GPU",
     ("tutorial.md", "vllm serve run/trained --served-model-name moe --port 8000"): (
         "needs vLLM; tests/clients/test_how_to.py serves a run by it"
     ),
@@ -162,13 +161,27 @@ def a_recipe(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(json.dumps({"sources": sources}))
 
 
+def a_run(folder: Path) -> None:
+    a_recipe(folder)
+    recipe = load_recipe(folder / "recipe.yaml", [f"{key}={value}" for key, value in SMALL.items()])
+    pipeline.run(recipe, folder / "run")
+
+
+def chat_and_coder(folder: Path) -> None:
+    two_models(folder, "chat", "coder")
+    (folder / "data" / "chat.jsonl").rename(folder / "chat.jsonl")
+    (folder / "data" / "coder.jsonl").rename(folder / "code.jsonl")
+
+
 def nothing(folder: Path) -> None:
     """The page makes what it needs."""
 
 
 FOLLOWED: dict[str, Callable[[Path], None]] = {
     "tutorial.md": nothing,
+    "inputs.md": chat_and_coder,
     "how-to/branches.md": branches,
+    "how-to/report.md": a_run,
     "how-to/strangers.md": two_models,
     "how-to/added-tokens.md": with_tokens,
     "how-to/which-method.md": a_recipe,
@@ -194,6 +207,51 @@ AS_THEY_STAND = {"tutorial.md"}
 
 def is_not_run(block: Block) -> bool:
     return {(block.page, "*"), (block.page, block.begin)} & NOT_RUN.keys() != set()
+
+
+# The words
+
+READ_FIRST = [ROOT / "README.md", *(DOCS / page for page in PAGES)]
+RECORDS = {"lab-log.md", "results.md", "bench.md", "paper-map.md"}
+"""Pages of measurements, for who looks one up."""
+
+
+def sentences_of(text: str) -> list[str]:
+    """Without code, tables, headings and addresses of links. A colon does not end a sentence."""
+    text = re.sub(r"^ *```.*?^ *```$|<!-- engines.*/engines -->", "", text, flags=re.M | re.S)
+    lines = ("" if re.match(r" *[|#!]", line) else line for line in text.splitlines())
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", "\n".join(lines))
+    text = re.sub(r"^\s*(?:[-*]|\d+\.) ", "\n\n", text, flags=re.M)
+    return [
+        sentence
+        for paragraph in re.split(r"\n\s*\n", text)
+        for sentence in re.split(r"(?<=[.!?])[*)]*\s+", " ".join(paragraph.split()))
+        if sentence
+    ]
+
+
+@pytest.mark.parametrize("page", READ_FIRST, ids=lambda path: path.name)
+def test_sentences_are_short(page: Path) -> None:
+    if page.name in RECORDS:
+        return
+    words = {s: len(s.split()) for s in sentences_of(page.read_text(encoding="utf-8"))}
+    assert sum(words.values()) <= 18 * len(words)
+    assert not {s: n for s, n in words.items() if n > 45}
+
+
+def test_what_is_said_of_settings_is_short() -> None:
+    text = docs_site.settings().replace("\n", "\n\n")
+    words = {s: len(s.split()) for s in sentences_of(text)}
+    assert len(words) > 200 and sum(words.values()) <= 18 * len(words)
+    assert not {s: n for s, n in words.items() if n > 30}
+
+
+def test_a_long_sentence_would_be_found() -> None:
+    assert sentences_of("One. Two [of](a.md) them,\nthree: and\n\n- four.\n\n| five. |\n") == [
+        "One.",
+        "Two of them, three: and",
+        "four.",
+    ]
 
 
 # The blocks
@@ -242,7 +300,7 @@ def test_the_row_that_add_a_family_shows_is_the_tables() -> None:
 
 
 def command_lines() -> Iterator[tuple[str, str]]:
-    for block in BLOCKS:
+    for block in [*BLOCKS, *blocks_of("../README.md")]:
         if block.language == "sh":
             yield from ((block.page, line) for line in block.commands)
 

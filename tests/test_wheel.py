@@ -65,16 +65,17 @@ def test_an_sdist_and_a_wheel_hold_the_package_and_nothing_that_lies_beside_it(b
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_goes_the_whole_way_on_what_is_bundled(
-    built: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_what_is_published_installs_and_runs_the_demo(
+    kind: str, built: Path, tmp_path: Path
 ) -> None:
-    """In an environment that has the package from the wheel alone, and all others from this one's
-    folder; the demo's recipe, with less text."""
-    (wheel,) = built.glob("*.whl")
+    """In an environment that has the package from that file alone, and all others from this one's
+    folder; the demo, with less text."""
+    (published,) = built.glob(kind)
     ran(sys.executable, "-m", "venv", "--without-pip", tmp_path / "fresh")
     binaries = tmp_path / "fresh" / "bin"
     pip = [built.parent / "tool" / "bin" / "python", "-m", "pip", "--python", binaries / "python"]
-    ran(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    ran(*pip, "install", "--quiet", "--no-deps", published)
     (library,) = (tmp_path / "fresh" / "lib").glob("python*/site-packages")
     # What a .pth file names is searched; the .pth files in there are not read.
     (library / "others.pth").write_text(sysconfig.get_path("purelib"))
@@ -82,7 +83,8 @@ def test_an_installed_wheel_goes_the_whole_way_on_what_is_bundled(
     where, recipe = ran(binaries / "python", "-c", code, cwd=tmp_path).splitlines()
     assert Path(where).is_relative_to(library)
     assert "4 x llama -> mixtral" in ran(binaries / "symphony", "plan", recipe, cwd=tmp_path)
-    less = ["method=btx", "train.tokens=4096", "evaluation.tokens=2048"]
-    sets = [word for setting in less for word in ("--set", setting)]
-    shown = ran(binaries / "symphony", "run", recipe, "--out", "run", *sets, cwd=tmp_path)
-    assert "report:" in shown and (tmp_path / "run" / "report.html").is_file()
+    less = ["calibration.tokens=4096", "fit.epochs=1", "train.tokens=4096"]
+    sets = [word for one in (*less, "evaluation.tokens=2048") for word in ("--set", one)]
+    shown = ran(binaries / "symphony", "demo", *sets, cwd=tmp_path)
+    assert "report:" in shown and "paper's, trained" in shown
+    assert (tmp_path / "symphony-demo" / "report.html").is_file()
