@@ -77,7 +77,7 @@ def test_averaging_holds_the_model_thrice(cost_of: Callable[..., TrainingCost]) 
     assert averaged.peak_bytes - router.peak_bytes > 1.99 * 4 * 10**9
     for asked in (False, True):
         of_all = cost_of("train.scope=all", f"train.average={asked}", **large)
-        assert of_all.peak_bytes > 1.3 * averaged.peak_bytes
+        assert of_all.peak_bytes - averaged.peak_bytes > 0.99 * 4 * 10**9
 
 
 def test_a_larger_batch_takes_more_and_checkpointing_less(
