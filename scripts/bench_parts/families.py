@@ -22,10 +22,7 @@ def measure(setting: Setting) -> dict[str, Any]:
                 f"families-{family}-{method}",
                 setting.sources(f"wide {family}", SOURCES, LAYERS),
                 method=method,
-                calibration={
-                    "tokens": 1024 if setting.quick else TOKENS,
-                    "sequence_length": 64 if setting.quick else SEQUENCE,
-                },
+                calibration=setting.text(TOKENS, SEQUENCE),
                 fit={"epochs": EPOCHS} if method == "harmonized" else {},
             )
             out = setting.run_folder(recipe.stem)

@@ -5,6 +5,8 @@ enough.
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +17,28 @@ SHAPES = {"135M": (3, 4), "0.5B": (2, 2), "1.1B": (2, 2), "7B": (4, 2)}
 """Shape -> sources, layers."""
 METHODS = ("symphony", "harmonized", "dume", "btx", "bam", "drop-upcycling", "sparse-upcycling")
 TOKENS, SEQUENCE, EPOCHS = 8192, 512, 1
-
-
 TRAINED = ("all", "router")
 BATCH, STEPS = 2, 8
 
 
 def measure_training(setting: Setting) -> dict[str, Any]:
     """Bytes and seconds of trainings, planned and measured, by shape and scope."""
-    state, found = setting.state("planned_training"), {}
-    for shape in ["135M"] if setting.quick else [s for s in SHAPES if s != "7B"]:
-        count, layers = SHAPES[shape]
-        for scope in TRAINED:
-            case = f"{shape}, {scope}"
-
-            def run(case: str = case, count: int = count, layers: int = layers) -> dict[str, Any]:
-                return _train(setting, case, count, layers)
-
-            found[case] = state.get(case, run)
-    return found
+    shapes = ["135M"] if setting.quick else [shape for shape in SHAPES if shape != "7B"]
+    cases = [f"{shape}, {scope}" for shape in shapes for scope in TRAINED]
+    return _each(setting, "planned_training", cases, _train)
 
 
-def _train(setting: Setting, case: str, count: int, layers: int) -> dict[str, Any]:
+def _each(
+    setting: Setting, part: str, cases: list[str], run: Callable[[Setting, str], dict[str, Any]]
+) -> dict[str, Any]:
+    """Case -> what is found of it, by now or before."""
+    state = setting.state(part)
+    return {case: state.get(case, partial(run, setting, case)) for case in cases}
+
+
+def _train(setting: Setting, case: str) -> dict[str, Any]:
     shape, _, scope = case.partition(", ")
+    count, layers = SHAPES[shape]
     sequence = 64 if setting.quick else SEQUENCE
     recipe = setting.recipe(
         f"training-{shape}-{scope}",
@@ -65,32 +66,25 @@ def _train(setting: Setting, case: str, count: int, layers: int) -> dict[str, An
 
 def measure(setting: Setting) -> dict[str, Any]:
     """Bytes and seconds, planned and measured, by shape and method."""
-    state, found = setting.state("planned"), {}
     shapes, methods = (list(SHAPES), METHODS) if not setting.quick else (["135M"], METHODS[-1:])
-    for shape in shapes:
-        count, layers = SHAPES[shape]
-        for method in methods:
-            if method == "bam" and shape == "0.5B":
-                continue  # no stock model holds Qwen2 with attention experts
-            case = f"{shape}, {method}"
-
-            def run(case: str = case, count: int = count, layers: int = layers) -> dict[str, Any]:
-                return _run(setting, case, count, layers)
-
-            found[case] = state.get(case, run)
-    return found
+    cases = [
+        f"{shape}, {method}"
+        for shape in shapes
+        for method in methods
+        # No stock model holds Qwen2 with attention experts.
+        if (shape, method) != ("0.5B", "bam")
+    ]
+    return _each(setting, "planned", cases, _run)
 
 
-def _run(setting: Setting, case: str, count: int, layers: int) -> dict[str, Any]:
+def _run(setting: Setting, case: str) -> dict[str, Any]:
     shape, _, method = case.partition(", ")
+    count, layers = SHAPES[shape]
     recipe = setting.recipe(
         f"planned-{shape}-{method}",
         setting.sources(shape, count, layers),
         method=method,
-        calibration={
-            "tokens": 1024 if setting.quick else TOKENS,
-            "sequence_length": 64 if setting.quick else SEQUENCE,
-        },
+        calibration=setting.text(TOKENS, SEQUENCE),
         fit={"epochs": EPOCHS} if method == "harmonized" else {},
     )
     out = setting.run_folder(recipe.stem)

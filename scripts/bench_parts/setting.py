@@ -50,6 +50,12 @@ class Setting:
         path.write_text(json.dumps({"sources": sources, **sections}, indent=1), encoding="utf-8")
         return path
 
+    def text(self, tokens: int, sequence: int) -> dict[str, int]:
+        """A recipe's `calibration`: little of it in a quick bench."""
+        if self.quick:
+            tokens, sequence = 1024, 64
+        return {"tokens": tokens, "sequence_length": sequence}
+
     def run_folder(self, name: str) -> Path:
         """A folder for a run, which is not there yet."""
         folder = self.home / "runs" / name

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedConfig
 
 from symphony_moe.building.estimate import (
     in_mb,
@@ -69,6 +70,10 @@ class TrainingCost:
         return self.recipe.train
 
     @cached_property
+    def _config(self) -> PreTrainedConfig:
+        return new_config(self.recipe, self.sources)
+
+    @cached_property
     def _parameters(self) -> dict[str, int]:
         return {name: math.prod(shape) for name, shape in self.tensors.items()}
 
@@ -95,8 +100,8 @@ class TrainingCost:
         """From the processor's speed at one product of matrices. None where a GPU trains."""
         if torch.cuda.is_available():
             return None
-        settings, config = self._train, new_config(self.recipe, self.sources)
-        passed = settings.tokens * config.num_hidden_layers
+        settings = self._train
+        passed = settings.tokens * self._config.num_hidden_layers
         steps = settings.tokens / (settings.batch_size * settings.sequence_length)
         steps /= settings.gradient_accumulation
         reduced = settings.precision == "bfloat16"
@@ -122,16 +127,11 @@ class TrainingCost:
     def _for_gradient(self) -> int:
         """Bytes of what the gradient of a batch needs in all layers; with checkpointing in one, and
         every layer's input."""
-        config = new_config(self.recipe, self.sources)
-        numbers, layers = self._numbers_of_layer, config.num_hidden_layers
+        layers = self._config.num_hidden_layers
+        numbers = numbers_for_gradient(self._config, self.recipe.router.top_k)
         if self._train.gradient_checkpointing:
-            return int(4 * self._batch * (numbers + layers * config.hidden_size))
+            return int(4 * self._batch * (numbers + layers * self._config.hidden_size))
         return int(4 * self._batch * layers * numbers)
-
-    @cached_property
-    def _numbers_of_layer(self) -> int:
-        config = new_config(self.recipe, self.sources)
-        return numbers_for_gradient(config, self.recipe.router.top_k)
 
     @property
     def _batch(self) -> int:
@@ -140,7 +140,7 @@ class TrainingCost:
 
     @property
     def _logits(self) -> int:
-        return 4 * self._batch * int(new_config(self.recipe, self.sources).vocab_size)
+        return 4 * self._batch * int(self._config.vocab_size)
 
     @property
     def _of_teachers(self) -> int:

@@ -1,6 +1,5 @@
 """A recipe and a list of methods and seeds -> one recipe for each run of a comparison."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -10,6 +9,7 @@ from typing import Any
 
 from symphony_moe.errors import RecipeError
 from symphony_moe.recipe.load import read_content, resolve_recipe
+from symphony_moe.recipe.mistakes import nearest
 from symphony_moe.recipe.presets import PRESETS
 from symphony_moe.recipe.settings import Recipe
 
@@ -46,9 +46,8 @@ def load_variants(
     # Variants that are not compared now may have mistakes too.
     for name in [*chosen, *(name for name in settings.variants if name not in chosen)]:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"there is: {', '.join(known)}"
-            raise RecipeError(f"{path}: {name!r} is no method and no compare.variants; {hint}")
+            hint = nearest(name, known) or f"; there is: {', '.join(known)}"
+            raise RecipeError(f"{path}: {name!r} is no method and no compare.variants{hint}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
             raise RecipeError(
                 f"{path}: compare.variants: the name {name!r} may hold letters, digits, '.', '_', "

@@ -1,6 +1,5 @@
 """Models and text -> a first recipe for them, with the reasons for it as comments."""
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from symphony_moe.recipe.draft import (
     source_names,
 )
 from symphony_moe.recipe.load import resolve_recipe
+from symphony_moe.recipe.mistakes import nearest
 from symphony_moe.recipe.settings import BUNDLED, FILL_IN, Recipe
 from symphony_moe.recipe.yaml_text import read_yaml
 from symphony_moe.sources.kinship import (
@@ -137,9 +137,8 @@ def _padding(sources: Sequence[Source]) -> Iterator[str]:
 def _refuse_text_of_nobody(data: Mapping[str, Sequence[str]], names: Sequence[str]) -> None:
     for name in data:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"sources are {', '.join(names)}"
-            raise RecipeError(f"--data {shortened(name, 60)}=...: is no source's name; {hint}")
+            hint = nearest(name, names) or f"; sources are {', '.join(names)}"
+            raise RecipeError(f"--data {shortened(name, 60)}=...: is no source's name{hint}")
 
 
 def _model_settings(model: str) -> dict[str, Any]:
